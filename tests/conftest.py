@@ -1,0 +1,32 @@
+"""Fixtures for all tests.
+
+`import paddlemix` comes first: Paddle reads the thread settings while it is imported.
+"""
+
+import os
+import pathlib
+
+import paddlemix  # noqa: F401
+
+# Nothing here may reach for the network: a test that needs a file makes it. (PaddleNLP asks a hub otherwise.)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The project's top folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The reference goldens and real samples: $MGEN_SHARED, or the folder `shared` beside the project."""
+    folder = pathlib.Path(os.environ.get("MGEN_SHARED") or ROOT.parent / "shared").resolve()
+    if not (folder / "goldens").is_dir():
+        pytest.skip(f"no goldens in {folder} (set MGEN_SHARED to the folder that holds goldens/)")
+    return folder
