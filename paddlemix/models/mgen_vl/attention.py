@@ -1,0 +1,39 @@
+"""Scaled dot-product attention, in the one form that the ViT, the connector and the decoder share.
+
+Shapes: B batch, H heads, T queries, S keys, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+import paddle.nn.functional as F
+
+
+def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=False):
+    """softmax(q kᵀ / √d + bias) v ("Attention Is All You Need", §3.2.1), softmax in float32.
+
+    query [B, H, T, d]; key, value [B, H, S, d], contiguous; bias float32, broadcast to [B, H, T, S], or None.
+    use_flash: Paddle's fused kernel, which never holds the [T, S] scores. Returns [B, T, H × d] in query's dtype.
+    """
+    B, H, T, d = query.shape
+    if use_flash:
+        # The fused kernel wants [B, T, H, d] and a bias of the query's dtype.
+        out = F.scaled_dot_product_attention(
+            query.transpose([0, 2, 1, 3]),
+            key.transpose([0, 2, 1, 3]),
+            value.transpose([0, 2, 1, 3]),
+            attn_mask=None if bias is None else bias.astype(query.dtype),
+            dropout_p=dropout,
+            training=training,
+        )
+        return out.reshape([B, T, H * d])
+    # Dividing q first keeps the products inside float16's range.
+    scores = paddle.matmul(query * (1.0 / math.sqrt(d)), key, transpose_y=True).astype("float32")
+    if bias is not None:
+        scores = scores + bias
+    weights = F.softmax(scores, axis=-1).astype(value.dtype)
+    if dropout:
+        weights = F.dropout(weights, dropout, training=training)
+    return paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape([B, T, H * d])

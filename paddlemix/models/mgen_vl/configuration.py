@@ -1,0 +1,156 @@
+"""MGenConfig: config.json of a model folder (SPEC §5), checked when it is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+from paddlenlp.transformers import QWenConfig
+
+from paddlemix.utils.errors import ConfigError
+
+# The 7B's ViT-bigG and connector.
+VISUAL_7B = {
+    "image_size": 448,
+    "patch_size": 14,
+    "width": 1664,
+    "layers": 48,
+    "heads": 16,
+    "mlp_ratio": 4.9231,
+    "output_dim": 4096,
+    "image_start_id": 151857,
+    "n_queries": 256,
+}
+
+# A resampler head is always this wide (SPEC §5: heads = output_dim // 128).
+RESAMPLER_HEAD_DIM = 128
+
+# A configuration file comes with weights from strangers. Nothing real is near these; past them a typo or an attack
+# would ask for more memory than any machine has before the first clear error.
+_LIMITS = {
+    "hidden_size": 65536,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "kv_channels": 1024,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "seq_length": 1 << 22,
+    "max_position_embeddings": 1 << 22,
+}
+_VISUAL_LIMITS = {
+    "image_size": 4096,
+    "patch_size": 512,
+    "width": 65536,
+    "layers": 1024,
+    "heads": 1024,
+    "output_dim": 65536,
+    "n_queries": 65536,
+    "image_start_id": 1 << 22,
+}
+
+
+class MGenConfig(QWenConfig):
+    """The configuration of MGen-VL. The defaults are the 7B's.
+
+    seq_length: trained context; dynamic NTK and log-n scaling set in beyond it.
+    visual: the ViT and connector (see VISUAL_7B); missing keys take the 7B's values.
+    llm_pretrained_model_name_or_path: a name kept for compatibility with the baseline's files. Nothing is fetched by it.
+
+    Raises:
+        ConfigError: a value is of the wrong kind, out of range, or does not fit another one.
+    """
+
+    model_type = "mgen"
+
+    def __init__(
+        self,
+        seq_length=2048,
+        visual=None,
+        llm_pretrained_model_name_or_path="mgen-7b",
+        pad_token_id=151643,
+        bos_token_id=151643,
+        eos_token_id=151643,
+        **kwargs,
+    ):
+        if visual is not None and not isinstance(visual, dict):
+            raise ConfigError("config.json: visual must be an object")
+        self.seq_length = seq_length
+        self.visual = dict(VISUAL_7B, **(visual or {}))
+        self.llm_pretrained_model_name_or_path = llm_pretrained_model_name_or_path
+        # A file of another family may say so; everything below this class is MGen-VL.
+        kwargs.pop("model_type", None)
+        kwargs.setdefault("use_flash_attention", False)
+        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        def positive(value, key: str, limit: int) -> None:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+                raise ConfigError(f"config.json: {key} must be a whole number from 1 to {limit}, not {value!r}")
+
+        for key, limit in _LIMITS.items():
+            positive(getattr(self, key), key, limit)
+        for key, limit in _VISUAL_LIMITS.items():
+            positive(self.visual[key], "visual." + key, limit)
+        visual = self.visual
+        ratio = visual["mlp_ratio"]
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
+            raise ConfigError(f"config.json: visual.mlp_ratio must be a number from 0 to 64, not {ratio!r}")
+
+        def must(condition: bool, text: str) -> None:
+            if not condition:
+                raise ConfigError("config.json: " + text)
+
+        must(
+            self.kv_channels * self.num_attention_heads == self.hidden_size,
+            "kv_channels × num_attention_heads must be hidden_size",
+        )
+        must(self.rotary_pct == 1.0, "rotary_pct must be 1.0")
+        must(self.kv_channels % 2 == 0, "kv_channels must be even")
+        must(self.intermediate_size % 2 == 0, "intermediate_size must be even")
+        must(not self.tie_word_embeddings, "tie_word_embeddings must be false: MGen-VL has an lm_head of its own")
+        must(visual["output_dim"] == self.hidden_size, "visual.output_dim must be hidden_size")
+        must(visual["output_dim"] % RESAMPLER_HEAD_DIM == 0, "visual.output_dim must be a multiple of 128")
+        must(visual["width"] % visual["heads"] == 0, "visual.width must be a multiple of visual.heads")
+        must(visual["image_size"] % visual["patch_size"] == 0, "visual.image_size must be a multiple of patch_size")
+        must(math.isqrt(visual["n_queries"]) ** 2 == visual["n_queries"], "visual.n_queries must be a square")
+        must(visual["image_start_id"] + 2 < self.vocab_size, "visual.image_start_id + 2 must lie in the vocabulary")
+
+    @property
+    def image_start_id(self) -> int:
+        """Id of `<img>`; `</img>` is the next one and `<imgpad>` the one after."""
+        return self.visual["image_start_id"]
+
+    @property
+    def n_queries(self) -> int:
+        """Positions between `<img>` and `</img>`, one per feature of the connector."""
+        return self.visual["n_queries"]
+
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        """Read config.json of a model folder. `kwargs` override its values. Nothing is ever downloaded.
+
+        Raises:
+            ConfigError: no config.json, not a JSON object, of another model_type, or with values that cannot be.
+        """
+        path = os.path.join(folder, "config.json")
+        if not os.path.isfile(path):
+            raise ConfigError(f"no config.json in {folder}: give the folder of a MGen-VL model")
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a JSON object")
+        if values.get("model_type", "mgen") not in ("mgen", "qwen"):
+            raise ConfigError(f"{path}: model_type is {values['model_type']!r}, not mgen (or qwen)")
+        if "visual" not in values:
+            raise ConfigError(f"{path} has no visual part: this is a text model, not MGen-VL")
+        dtype = kwargs.pop("dtype", None)
+        values.update(kwargs)
+        config = cls(**values)
+        if dtype is not None:
+            config.dtype = dtype
+        return config

@@ -1,0 +1,198 @@
+"""Decoding: PaddleNLP's generation loop over our cache, images seen once, and chat.
+
+Greedy search, sampling and beam search are PaddleNLP's GenerationMixin. Here stand the parts that it asks a model
+for: the inputs of each step, the cache and its reordering.
+
+Shapes: B rows, T prompt tokens, N images, Q queries, D hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import paddle
+from paddlenlp.generation import GenerationConfig
+
+from paddlemix.models.mgen_vl.language import KVCache, position_ids_from_mask
+from paddlemix.utils.errors import ConfigError
+
+# What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.
+_NUMBERS = {
+    "max_new_tokens": (int, 1, 1 << 16),
+    "min_new_tokens": (int, 0, 1 << 16),
+    "top_k": (int, 0, 1 << 22),
+    "top_p": (float, 0.0, 1.0),
+    "temperature": (float, 1e-6, 1e6),
+    "num_beams": (int, 1, 64),
+    "num_return_sequences": (int, 1, 64),
+    "length_penalty": (float, -1e3, 1e3),
+    "repetition_penalty": (float, 1e-6, 1e6),
+    "no_repeat_ngram_size": (int, 0, 1 << 16),
+    "eos_token_id": (int, 0, 1 << 22),
+    "pad_token_id": (int, 0, 1 << 22),
+    "bos_token_id": (int, 0, 1 << 22),
+    "max_window_size": (int, 1, 1 << 22),
+}
+
+
+def load_generation_config(folder, config) -> GenerationConfig:
+    """generation_config.json of a folder over this model's defaults: greedy, 512 new tokens, the config's ids.
+
+    Sampling or beams are used only if the file names a decode_strategy. A value of null counts as not set.
+
+    Raises:
+        ConfigError: the file is not JSON, or a value is of the wrong kind or out of range.
+    """
+    values = {
+        "decode_strategy": "greedy_search",
+        "max_new_tokens": 512,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+    }
+    extra = {"chat_format": "chatml", "max_window_size": 6144}
+    path = os.path.join(folder, "generation_config.json") if folder else None
+    if path and os.path.isfile(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{path} must hold a JSON object")
+        for key, value in stored.items():
+            if value is None:
+                continue
+            if key in _NUMBERS:
+                kind, low, high = _NUMBERS[key]
+                fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+                if not fits or not low <= value <= high:
+                    raise ConfigError(f"{path}: {key} must be from {low} to {high}, not {value!r}")
+                (extra if key in extra else values)[key] = value
+            elif key == "decode_strategy":
+                if value not in ("greedy_search", "sampling", "beam_search"):
+                    raise ConfigError(f"{path}: decode_strategy is greedy_search, sampling or beam_search")
+                values[key] = value
+            elif key == "chat_format":
+                if value != "chatml":
+                    raise ConfigError(f"{path}: chat_format must be chatml, not {value!r}")
+    made = GenerationConfig(**values)
+    for key, value in extra.items():
+        setattr(made, key, value)
+    # Not derived from the model's configuration, so PaddleNLP must not derive it anew.
+    made._from_model_config = False
+    return made
+
+
+class CaptionGeneration:
+    """Mixed into the model in front of PaddleNLP's GenerationMixin."""
+
+    def new_cache(self) -> KVCache:
+        return KVCache()
+
+    @paddle.no_grad()
+    def generate(self, input_ids, images=None, attention_mask=None, image_features=None, **kwargs):
+        """Continue each row; PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, streamer, …)
+        stand in kwargs over generation_config.json.
+
+        input_ids: int64 [B, T], padded on the left; attention_mask: 0/1 [B, T], all ones by default; images
+        [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row alone gives the same ids
+        as in a batch. eos_token_id may be a list.
+
+        Returns:
+            (new ids int64 [B, new], scores [B, 1]) as PaddleNLP does; a finished row is filled with pad_token_id.
+
+        Raises:
+            UserError: the spans in the text do not match the images.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            if image_features is None and images is not None and images.shape[0]:
+                image_features = self.visual(images)
+            if attention_mask is None:
+                attention_mask = paddle.ones_like(input_ids)
+            return super().generate(
+                input_ids, attention_mask=attention_mask.astype("int64"), image_features=image_features, **kwargs
+            )
+        finally:
+            if was_training:
+                self.train()
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask, past_key_values=None, **kwargs):
+        """Inputs of one step: the whole prompt first, then the newest token with the cache."""
+        position_ids = position_ids_from_mask(attention_mask)
+        inputs = {
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": True,
+            "last_logits_only": True,
+            "return_dict": True,
+        }
+        if past_key_values is None:
+            inputs.update(input_ids=input_ids, position_ids=position_ids, image_features=kwargs.get("image_features"))
+        else:
+            inputs.update(input_ids=input_ids[:, -1:], position_ids=position_ids[:, -1:])
+        return inputs
+
+    @staticmethod
+    def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
+        mask = model_kwargs["attention_mask"]
+        model_kwargs["attention_mask"] = paddle.concat([mask, paddle.ones([mask.shape[0], 1], mask.dtype)], axis=1)
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        return model_kwargs
+
+    def reorder_cache(self, cache, beam_idx):
+        return cache.reordered(beam_idx)
+
+    def expand_inputs_for_generation(self, input_ids, expand_size, attention_mask=None, **model_kwargs):
+        """Repeat each row, and the features of its images with it."""
+        features = model_kwargs.pop("image_features", None)
+        if features is not None:
+            per_row = (input_ids.numpy() == self.config.image_start_id).sum(axis=1)
+            first = np.cumsum(per_row) - per_row
+            order = [f for start, n in zip(first, per_row) for _ in range(expand_size) for f in range(start, start + n)]
+            features = paddle.gather(features, paddle.to_tensor(np.array(order, dtype=np.int64)))
+        rows = paddle.arange(input_ids.shape[0], dtype="int64").repeat_interleave(expand_size)
+        model_kwargs["image_features"] = features
+        model_kwargs["attention_mask"] = paddle.gather(attention_mask, rows)
+        return paddle.gather(input_ids, rows), model_kwargs
+
+    def chat(self, tokenizer, query, history=None, images=None, system=None, **kwargs):
+        """One turn of a conversation, as in the baseline's chat.py.
+
+        query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it). history: earlier (query,
+        response) pairs. images: [N, 3, S, S] for all spans of history and query in order. kwargs: see generate.
+
+        Returns:
+            (response, history with this turn appended).
+        """
+        from paddlemix.processors.mgen_vl_processing import DEFAULT_SYSTEM, encode_prompt
+
+        history = list(history or [])
+        _, ids = encode_prompt(
+            tokenizer,
+            query,
+            history,
+            system=DEFAULT_SYSTEM if system is None else system,
+            max_window_size=self.generation_config.max_window_size,
+        )
+        kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer))
+        new_ids, _ = self.generate(paddle.to_tensor([list(ids)], dtype="int64"), images=images, **kwargs)
+        response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"])
+        history.append((query, response))
+        return response, history
+
+    @staticmethod
+    def stop_ids(tokenizer):
+        """Ids that end a chatml answer."""
+        return [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+
+
+def decode_response(tokenizer, ids, stop_ids) -> str:
+    """Text of generated ids up to the first stop id."""
+    stop = set(stop_ids)
+    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    return tokenizer.decode(ids[:end]).strip()

@@ -1,0 +1,266 @@
+"""The decoder: PaddleNLP's QWen parts carry the parameters and their tensor-parallel layout, the forward is ours.
+
+PaddleNLP's own forward attends over a strided cache that it copies at every step, takes rotary positions from the
+cache length, and holds a log-n table per layer. Here the cache is contiguous and preallocated, positions are explicit,
+and rotary and log-n factors are computed once per forward.
+
+Shapes: B batch, T new tokens, L tokens before them in the cache, S cache capacity, D hidden, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPretrainedModel, QWenRMSNorm
+
+from paddlemix.models.mgen_vl.attention import attend
+from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+# A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
+MASKED = -1e30
+
+
+def position_ids_from_mask(attention_mask):
+    """Positions count the real tokens: int64 [B, T] from a 0/1 mask [B, T], padding at 0."""
+    return (attention_mask.astype("int64").cumsum(-1) - 1).clip(min=0)
+
+
+def ntk_alpha(length: int, seq_length: int) -> int:
+    """The factor on the rotary base for a context of `length` tokens: 1 up to seq_length, then 3, 7, …
+
+    Dynamic NTK scaling as the public Qwen code has it.
+    """
+    if length <= seq_length:
+        return 1
+    return max(2 ** math.ceil(math.log2(length / seq_length) + 1) - 1, 1)
+
+
+def rotary_factors(position_ids, dim: int, base: float, alphas):
+    """cos and sin of RoFormer's angles (Su et al. 2021), in float32.
+
+    position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim / 2].
+    """
+    bases = [base * alpha ** (dim / (dim - 2)) for alpha in alphas]
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = np.stack([1.0 / np.power(np.float32(b), exponents) for b in bases]).astype(np.float32)
+    angles = position_ids.astype("float32").unsqueeze(-1) * paddle.to_tensor(frequencies).unsqueeze(1)
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + d/2]) by its angle: x [B, H, T, d], cos and sin [B, 1, T, d/2] (neox halves)."""
+    first, second = paddle.chunk(x, 2, axis=-1)
+    return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, one contiguous [B, H, S, d] buffer each per layer.
+
+    Capacity grows in blocks, so that a step writes one position in place and copies nothing else.
+
+    length: positions written. alphas: the NTK factors that the cached keys were turned with (frozen at prefill).
+    """
+
+    BLOCK = 128
+
+    def __init__(self):
+        self.keys, self.values = [], []
+        self.length = 0
+        self.alphas = None
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in all."""
+        missing = length - self.capacity
+        if self.keys and missing > 0:
+            missing += -missing % self.BLOCK
+            for buffers in (self.keys, self.values):
+                for i, buffer in enumerate(buffers):
+                    B, H, _, d = buffer.shape
+                    buffers[i] = paddle.concat([buffer, paddle.zeros([B, H, missing, d], buffer.dtype)], axis=2)
+
+    def append(self, layer: int, key, value):
+        """Write [B, H, T, d] behind the cached positions of `layer` and return what to attend over.
+
+        Returns the fresh tensors at prefill, the whole buffers afterwards (positions past the end are masked).
+        """
+        T = key.shape[2]
+        if layer == len(self.keys):
+            B, H, _, d = key.shape
+            room = paddle.zeros([B, H, -T % self.BLOCK or self.BLOCK, d], key.dtype)
+            self.keys.append(paddle.concat([key, room], axis=2))
+            self.values.append(paddle.concat([value, room], axis=2))
+            return key, value
+        start = self.length
+        self.keys[layer][:, :, start : start + T] = key
+        self.values[layer][:, :, start : start + T] = value
+        return self.keys[layer], self.values[layer]
+
+    def reordered(self, rows):
+        """A new cache with these rows (beam search): rows int64 [B']."""
+        copy = KVCache()
+        copy.length = self.length
+        alphas = self.alphas
+        copy.alphas = alphas if len(alphas) == 1 else [alphas[i] for i in rows.numpy().tolist()]
+        copy.keys = [paddle.index_select(buffer, rows) for buffer in self.keys]
+        copy.values = [paddle.index_select(buffer, rows) for buffer in self.values]
+        return copy
+
+
+class MGenAttention(QWenAttention):
+    """Self-attention of the decoder; parameters and parallel layout of QWenAttention."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        # Tables of the stock forward; ours are computed once per forward in the decoder.
+        del self.rotary_emb, self.logn_tensor
+
+    def forward(self, x, bias, rotary, logn=None, cache=None, layer=0):
+        """x [B, T, D] → [B, T, D].
+
+        bias: float32 [B, 1, T, keys]; rotary: (cos, sin); logn: [B, 1, T, 1] or None; cache: a KVCache to read and
+        extend at `layer`, or None.
+        """
+        B, T, _ = x.shape
+        mixed = self.c_attn(x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
+        query, key, value = mixed.unbind(0)  # each [B, H, T, d]
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if logn is not None:
+            query = query * logn
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        out = attend(
+            query,
+            key,
+            value,
+            bias,
+            dropout=self.config.attn_dropout_prob,
+            training=self.training,
+            use_flash=self.config.use_flash_attention,
+        )
+        return self.c_proj(out)
+
+
+class MGenBlock(nn.Layer):
+    """Pre-norm decoder block: [B, T, D] → [B, T, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = QWenRMSNorm(config)
+        self.attn = MGenAttention(config)
+        self.ln_2 = QWenRMSNorm(config)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, x, bias, cos, sin, logn=None, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), bias, (cos, sin), logn, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class MGenPretrainedModel(QWenPretrainedModel):
+    """What the decoder and the whole model share: configuration class, initialisation, tensor-parallel layout."""
+
+    config_class = MGenConfig
+    base_model_prefix = "transformer"
+
+    def init_weights(self):
+        """Parameters are initialised where they are made; the stock second pass would only undo a lazy model."""
+
+    @classmethod
+    def _get_tensor_parallel_mappings(cls, config, is_split=True):
+        """PaddleNLP's split and merge actions of each decoder parameter, under this model's names."""
+        stock = super()._get_tensor_parallel_mappings(config, is_split)
+        return {name.replace("qwen.", "transformer.llm."): action for name, action in stock.items()}
+
+
+class MGenDecoder(MGenPretrainedModel):
+    """Embeddings, blocks and the final norm. The names follow the public checkpoints: wte, h, ln_f."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.enable_recompute = False
+        if config.tensor_parallel_degree > 1:
+            from paddle.distributed.fleet.meta_parallel import VocabParallelEmbedding
+
+            self.wte = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        else:
+            self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.LayerList([MGenBlock(config) for _ in range(config.num_hidden_layers)])
+        self.ln_f = QWenRMSNorm(config)
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def _bias(self, attention_mask, B, T, past, capacity):
+        """Scores to add: 0 where token t may see key s, MASKED elsewhere. float32, broadcast to [B, 1, T, keys]."""
+        if attention_mask is not None and attention_mask.ndim == 4:
+            # The caller's own pattern (packed samples), [B, 1, T, T].
+            allowed = attention_mask.astype("bool")
+        else:
+            keys = capacity if past else T
+            last = paddle.arange(past, past + T).unsqueeze(-1)
+            allowed = (paddle.arange(keys).unsqueeze(0) <= last).reshape([1, 1, T, keys])
+            if attention_mask is not None:
+                mask = attention_mask.astype("bool")
+                if mask.shape[1] < keys:
+                    mask = paddle.concat([mask, paddle.zeros([B, keys - mask.shape[1]], "bool")], axis=1)
+                allowed = paddle.logical_and(allowed, mask.reshape([B, 1, 1, keys]))
+        return paddle.where(
+            allowed, paddle.zeros([1], "float32"), paddle.full([1], MASKED, "float32")
+        )
+
+    def _scaling(self, position_ids, cache, T):
+        """NTK factors and log-n factors beyond the trained context. Both are off while training (SPEC §5)."""
+        past = cache.length if cache is not None else 0
+        if past:
+            alphas = cache.alphas
+        elif self.config.use_dynamic_ntk and not self.training and T > self.config.seq_length:
+            lengths = (position_ids.max(axis=1) + 1).numpy().tolist()
+            alphas = [ntk_alpha(length, self.config.seq_length) for length in lengths]
+        else:
+            alphas = [1]
+        if cache is not None:
+            cache.alphas = alphas
+        logn = None
+        if self.config.use_logn_attn and not self.training and past + T > self.config.seq_length:
+            logn = (position_ids.astype("float32") + 1).log() / math.log(self.config.seq_length)
+            logn = logn.clip(min=1.0).unsqueeze([1, 3])
+        return alphas, logn
+
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None):
+        """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm.
+
+        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None (all seen).
+        position_ids: int64 [B, T]; by default counted from the mask. cache: a KVCache, empty at prefill; extended.
+        """
+        B, T, _ = inputs_embeds.shape
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = position_ids_from_mask(attention_mask)[:, past:]
+            else:
+                position_ids = paddle.arange(past, past + T).unsqueeze(0).expand([B, T])
+        if past:
+            cache.reserve(past + T)
+        alphas, logn = self._scaling(position_ids, cache, T)
+        cos, sin = rotary_factors(position_ids, self.config.kv_channels, self.config.rotary_emb_base, alphas)
+        dtype = inputs_embeds.dtype
+        cos, sin = cos.astype(dtype), sin.astype(dtype)
+        logn = None if logn is None else logn.astype(dtype)
+        bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
+
+        x = self.drop(inputs_embeds)
+        for i, block in enumerate(self.h):
+            if self.enable_recompute and self.training and not x.stop_gradient:
+                x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin, logn)
+            else:
+                x = block(x, bias, cos, sin, logn, cache, i)
+        if cache is not None:
+            cache.length = past + T
+        return self.ln_f(x)

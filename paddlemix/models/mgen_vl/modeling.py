@@ -1,0 +1,296 @@
+"""MGenLMHeadModel: vision and language joined, the loss, and weights in and out.
+
+Shapes: B batch, T tokens, N images in the whole batch, S image side, Q queries, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddlenlp.transformers.model_outputs import ModelOutput
+from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
+
+from paddlemix.checkpoint import open_weights, write_sharded
+from paddlemix.models.mgen_vl.generation import CaptionGeneration, load_generation_config
+from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
+from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.models.mgen_vl.vision import Vision
+from paddlemix.utils.errors import UserError, WeightsError
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
+from paddlemix.utils.runtime import resolve_dtype
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class MGenOutput(ModelOutput):
+    """What a forward returns.
+
+    loss: float32 scalar, the mean over labelled positions, or None without labels.
+    past_key_values: the KVCache when `use_cache`.
+    logits: [B, T, V] (the last position only with `last_logits_only`). With labels they are computed when first
+    read: training needs the labelled positions only, and a 7B's full logits cost gigabytes.
+    """
+
+    loss: Optional[paddle.Tensor] = None
+    past_key_values: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "_logits", None)
+
+    @property
+    def logits(self):
+        if callable(self._logits):
+            object.__setattr__(self, "_logits", self._logits())
+        return self._logits
+
+    def with_logits(self, logits):
+        """Attach logits, or a function that computes them."""
+        object.__setattr__(self, "_logits", logits)
+        return self
+
+
+class MGen(nn.Layer):
+    """A level that the parameter names have: transformer.llm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.llm = MGenDecoder(config)
+
+
+class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
+    """MGen-VL (the Qwen-VL architecture, arXiv 2308.12966): image features take the place of the embeddings between
+    `<img>` and `</img>`.
+
+    `MGenLMHeadModel(config)` makes random weights; `from_pretrained` reads a folder without making any first.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.visual = Vision(config.visual, config.use_flash_attention)
+        self.transformer = MGen(config)
+        self.lm_head = QWenLMHead(config)
+        if self.lm_head.weight._is_initialized():  # not under LazyGuard
+            self._init_language()
+        self.generation_config = load_generation_config(None, config)
+
+    def _init_language(self):
+        """Normal(0, initializer_range), residual projections scaled down by depth (GPT-2, §2.3)."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.startswith("visual.") or parameter.ndim < 2:
+                continue
+            scale = math.sqrt(2 * self.config.num_hidden_layers) if "c_proj" in name else 1.0
+            parameter.set_value(paddle.normal(0.0, std / scale, parameter.shape).astype(parameter.dtype))
+
+    def get_input_embeddings(self):
+        return self.transformer.llm.wte
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    # ---- forward
+
+    def _image_positions(self, input_ids, n_images: int) -> np.ndarray:
+        """Flat indices, [N × Q] into B × T, of the positions that image features fill, in row-major order.
+
+        Raises:
+            UserError: a span is not exactly `<img>`, Q ids, `</img>`, or there are more or fewer spans than images.
+        """
+        ids = input_ids.numpy()
+        start_id, Q = self.config.image_start_id, self.config.n_queries
+        rows, columns = np.nonzero(ids == start_id)
+        if len(rows) != n_images:
+            raise UserError(f"the text has {len(rows)} image spans, but {n_images} images were given")
+        ends = columns + Q + 1
+        if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != start_id + 1).any():
+            raise UserError(f"an image span must be <img>, {Q} ids and </img>")
+        if (ids == start_id + 1).sum() != n_images:
+            raise UserError("the text has a </img> without its <img>")
+        return ((rows * ids.shape[1] + columns + 1)[:, None] + np.arange(Q)).reshape(-1)
+
+    def embed(self, input_ids, images=None, image_features=None):
+        """Token embeddings with image features in their places: [B, T, D].
+
+        input_ids: int64 [B, T]; images: [N, 3, S, S] pixel values, or image_features: [N, Q, D] computed before.
+        """
+        embeds = self.transformer.llm.wte(input_ids)
+        if image_features is None and images is not None and images.shape[0]:
+            image_features = self.visual(images)
+        n_images = 0 if image_features is None else image_features.shape[0]
+        positions = self._image_positions(input_ids, n_images)
+        if n_images == 0:
+            return embeds
+        B, T, D = embeds.shape
+        filled = paddle.scatter(
+            embeds.reshape([B * T, D]),
+            paddle.to_tensor(positions),
+            image_features.reshape([-1, D]).astype(embeds.dtype),
+        )
+        return filled.reshape([B, T, D])
+
+    def _logits(self, hidden):
+        """[…, D] → […, V]."""
+        return parallel_matmul(hidden, self.lm_head.weight, tensor_parallel_output=False)
+
+    def _loss(self, hidden, labels):
+        """Mean cross-entropy over labelled positions; position t predicts label t + 1. float32 scalar.
+
+        Only the labelled positions go through lm_head. A batch without any label has loss 0.
+        """
+        targets = labels[:, 1:].reshape([-1])
+        chosen = paddle.nonzero(targets != IGNORE_INDEX).flatten()
+        if chosen.shape[0] == 0:
+            return hidden.astype("float32").sum() * 0.0
+        states = paddle.gather(hidden[:, :-1].reshape([-1, hidden.shape[-1]]), chosen)
+        logits = self._logits(states).astype("float32")
+        return F.cross_entropy(logits, paddle.gather(targets, chosen), reduction="mean")
+
+    def forward(
+        self,
+        input_ids,
+        images=None,
+        attention_mask=None,
+        position_ids=None,
+        labels=None,
+        return_dict=True,
+        image_features=None,
+        past_key_values=None,
+        use_cache=False,
+        last_logits_only=False,
+    ):
+        """One pass.
+
+        input_ids: int64 [B, T], image spans included. images: [N, 3, S, S], in row-major order of their spans
+        (image_features [N, Q, D] in their place skip the vision tower). attention_mask: 0/1 [B, T] (with a cache
+        [B, past + T]), or [B, 1, T, T] as a pattern of one's own. position_ids: int64 [B, T]. labels: int64 [B, T],
+        -100 where nothing is learned, not shifted. Returns MGenOutput, or (loss, logits) / (logits,) as a tuple.
+
+        Raises:
+            UserError: the spans in the text do not match the images.
+        """
+        past = past_key_values.length if past_key_values is not None else 0
+        if past:
+            embeds = self.transformer.llm.wte(input_ids)
+        else:
+            embeds = self.embed(input_ids, images, image_features)
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache)
+        loss = self._loss(hidden, labels) if labels is not None else None
+        if not return_dict:
+            logits = self._logits(hidden)
+            return (loss, logits) if labels is not None else (logits,)
+        output = MGenOutput(loss=loss, past_key_values=cache)
+        if last_logits_only:
+            return output.with_logits(self._logits(hidden[:, -1:]))
+        if labels is not None:
+            return output.with_logits(lambda: self._logits(hidden))
+        return output.with_logits(self._logits(hidden))
+
+    # ---- weights in and out
+
+    @classmethod
+    def from_pretrained(cls, folder, config=None, dtype=None):
+        """Read a model folder (SPEC §3: .pdparams or safetensors, single or sharded).
+
+        config: an MGenConfig to use in place of the folder's. dtype: "float32", "float16" or "bfloat16"; by default
+        the configuration's, else what most tensors are stored in, changed to what the device can compute in. Tensors
+        are converted one at a time; nothing is initialised first.
+
+        Raises:
+            ConfigError: config.json cannot be used. WeightsError: the files are broken, or their keys or shapes are
+            not the model's; the message lists them.
+        """
+        config = config if config is not None else cls.config_class.from_pretrained(folder)
+        with open_weights(folder) as reader:
+            check_weights(reader, parameter_shapes(config), folder)
+            if dtype is None:
+                dtype = config.dtype or Counter(reader.info(key).dtype for key in reader.keys()).most_common(1)[0][0]
+            dtype, reason = resolve_dtype(str(dtype).replace("paddle.", ""))
+            if reason:
+                logger.warning(reason)
+            model = cls.build_lazily(config, dtype)
+            split = {}
+            if config.tensor_parallel_degree > 1:
+                split = cls._get_tensor_parallel_mappings(config, is_split=True)
+            for name, tensor in model.state_dict().items():
+                array = reader.read(name, dtype)
+                if name in split:
+                    array = split[name](array)
+                tensor.set_value(np.ascontiguousarray(array))
+        model.generation_config = load_generation_config(folder, config)
+        model.eval()
+        return model
+
+    @classmethod
+    def build_lazily(cls, config, dtype="float32"):
+        """The model with names, shapes and dtypes but no storage. Each parameter gets it with its first value."""
+        previous = paddle.get_default_dtype()
+        paddle.set_default_dtype(dtype)
+        try:
+            with paddle.LazyGuard():
+                model = cls(config)
+        finally:
+            paddle.set_default_dtype(previous)
+        config.dtype = dtype
+        return model
+
+    def save_pretrained(self, folder, max_shard_size="10GB", format="pdparams", state_dict=None):
+        """Write config.json, generation_config.json and the weights, a tensor at a time.
+
+        format: "pdparams" or "safetensors". state_dict: other values under the same names (default: the model's).
+        """
+        os.makedirs(folder, exist_ok=True)
+        tensors = self.state_dict() if state_dict is None else state_dict
+        shapes = parameter_shapes(self.config)
+
+        def items():
+            for name in shapes:
+                tensor = tensors[name]
+                dtype = str(tensor.dtype).replace("paddle.", "")
+                yield name, dtype, tuple(tensor.shape), tensor.numpy
+
+        write_sharded(folder, items(), format=format, max_shard_size=max_shard_size)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        with atomic_write(os.path.join(folder, "generation_config.json")) as file:
+            json.dump(self.generation_config.to_dict(), file, ensure_ascii=False, indent=2)
+            file.write("\n")
+
+
+def check_weights(reader, shapes, where) -> None:
+    """Compare stored keys and shapes with the model's.
+
+    Raises:
+        WeightsError: names every missing, unexpected and misshapen key (the first ten of each).
+    """
+    stored = set(reader.keys())
+    problems = []
+
+    def report(kind, names):
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+
+    report("missing", [name for name in shapes if name not in stored])
+    report("unexpected", sorted(stored - set(shapes)))
+    wrong = []
+    for name, shape in shapes.items():
+        if name in stored and tuple(reader.info(name).shape) != shape:
+            wrong.append(f"{name} is {list(reader.info(name).shape)}, the model has {list(shape)}")
+    report("of another shape", wrong)
+    if problems:
+        raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems))

@@ -1,0 +1,29 @@
+"""How every script ends: exit status 0 when wholly done, one clear line otherwise (SPEC §4)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Callable, Optional
+
+from paddlemix.utils.errors import UserError
+
+
+def run(main: Callable[[], Optional[int]]) -> int:
+    """Run `main` and turn its outcome into an exit status.
+
+    0 or what `main` returns; 2 (or the error's own `exit_code`) after a UserError, shown as one line; 130 after
+    Ctrl-C. A reader that went away (`| head`) ends the program quietly with 1. Anything else is a bug of ours and
+    keeps its traceback.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout again at exit; point it somewhere that takes the bytes.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        return 1

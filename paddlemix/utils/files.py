@@ -1,0 +1,82 @@
+"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from typing import IO, Iterator
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
+    """Open a file that appears at `path` only when the block ends without an error.
+
+    `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and whatever
+    stood at `path` stays.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if "b" not in mode:
+        open_kwargs.setdefault("encoding", "utf-8")
+        open_kwargs.setdefault("newline", "\n")
+    handle, partial = tempfile.mkstemp(prefix="." + os.path.basename(path) + ".", suffix=".partial", dir=folder)
+    try:
+        with os.fdopen(handle, mode, **open_kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_UMASK)
+        os.replace(partial, path)
+        _sync_folder(folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """Give a fresh folder beside `path` that takes its name when the block ends without an error.
+
+    An older folder at `path` is replaced only then. On an error the fresh folder is removed.
+    """
+    path = os.path.abspath(path)
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix="." + os.path.basename(path) + ".", suffix=".partial", dir=parent)
+    os.chmod(partial, 0o777 & ~_UMASK)
+    try:
+        yield partial
+        if os.path.isdir(path):
+            old = tempfile.mkdtemp(prefix="." + os.path.basename(path) + ".", suffix=".old", dir=parent)
+            os.rename(path, os.path.join(old, "old"))
+            os.rename(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, path)
+        _sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without)."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,36 @@
+"""The project's logger, in the line format that PaddleMIX users know:
+
+    [2024-06-03 12:50:53,791] [ WARNING] - text
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+FORMAT = "[%(asctime)s] [%(levelname)8s] - %(message)s"
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is now, so that redirection and pytest's capture both see the lines."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def _make_logger() -> logging.Logger:
+    made = logging.getLogger("paddlemix")
+    if not made.handlers:
+        handler = _CurrentStderr()
+        handler.setFormatter(logging.Formatter(FORMAT))
+        made.addHandler(handler)
+        made.setLevel(logging.INFO)
+        made.propagate = False
+    return made
+
+
+logger = _make_logger()
