@@ -35,6 +35,8 @@ _NUMBERS = {
     "bos_token_id": (int, 0, 1 << 22),
     "max_window_size": (int, 1, 1 << 22),
 }
+# Kept for a caller who asks for sampling or beams; PaddleNLP warns of them when a greedy configuration is made.
+_NOT_GREEDY = ("top_k", "top_p", "temperature", "num_beams", "num_return_sequences", "length_penalty")
 
 
 def load_generation_config(folder, config) -> GenerationConfig:
@@ -70,7 +72,7 @@ def load_generation_config(folder, config) -> GenerationConfig:
                 fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
                 if not fits or not low <= value <= high:
                     raise ConfigError(f"{path}: {key} must be from {low} to {high}, not {value!r}")
-                (extra if key in extra else values)[key] = value
+                (extra if key in extra or key in _NOT_GREEDY else values)[key] = value
             elif key == "decode_strategy":
                 if value not in ("greedy_search", "sampling", "beam_search"):
                     raise ConfigError(f"{path}: decode_strategy is greedy_search, sampling or beam_search")

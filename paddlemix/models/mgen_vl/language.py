@@ -18,6 +18,7 @@ from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPre
 
 from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.configuration import MGenConfig
+from paddlemix.utils.compat import swiglu
 
 # A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
 MASKED = -1e30
@@ -147,6 +148,13 @@ class MGenAttention(QWenAttention):
         return self.c_proj(out)
 
 
+class MGenMLP(QWenMLP):
+    """c_proj(w1(x) · silu(w2(x))): [B, T, D] → [B, T, D] (SwiGLU, Shazeer 2020)."""
+
+    def forward(self, x):
+        return self.c_proj(swiglu(self.w2(x), self.w1(x)))
+
+
 class MGenBlock(nn.Layer):
     """Pre-norm decoder block: [B, T, D] → [B, T, D]."""
 
@@ -155,7 +163,7 @@ class MGenBlock(nn.Layer):
         self.ln_1 = QWenRMSNorm(config)
         self.attn = MGenAttention(config)
         self.ln_2 = QWenRMSNorm(config)
-        self.mlp = QWenMLP(config)
+        self.mlp = MGenMLP(config)
 
     def forward(self, x, bias, cos, sin, logn=None, cache=None, layer=0):
         x = x + self.attn(self.ln_1(x), bias, (cos, sin), logn, cache, layer)

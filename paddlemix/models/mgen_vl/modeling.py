@@ -19,7 +19,6 @@ from paddle import nn
 from paddlenlp.transformers.model_outputs import ModelOutput
 from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 
-from paddlemix.checkpoint import open_weights, write_sharded
 from paddlemix.models.mgen_vl.generation import CaptionGeneration, load_generation_config
 from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
@@ -47,17 +46,20 @@ class MGenOutput(ModelOutput):
 
     def __post_init__(self):
         super().__post_init__()
+        # Plain attributes: a ModelOutput would count them among its items.
         object.__setattr__(self, "_logits", None)
+        object.__setattr__(self, "_compute", None)
 
     @property
     def logits(self):
-        if callable(self._logits):
-            object.__setattr__(self, "_logits", self._logits())
+        if self._compute is not None:
+            self.set_logits(self._compute())
         return self._logits
 
-    def with_logits(self, logits):
-        """Attach logits, or a function that computes them."""
+    def set_logits(self, logits=None, compute=None):
+        """Attach logits, or a function that gives them when they are first read. Returns self."""
         object.__setattr__(self, "_logits", logits)
+        object.__setattr__(self, "_compute", compute)
         return self
 
 
@@ -195,10 +197,10 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             return (loss, logits) if labels is not None else (logits,)
         output = MGenOutput(loss=loss, past_key_values=cache)
         if last_logits_only:
-            return output.with_logits(self._logits(hidden[:, -1:]))
+            return output.set_logits(self._logits(hidden[:, -1:]))
         if labels is not None:
-            return output.with_logits(lambda: self._logits(hidden))
-        return output.with_logits(self._logits(hidden))
+            return output.set_logits(compute=lambda: self._logits(hidden))
+        return output.set_logits(self._logits(hidden))
 
     # ---- weights in and out
 
@@ -214,6 +216,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             ConfigError: config.json cannot be used. WeightsError: the files are broken, or their keys or shapes are
             not the model's; the message lists them.
         """
+        from paddlemix.checkpoint import open_weights
+
         config = config if config is not None else cls.config_class.from_pretrained(folder)
         with open_weights(folder) as reader:
             check_weights(reader, parameter_shapes(config), folder)
@@ -253,6 +257,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
         format: "pdparams" or "safetensors". state_dict: other values under the same names (default: the model's).
         """
+        from paddlemix.checkpoint import write_sharded
+
         os.makedirs(folder, exist_ok=True)
         tensors = self.state_dict() if state_dict is None else state_dict
         shapes = parameter_shapes(self.config)

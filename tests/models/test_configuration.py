@@ -1,0 +1,80 @@
+"""config.json. Run: pytest tests/models/test_configuration.py"""
+
+import json
+
+import pytest
+
+from paddlemix.models.mgen_vl.configuration import MGenConfig
+from paddlemix.utils.errors import ConfigError
+from tests.helpers import tiny_config
+
+
+def test_defaults_are_the_7b():
+    config = MGenConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 32, 151936)
+    assert (config.visual["width"], config.visual["layers"], config.n_queries) == (1664, 48, 256)
+    assert config.image_start_id == 151857 and config.model_type == "mgen"
+
+
+def test_round_trip(tmp_path):
+    tiny_config().save_pretrained(str(tmp_path))
+    again = MGenConfig.from_pretrained(str(tmp_path), dtype="float32", use_flash_attention=True)
+    assert again.visual == tiny_config().visual and again.seq_length == 512
+    assert again.dtype == "float32" and again.use_flash_attention is True
+
+
+@pytest.mark.parametrize("model_type", ["mgen", "qwen", None])
+def test_accepted_model_types(tmp_path, model_type):
+    values = {"visual": {}}
+    if model_type:
+        values["model_type"] = model_type
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert MGenConfig.from_pretrained(str(tmp_path)).model_type == "mgen"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no config.json"),
+        ("{", "is not JSON"),
+        ("[" * 100000, "is not JSON"),
+        ("[]", "JSON object"),
+        ('{"model_type": "llama", "visual": {}}', "model_type is 'llama'"),
+        ('{"model_type": "qwen"}', "no visual part"),
+    ],
+)
+def test_hostile_files(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        MGenConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"hidden_size": -1}, "hidden_size must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"hidden_size": 256}, "kv_channels × num_attention_heads"),
+        ({"rotary_pct": 0.5}, "rotary_pct"),
+        ({"intermediate_size": 255}, "even"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"visual": {"output_dim": 256}}, "output_dim must be hidden_size"),
+        ({"visual": {"heads": 3}}, "multiple of visual.heads"),
+        ({"visual": {"image_size": 57}}, "multiple of patch_size"),
+        ({"visual": {"n_queries": 5}}, "square"),
+        ({"visual": {"mlp_ratio": 0}}, "mlp_ratio"),
+        ({"visual": {"image_start_id": 479}}, "in the vocabulary"),
+        ({"visual": {"image_size": 2.5}}, "image_size"),
+    ],
+)
+def test_values_that_cannot_be(values, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**values)
+
+
+def test_visual_of_another_kind():
+    with pytest.raises(ConfigError, match="must be an object"):
+        MGenConfig(visual=[])

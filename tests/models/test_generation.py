@@ -1,0 +1,221 @@
+"""Decoding: equal to a plain loop, alone and in batches. Run: pytest tests/models/test_generation.py"""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.models.mgen_vl.configuration import MGenConfig
+from paddlemix.models.mgen_vl.generation import decode_response, load_generation_config
+from paddlemix.utils.errors import ConfigError, UserError
+from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
+
+# An id that no test wants to end on.
+NEVER = 479
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = make_tiny_model()
+    # The random model must not choose the end by chance: logit 0 is the middle of its range.
+    weight = model.lm_head.weight.numpy()
+    weight[:, NEVER] = 0
+    model.lm_head.weight.set_value(weight)
+    return model
+
+
+def pixels(n, seed=0):
+    return paddle.to_tensor(np.random.default_rng(seed).standard_normal((n, 3, 56, 56)).astype("float32"))
+
+
+def batch(*rows):
+    return paddle.to_tensor(np.array(rows))
+
+
+def log_softmax(z):
+    z = z - z.max()
+    return z - np.log(np.exp(z).sum())
+
+
+def naive_greedy(model, ids, images, steps):
+    """Whole forward per token, no cache."""
+    ids, new = list(ids), []
+    for _ in range(steps):
+        token = int(model(batch(ids), images=images).logits.numpy()[0, -1].argmax())
+        ids.append(token)
+        new.append(token)
+    return new
+
+
+def naive_beams(model, ids, images, steps, beams):
+    """Plain beam search without an end: the best sequence of `steps` tokens by summed log-probability."""
+    kept = [(0.0, [])]
+    for _ in range(steps):
+        longer = []
+        for score, new in kept:
+            scores = log_softmax(model(batch(list(ids) + new), images=images).logits.numpy()[0, -1].astype("float64"))
+            longer += [(score + scores[t], new + [int(t)]) for t in np.argsort(scores)[-2 * beams :]]
+        kept = sorted(longer, reverse=True)[:beams]
+    return kept[0][1]
+
+
+PROMPTS = (prompt_ids([10, 20, 30]), prompt_ids([1, 2, 3, 4, 5, 6, 7], images=2), prompt_ids([9]))
+
+
+def padded(rows):
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return batch(*ids), batch(*mask)
+
+
+def test_greedy_equals_a_plain_loop(model):
+    expected = naive_greedy(model, PROMPTS[0], pixels(1), 150)  # past one block of the cache
+    new, scores = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=150, eos_token_id=NEVER)
+    assert new.numpy()[0].tolist() == expected
+    assert scores.shape == [1, 1]
+
+
+@pytest.mark.parametrize("strategy", [{}, {"decode_strategy": "beam_search", "num_beams": 3}])
+def test_a_batch_equals_its_rows_one_by_one(model, strategy):
+    images = pixels(4)
+    options = dict(max_new_tokens=10, eos_token_id=NEVER, **strategy)
+    alone = [
+        model.generate(batch(row), images=images[a:b], **options)[0].numpy()[0].tolist()
+        for row, (a, b) in zip(PROMPTS, ((0, 1), (1, 3), (3, 4)))
+    ]
+    ids, mask = padded(PROMPTS)
+    together, _ = model.generate(ids, images=images, attention_mask=mask, **options)
+    assert together.numpy().tolist() == alone
+    assert len({tuple(row) for row in alone}) == 3
+
+
+def test_beam_search_equals_a_plain_one(model):
+    for row, images in ((PROMPTS[0], pixels(1)), (PROMPTS[1], pixels(2, 7))):
+        new, _ = model.generate(
+            batch(row), images=images, max_new_tokens=6, eos_token_id=NEVER, decode_strategy="beam_search", num_beams=4
+        )
+        assert new.numpy()[0].tolist() == naive_beams(model, row, images, 6, 4)
+
+
+def test_a_row_stops_at_its_end_and_the_batch_when_all_have(model):
+    images = pixels(4)
+    ids, mask = padded(PROMPTS)
+    free, _ = model.generate(ids, images=images, attention_mask=mask, max_new_tokens=12, eos_token_id=NEVER)
+    free = free.numpy()
+    ends = [int(free[0, 2]), int(free[1, 4]), int(free[2, 3])]
+    new, _ = model.generate(ids, images=images, attention_mask=mask, max_new_tokens=12, eos_token_id=ends)
+    new, pad = new.numpy(), model.config.pad_token_id
+    lengths = [next(i for i, t in enumerate(row) if t in ends) + 1 for row in free.tolist()]
+    assert new.shape[1] == max(lengths) < 12
+    for row, expected, length in zip(new, free, lengths):
+        assert row[:length].tolist() == expected[:length].tolist()
+        assert set(row[length:].tolist()) <= {pad}
+
+
+def test_sampling_is_seeded_and_narrow_sampling_is_greedy(model):
+    def sample(seed, **options):
+        paddle.seed(seed)
+        new, _ = model.generate(
+            batch(PROMPTS[0]),
+            images=pixels(1),
+            max_new_tokens=8,
+            eos_token_id=NEVER,
+            decode_strategy="sampling",
+            **options,
+        )
+        return new.numpy()[0].tolist()
+
+    greedy, _ = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=8, eos_token_id=NEVER)
+    assert sample(0, top_k=1) == greedy.numpy()[0].tolist()
+    assert sample(1, top_k=50, temperature=3.0) == sample(1, top_k=50, temperature=3.0)
+    assert sample(1, top_k=50, temperature=3.0) != sample(2, top_k=50, temperature=3.0)
+    rows, _ = model.generate(
+        batch(PROMPTS[1]), images=pixels(2), max_new_tokens=3, eos_token_id=NEVER, decode_strategy="sampling",
+        num_return_sequences=3, top_k=1,
+    )  # fmt: skip
+    assert rows.shape == [3, 3] and len({tuple(r) for r in rows.numpy().tolist()}) == 1
+
+
+def test_the_image_matters_and_is_seen_once(model, monkeypatch):
+    calls = []
+    forward = type(model.visual).forward
+    monkeypatch.setattr(type(model.visual), "forward", lambda self, x: calls.append(1) or forward(self, x))
+    answers = {
+        tuple(model.generate(batch(PROMPTS[0]), images=pixels(1, s), max_new_tokens=6)[0].numpy()[0]) for s in range(3)
+    }
+    assert len(calls) == 3 and len(answers) > 1
+
+
+def test_lm_head_sees_the_last_position_only(model, monkeypatch):
+    shapes = []
+    plain = type(model)._logits
+    monkeypatch.setattr(type(model), "_logits", lambda self, h: shapes.append(list(h.shape)) or plain(self, h))
+    model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=3, eos_token_id=NEVER)
+    assert shapes == [[1, 1, 128]] * 3
+
+
+def test_generation_leaves_the_training_mode_alone(model):
+    model.train()
+    try:
+        model.generate(batch([1, 2]), max_new_tokens=1)
+        assert model.training and model.visual.training
+    finally:
+        model.eval()
+
+
+def test_wrong_image_count(model):
+    with pytest.raises(UserError, match="1 image spans, but 2 images"):
+        model.generate(batch(PROMPTS[0]), images=pixels(2), max_new_tokens=1)
+
+
+def test_chat_over_several_turns(model, tmp_path):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    query = tokenizer.from_list_format([{"image": "a"}, {"text": "what?"}])
+    response, history = model.chat(tokenizer, query, None, images=pixels(1), max_new_tokens=5)
+    assert history == [(query, response)]
+    _, longer = model.chat(tokenizer, "and?", history, images=pixels(1), max_new_tokens=5)
+    assert [turn[0] for turn in longer] == [query, "and?"]
+    assert history == [(query, response)]  # the caller's list is its own
+    with pytest.raises(UserError, match="1 image spans"):
+        model.chat(tokenizer, "and?", history, images=None, max_new_tokens=5)
+
+
+def test_decode_response_ends_at_the_first_stop(tmp_path):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    stops = [tokenizer.eod_id, tokenizer.im_end_id]
+    ids = list("图 a ".encode()) + [tokenizer.im_end_id] + list(b"more")
+    assert decode_response(tokenizer, ids, stops) == "图 a"
+    assert decode_response(tokenizer, list(b"open"), stops) == "open"
+
+
+def config_file(tmp_path, values):
+    (tmp_path / "generation_config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    return load_generation_config(str(tmp_path), MGenConfig())
+
+
+def test_generation_config_defaults_to_greedy(tmp_path):
+    public = {"do_sample": True, "top_k": 0, "top_p": 0.3, "max_new_tokens": 99, "transformers_version": "4.31.0"}
+    made = config_file(tmp_path, public)
+    assert (made.decode_strategy, made.max_new_tokens, made.eos_token_id) == ("greedy_search", 99, 151643)
+    assert made.max_window_size == 6144
+    assert config_file(tmp_path, {"decode_strategy": "beam_search", "num_beams": 3}).num_beams == 3
+    assert load_generation_config(None, MGenConfig()).max_new_tokens == 512
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ("{", "is not JSON"),
+        ([], "JSON object"),
+        ({"max_new_tokens": "many"}, "max_new_tokens must be from 1"),
+        ({"max_new_tokens": 10**9}, "max_new_tokens"),
+        ({"top_p": 2}, "top_p"),
+        ({"decode_strategy": "magic"}, "decode_strategy is"),
+        ({"chat_format": "raw"}, "chatml"),
+    ],
+)
+def test_hostile_generation_config(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        config_file(tmp_path, values)

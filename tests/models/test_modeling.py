@@ -1,0 +1,213 @@
+"""The joined model: spans, loss, weights in and out. Run: pytest tests/models/test_modeling.py"""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
+from paddlemix.utils.errors import UserError, WeightsError
+from tests.helpers import IMAGE_START_ID, make_tiny_model, prompt_ids, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_tiny_model()
+
+
+def pixels(n, seed=0):
+    return paddle.to_tensor(np.random.default_rng(seed).standard_normal((n, 3, 56, 56)).astype("float32"))
+
+
+def batch(*rows):
+    return paddle.to_tensor(np.array(rows))
+
+
+def test_visual_gives_a_feature_per_query(model):
+    assert model.visual(pixels(3)).shape == [3, 4, 128]
+    with pytest.raises(ValueError, match=r"\[N, 3, 56, 56\]"):
+        model.visual(paddle.zeros([1, 3, 64, 64]))
+
+
+def test_images_fill_their_spans_in_row_major_order(model):
+    ids = batch(prompt_ids([1, 2, 3, 4, 5, 6]), prompt_ids([], images=2))
+    embeds = model.embed(ids, pixels(3)).numpy()
+    features = model.visual(pixels(3)).numpy()
+    for row, start, image in ((0, 1, 0), (1, 1, 1), (1, 7, 2)):
+        np.testing.assert_allclose(embeds[row, start : start + 4], features[image], atol=1e-6)
+    words = model.transformer.llm.wte(ids).numpy()
+    np.testing.assert_array_equal(embeds[0, 5:], words[0, 5:])
+    np.testing.assert_array_equal(embeds[:, 0], words[:, 0])
+
+
+def test_precomputed_features_stand_for_images(model):
+    ids = batch(prompt_ids([1, 2, 3]))
+    ours = model(ids, image_features=model.visual(pixels(1))).logits
+    np.testing.assert_array_equal(ours.numpy(), model(ids, images=pixels(1)).logits.numpy())
+
+
+@pytest.mark.parametrize(
+    "ids, images, message",
+    [
+        (prompt_ids([1, 2]), 0, "1 image spans, but 0 images"),
+        (prompt_ids([1, 2]), 2, "1 image spans, but 2 images"),
+        ([1, 2, 3], 1, "0 image spans, but 1 images"),
+        (prompt_ids([1, 2], n_queries=3), 1, "4 ids and </img>"),
+        (prompt_ids([1, 2])[:4], 1, "4 ids and </img>"),
+        (prompt_ids([1, IMAGE_START_ID + 1]), 1, "without its <img>"),
+        ([1, IMAGE_START_ID + 1], 0, "without its <img>"),
+    ],
+)
+def test_spans_and_images_must_match(model, ids, images, message):
+    with pytest.raises(UserError, match=message):
+        model(batch(ids), images=pixels(images) if images else None)
+
+
+def naive_loss(model, ids, labels, images):
+    logits = model(ids, images=images).logits.numpy().astype("float64")
+    total, count = 0.0, 0
+    for row in range(ids.shape[0]):
+        for t in range(ids.shape[1] - 1):
+            label = int(labels[row, t + 1])
+            if label != -100:
+                z = logits[row, t]
+                total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[label]
+                count += 1
+    return total / count
+
+
+def test_loss_is_the_mean_over_labelled_positions(model):
+    rng = np.random.default_rng(0)
+    ids = batch(prompt_ids(rng.integers(0, 256, 10)), prompt_ids(rng.integers(0, 256, 10)))
+    labels = ids.numpy().copy()
+    labels[:, :9] = -100
+    labels[1, 9:14] = -100
+    images = pixels(2)
+    output = model(ids, images=images, labels=paddle.to_tensor(labels))
+    assert float(output.loss) == pytest.approx(naive_loss(model, ids, labels, images), rel=1e-5)
+    np.testing.assert_allclose(output.logits.numpy(), model(ids, images=images).logits.numpy(), atol=1e-6)
+
+
+def test_logits_beside_a_loss_cost_nothing_until_read(model, monkeypatch):
+    seen = []
+    plain = MGenLMHeadModel._logits
+    monkeypatch.setattr(MGenLMHeadModel, "_logits", lambda self, h: seen.append(list(h.shape)) or plain(self, h))
+    ids = batch(prompt_ids([1, 2, 3, 4]))
+    labels = ids.numpy().copy()
+    labels[:, :-2] = -100
+    output = model(ids, images=pixels(1), labels=paddle.to_tensor(labels))
+    assert seen == [[2, 128]]
+    assert output.logits.shape == [1, 10, 480] and output.logits is output.logits
+
+
+def test_no_label_at_all_is_loss_zero_with_a_gradient_path(model):
+    ids = batch([1, 2, 3])
+    loss = model(ids, labels=paddle.full_like(ids, -100)).loss
+    assert float(loss) == 0.0
+
+
+def test_tuples(model):
+    ids = batch([1, 2, 3])
+    loss, logits = model(ids, labels=ids, return_dict=False)
+    assert loss.shape == [] and logits.shape == [1, 3, 480]
+    (logits,) = model(ids, return_dict=False)
+    assert logits.shape == [1, 3, 480]
+
+
+def test_changing_the_image_changes_loss_and_its_gradient_reaches_the_vit():
+    model = make_tiny_model()
+    model.train()
+    ids = batch(prompt_ids([1, 2, 3, 4]))
+    losses = [float(model(ids, images=pixels(1, seed), labels=ids).loss) for seed in (0, 1)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    model(ids, images=pixels(1), labels=ids).loss.backward()
+    assert float(model.visual.vit.conv1.weight.grad.abs().max()) > 0
+
+
+def test_frozen_vision_builds_no_graph():
+    model = make_tiny_model()
+    for parameter in model.visual.parameters():
+        parameter.stop_gradient = True
+    assert model.visual(pixels(1)).stop_gradient
+    model.visual.attn_pool.query.stop_gradient = False
+    assert not model.visual(pixels(1)).stop_gradient
+    assert model.visual.vit(pixels(1)).stop_gradient
+
+
+def test_padding_changes_nothing(model):
+    short, long = prompt_ids([5, 6]), prompt_ids([1, 2, 3, 4, 5, 6])
+    pad = len(long) - len(short)
+    images = pixels(2)
+    alone = model(batch(short), images=images[:1]).logits.numpy()[0]
+    for side in ("left", "right"):
+        padded = [0] * pad + short if side == "left" else short + [0] * pad
+        mask = [0] * pad + [1] * len(short) if side == "left" else [1] * len(short) + [0] * pad
+        together = model(
+            batch(padded, long), images=images, attention_mask=batch(mask, [1] * len(long))
+        ).logits.numpy()[0]
+        real = together[pad:] if side == "left" else together[: len(short)]
+        np.testing.assert_allclose(real, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["pdparams", "safetensors"])
+@pytest.mark.parametrize("shard", ["10GB", "200KB"])
+def test_save_and_load(tmp_path, model, format, shard):
+    model.save_pretrained(str(tmp_path), max_shard_size=shard, format=format)
+    indexes = list(tmp_path.glob("*.index.json"))
+    assert len(indexes) == (0 if shard == "10GB" else 1)
+    again = MGenLMHeadModel.from_pretrained(str(tmp_path))
+    assert not again.training
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy())
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mgen"
+
+
+def test_dtype_is_converted_on_the_way(tmp_path, model):
+    from paddlemix.checkpoint import convert_dtype, open_weights, write_sharded
+
+    model.save_pretrained(str(tmp_path))
+    half = {}
+    with open_weights(str(tmp_path)) as reader:
+        for key in reader.keys():
+            half[key] = np.array(reader.read(key, "bfloat16"))
+    (tmp_path / "model_state.pdparams").unlink()
+    items = [(key, "bfloat16", array.shape, lambda a=array: a) for key, array in half.items()]
+    write_sharded(str(tmp_path), items, format="safetensors")
+    again = MGenLMHeadModel.from_pretrained(str(tmp_path), dtype="float32")
+    for name, tensor in model.state_dict().items():
+        expected = convert_dtype(convert_dtype(tensor.numpy(), "float32", "bfloat16"), "bfloat16", "float32")
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), expected)
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path, model):
+    from paddlemix.checkpoint import write_sharded
+
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(str(tmp_path))
+    del tensors["lm_head.weight"]
+    tensors["visual.extra"] = np.zeros(2, "float32")
+    tensors["visual.proj"] = np.zeros([3, 4], "float32")
+    items = [(name, "float32", array.shape, lambda a=array: a) for name, array in tensors.items()]
+    write_sharded(str(tmp_path), items)
+    with pytest.raises(WeightsError) as error:
+        MGenLMHeadModel.from_pretrained(str(tmp_path))
+    text = str(error.value)
+    assert "1 missing: lm_head.weight" in text and "1 unexpected: visual.extra" in text
+    assert "visual.proj is [3, 4], the model has [128, 128]" in text
+
+
+def test_loading_initialises_nothing(tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path)
+    monkeypatch.setattr(MGenLMHeadModel, "_init_language", lambda self: pytest.fail("random weights were made"))
+    MGenLMHeadModel.from_pretrained(folder)
+
+
+def test_pos_embed_never_trains():
+    model = make_tiny_model()
+    before = model.visual.attn_pool.pos_embed.numpy().copy()
+    optimizer = paddle.optimizer.AdamW(1e-2, parameters=model.parameters())
+    ids = batch(prompt_ids([1, 2, 3, 4]))
+    model(ids, images=pixels(1), labels=ids).loss.backward()
+    optimizer.step()
+    np.testing.assert_array_equal(model.visual.attn_pool.pos_embed.numpy(), before)
