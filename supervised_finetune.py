@@ -1,4 +1,4 @@
-"""Tune MGen-VL on captions: `python supervised_finetune.py CONFIG.json [--key value …]` (SPEC §4). See --help."""
+"""Tune MGen-VL on captions: `python supervised_finetune.py CONFIG.json [--key value …]`. See --help."""
 
 from __future__ import annotations
 

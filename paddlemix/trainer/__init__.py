@@ -1,1 +1,1 @@
-"""Supervised finetuning: arguments (strict) · freeze (what trains) · finetune (PaddleNLP's Trainer) · callbacks (logs)."""
+"""Supervised finetuning: arguments (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""

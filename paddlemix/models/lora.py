@@ -1,0 +1,210 @@
+"""LoRA adapters (Hu et al. 2021) on PaddleNLP's LoRAModel: put on, read back, checked.
+
+A module `name` of weight W [in, out] gets `name.lora_A` [in, r] and `name.lora_B` [r, out]; its output
+becomes x·W + (alpha / r) · dropout(x)·A·B. Further parameters may train whole beside the adapters; they are
+saved with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from paddlemix.utils.errors import ConfigError, WeightsError
+
+LORA_CONFIG_NAME = "lora_config.json"
+
+# Variants of LoRA that PaddleNLP knows. Their scale or their matrices differ, and merging here does not
+# cover them.
+_VARIANTS = ("rslora", "pissa", "loraga", "use_mora", "lora_use_mixer", "do_qat")
+
+
+def adapted_modules(names: Sequence[str], target_modules: Sequence[str]) -> List[str]:
+    """Modules that get an adapter: those whose whole name matches one of the regular expressions.
+
+    names: parameter names of the model; a module is one that has a `.weight`.
+
+    Raises:
+        ConfigError: an expression is broken or matches no module.
+    """
+    modules = [name[: -len(".weight")] for name in names if name.endswith(".weight")]
+    chosen = set()
+    for pattern in target_modules:
+        try:
+            matches = [module for module in modules if re.fullmatch(pattern, module)]
+        except re.error as error:
+            raise ConfigError(
+                f'lora_target_modules: "{pattern}" is no regular expression ({error})'
+            ) from None
+        if not matches:
+            raise ConfigError(
+                f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})'
+            )
+        chosen.update(matches)
+    return [module for module in modules if module in chosen]
+
+
+def adapter_shapes(
+    shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence[str], rank: int
+) -> Dict[str, Tuple[int, ...]]:
+    """Names and shapes of the adapters on a model with these parameter shapes."""
+    found = {}
+    for module in adapted_modules(list(shapes), target_modules):
+        weight = shapes[module + ".weight"]
+        if len(weight) != 2:
+            raise ConfigError(
+                f"lora_target_modules: {module} is no Linear layer (its weight is {list(weight)})"
+            )
+        found[module + ".lora_A"] = (weight[0], rank)
+        found[module + ".lora_B"] = (rank, weight[1])
+    return found
+
+
+def apply_lora(
+    model,
+    *,
+    rank: int,
+    alpha: int,
+    target_modules: Sequence[str],
+    dropout: float = 0.0,
+    trainable: Sequence[str] = (),
+    base_model_name_or_path: Optional[str] = None,
+):
+    """Put fresh adapters on `model` and return the LoRAModel around it: A random, B zero, so nothing
+    changes yet.
+
+    trainable: names of base parameters that train whole beside the adapters. All others are frozen.
+
+    Raises:
+        ConfigError: a target matches nothing or is no Linear layer, or a weight would both train and carry
+        an adapter.
+    """
+    from paddle import nn
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    names = list(model.state_dict())
+    modules = adapted_modules(names, target_modules)
+    layers = dict(model.named_sublayers())
+    for module in modules:
+        if not isinstance(layers[module], nn.Linear) and "Parallel" not in type(layers[module]).__name__:
+            raise ConfigError(
+                f"lora_target_modules: {module} is no Linear layer but a {type(layers[module]).__name__}"
+            )
+    both = sorted(set(trainable) & {module + ".weight" for module in modules})
+    if both:
+        raise ConfigError(
+            f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them"
+        )
+    config = LoRAConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        # Expressions again, so each name is spelled out.
+        trainable_modules=[re.escape(name) for name in trainable] or None,
+        tensor_parallel_degree=model.config.tensor_parallel_degree,
+        dtype=str(model.config.dtype).replace("paddle.", ""),
+        base_model_name_or_path=base_model_name_or_path,
+    )
+    return LoRAModel(model, config)
+
+
+def read_lora_config(folder: str) -> Dict:
+    """lora_config.json of a LoRA folder, checked.
+
+    Raises:
+        WeightsError: missing, no JSON object, without rank, scale or targets, or a variant this project
+        cannot merge.
+    """
+    path = os.path.join(folder, LORA_CONFIG_NAME)
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except FileNotFoundError:
+        raise WeightsError(
+            f"no {LORA_CONFIG_NAME} in {folder}: give the folder of a LoRA checkpoint"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} must hold a JSON object")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise WeightsError(f"{path}: {name} must be a number above 0, not {value!r}")
+    targets = config.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise WeightsError(f"{path}: target_modules must be a list of regular expressions")
+    config["target_modules"] = targets
+    for name in _VARIANTS:
+        if config.get(name):
+            raise WeightsError(f"{path}: {name} is a variant of LoRA that is not built here")
+    return config
+
+
+def load_lora_weights(lora_model, folder: str) -> None:
+    """Set the adapters, and what trained beside them, of a LoRAModel from a LoRA folder, without executing
+    anything.
+
+    Raises:
+        WeightsError: the file's keys or shapes are not this model's; the message lists them.
+    """
+    from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
+
+    tensors = lora_model.model.state_dict()
+    expected = {name for name, tensor in tensors.items() if not tensor.stop_gradient}
+    path = os.path.join(folder, LORA_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
+    with open_weights(path) as reader:
+        stored = set(reader.keys())
+        problems = []
+        for kind, names in (
+            ("missing", sorted(expected - stored)),
+            ("unexpected", sorted(stored - expected)),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                problems.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
+        for name in sorted(expected & stored):
+            if tuple(reader.info(name).shape) != tuple(tensors[name].shape):
+                problems.append(f"{name} is {list(reader.info(name).shape)}, not {list(tensors[name].shape)}")
+        if problems:
+            raise WeightsError(f"{path} does not fit the model: " + "; ".join(problems))
+        for name in sorted(expected):
+            dtype = str(tensors[name].dtype).replace("paddle.", "")
+            tensors[name].set_value(np.ascontiguousarray(reader.read(name, dtype)))
+
+
+def load_lora(model, folder: str):
+    """Put the adapters of a LoRA folder on `model`; returns the LoRAModel, in eval mode.
+
+    Parameters that trained whole beside the adapters take the place of the base's.
+
+    Raises:
+        WeightsError: the configuration or the weights are broken or do not fit the model.
+    """
+    config = read_lora_config(folder)
+    names = list(model.state_dict())
+    patterns = config.get("trainable_modules") or []
+    whole = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    try:
+        lora_model = apply_lora(
+            model,
+            rank=int(config["r"]),
+            alpha=config["lora_alpha"],
+            target_modules=config["target_modules"],
+            dropout=float(config.get("lora_dropout") or 0.0),
+            trainable=whole,
+            base_model_name_or_path=config.get("base_model_name_or_path"),
+        )
+    except ConfigError as error:
+        raise WeightsError(f"{folder} does not fit the model: {error}") from None
+    load_lora_weights(lora_model, folder)
+    lora_model.eval()
+    return lora_model

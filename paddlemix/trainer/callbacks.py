@@ -1,0 +1,78 @@
+"""What a run says while it goes: log lines in the notebook's form, a progress bar, signals."""
+
+from __future__ import annotations
+
+import signal
+from typing import Optional
+
+from paddlenlp.trainer import TrainerCallback
+
+from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
+
+
+def format_logs(logs: dict) -> str:
+    """`loss: 4.1, learning_rate: 9.755e-06, global_step: 1, …`"""
+    return ", ".join(f"{name}: {value}" for name, value in logs.items())
+
+
+class LogLines(TrainerCallback):
+    """One line per log, from the first process; a progress bar unless disable_tqdm.
+
+    First in the chain of callbacks, so that those after it (VisualDL) see the names it sets: PaddleNLP 3
+    calls the epoch progress_or_epoch.
+    """
+
+    def __init__(self):
+        self._bar: Optional[Progress] = None
+        self._shown = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_local_process_zero and not args.disable_tqdm:
+            self._shown = state.global_step
+            self._bar = Progress(
+                total=state.max_steps, desc="training", unit="step", initial=state.global_step
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._shown)
+            self._shown = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "progress_or_epoch" in logs:
+            logs["epoch"] = logs.pop("progress_or_epoch")
+        if "loss" in logs and self._bar is not None:
+            self._bar.note(f"loss {logs['loss']:.4f}")
+        if state.is_world_process_zero:
+            logger.info(format_logs(logs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler's notice) saves a checkpoint after the step at hand and ends the training."""
+
+    def __init__(self):
+        self.received = False
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received and state.global_step < state.max_steps:
+            logger.warning("SIGTERM: saving a checkpoint, then stopping")
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None

@@ -1,0 +1,591 @@
+"""Supervised finetuning: model, frozen parts, adapters, data and PaddleNLP's Trainer put together, then
+saved.
+
+The Trainer is wrapped, not rewritten. What the subclass changes, and why:
+  order of samples   a permutation per epoch from the seed alone, so that a resumed run goes on where it
+  stood by index checkpoints        written under another name, sealed, renamed; read without executing
+  anything they hold optimizer          takes the parameters that train only; no decay on vectors (norms,
+  biases) log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
+Losses of accumulated batches are averaged batch by batch, as PaddleNLP does, not label by label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+import types
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import paddle
+import paddlenlp
+from paddlenlp.peft import LoRAModel
+from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from paddlenlp.utils.batch_sampler import DistributedBatchSampler
+
+from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
+from paddlemix.checkpoint import open_weights
+from paddlemix.datasets.chatml import build_dataset
+from paddlemix.datasets.collator import MGenVLCollator
+from paddlemix.models.lora import apply_lora, load_lora_weights, read_lora_config
+from paddlemix.models.mgen_vl.modeling import check_weights
+from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.processors.images import MGenVLImageProcessor
+from paddlemix.processors.mgen_vl_processing import ChatTemplate
+from paddlemix.trainer import checkpoints, freeze
+from paddlemix.trainer.arguments import (
+    DataArguments,
+    GenerationArguments,
+    ModelArguments,
+    TrainingKeys,
+    dataset_entries,
+)
+from paddlemix.trainer.callbacks import LogLines, StopOnSignal
+from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
+from paddlemix.utils.log import logger
+from paddlemix.utils.runtime import describe_threads, resolve_device, resolve_dtype, seed_everything
+
+# The parts between vision and language, which mm_projector_lr is for.
+_PROJECTOR_GROUPS = ("attn_pool", "ln_post + proj")
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """PaddleNLP's TrainingArguments and the keys that PaddleMIX added to them."""
+
+    benchmark: bool = False
+    group_by_modality_length: bool = False
+    mm_projector_lr: Optional[float] = None
+
+
+def paddlenlp_arguments(training: TrainingKeys, dtype: str) -> FinetuneArguments:
+    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what `dtype` became on this device.
+
+    Raises:
+        ConfigError: a key is set that the installed PaddleNLP does not have, or two do not fit together.
+    """
+    known = {field.name for field in dataclasses.fields(FinetuneArguments)}
+    values = {}
+    for field in dataclasses.fields(TrainingKeys):
+        value = getattr(training, field.name)
+        if field.name in known:
+            values[field.name] = value
+    values.update(
+        fp16=dtype == "float16",
+        bf16=dtype == "bfloat16",
+        device=paddle.get_device().split(":")[0],
+        report_to=training.report_to or ["visualdl"],
+        # Our own words for a device; PaddleNLP's flag would only repeat it.
+        no_cuda=False,
+        # Resuming and "evaluate once at the end" are decided here, not there.
+        do_eval=training.evaluation_strategy != "no",
+        resume_from_checkpoint=None,
+        load_best_model_at_end=training.load_best_model_at_end,
+    )
+    if training.load_best_model_at_end and training.greater_is_better is None:
+        values["greater_is_better"] = False
+    try:
+        return FinetuneArguments(**values)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def print_block(title: str, block: Any) -> None:
+    """One block of arguments, as the notebook shows it: sorted names, padded to 30."""
+    logger.info("=" * 60)
+    logger.info("{:^40}".format(f"{title} Configuration Arguments"))
+    logger.info("{:30}: {}".format("paddle commit id", paddle.version.commit))
+    logger.info("{:30}: {}".format("paddlenlp commit id", paddlenlp.version.commit))
+    for name in dir(block):
+        if not name.startswith("__"):
+            value = getattr(block, name)
+            if not isinstance(value, types.MethodType):
+                logger.info(f"{name:30}: {value}")
+    logger.info("")
+
+
+class EpochSampler(DistributedBatchSampler):
+    """Batches of indices in an order that depends on the seed and the epoch alone.
+
+    Each epoch holds a whole number of optimizer steps, so that no gradient of its last batches leaks into
+    the next epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any
+    step without reading a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
+
+    rank, processes: this process takes every `processes`-th batch.
+    """
+
+    def __init__(self, dataset, batch_size, *, seed, accumulation, drop_last=False, rank=0, processes=1):
+        super().__init__(
+            dataset, batch_size, num_replicas=processes, rank=rank, shuffle=True, drop_last=drop_last
+        )
+        self.seed = seed
+        per_step = batch_size * processes
+        batches = len(dataset) // per_step if drop_last else math.ceil(len(dataset) / per_step)
+        if batches == 0:
+            raise ConfigError(f"{len(dataset)} samples do not fill one batch of {per_step}")
+        self.batches = batches - batches % accumulation if batches >= accumulation else batches
+        self.first_batch = 0
+
+    def set_epoch(self, epoch=0, consumed_samples=0):
+        """PaddleNLP's Trainer calls this when it resumes; `start_at` has said it all by then."""
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Let the next iteration begin at this batch (of this process) of this epoch."""
+        self.epoch, self.first_batch = epoch, batch
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
+        per_step = self.batch_size * self.nranks
+        if self.nranks > 1:
+            # Every process must get as many batches: the last ones begin again at the front.
+            order = np.resize(order, max(len(order), self.batches * per_step))
+        for batch in range(self.first_batch, self.batches):
+            start = batch * per_step + self.local_rank * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+    def __len__(self):
+        return self.batches
+
+
+class FinetuneTrainer(Trainer):
+    """PaddleNLP's Trainer with the changes that this module's head lists."""
+
+    def __init__(self, *args, chat_template: ChatTemplate, **kwargs):
+        self.chat_template = chat_template
+        self.sampler: Optional[EpochSampler] = None
+        self.stop = StopOnSignal()
+        self._rng_loaded = False
+        self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
+        self._tokens, self._tokens_since = 0, time.time()
+        self._history: List[dict] = []
+        super().__init__(*args, **kwargs)
+        self.output_dir = self.args.output_dir
+        # The stock loop lowers it when an epoch holds fewer batches.
+        self.accumulation = self.args.gradient_accumulation_steps
+        # The base class would read the best checkpoint with paddle.load; `train` does it with the safe
+        # reader.
+        self.load_best = self.args.load_best_model_at_end
+        self.args.load_best_model_at_end = False
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        self.add_callback(self.stop)
+        self.add_callback(_Bookkeeping(self))
+        self.callback_handler.callbacks.insert(0, LogLines())
+
+    # ---- what is printed
+
+    def print_config(self, args=None, key=""):
+        print_block("Training" if args is None else key, self.args if args is None else args)
+
+    def log(self, logs: Dict[str, float], **kwargs) -> None:
+        if "loss" in logs:
+            tokens, seconds = (
+                int(self._tokens) * self.args.dataset_world_size,
+                time.time() - self._tokens_since,
+            )
+            logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
+            self._tokens, self._tokens_since = 0, time.time()
+        if "train_runtime" in logs:
+            # The stock rates take all planned steps for done in this session, which a resume or a signal
+            # belies.
+            rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
+            per_step = (
+                self.args.train_batch_size
+                * self.args.gradient_accumulation_steps
+                * self.args.dataset_world_size
+            )
+            logs["train_samples_per_second"] = round(rate * per_step, 4)
+            logs["train_steps_per_second"] = round(rate, 4)
+        skipped = getattr(self.train_dataset, "n_skipped", 0)
+        if skipped:
+            logs["skipped_samples"] = int(skipped)
+        super().log(logs, **kwargs)
+        self._history.append(dict(logs))
+        self.state.log_history = self._history
+
+    # ---- data
+
+    def _get_train_sampler(self):
+        self.sampler = EpochSampler(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            accumulation=self.accumulation,
+            drop_last=self.args.dataloader_drop_last,
+            rank=self.args.dataset_rank,
+            processes=self.args.dataset_world_size,
+        )
+        return self.sampler
+
+    # ---- a step
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        """The model's own loss: the mean over the labelled positions of the batch."""
+        outputs = model(**inputs, return_dict=True)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, model, inputs, **kwargs):
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        return super().training_step(model, inputs, **kwargs)
+
+    def _check_loss_valid(self, loss):
+        value = float(loss)
+        if not self.args.fp16 and not math.isfinite(value):
+            raise JobFailed(
+                f"the loss became {value} in step {self.state.global_step + 1}: lower learning_rate, or add "
+                "warmup_steps; the last checkpoint is intact"
+            )
+
+    def create_optimizer(self, lr_scheduler=None):
+        """AdamW over the parameters that train; weight decay on matrices only."""
+        if self.optimizer is None:
+            named = [(name, p) for name, p in base_of(self.model).state_dict().items() if not p.stop_gradient]
+            decayed = {p.name for _, p in named if p.ndim > 1}
+            if self.args.mm_projector_lr is not None:
+                for name, parameter in named:
+                    if freeze.group_of(name) in _PROJECTOR_GROUPS:
+                        parameter.optimize_attr["learning_rate"] = (
+                            self.args.mm_projector_lr / self.args.learning_rate
+                        )
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            clip = (
+                paddle.nn.ClipGradByGlobalNorm(self.args.max_grad_norm)
+                if self.args.max_grad_norm > 0
+                else None
+            )
+            self.optimizer = optimizer_class(
+                learning_rate=lr_scheduler if lr_scheduler is not None else self.lr_scheduler,
+                apply_decay_param_fun=lambda name: name in decayed,
+                parameters=[parameter for _, parameter in named],
+                weight_decay=self.args.weight_decay,
+                grad_clip=clip,
+                multi_precision=self.args.fp16_opt_level == "O2",
+                **options,
+            )
+        return self.optimizer
+
+    # ---- checkpoints
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        if self.control.should_save:
+            # The loss of steps not logged yet belongs to the sum that a checkpoint keeps.
+            self._pending_loss = 0.0 if self.control.should_log else float(tr_loss)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model, metrics=None):
+        """Write a checkpoint beside its place, seal it and rename it."""
+        output_dir, step = self.args.output_dir, self.state.global_step
+        final = os.path.join(output_dir, f"checkpoint-{step}")
+        partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
+        with self._writing_to(partial):
+            super()._save_checkpoint(model, metrics)
+        written = os.path.join(partial, f"checkpoint-{step}")
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = final
+        if self.args.world_size > 1:
+            paddle.distributed.barrier()
+        if not self.args.should_save:
+            return
+        self.state.save_to_json(os.path.join(written, "trainer_state.json"))
+        checkpoints.seal(
+            written,
+            {
+                "global_step": step,
+                "loss_sum": self._total_loss_scalar + self._pending_loss,
+                "order": self._order_settings(),
+            },
+        )
+        if os.path.isdir(final):
+            shutil.rmtree(final)
+        os.rename(written, final)
+        shutil.rmtree(partial)
+        checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _writing_to(self, folder: str):
+        """Let the base class write under another folder."""
+        kept = self.args.output_dir, self.args.output_signal_dir
+        self.args.output_dir = self.args.output_signal_dir = folder
+        try:
+            yield
+        finally:
+            self.args.output_dir, self.args.output_signal_dir = kept
+
+    def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
+        """Left to _save_checkpoint: the stock one runs before the new one is whole, and only under a launcher."""
+
+    def _order_settings(self) -> Dict[str, int]:
+        """What the order of samples depends on. A resumed run must agree in it."""
+        return {
+            "samples": len(self.train_dataset),
+            "batch": self.args.per_device_train_batch_size * self.args.dataset_world_size,
+            "accumulation": self.accumulation,
+            "seed": self.args.seed,
+        }
+
+    def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
+        """Weights (adapters, or the whole model), configuration, tokenizer, chat template, arguments."""
+        folder = output_dir or self.args.output_dir
+        logger.info(f"Saving model checkpoint to {folder}")
+        os.makedirs(folder, exist_ok=True)
+        if isinstance(self.model, LoRAModel):
+            self.model.save_pretrained(
+                folder, merge_tensor_parallel=merge_tensor_parallel, is_main_process=self.args.should_save
+            )
+        else:
+            self.model.save_pretrained(folder)
+        if self.args.should_save:
+            self.tokenizer.save_pretrained(folder)
+            self.chat_template.save(os.path.join(folder, "chat_template.json"))
+            arguments = copy.copy(self.args)
+            arguments.output_dir = arguments.output_signal_dir = self.output_dir
+            paddle.save(arguments, os.path.join(folder, "training_args.bin"))
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
+        if isinstance(self.model, LoRAModel):
+            load_lora_weights(self.model, checkpoint)
+        else:
+            load_full_weights(self.model, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint is not None:
+            logger.info(f"Loading model from {resume_from_checkpoint}")
+            self.load_weights(resume_from_checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        # The stock loop calls this in every epoch after a resume; only the first is right.
+        if not self._rng_loaded:
+            self._rng_loaded = True
+            super()._load_rng_state(checkpoint)
+
+    # ---- the run
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
+        if resume_from_checkpoint is not None:
+            state = checkpoints.read_seal(resume_from_checkpoint)
+            if state["order"] != self._order_settings():
+                changed = ", ".join(
+                    f"{name} was {old}, is {self._order_settings()[name]}"
+                    for name, old in state["order"].items()
+                    if self._order_settings()[name] != old
+                )
+                raise ConfigError(f"{resume_from_checkpoint} is of another run: {changed}")
+            self._first_step, self._resumed_loss = state["global_step"], state["loss_sum"]
+            with open(os.path.join(resume_from_checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+                self._history = json.load(file)["log_history"]
+        metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+        best = self.state.best_model_checkpoint
+        if self.load_best and best is not None:
+            logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
+            self.load_weights(best)
+        return metrics
+
+
+class _Bookkeeping(TrainerCallback):
+    """Keeps the sampler, the epoch and the loss sum right, which the stock loop loses on a resume."""
+
+    def __init__(self, trainer: FinetuneTrainer):
+        self.trainer = trainer
+
+    def _steps_per_epoch(self, args) -> int:
+        return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The loop has just set its sum to 0.
+        self.trainer._total_loss_scalar += self.trainer._resumed_loss
+        self.trainer._resumed_loss = 0.0
+        epoch, step = divmod(state.global_step, self._steps_per_epoch(args))
+        self.trainer.sampler.start_at(
+            epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / self._steps_per_epoch(args)
+
+
+def load_full_weights(model, folder: str) -> None:
+    """Set every parameter of `model` from a model folder with the safe reader."""
+    with open_weights(folder) as reader:
+        check_weights(reader, parameter_shapes(model.config), folder)
+        for name, tensor in model.state_dict().items():
+            dtype = str(tensor.dtype).replace("paddle.", "")
+            tensor.set_value(np.ascontiguousarray(reader.read(name, dtype)))
+
+
+def base_of(model):
+    """The MGenLMHeadModel inside a LoRAModel, or the model itself."""
+    return model.model if isinstance(model, LoRAModel) else model
+
+
+def load_model(model_args: ModelArguments, dtype: str):
+    """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
+    folder = model_args.model_name_or_path
+    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=model_args.use_flash_attention)
+    model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
+    if model_args.text_model_name_or_path is not None:
+        load_language_part(model, model_args.text_model_name_or_path)
+    if model_args.neftune:
+        add_neftune(model, model_args.neftune_noise_alpha)
+    model.train()
+    return model
+
+
+def load_language_part(model, folder: str) -> None:
+    """Replace transformer.llm.* and lm_head by those of another model folder.
+
+    Raises:
+        WeightsError: a tensor is missing or of another shape; the language model's structure must not change.
+    """
+    with open_weights(folder) as reader:
+        stored = set(reader.keys())
+        for name, tensor in model.state_dict().items():
+            if name.startswith("visual."):
+                continue
+            if name not in stored or tuple(reader.info(name).shape) != tuple(tensor.shape):
+                found = list(reader.info(name).shape) if name in stored else "missing"
+                raise WeightsError(
+                    f"text_model_name_or_path: {name} is {found} in {folder}, not {list(tensor.shape)}"
+                )
+            tensor.set_value(
+                np.ascontiguousarray(reader.read(name, str(tensor.dtype).replace("paddle.", "")))
+            )
+
+
+def add_neftune(model, alpha: float) -> None:
+    """NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T · D) on embeddings [B, T, D]."""
+
+    def add_noise(layer, inputs, output):
+        if not layer.training:
+            return output
+        bound = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + paddle.uniform(output.shape, "float32", -bound, bound).astype(output.dtype)
+
+    model.get_input_embeddings().register_forward_post_hook(add_noise)
+
+
+def choose_trainable(model, model_args: ModelArguments):
+    """Freeze what the patterns say and put adapters on; returns the model to train, a LoRAModel with lora."""
+    names = list(model.state_dict())
+    include, exclude = model_args.freeze_include, model_args.freeze_exclude
+    plan = freeze.plan_freeze(names, include, exclude, model_args.lora)
+    if include or exclude:
+        logger.info(f"Freeze parameters: {include} and exclude parameters: {exclude}")
+    freeze.apply_freeze(model, plan)
+    if include or exclude:
+        logger.info("Freeze parameters successfully.")
+    if not model_args.lora:
+        return model
+    if model_args.lora_path is not None:
+        stored = read_lora_config(model_args.lora_path)
+        wanted = {
+            "lora_rank": (model_args.lora_rank, stored["r"]),
+            "lora_alpha": (model_args.lora_alpha, stored["lora_alpha"]),
+            "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
+        }
+        for name, (ours, theirs) in wanted.items():
+            if ours != theirs:
+                raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
+    model = apply_lora(
+        model,
+        rank=model_args.lora_rank,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        trainable=plan.trainable,
+        base_model_name_or_path=model_args.model_name_or_path,
+    )
+    if model_args.lora_path is not None:
+        load_lora_weights(model, model_args.lora_path)
+        logger.info(f"Adapters loaded from {model_args.lora_path}")
+    return model
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    generate_args: GenerationArguments,
+    training: TrainingKeys,
+) -> Dict[str, float]:
+    """One run, from the checked arguments to the saved result (SPEC §3, LoRA checkpoint or model folder).
+
+    Returns the training (and evaluation) metrics.
+
+    Raises:
+        UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
+        JobFailed: the loss is no number any more.
+    """
+    for title, block in (("Model", model_args), ("Data", data_args), ("Generation", generate_args)):
+        print_block(title, block)
+    device = resolve_device("cpu" if training.no_cuda else training.device)
+    if device.reason:
+        logger.warning(device.reason)
+    asked = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
+    dtype = resolve_dtype(asked, device.value)
+    if dtype.reason:
+        logger.warning(dtype.reason)
+    resume_from = checkpoints.prepare_output(
+        training.output_dir,
+        overwrite=training.overwrite_output_dir,
+        resume=training.resume,
+        resume_from=training.resume_from_checkpoint,
+        write=paddle.distributed.get_rank() == 0,
+    )
+    training_args = paddlenlp_arguments(training, dtype.value)
+    logger.warning(
+        f"Process rank: {training_args.local_rank}, device: {device.value}, "
+        f"world_size: {training_args.world_size}, distributed training: {training_args.world_size > 1}, 16-bits training: {dtype.value != 'float32'}"
+    )
+    if device.value == "cpu":
+        logger.info(describe_threads())
+    seed_everything(training.seed)
+    model = load_model(model_args, dtype.value if training.fp16_opt_level == "O2" else "float32")
+    model = choose_trainable(model, model_args)
+    counts = freeze.model_counts(base_of(model))
+    logger.info(freeze.summary_line(counts))
+    for line in freeze.table_lines(counts):
+        logger.info(line)
+
+    tokenizer = AutoTokenizerMIX.from_pretrained(model_args.model_name_or_path)
+    image_processor = MGenVLImageProcessor.from_config(base_of(model).config)
+    datasets = {
+        part: build_dataset(dataset_entries(data_args, part), tokenizer, image_processor, data_args)
+        for part in ("train", "eval")
+        if dataset_entries(data_args, part)
+    }
+    template = dataset_entries(data_args, "train" if "train" in datasets else "eval")[0]["chat_template"]
+    trainer = FinetuneTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=datasets.get("train"),
+        eval_dataset=datasets.get("eval"),
+        data_collator=MGenVLCollator(tokenizer.pad_token_id),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
+    )
+    metrics: Dict[str, float] = {}
+    if training.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=resume_from))
+        if trainer.stop.received and trainer.state.global_step < trainer.state.max_steps:
+            logger.warning(f"stopped after step {trainer.state.global_step}: resume with --resume")
+            return metrics
+        if not training.benchmark:
+            trainer.save_model()
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            trainer.save_state()
+    if training.do_eval and training.evaluation_strategy == "no":
+        found = trainer.evaluate()
+        metrics.update(found)
+        if not training.benchmark:
+            trainer.log_metrics("eval", found)
+            trainer.save_metrics("eval", found)
+    return metrics

@@ -1,0 +1,136 @@
+"""What trains: patterns on parameter names, worked out before any tensor exists, and the counts to show for
+it.
+
+A pattern is matched as in a shell (`*` any text, `?` one character, `[abc]`) against a whole parameter
+name, as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+from paddlemix.utils.errors import ConfigError
+
+# A constant that checkpoints hold: no pattern makes it train.
+CONSTANTS = ("visual.attn_pool.pos_embed",)
+
+# In the order of the data flow; the first pattern that matches a name decides.
+GROUPS: Tuple[Tuple[str, str], ...] = (
+    ("lora", r".*\.lora_[AB]"),
+    ("attn_pool", r"visual\.attn_pool\..*"),
+    ("ln_post + proj", r"visual\.(ln_post\..*|proj)"),
+    ("vit", r"visual\..*"),
+    ("llm embeddings", r"transformer\.llm\.wte\..*"),
+    ("llm layers", r"transformer\.llm\..*"),
+    ("lm_head", r"lm_head\..*"),
+)
+_SHOWN_ORDER = ("vit", "attn_pool", "ln_post + proj", "llm embeddings", "llm layers", "lm_head", "lora")
+
+
+class FreezePlan(NamedTuple):
+    """trainable: base parameters that train, in the model's order; frozen: the others.
+
+    With LoRA, `trainable` are those trained whole beside the adapters.
+    """
+
+    trainable: List[str]
+    frozen: List[str]
+
+
+class GroupCount(NamedTuple):
+    """Elements of one module group."""
+
+    frozen: int
+    trainable: int
+
+
+def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> set:
+    """Names matched by any of the patterns. Raises ConfigError for a pattern without a match."""
+    found = set()
+    for pattern in patterns or ():
+        # fnmatch.filter would fold case on some systems.
+        compiled = re.compile(fnmatch.translate(pattern))
+        matches = [name for name in names if compiled.match(name)]
+        if not matches:
+            raise ConfigError(
+                f'{key}: "{pattern}" matches no parameter (names are like {names[0]} and {names[-1]})'
+            )
+        found.update(matches)
+    return found
+
+
+def plan_freeze(
+    names: Sequence[str],
+    include: Optional[Sequence[str]] = None,
+    exclude: Optional[Sequence[str]] = None,
+    lora: bool = False,
+) -> FreezePlan:
+    """Decide for each base parameter whether it trains.
+
+    A name matched by `include` and not by `exclude` is frozen. With `lora` every base parameter is frozen
+    but those that `exclude` matches. CONSTANTS are frozen always.
+
+    Raises:
+        ConfigError: a pattern matches no name, or nothing is left to train.
+    """
+    included = _matched(include, names, "freeze_include")
+    excluded = _matched(exclude, names, "freeze_exclude")
+    trainable, frozen = [], []
+    for name in names:
+        trains = name in excluded if lora else (name not in included or name in excluded)
+        (trainable if trains and name not in CONSTANTS else frozen).append(name)
+    if not trainable and not lora:
+        raise ConfigError("freeze_include leaves nothing to train; name what trains in freeze_exclude")
+    return FreezePlan(trainable, frozen)
+
+
+def apply_freeze(model, plan: FreezePlan) -> None:
+    """Set stop_gradient of every tensor of the model's state as planned."""
+    trainable = set(plan.trainable)
+    for name, tensor in model.state_dict().items():
+        tensor.stop_gradient = name not in trainable
+
+
+def group_of(name: str) -> str:
+    """The module group of a parameter name, one of GROUPS."""
+    for group, pattern in GROUPS:
+        if re.fullmatch(pattern, name):
+            return group
+    raise KeyError(name)
+
+
+def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[str, GroupCount]:
+    """Count elements per group from (name, shape, whether it trains), groups in data-flow order."""
+    counts: Dict[str, GroupCount] = {}
+    for name, shape, trains in parameters:
+        frozen, trainable = counts.get(group_of(name), GroupCount(0, 0))
+        size = math.prod(shape)
+        counts[group_of(name)] = GroupCount(frozen + size * (not trains), trainable + size * bool(trains))
+    return {group: counts[group] for group in _SHOWN_ORDER if group in counts}
+
+
+def model_counts(model) -> Dict[str, GroupCount]:
+    """count_groups of a model as it stands."""
+    return count_groups((name, t.shape, not t.stop_gradient) for name, t in model.state_dict().items())
+
+
+def summary_line(counts: Dict[str, GroupCount]) -> str:
+    """The notebook's line: `Frozen parameters: 9.66e+09 || Trainable parameters:1.12e+08 || …`."""
+    frozen = sum(count.frozen for count in counts.values())
+    trainable = sum(count.trainable for count in counts.values())
+    total = frozen + trainable
+    return (
+        f"Frozen parameters: {frozen:.2e} || Trainable parameters:{trainable:.2e} || "
+        f"Total parameters:{total:.2e}|| Trainable:{trainable / total:.2%}"
+    )
+
+
+def table_lines(counts: Dict[str, GroupCount]) -> List[str]:
+    """A table of the groups: parameters in all, and of them trainable."""
+    rows = [(group, count.frozen + count.trainable, count.trainable) for group, count in counts.items()]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    lines = [f"{'module group':<16}{'parameters':>16}{'trainable':>16}"]
+    return lines + [f"{group:<16}{total:>16,}{trainable:>16,}" for group, total, trainable in rows]
