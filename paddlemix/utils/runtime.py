@@ -82,7 +82,7 @@ def resolve_device(requested: Optional[str] = None) -> Choice:
         choice = Choice(f"gpu:{card}") if has_gpu else Choice("cpu")
     else:
         choice = Choice(requested)
-    if choice.value.startswith("gpu") and not has_gpu or requested == "gpu" and not has_gpu:
+    if (requested or "").startswith("gpu") and not has_gpu:
         why = "this Paddle wheel has no CUDA" if not paddle.is_compiled_with_cuda() else "no GPU is visible"
         choice = Choice("cpu", f"{why}; running on the CPU")
     paddle.set_device(choice.value)

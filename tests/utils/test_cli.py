@@ -1,0 +1,62 @@
+"""Exit statuses, log lines, progress. Run: pytest tests/utils/test_cli.py"""
+
+import pickle
+import re
+
+import pytest
+
+from paddlemix.utils import cli, errors
+from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_exit_statuses(capsys):
+    assert cli.run(lambda: None) == 0
+    assert cli.run(lambda: 3) == 3
+    assert cli.run(fail(errors.ConfigError("mend it"))) == 2
+    assert capsys.readouterr().err == "error: mend it\n"
+    assert cli.run(fail(errors.JobFailed("some rows failed"))) == 1
+    assert cli.run(fail(KeyboardInterrupt())) == 130
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 // 0)
+
+
+def test_a_closed_pipe_is_quiet(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert cli.run(fail(BrokenPipeError())) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_image_errors_keep_their_reason_between_processes():
+    error = pickle.loads(pickle.dumps(errors.ImageError("too large", "1 × 1e9 pixels")))
+    assert error.reason == "too large" and str(error) == "1 × 1e9 pixels"
+    assert str(errors.ImageError("empty")) == "empty"
+    assert isinstance(errors.ImageTagError("x"), ValueError)
+
+
+def test_log_lines_have_the_notebooks_form(capsys):
+    logger.warning("mind the gap")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[ WARNING\] - mind the gap\n", line)
+
+
+def test_progress_shows_rate_and_count(capsys, monkeypatch):
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 0.0)
+    with Progress(total=4, desc="rows") as bar:
+        for _ in range(4):
+            bar.update()
+        bar.note("1 skipped")
+    shown = capsys.readouterr().err
+    assert "rows: 100%" in shown and "4/4" in shown and "row/s" in shown
+    with Progress(total=4, disable=True) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,89 @@
+"""Decisions on device, dtype and threads. Run: pytest tests/utils/test_runtime.py"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from paddlemix.utils import runtime
+
+# requested, device, bf16 supported → dtype, whether a reason is given
+DTYPES = [
+    ("float32", "cpu", False, "float32", False),
+    ("float16", "cpu", False, "float32", True),
+    ("bfloat16", "cpu", False, "float32", True),
+    ("float32", "gpu:0", True, "float32", False),
+    ("float16", "gpu:0", True, "float16", False),
+    ("float16", "gpu:0", False, "float16", False),
+    ("bfloat16", "gpu:0", True, "bfloat16", False),
+    ("bfloat16", "gpu:0", False, "float16", True),
+    ("bfloat16", "gpu:3", False, "float16", True),
+]
+
+
+@pytest.mark.parametrize("requested, device, bf16, expected, changed", DTYPES)
+def test_dtype_table(requested, device, bf16, expected, changed):
+    choice = runtime.decide_dtype(requested, device, bf16)
+    assert choice.value == expected and (choice.reason is not None) == changed
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="float64"):
+        runtime.decide_dtype("float64", "cpu", False)
+
+
+def test_resolve_here():
+    import paddle
+
+    assert runtime.resolve_device("cpu") == ("cpu", None)
+    assert runtime.resolve_dtype("bfloat16", "cpu").value == "float32"
+    if not paddle.is_compiled_with_cuda():
+        choice = runtime.resolve_device("gpu")
+        assert choice.value == "cpu" and "no CUDA" in choice.reason
+        assert runtime.resolve_device("gpu:1").value == "cpu"
+        assert runtime.resolve_device(None) == ("cpu", None)
+
+
+def fresh(code, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")}
+    out = subprocess.run([sys.executable, "-c", code], env=dict(env, **environment), capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout)
+
+
+SHOW = (
+    "import json, os, paddlemix; from paddlemix.utils.runtime import describe_threads;"
+    "print(json.dumps([os.environ.get('OMP_NUM_THREADS'), os.environ.get('MKL_DEBUG_CPU_TYPE'), describe_threads()]))"
+)
+
+
+def test_thread_defaults_and_the_users_own():
+    omp, mkl, line = fresh(SHOW)
+    assert omp == str(runtime.physical_cores())
+    assert mkl == ("5" if runtime._is_amd() else None)
+    assert f"OMP_NUM_THREADS={omp} (default)" in line
+    omp, mkl, line = fresh(SHOW, OMP_NUM_THREADS="1", MKL_DEBUG_CPU_TYPE="7")
+    assert (omp, mkl) == ("1", "7") and line.count("from the environment") == 2
+
+
+def test_seed_makes_the_same_numbers():
+    import random
+
+    import numpy as np
+    import paddle
+
+    def draw():
+        runtime.seed_everything(3)
+        return random.random(), np.random.rand(), float(paddle.rand([1]))
+
+    assert draw() == draw()
+
+
+def test_peak_rss_is_in_bytes():
+    before = runtime.peak_rss()
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert 1 << 20 < before and runtime.peak_rss() < 1 << 40
+    assert runtime.peak_rss() >= 64 << 20
