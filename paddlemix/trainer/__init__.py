@@ -1,1 +1,1 @@
-"""Supervised finetuning: arguments (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""
+"""Finetuning: arguments (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""

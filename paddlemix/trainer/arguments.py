@@ -796,16 +796,16 @@ def help_text(program: str = "supervised_finetune.py") -> str:
         f"usage: python {program} CONFIG.json [--key value …]",
         f"       python {program} --key value …",
         "",
-        "Tune MGen-VL on image captions: LoRA adapters, chosen parts, or the whole model. CONFIG.json is one JSON",
-        "object of the keys below; a --key on the command line wins over the file. An unknown key ends the run with",
-        "status 2.",
+        "Tune MGen-VL on image captions: LoRA adapters, chosen parts, or the whole model. CONFIG.json is one",
+        "JSON object of the keys below; a --key on the command line wins over the file. An unknown key ends",
+        "the run with status 2.",
         "",
         "examples:",
         f"  python {program} config/mgen_vl/lora_sft_argument.json",
         f"  python {program} config/mgen_vl/lora_sft_argument.json --max_steps 100 --learning_rate 2e-5",
         f"  python {program} config/mgen_vl/lora_sft_argument.json --resume",
         "",
-        "lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON, flags true or false.",
+        "lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON.",
     ]
     for title, names in _MAIN_KEYS:
         lines += ["", f"{title}:"]

@@ -68,9 +68,14 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.received and state.global_step < state.max_steps:
-            logger.warning("SIGTERM: saving a checkpoint, then stopping")
-            control.should_save = True
+            logger.warning("SIGTERM: stopping after this step")
+            control.should_save = not args.benchmark
             control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received:
+            # There may be only seconds left.
+            control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._previous is not None:

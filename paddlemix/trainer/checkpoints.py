@@ -139,8 +139,8 @@ def prepare_output(
     finished = os.path.isfile(os.path.join(output_dir, RESULT_NAME))
     if last is not None and not finished:
         raise ConfigError(
-            f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on with it, or "
-            "delete the folder to begin anew"
+            f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
+            "with it, or delete the folder to begin anew"
         )
     if (old or results) and not overwrite:
         raise ConfigError(

@@ -27,8 +27,16 @@ import numpy as np
 import paddle
 import paddlenlp
 from paddlenlp.peft import LoRAModel
-from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from paddlenlp.trainer import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
+from paddlenlp.utils.log import logger as paddlenlp_logger
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import open_weights
@@ -87,10 +95,9 @@ def paddlenlp_arguments(training: TrainingKeys, dtype: str) -> FinetuneArguments
         # Resuming and "evaluate once at the end" are decided here, not there.
         do_eval=training.evaluation_strategy != "no",
         resume_from_checkpoint=None,
-        load_best_model_at_end=training.load_best_model_at_end,
     )
-    if training.load_best_model_at_end and training.greater_is_better is None:
-        values["greater_is_better"] = False
+    if training.benchmark:
+        values["save_strategy"] = "no"
     try:
         return FinetuneArguments(**values)
     except (ValueError, AssertionError) as error:
@@ -284,8 +291,15 @@ class FinetuneTrainer(Trainer):
         output_dir, step = self.args.output_dir, self.state.global_step
         final = os.path.join(output_dir, f"checkpoint-{step}")
         partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
-        with self._writing_to(partial):
-            super()._save_checkpoint(model, metrics)
+        try:
+            with self._writing_to(partial):
+                super()._save_checkpoint(model, metrics)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise JobFailed(
+                f"checkpoint-{step} could not be written ({error.strerror or error}); earlier ones are "
+                "intact: mend the disk and add --resume"
+            ) from error
         written = os.path.join(partial, f"checkpoint-{step}")
         if self.state.best_model_checkpoint == written:
             self.state.best_model_checkpoint = final
@@ -319,7 +333,7 @@ class FinetuneTrainer(Trainer):
             self.args.output_dir, self.args.output_signal_dir = kept
 
     def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
-        """Left to _save_checkpoint: the stock one runs before the new one is whole, and only under a launcher."""
+        """Done by _save_checkpoint; the stock one runs too early, and only under a launcher."""
 
     def _order_settings(self) -> Dict[str, int]:
         """What the order of samples depends on. A resumed run must agree in it."""
@@ -368,6 +382,13 @@ class FinetuneTrainer(Trainer):
 
     # ---- the run
 
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = max(len(self._get_train_sampler()) // self.accumulation, 1)
+        return int(per_epoch * self.args.num_train_epochs)
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
         if resume_from_checkpoint is not None:
@@ -382,6 +403,13 @@ class FinetuneTrainer(Trainer):
             self._first_step, self._resumed_loss = state["global_step"], state["loss_sum"]
             with open(os.path.join(resume_from_checkpoint, "trainer_state.json"), encoding="utf-8") as file:
                 self._history = json.load(file)["log_history"]
+            if state["global_step"] >= self.planned_steps():
+                logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
+                self.load_weights(resume_from_checkpoint)
+                self.state = TrainerState.load_from_json(
+                    os.path.join(resume_from_checkpoint, "trainer_state.json")
+                )
+                return {"train_loss": state["loss_sum"] / state["global_step"], "epoch": self.state.epoch}
         metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
         best = self.state.best_model_checkpoint
         if self.load_best and best is not None:
@@ -523,6 +551,9 @@ def finetune(
         UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
         JobFailed: the loss is no number any more.
     """
+    # One form of line for the whole run, without PaddleNLP's colours and debug lines.
+    paddlenlp_logger.logger.handlers = logger.handlers
+    paddlenlp_logger.logger.setLevel("INFO")
     for title, block in (("Model", model_args), ("Data", data_args), ("Generation", generate_args)):
         print_block(title, block)
     device = resolve_device("cpu" if training.no_cuda else training.device)
@@ -542,7 +573,8 @@ def finetune(
     training_args = paddlenlp_arguments(training, dtype.value)
     logger.warning(
         f"Process rank: {training_args.local_rank}, device: {device.value}, "
-        f"world_size: {training_args.world_size}, distributed training: {training_args.world_size > 1}, 16-bits training: {dtype.value != 'float32'}"
+        f"world_size: {training_args.world_size}, distributed training: {training_args.world_size > 1}, "
+        f"16-bits training: {dtype.value != 'float32'}"
     )
     if device.value == "cpu":
         logger.info(describe_threads())
