@@ -44,7 +44,7 @@ from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.models.lora import apply_lora, load_lora_weights, read_lora_config
 from paddlemix.models.mgen_vl.modeling import check_weights
-from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze
@@ -61,7 +61,7 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import describe_threads, resolve_device, resolve_dtype, seed_everything
 
 # The parts between vision and language, which mm_projector_lr is for.
-_PROJECTOR_GROUPS = ("attn_pool", "ln_post + proj")
+_PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
 
 @dataclass
@@ -257,7 +257,7 @@ class FinetuneTrainer(Trainer):
             decayed = {p.name for _, p in named if p.ndim > 1}
             if self.args.mm_projector_lr is not None:
                 for name, parameter in named:
-                    if freeze.group_of(name) in _PROJECTOR_GROUPS:
+                    if group_of(name) in _PROJECTOR_GROUPS:
                         parameter.optimize_attr["learning_rate"] = (
                             self.args.mm_projector_lr / self.args.learning_rate
                         )

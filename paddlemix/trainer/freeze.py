@@ -1,5 +1,4 @@
-"""What trains: patterns on parameter names, worked out before any tensor exists, and the counts to show for
-it.
+"""What trains: patterns on parameter names, worked out before any tensor exists, and their counts.
 
 A pattern is matched as in a shell (`*` any text, `?` one character, `[abc]`) against a whole parameter
 name, as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
@@ -12,22 +11,11 @@ import math
 import re
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, GROUPS, group_of
 from paddlemix.utils.errors import ConfigError
 
-# A constant that checkpoints hold: no pattern makes it train.
-CONSTANTS = ("visual.attn_pool.pos_embed",)
-
-# In the order of the data flow; the first pattern that matches a name decides.
-GROUPS: Tuple[Tuple[str, str], ...] = (
-    ("lora", r".*\.lora_[AB]"),
-    ("attn_pool", r"visual\.attn_pool\..*"),
-    ("ln_post + proj", r"visual\.(ln_post\..*|proj)"),
-    ("vit", r"visual\..*"),
-    ("llm embeddings", r"transformer\.llm\.wte\..*"),
-    ("llm layers", r"transformer\.llm\..*"),
-    ("lm_head", r"lm_head\..*"),
-)
-_SHOWN_ORDER = ("vit", "attn_pool", "ln_post + proj", "llm embeddings", "llm layers", "lm_head", "lora")
+# In the order of the data flow.
+_GROUP_ORDER = tuple(group for group, _ in GROUPS) + ("lora",)
 
 
 class FreezePlan(NamedTuple):
@@ -94,14 +82,6 @@ def apply_freeze(model, plan: FreezePlan) -> None:
         tensor.stop_gradient = name not in trainable
 
 
-def group_of(name: str) -> str:
-    """The module group of a parameter name, one of GROUPS."""
-    for group, pattern in GROUPS:
-        if re.fullmatch(pattern, name):
-            return group
-    raise KeyError(name)
-
-
 def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[str, GroupCount]:
     """Count elements per group from (name, shape, whether it trains), groups in data-flow order."""
     counts: Dict[str, GroupCount] = {}
@@ -109,7 +89,7 @@ def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[
         frozen, trainable = counts.get(group_of(name), GroupCount(0, 0))
         size = math.prod(shape)
         counts[group_of(name)] = GroupCount(frozen + size * (not trains), trainable + size * bool(trains))
-    return {group: counts[group] for group in _SHOWN_ORDER if group in counts}
+    return {group: counts[group] for group in _GROUP_ORDER if group in counts}
 
 
 def model_counts(model) -> Dict[str, GroupCount]:

@@ -1,0 +1,307 @@
+"""python -m pytest tests/trainer/test_arguments.py
+
+Every key that is accepted works; everything else is refused in one line that says what to mend.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from paddlemix.trainer import arguments
+from paddlemix.utils.errors import ConfigError
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The least a training run needs: existing files, by key."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    data = tmp_path / "train.json"
+    data.write_text("[]")
+    return {
+        "model_name_or_path": str(model),
+        "output_dir": str(tmp_path / "out"),
+        "dataset": {"train": [{"name": "chatml_dataset", "data_files": str(data)}]},
+        "do_train": True,
+    }
+
+
+@pytest.fixture
+def parse(base, tmp_path):
+    """Write base and changes to a config file and parse it with further words of a command line."""
+
+    def run(changes=(), *words):
+        values = dict(base, **dict(changes))
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+        return arguments.parse([str(path), *words])
+
+    return run
+
+
+def test_notebook_config_is_accepted_as_it_stands(root, base, tmp_path):
+    template = tmp_path / "chat_template.json"
+    template.write_text("{}")
+    data = base["dataset"]["train"][0]["data_files"]
+    entry = [{"name": "chatml_dataset", "data_files": data, "chat_template": str(template)}]
+    given = json.dumps({"train": entry, "eval": entry})
+    words = ["--model_name_or_path", base["model_name_or_path"], "--dataset", given]
+    lora = arguments.parse([str(root / "config/mgen_vl/lora_sft_argument.json"), *words])
+    full = arguments.parse([str(root / "config/mgen_vl/sft_argument.json"), *words])
+    assert (lora.model.lora, full.model.lora) == (True, False)
+    assert lora.model.lora_rank == 64 and lora.model.lora_alpha == 16 and lora.model.lora_dropout == 0.05
+    assert lora.model.freeze_exclude == ["*visual.attn_pool*"]
+    training = lora.training
+    assert training.learning_rate == 1e-5 and training.adam_beta2 == 0.95 and training.max_steps == 10
+    assert training.gradient_accumulation_steps == 16 and training.fp16 and training.fp16_opt_level == "O2"
+    assert training.evaluation_strategy == "epoch" and training.lr_scheduler_type == "cosine"
+    assert arguments.dataset_entries(lora.data, "eval") == [
+        {"name": "chatml_dataset", "data_files": [data], "chat_template": str(template)}
+    ]
+
+
+def test_every_config_file_uses_known_keys_of_the_right_kind(root):
+    known = arguments.known_keys()
+    paths = sorted((root / "config").rglob("*.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        for name, value in arguments.read_config(str(path)).items():
+            assert name in known, f"{path}: {name}"
+            assert arguments._from_json(known[name], value) == value
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [("disabe_tqdm", "disable_tqdm"), ("lora_rnak", "lora_rank"), ("Learning_Rate", "learning_rate")],
+)
+def test_unknown_key_names_the_nearest(parse, wrong, right):
+    with pytest.raises(ConfigError, match=f'config.json: unknown key "{wrong}"; did you mean "{right}"'):
+        parse({wrong: 1})
+    with pytest.raises(ConfigError, match=f'unknown key "{wrong}"; did you mean "{right}"'):
+        parse({}, f"--{wrong}", "1")
+
+
+def test_key_like_none_points_to_the_list(parse):
+    with pytest.raises(ConfigError, match=r'unknown key "zzz"; docs/config.md'):
+        parse({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("lora_rank", 1.5, "a whole number, not 1.5"),
+        ("lora_rank", "64", 'a whole number, not "64"'),
+        ("lora_rank", True, "a whole number, not true"),
+        ("lora_rank", None, "a whole number, not null"),
+        ("learning_rate", "1e-5", "a number"),
+        ("fp16", "true", 'true or false, not "true"'),
+        ("fp16", 1, "true or false, not 1"),
+        ("output_dir", 3, "a text or null, not 3"),
+        ("freeze_include", {"a": 1}, "a list of texts or null"),
+        ("freeze_include", [1], "a list of texts or null"),
+        ("dataset", [], "an object or null"),
+        ("lora_rank", 0, "at least 1, not 0"),
+        ("lora_dropout", 1.0, "at most 0.99"),
+        ("num_train_epochs", 0, "above 0"),
+        ("lr_scheduler_type", "cosin", 'did you mean "cosine"'),
+        ("fp16_opt_level", "O3", '"O1", "O2"'),
+        ("report_to", ["wandb"], '"visualdl"'),
+    ],
+)
+def test_wrong_kind_or_range_is_named(parse, name, value, says):
+    with pytest.raises(ConfigError) as caught:
+        parse({name: value})
+    assert f"config.json: {name} must be" in str(caught.value) and says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("from_aistudio", True),
+        ("prefix_tuning", True),
+        ("sep_parallel_degree", 2),
+        ("pipeline_parallel_degree", 2),
+        ("unified_checkpoint", True),
+        ("to_static", True),
+        ("task_name", "caption"),
+    ],
+)
+def test_keys_that_cannot_work_are_refused_with_a_reason(parse, name, value):
+    with pytest.raises(ConfigError, match=f"{name}=.* cannot be used here: .{{15,}}"):
+        parse({name: value})
+
+
+def test_refused_keys_may_stand_with_the_value_that_leaves_them_off(parse):
+    known = arguments.known_keys()
+    off = {name: one.default for name, one in known.items() if "refused" in one.rules}
+    assert len(off) > 20
+    parsed = parse(dict(off, pipeline_parallel_degree=1, sep_parallel_degree=0))
+    assert parsed.model.prefix_tuning is False and parsed.training.pipeline_parallel_degree == 1
+
+
+def test_printed_names_that_are_no_settings_say_what_decides(parse):
+    with pytest.raises(
+        ConfigError, match="train_batch_size is not a setting here: .*per_device_train_batch_size"
+    ):
+        parse({"train_batch_size": 4})
+    assert not set(arguments.NOT_SETTINGS) & set(arguments.known_keys())
+
+
+def test_command_line_wins_over_the_file_and_stands_alone(base, parse):
+    assert parse({"max_steps": 7}, "--max_steps", "9").training.max_steps == 9
+    words = ["--model_name_or_path", base["model_name_or_path"], f"--output_dir={base['output_dir']}"]
+    words += ["--dataset", json.dumps(base["dataset"]), "--do_train", "--learning-rate", "2e-4"]
+    parsed = arguments.parse(words)
+    assert parsed.training.do_train is True and parsed.training.learning_rate == 2e-4
+    assert parsed.given == {"model_name_or_path", "output_dir", "dataset", "do_train", "learning_rate"}
+
+
+def test_forms_of_values_on_the_command_line(parse):
+    parsed = parse(
+        {}, "--freeze_include", "*visual*", "*lm_head*", "--lora", "--max_steps", "-1", "--fp16", "no"
+    )
+    assert parsed.model.freeze_include == ["*visual*", "*lm_head*"] and parsed.model.lora is True
+    assert parsed.training.max_steps == -1 and parsed.training.fp16 is False
+    parsed = parse(
+        {"freeze_include": ["a*"]}, "--freeze_include", '["x*", "y*"]', "--save_total_limit", "null"
+    )
+    assert parsed.model.freeze_include == ["x*", "y*"] and parsed.training.save_total_limit is None
+    assert parse({"freeze_include": "*visual*"}).model.freeze_include == ["*visual*"]
+    assert parse({}, "--freeze_include", "null").model.freeze_include is None
+    assert parse({"learning_rate": 1}).training.learning_rate == 1.0
+    assert parse({"max_steps": 5.0}).training.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--lora_rank"], "--lora_rank needs a value"),
+        (["--lora_rank", "a"], "lora_rank must be a whole number"),
+        (["--lora_rank", "1", "2"], "takes one value, not 2"),
+        (["--lora", "maybe"], "true or false"),
+        (["--learning_rate", "nan"], "a number"),
+        (["--dataset", "[]"], "an object"),
+        (["--dataset", "{"], "an object"),
+        (["extra"], '"extra" stands alone'),
+    ],
+)
+def test_wrong_words_on_the_command_line(parse, words, says):
+    with pytest.raises(ConfigError) as caught:
+        parse({}, *words)
+    assert says in str(caught.value)
+
+
+def test_broken_config_files(tmp_path):
+    path = tmp_path / "c.json"
+    for text, says in [
+        ('{"lora": true,\n "lora": false}', '"lora" is given twice'),
+        ('{"lora": true,\n', "line 2"),
+        ("[1]", "must be a JSON object"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ]:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ConfigError) as caught:
+            arguments.parse([str(path)])
+        assert says in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(ConfigError, match="no such config file"):
+        arguments.parse([str(tmp_path / "missing.json")])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        arguments.parse([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"do_train": False}, "nothing to do"),
+        ({"model_name_or_path": ...}, "model_name_or_path is missing"),
+        ({"model_name_or_path": "/no/such"}, "/no/such is no folder"),
+        ({"output_dir": ...}, "output_dir is missing"),
+        ({"dataset": ...}, "do_train needs data"),
+        ({"do_eval": True}, "do_eval needs data"),
+        ({"evaluation_strategy": "epoch"}, "evaluation_strategy needs data"),
+        ({"dataset": {"train": [{"data_files": "/no/such.json"}]}}, "no file matches /no/such.json"),
+        ({"dataset": {"train": [{"data_file": "x"}]}}, 'did you mean "data_files"'),
+        ({"dataset": {"train": ["x.json"]}}, "dataset.train must be a list of objects"),
+        ({"dataset": {"training": []}}, 'unknown part "training"'),
+        ({"dataset": {"train": [{"name": "llava", "data_files": "x"}]}}, 'unknown dataset "llava"'),
+        ({"fp16": True, "bf16": True}, "fp16 or bf16, not both"),
+        ({"lora_path": "x"}, "lora_path needs lora=true"),
+        ({"lora": True, "lora_path": "/no"}, "/no has no lora_config.json"),
+        ({"lora_rank": 8}, "lora_rank needs lora=true"),
+        ({"lora": True, "lora_target_modules": []}, "lora_target_modules is empty"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluation_strategy"),
+        ({"benchmark": True, "resume": True}, "benchmark saves nothing"),
+        ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
+        ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
+        ({"tensor_parallel_degree": 2}, "needs 2 processes"),
+        ({"sharding": "stage1"}, "sharding needs several processes"),
+        ({"chat_template": "/no.json"}, "no file at /no.json"),
+    ],
+)
+def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes, says):
+    with pytest.raises(ConfigError) as caught:
+        parse(changes)
+    assert says in str(caught.value)
+
+
+def test_degrees_must_divide_the_processes(parse, monkeypatch):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
+    with pytest.raises(ConfigError, match="3 processes cannot be divided"):
+        parse({"tensor_parallel_degree": 2})
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
+    assert parse({"tensor_parallel_degree": 2}).training.tensor_parallel_degree == 2
+
+
+def test_several_problems_are_said_at_once(parse):
+    with pytest.raises(ConfigError) as caught:
+        parse({"model_name_or_path": "/no/such", "fp16": True, "bf16": True})
+    assert "/no/such" in str(caught.value) and "not both" in str(caught.value)
+
+
+def test_values_from_code_are_checked_the_same_way(base):
+    assert arguments.from_values(base).training.do_train is True
+    for change in ({"lora_rnak": 1}, {"lora_rank": "1"}, {"mixtoken": True}):
+        with pytest.raises(ConfigError):
+            arguments.from_values(dict(base, **change))
+
+
+def test_defaults_are_paddlenlps():
+    import dataclasses
+    import enum
+
+    from paddlenlp.trainer import TrainingArguments
+
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    # Chosen by the device, and a bar unless it is turned off.
+    ours_differ = {"device": None, "disable_tqdm": False, "output_dir": None}
+    shared = 0
+    for field in dataclasses.fields(arguments.TrainingKeys):
+        if field.name in theirs:
+            shared += 1
+            default = theirs[field.name]
+            default = default.value if isinstance(default, enum.Enum) else default
+            assert field.default == ours_differ.get(field.name, default), field.name
+    assert shared > 60
+
+
+def test_script_answers_without_paddle(root):
+    code = "import sys, runpy; sys.argv = ['s', *sys.argv[1:]]\n"
+    code += "try: runpy.run_path('supervised_finetune.py', run_name='__main__')\n"
+    code += "except SystemExit as end: status = end.code\n"
+    code += "assert not {'paddle', 'paddlenlp', 'numpy'} & set(sys.modules), 'heavy import'; sys.exit(status)"
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0 and "usage: python supervised_finetune.py" in shown.stdout
+    for name in ("freeze_exclude", "lora_rank", "docs/config.md", "--resume"):
+        assert name in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 115
+    wrong = run("--disabe_tqdm")
+    assert wrong.returncode == 2
+    assert wrong.stderr == 'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?\n'
+    assert run().returncode == 2

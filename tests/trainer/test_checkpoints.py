@@ -1,0 +1,121 @@
+"""python -m pytest tests/trainer/test_checkpoints.py"""
+
+import json
+import logging
+
+import pytest
+
+from paddlemix.trainer import checkpoints
+from paddlemix.utils.errors import ConfigError
+
+
+def make(folder, step, state=None, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(b"w" * step)
+    if whole:
+        checkpoints.seal(str(path), state or {"global_step": step})
+    return str(path)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("paddlemix"), "propagate", True)
+    caplog.set_level("INFO")
+    return caplog
+
+
+def prepare(folder, overwrite=False, resume=False, resume_from=None, **kwargs):
+    return checkpoints.prepare_output(
+        str(folder), overwrite=overwrite, resume=resume, resume_from=resume_from, **kwargs
+    )
+
+
+def test_seal_holds_state_and_sizes(tmp_path):
+    path = make(tmp_path, 3, {"loss_sum": 1.5})
+    assert checkpoints.read_seal(path) == {"loss_sum": 1.5}
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing", "seal cut", "no seal", "seal of another kind"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, log, damage):
+    good, bad = make(tmp_path, 3), make(tmp_path, 12)
+    seal = tmp_path / "checkpoint-12" / checkpoints.SEAL_NAME
+    if damage == "shorter":
+        (tmp_path / "checkpoint-12" / "weights").write_bytes(b"w")
+    elif damage == "missing":
+        (tmp_path / "checkpoint-12" / "weights").unlink()
+    elif damage == "seal cut":
+        seal.write_text(seal.read_text()[:-9])
+    elif damage == "no seal":
+        seal.unlink()
+    else:
+        seal.write_text(json.dumps([1]))
+    assert checkpoints.read_seal(bad) is None
+    assert checkpoints.last_whole(str(tmp_path)) == good
+    assert "checkpoint-12 is not whole" in log.text
+
+
+def test_order_is_by_step_not_by_name(tmp_path):
+    for step in (9, 100, 20):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(str(tmp_path))] == [9, 20, 100]
+    assert checkpoints.last_whole(str(tmp_path)).endswith("-100")
+
+
+def test_thin_out_keeps_the_newest_and_the_best(tmp_path):
+    paths = [make(tmp_path, step) for step in (1, 2, 3, 4)]
+    checkpoints.thin_out(str(tmp_path), None, None)
+    assert len(checkpoints.checkpoints(str(tmp_path))) == 4
+    checkpoints.thin_out(str(tmp_path), 2, paths[0])
+    assert checkpoints.checkpoints(str(tmp_path)) == [paths[0], paths[2], paths[3]]
+
+
+def test_fresh_folder_starts_anew_with_or_without_resume(tmp_path):
+    assert prepare(tmp_path / "none") is None
+    assert prepare(tmp_path / "none", resume=True) is None
+
+
+def test_resume_finds_the_last_whole_one(tmp_path):
+    make(tmp_path, 2)
+    path = make(tmp_path, 4)
+    make(tmp_path, 6, whole=False)
+    assert prepare(tmp_path, resume=True) == path
+    assert prepare(tmp_path, resume_from=path) == path
+    with pytest.raises(ConfigError, match="not a whole checkpoint"):
+        prepare(tmp_path, resume_from=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
+    path = make(tmp_path, 4)
+    with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
+        prepare(tmp_path, overwrite=overwrite)
+    assert checkpoints.read_seal(path) is not None
+
+
+def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
+    make(tmp_path, 4)
+    for name in (
+        "train_results.json",
+        "lora_model_state.pdparams",
+        "model_state-00001-of-00002.pdparams",
+        "notes",
+    ):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError, match="set overwrite_output_dir=true or another output_dir"):
+        prepare(tmp_path)
+    assert prepare(tmp_path, overwrite=True, write=False) is None
+    assert (tmp_path / "checkpoint-4").exists()
+    assert prepare(tmp_path, overwrite=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "runs"]
+    for name in ("checkpoint-4", "train_results.json", "lora_model_state.pdparams", "00001-of-00002"):
+        assert name in log.text
+
+
+def test_what_an_interrupted_save_left_is_removed(tmp_path):
+    (tmp_path / ".partial-5" / "checkpoint-5").mkdir(parents=True)
+    assert prepare(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []

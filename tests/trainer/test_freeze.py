@@ -1,0 +1,123 @@
+"""python -m pytest tests/trainer/test_freeze.py"""
+
+import pytest
+
+from paddlemix.models.lora import adapter_shapes
+from paddlemix.trainer import freeze
+from paddlemix.utils.errors import ConfigError
+from tests.helpers import tiny_config
+
+TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
+NAMES = [
+    "visual.proj",
+    "visual.conv1.weight",
+    "visual.ln_post.weight",
+    "visual.attn_pool.query",
+    "visual.attn_pool.pos_embed",
+    "transformer.llm.wte.weight",
+    "transformer.llm.h.0.attn.c_attn.weight",
+    "transformer.llm.ln_f.weight",
+    "lm_head.weight",
+]
+
+
+@pytest.fixture(scope="module")
+def shapes_7b():
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+    from paddlemix.models.mgen_vl.parameters import parameter_shapes
+
+    return parameter_shapes(MGenConfig())
+
+
+def counts(shapes, plan, adapters=()):
+    trainable = set(plan.trainable)
+    parameters = [(name, shape, name in trainable) for name, shape in shapes.items()]
+    return freeze.count_groups(parameters + [(name, shape, True) for name, shape in dict(adapters).items()])
+
+
+def test_counts_of_the_notebooks_lora_run(shapes_7b):
+    plan = freeze.plan_freeze(list(shapes_7b), ["*visual*"], ["*visual.attn_pool*"], lora=True)
+    adapters = adapter_shapes(shapes_7b, TARGETS, 64)
+    assert len(adapters) == 2 * 128 and not any(name.startswith("visual") for name in adapters)
+    found = counts(shapes_7b, plan, adapters)
+    assert found["lora"] == (0, 112_197_632)
+    assert found["attn_pool"] == (76_054_528 - 75_005_952, 75_005_952)
+    assert found["vit"] == (1_842_770_688, 0)
+    assert found["ln_post and proj"] == (16_785_408, 0)
+    assert sum(one.trainable for one in found.values()) == 187_203_584
+    assert sum(sum(one) for name, one in found.items() if name != "lora") == 9_656_935_168
+
+
+def test_summary_has_the_notebooks_form(shapes_7b):
+    plan = freeze.plan_freeze(list(shapes_7b), ["*visual*"], lora=True)
+    line = freeze.summary_line(counts(shapes_7b, plan, adapter_shapes(shapes_7b, TARGETS, 64)))
+    assert line == (
+        "Frozen parameters: 9.66e+09 || Trainable parameters:1.12e+08 || "
+        "Total parameters:9.77e+09|| Trainable:1.15%"
+    )
+
+
+def test_table_names_every_group_in_the_order_of_the_data(shapes_7b):
+    plan = freeze.plan_freeze(list(shapes_7b), ["*visual*"])
+    lines = freeze.table_lines(counts(shapes_7b, plan))
+    assert [line[:16].strip() for line in lines] == [
+        "module group",
+        "vit",
+        "attn_pool",
+        "ln_post and proj",
+        "llm embeddings",
+        "llm layers",
+        "lm_head",
+        "all",
+    ]
+    assert lines[-1].split()[1:] == ["9,656,935,168", "7,721,324,544"]
+
+
+def test_full_tuning_with_patterns():
+    plan = freeze.plan_freeze(NAMES, ["*visual*"], ["*visual.attn_pool*"])
+    assert plan.trainable == [NAMES[3], *NAMES[5:]]
+    assert plan.frozen == [*NAMES[:3], NAMES[4]]
+
+
+def test_without_patterns_everything_but_the_constant_trains():
+    plan = freeze.plan_freeze(NAMES)
+    assert plan.frozen == ["visual.attn_pool.pos_embed"]
+
+
+def test_with_lora_only_what_is_excluded_from_the_freeze_trains_whole():
+    assert freeze.plan_freeze(NAMES, lora=True).trainable == []
+    assert freeze.plan_freeze(NAMES, ["*visual*"], lora=True).trainable == []
+    assert freeze.plan_freeze(NAMES, ["*visual*"], ["*attn_pool*"], lora=True).trainable == [
+        "visual.attn_pool.query"
+    ]
+
+
+def test_the_constant_never_trains():
+    for lora in (False, True):
+        plan = freeze.plan_freeze(NAMES, ["*"], ["*pos_embed", "visual.proj"], lora=lora)
+        assert plan.trainable == ["visual.proj"]
+
+
+def test_a_pattern_without_a_match_is_an_error():
+    with pytest.raises(ConfigError, match='freeze_include: "visual" matches no parameter'):
+        freeze.plan_freeze(NAMES, ["visual"])
+    with pytest.raises(ConfigError, match='freeze_exclude: "[*]VISUAL[*]" matches no parameter'):
+        freeze.plan_freeze(NAMES, ["*visual*"], ["*VISUAL*"])
+
+
+def test_nothing_left_to_train_is_an_error():
+    with pytest.raises(ConfigError, match="leaves nothing to train"):
+        freeze.plan_freeze(NAMES, ["*"])
+
+
+def test_apply_and_count_on_a_model():
+    from paddlemix.models.mgen_vl.parameters import parameter_shapes
+    from tests.helpers import make_tiny_model
+
+    model = make_tiny_model()
+    plan = freeze.plan_freeze(list(model.state_dict()), ["*visual*"], ["*attn_pool*"])
+    freeze.apply_freeze(model, plan)
+    assert freeze.model_counts(model) == counts(parameter_shapes(tiny_config()), plan)
+    assert model.visual.attn_pool.query.stop_gradient is False
+    assert model.visual.attn_pool.pos_embed.stop_gradient is True
+    assert model.visual.proj.stop_gradient is True
