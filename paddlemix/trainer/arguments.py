@@ -648,7 +648,7 @@ def _dataset_problems(data: DataArguments) -> List[str]:
                 problems.append(f'{where}: "data_files" must be a path or a list of paths')
                 continue
             for path in [files] if isinstance(files, str) else files:
-                if not glob.glob(path):
+                if not os.path.isfile(path) and not glob.glob(path, recursive=True):
                     problems.append(f"{where}: no file matches {path}")
             template = entry.get("chat_template")
             if template is not None and not os.path.isfile(template):
@@ -817,3 +817,25 @@ def help_text(program: str = "supervised_finetune.py") -> str:
             lines += [f"  {'':<28} {line}" for line in wrapped[1:]]
     lines += ["", f"docs/config.md describes all {len(known)} keys."]
     return "\n".join(lines)
+
+
+def config_tables() -> str:
+    """The tables of docs/config.md: a row per key, a table per block, and the names that are no settings."""
+    lines = []
+    for block, _ in BLOCKS:
+        lines += [f"## {block}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for one in known_keys().values():
+            if one.block == block:
+                meaning = one.meaning
+                if "choices" in one.rules:
+                    choices = ", ".join(f"`{_shown(choice)}`" for choice in one.rules["choices"])
+                    meaning += f" One of {choices}."
+                if "refused" in one.rules:
+                    meaning = f"Only the default: {one.rules['refused']}."
+                default = json.dumps(one.default, ensure_ascii=False)
+                cells = (f"`{one.name}`", type_name(one.hint), f"`{default}`", meaning)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    lines += ["## Names that are no settings", "", "| name | why |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in NOT_SETTINGS.items()]
+    return "\n".join(lines) + "\n"

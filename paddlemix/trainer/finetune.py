@@ -410,7 +410,12 @@ class FinetuneTrainer(Trainer):
                     os.path.join(resume_from_checkpoint, "trainer_state.json")
                 )
                 return {"train_loss": state["loss_sum"] / state["global_step"], "epoch": self.state.epoch}
-        metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+        try:
+            metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+        except (SystemError, RuntimeError):
+            # A loader worker's own words do not arrive; it leaves them with the dataset.
+            self.train_dataset.raise_failure()
+            raise
         best = self.state.best_model_checkpoint
         if self.load_best and best is not None:
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")

@@ -305,3 +305,10 @@ def test_script_answers_without_paddle(root):
     assert wrong.returncode == 2
     assert wrong.stderr == 'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?\n'
     assert run().returncode == 2
+
+
+def test_docs_tables_are_the_codes(root):
+    text = (root / "docs" / "config.md").read_text(encoding="utf-8")
+    tables = arguments.config_tables()
+    assert text.endswith(tables), "docs/config.md: replace its tables by arguments.config_tables()"
+    assert text.count("\n| `") == len(arguments.known_keys()) + len(arguments.NOT_SETTINGS)
