@@ -1,0 +1,433 @@
+"""Paddle's .pdparams / .pdopt / .pth files: read without ever executing anything, written a tensor at a time.
+
+Such a file is a pickle of names and numpy arrays. paddle.load would run any code in it; the reader here
+knows the few constructors that arrays need and refuses the rest by name (unpickle.py). Large arrays are
+never copied on reading: they are views of the mapped file. Pickle protocol 2 stores arrays as text, so those
+are decoded when they are read.
+
+The writer makes the pickle by hand, so that no more than one tensor is in memory, and starts each array at a
+multiple of 64 bytes, so that it can be used in place. paddle.load of 2.x and 3.x reads what it writes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.checkpoint.sink import Sink
+from paddlemix.checkpoint.tensors import (
+    MAX_NAME,
+    NUMPY_TYPES,
+    FileBytes,
+    MappedFile,
+    StoredTensor,
+    check_shape,
+    printable,
+    size_of,
+)
+from paddlemix.checkpoint.unpickle import Blob, Buildable, LazyText, Unpickler, make_dict
+from paddlemix.utils.errors import WeightsError
+
+# Paddle's own notes in a state dict: structured name → parameter name, and arrays cut in pieces (protocols 2
+# and 3).
+NAME_TABLE = "StructuredToParameterName@@"
+PIECES = "UnpackBigParamInfor@@"
+
+# numpy's type codes → our names. Paddle stores bfloat16 as uint16, which it uses for nothing else.
+_CODES = {
+    "f8": "float64",
+    "f4": "float32",
+    "f2": "float16",
+    "u2": "bfloat16",
+    "i8": "int64",
+    "i4": "int32",
+    "i2": "int16",
+    "i1": "int8",
+    "u1": "uint8",
+    "b1": "bool",
+}
+# Types that the state of an optimizer or of a random generator may hold beside these. No weights.
+_STATE_CODES = {"u4": "uint32", "u8": "uint64"}
+_CODE_OF = {name: code for code, name in _CODES.items()}
+
+# What a finished object may hold in all, and how deep. States are small beside weights.
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """State of one of Paddle's random generators, as plain numbers.
+
+    To use it: `state = paddle.framework.core.GeneratorState.__new__(paddle.framework.core.GeneratorState)`,
+    then `state.__setstate__(values)`.
+    """
+
+    values: Tuple[Any, ...]
+
+
+# ---- the constructors that a file may name, as data
+
+
+class _Dtype(Buildable):
+    """numpy.dtype("f4", False, True) and its state (3, "<", None, None, None, -1, -1, 0)."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = False):
+        if type(code) is not str or (code not in _CODES and code not in _STATE_CODES):
+            raise WeightsError(f"refused: arrays of type {printable(str(code))}")
+        self.code = code
+
+    def build(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) < 5 or state[2:5] != (None, None, None):
+            raise WeightsError("refused: arrays of a compound type")
+        if state[1] not in ("<", "|"):
+            raise WeightsError(
+                "refused: arrays in another byte order; convert them on the machine that wrote them"
+            )
+
+
+class _Array(Buildable):
+    """numpy's _reconstruct(ndarray, (0,), b"b") and its state (1, shape, dtype, fortran order, bytes)."""
+
+    code: Optional[str] = None
+
+    def __init__(self, kind: Any, shape: Any, code: Any):
+        if kind is not _NDARRAY or shape != (0,):
+            raise WeightsError("refused: an array that is not numpy's own")
+
+    def build(self, state: Any) -> None:
+        if self.code is not None:
+            raise WeightsError("broken: an array with two states")
+        _, shape, dtype, self.fortran, self.data = state
+        if not isinstance(dtype, _Dtype):
+            raise WeightsError("broken: an array without a type")
+        self.shape = check_shape(shape, "an array")
+        size = int(dtype.code[1:])
+        for n in self.shape:
+            size *= n
+        if isinstance(self.data, _Encoded):
+            # UTF-8 of Latin-1 letters: one or two bytes each. The exact count is checked when it is decoded.
+            fits = self.data.text.length // 2 <= size <= self.data.text.length
+        else:
+            fits = isinstance(self.data, Blob) and self.data.length == size
+        if not fits:
+            raise WeightsError(f"an array of shape {list(self.shape)} does not fit the bytes stored for it")
+        self.nbytes = size
+        self.code = dtype.code
+
+    def load(self, file: MappedFile) -> np.ndarray:
+        if self.code is None:
+            raise WeightsError(f"{file.path}: an array without data")
+        kind = np.dtype("<" + self.code)
+        if self.nbytes == 0:
+            return np.empty(self.shape, kind)
+        if isinstance(self.data, _Encoded):
+            data = self.data.decode(file)
+            if len(data) != self.nbytes:
+                raise WeightsError(
+                    f"{file.path}: an array of shape {list(self.shape)} does not fit its bytes"
+                )
+            flat = np.frombuffer(data, kind)
+        else:
+            flat = np.frombuffer(file.view, kind, self.nbytes // kind.itemsize, self.data.offset)
+        return flat.reshape(self.shape[::-1]).T if self.fortran else flat.reshape(self.shape)
+
+
+class _Encoded:
+    """_codecs.encode(text, "latin1"): how protocol 2 writes bytes."""
+
+    def __init__(self, text: Any, encoding: Any):
+        if encoding != "latin1" or not isinstance(text, (str, LazyText)):
+            raise WeightsError("refused: text in an encoding other than latin1")
+        if isinstance(text, str):
+            # Short ones are at hand already.
+            self.short: Optional[bytes] = text.encode("latin1")
+            self.text = Blob(0, len(text.encode("utf-8")))
+        else:
+            self.short = None
+            self.text = text
+
+    def decode(self, file: MappedFile) -> bytes:
+        if self.short is not None:
+            return self.short
+        start = self.text.offset
+        try:
+            return str(file.view[start : start + self.text.length], "utf-8").encode("latin1")
+        except UnicodeError:
+            raise WeightsError(f"{file.path} is broken (an array's text at byte {start})") from None
+
+
+# The name numpy.ndarray, which a file only hands to _reconstruct.
+_NDARRAY = object()
+
+
+class _Scalar:
+    """numpy's scalar(dtype, bytes)."""
+
+    def __init__(self, dtype: Any, data: Any):
+        if not isinstance(dtype, _Dtype):
+            raise WeightsError("broken: a number without a type")
+        self.code, self.data = dtype.code, data
+
+
+class _State(Buildable):
+    values: Any = None
+
+    def build(self, state: Any) -> None:
+        if type(state) is not tuple:
+            raise WeightsError("broken: a generator's state that is no tuple")
+        self.values = state
+
+
+def _empty_bytes(*arguments: Any) -> Blob:
+    if arguments:
+        raise WeightsError("refused: bytes made from arguments")
+    return Blob(0, 0)
+
+
+def _named_tensor(pair: Any) -> Any:
+    """tuple((name, array)): how paddle.save writes a tensor outside a state dict. The name is of no use
+    here.
+    """
+    if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is str and isinstance(pair[1], _Array):
+        return pair[1]
+    raise WeightsError("refused: a tuple made from something else than a tensor's name and values")
+
+
+_BUILTINS = ("builtins", "__builtin__")
+_NUMPY_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_CALLS: Dict[Tuple[str, str], Any] = {
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _Encoded,
+    ("collections", "OrderedDict"): make_dict,
+}
+for _module in _NUMPY_CORES:
+    _CALLS[_module, "_reconstruct"] = _Array
+    _CALLS[_module, "scalar"] = _Scalar
+for _module in _BUILTINS:
+    _CALLS[_module, "bytes"] = _empty_bytes
+    _CALLS[_module, "tuple"] = _named_tensor
+_MAKES: Dict[Tuple[str, str], Any] = {
+    (module, "GeneratorState"): _State
+    for module in ("paddle.base.libpaddle", "paddle.fluid.libpaddle", "paddle.fluid.core_avx")
+}
+_NAMES = {("numpy", "ndarray"): _NDARRAY}
+
+
+def _parse(file: MappedFile) -> Any:
+    if file.size > 14 and bytes(file.view[:14]) == b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P":
+        raise WeightsError(f"{file.path} is of a PyTorch before 1.6; load and save it once with a newer one")
+    return Unpickler(file.view, file.path, _CALLS, _MAKES, _NAMES).load()
+
+
+# ---- weights
+
+
+def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
+    if not isinstance(array, _Array) or array.code is None:
+        raise WeightsError(f"{file.path}: {printable(name)} is not a tensor")
+    if array.code not in _CODES:
+        raise WeightsError(f"{file.path}: {printable(name)} is of type {array.code}, which no weights have")
+    where = None
+    if isinstance(array.data, Blob) and (not array.fortran or len(array.shape) < 2):
+        where = FileBytes(file, array.data.offset, array.nbytes)
+    return StoredTensor(_CODES[array.code], array.shape, lambda: array.load(file), where)
+
+
+def _join(file: MappedFile, objects: Dict[Any, Any]) -> Dict[str, StoredTensor]:
+    """Put arrays together that paddle.save cut in pieces. Returns them and takes the pieces out of
+    `objects`.
+    """
+    table = objects.pop(PIECES, {})
+    joined = {}
+    broken = WeightsError(f"{file.path} is broken (its table of cut arrays)")
+    if type(table) is not dict:
+        raise broken
+    for name, entry in table.items():
+        if type(name) is not str or name in objects or type(entry) is not dict:
+            raise broken
+        shape = check_shape(entry.get("OriginShape"), f"{file.path}: {printable(name)}")
+        slices = entry.get("slices")
+        if type(slices) is not list or not slices or not all(type(s) is str and s in objects for s in slices):
+            raise broken
+        pieces = [_as_stored(file, piece, objects.pop(piece)) for piece in slices]
+        dtype = pieces[0].dtype
+        if any(piece.dtype != dtype for piece in pieces) or sum(p.nbytes for p in pieces) != size_of(
+            dtype, shape
+        ):
+            raise broken
+
+        def load(pieces=pieces, shape=shape):
+            return np.concatenate([piece.load().reshape(-1) for piece in pieces]).reshape(shape)
+
+        joined[name] = StoredTensor(dtype, shape, load)
+    return joined
+
+
+def open_pdparams(file: MappedFile) -> Dict[str, StoredTensor]:
+    """The tensors of a state dict by name. Reads the pickle's instructions, not the arrays.
+
+    Raises:
+        WeightsError: the file names anything but arrays, is broken, or holds something else than tensors by
+        name.
+    """
+    objects = _parse(file)
+    if type(objects) is not dict:
+        raise WeightsError(f"{file.path} does not hold tensors by name")
+    objects.pop(NAME_TABLE, None)
+    tensors = _join(file, objects)
+    for name, value in objects.items():
+        if type(name) is not str or not name or len(name) > MAX_NAME:
+            raise WeightsError(f"{file.path}: {printable(str(name))} cannot be a tensor's name")
+        tensors[name] = _as_stored(file, name, value)
+    return tensors
+
+
+def read_pdparams(path: str) -> Dict[str, np.ndarray]:
+    """All tensors of a .pdparams file by name, as read-only views of the mapped file (bfloat16 as uint16).
+
+    Raises:
+        WeightsError: as open_pdparams.
+    """
+    file = MappedFile(path)
+    try:
+        return {name: tensor.load() for name, tensor in open_pdparams(file).items()}
+    finally:
+        file.close()
+
+
+def load_pdparams_object(path: str) -> Any:
+    """Any object that paddle.save wrote of dicts, lists, tuples, numbers, strings and tensors: optimizer,
+    scheduler, scaler and random states. Tensors are numpy arrays (views of the file), generator states
+    GeneratorState.
+
+    Raises:
+        WeightsError: the file names anything else, or is broken.
+    """
+    file = MappedFile(path)
+    made: Dict[int, Any] = {}
+    keep: List[Any] = []
+
+    def finish(value: Any, depth: int = 0) -> Any:
+        if depth > _MAX_DEPTH:
+            raise WeightsError(f"{file.path}: nested too deeply")
+        # The same object may be referred to many times; it is finished once, or a small file could grow
+        # without end.
+        if id(value) in made:
+            return made[id(value)]
+        if isinstance(value, _Array):
+            done: Any = value.load(file)
+        elif isinstance(value, LazyText):
+            done = str(file.view[value.offset : value.offset + value.length], "utf-8")
+        elif isinstance(value, Blob):
+            done = bytes(file.view[value.offset : value.offset + value.length])
+        elif isinstance(value, _Encoded):
+            done = value.decode(file)
+        elif isinstance(value, _Scalar):
+            done = _number(file, value, finish(value.data, depth + 1))
+        elif isinstance(value, _State):
+            done = GeneratorState(finish(value.values, depth + 1))
+        elif type(value) is dict:
+            done = {key: finish(item, depth + 1) for key, item in value.items() if key != NAME_TABLE}
+        elif type(value) is list:
+            done = [finish(item, depth + 1) for item in value]
+        elif type(value) is tuple:
+            done = tuple(finish(item, depth + 1) for item in value)
+        elif value is None or type(value) in (bool, int, float, str):
+            return value
+        else:
+            raise WeightsError(f"{file.path}: refused: a bare name among its values")
+        made[id(value)] = done
+        keep.append(value)
+        return done
+
+    try:
+        return finish(_parse(file))
+    except UnicodeError:
+        raise WeightsError(f"{file.path} is broken (a text)") from None
+    finally:
+        file.close()
+
+
+def _number(file: MappedFile, scalar: _Scalar, data: Any) -> Any:
+    kind = np.dtype("<" + scalar.code)
+    if type(data) is not bytes or len(data) != kind.itemsize:
+        raise WeightsError(f"{file.path} is broken (a number that does not fit its type)")
+    return np.frombuffer(data, kind)[0]
+
+
+# ---- writing
+
+# Where arrays begin. 64 is what the widest vector instructions like.
+_ALIGN = 64
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _integer(n: int) -> bytes:
+    if n < 1 << 31:
+        return b"J" + struct.pack("<i", n)
+    data = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + struct.pack("<B", len(data)) + data
+
+
+class PdparamsWriter:
+    """Writes a state dict to a Sink, a tensor at a time: begin(), then for each tensor tensor() and its
+    bytes, end().
+    """
+
+    # Slots of the pickle's memory for what every array repeats. Dtypes follow.
+    _RECONSTRUCT, _NDARRAY, _DTYPE, _SHAPE0, _CODE = range(5)
+
+    def __init__(self, sink: Sink):
+        self._sink = sink
+        self._dtypes: Dict[str, int] = {}
+
+    def begin(self) -> None:
+        def remember(slot: int) -> bytes:
+            return b"q" + bytes([slot]) + b"0"
+
+        self._sink.write(b"\x80\x04")
+        # The names go to the memory first and leave the stack again, so that each array refers to them in
+        # two bytes.
+        self._sink.write(b"cnumpy.core.multiarray\n_reconstruct\n" + remember(self._RECONSTRUCT))
+        self._sink.write(b"cnumpy\nndarray\n" + remember(self._NDARRAY))
+        self._sink.write(b"cnumpy\ndtype\n" + remember(self._DTYPE))
+        self._sink.write(b"K\x00\x85" + remember(self._SHAPE0))
+        self._sink.write(b"C\x01b" + remember(self._CODE))
+        self._sink.write(b"}")
+
+    def _dtype(self, dtype: str) -> bytes:
+        slot = self._dtypes.get(dtype)
+        if slot is not None:
+            return b"h" + bytes([slot])
+        slot = self._dtypes[dtype] = 5 + len(self._dtypes)
+        order = "|" if NUMPY_TYPES[dtype].itemsize == 1 else "<"
+        state = b"(K\x03" + _text(order) + b"NNN" + _integer(-1) * 2 + b"K\x00t"
+        made = b"h" + bytes([self._DTYPE]) + _text(_CODE_OF[dtype]) + b"\x89\x88\x87R" + state + b"b"
+        return made + b"q" + bytes([slot])
+
+    def tensor(self, name: str, dtype: str, shape: Tuple[int, ...]) -> None:
+        """Write everything up to the array's bytes; the caller writes exactly those next."""
+        head = _text(name)
+        head += b"h%ch%ch%ch%c\x87R" % (self._RECONSTRUCT, self._NDARRAY, self._SHAPE0, self._CODE)
+        head += b"(K\x01(" + b"".join(map(_integer, shape)) + b"t" + self._dtype(dtype) + b"\x89"
+        self._sink.write(head)
+        length = size_of(dtype, shape)
+        # NONE POP takes two bytes and does nothing; BININT1 POP takes three.
+        gap = -(self._sink.position + 9) % _ALIGN
+        if gap == 1:
+            gap += _ALIGN
+        self._sink.write((b"K\x000" if gap % 2 else b"") + b"N0" * ((gap - 3 * (gap % 2)) // 2))
+        self._sink.write(b"\x8e" + struct.pack("<Q", length))
+
+    def after_tensor(self) -> None:
+        self._sink.write(b"tbs")
+
+    def end(self) -> None:
+        self._sink.write(b".")

@@ -1,0 +1,178 @@
+"""safetensors files: eight bytes of length, a JSON header, then the arrays end to end.
+
+The reader maps the file and checks the header against the file's size before anything is used; the writer
+needs one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Dict, List, Tuple
+
+from paddlemix.checkpoint.sink import Sink
+from paddlemix.checkpoint.tensors import (
+    MAX_NAME,
+    NUMPY_TYPES,
+    FileBytes,
+    MappedFile,
+    StoredTensor,
+    check_shape,
+    printable,
+    size_of,
+)
+from paddlemix.utils.errors import WeightsError
+
+# The 7B's header has 100 KB.
+MAX_HEADER = 32 << 20
+
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_CODE_OF = {name: code for code, name in _NAMES.items()}
+_ALIGN = 64
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise WeightsError(f"the key {printable(key)} stands in it twice")
+        result[key] = value
+    return result
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise WeightsError("a number without measure")
+    return int(text)
+
+
+def _no_number(text: str) -> None:
+    raise WeightsError(f"{printable(text)} is no number")
+
+
+def strict_json(data: bytes, path: str) -> Dict[str, Any]:
+    """A JSON object without doubled keys or numbers of more than 20 digits.
+
+    Raises:
+        WeightsError: it is not that; the message starts with `path`.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_constant=_no_number,
+        )
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} does not hold a JSON object")
+    return value
+
+
+def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
+    """The tensors of a file by name; reads the header only.
+
+    Raises:
+        WeightsError: a header that is too large, no JSON or malformed; an unknown dtype; offsets that
+        overlap, leave gaps, leave the file or do not fit the shape; bytes after the last tensor.
+    """
+    path = file.path
+    if file.size < 8:
+        raise WeightsError(f"{path} is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", bytes(file.view[:8]))
+    if length > MAX_HEADER or 8 + length > file.size:
+        raise WeightsError(f"{path} is broken: its header would have {length} bytes")
+    header = strict_json(bytes(file.view[8 : 8 + length]), path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise WeightsError(f"{path} is broken: its metadata is not an object")
+    start = 8 + length
+    tensors = {}
+    spans = []
+    for name, entry in header.items():
+        what = f"{path}: {printable(name)}"
+        if not name or len(name) > MAX_NAME:
+            raise WeightsError(f"{what} cannot be a tensor's name")
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise WeightsError(f"{what} is not described by dtype, shape and data_offsets")
+        dtype = _NAMES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            raise WeightsError(f"{what} is of type {printable(str(entry['dtype']))}, which is not supported")
+        shape = check_shape(entry["shape"], what)
+        offsets = entry["data_offsets"]
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or any(type(n) is not int or n < 0 for n in offsets)
+        ):
+            raise WeightsError(f"{what}: its data_offsets are not two positions")
+        begin, end = offsets
+        if end - begin != size_of(dtype, shape):
+            raise WeightsError(f"{what}: shape {list(shape)} does not fit its offsets")
+        if start + end > file.size:
+            raise WeightsError(f"{what} lies outside the file, which is cut short or broken")
+        spans.append((begin, end, name))
+        where = FileBytes(file, start + begin, end - begin)
+
+        def load(where=where, dtype=dtype, shape=shape):
+            return file.array(where.offset, dtype, shape)
+
+        tensors[name] = StoredTensor(dtype, shape, load, where)
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            kind = "overlap" if begin < at else "leave a gap"
+            raise WeightsError(f"{path} is broken: offsets {kind} before {printable(name)}")
+        at = end
+    if start + at != file.size:
+        raise WeightsError(f"{path}: {file.size - start - at} bytes follow its end")
+    return tensors
+
+
+class SafetensorsWriter:
+    """Writes tensors to a Sink in the order of `plan`, which is known beforehand because the header comes
+    first.
+    """
+
+    def __init__(self, sink: Sink, plan: List[Tuple[str, str, Tuple[int, ...]]]):
+        self._sink = sink
+        self._plan = plan
+
+    def begin(self) -> None:
+        header: Dict[str, Any] = {"__metadata__": {"format": "np"}}
+        at = 0
+        for name, dtype, shape in self._plan:
+            end = at + size_of(dtype, shape)
+            header[name] = {"dtype": _CODE_OF[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        data += b" " * (-(8 + len(data)) % _ALIGN)
+        self._sink.write(struct.pack("<Q", len(data)) + data)
+
+    def tensor(self, name: str, dtype: str, shape: Tuple[int, ...]) -> None:
+        """Nothing stands between two arrays."""
+
+    def after_tensor(self) -> None:
+        """Nothing stands between two arrays."""
+
+    def end(self) -> None:
+        """The file ends with the last array."""
+
+
+def alignment(dtype: str) -> int:
+    """Sort key that keeps every array aligned when arrays stand end to end: wide types first."""
+    return -NUMPY_TYPES[dtype].itemsize

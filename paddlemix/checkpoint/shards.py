@@ -1,0 +1,427 @@
+"""Weights of a model folder (SPEC §3), whatever their layout: one file or shards with an index; .pdparams,
+safetensors or PyTorch's .bin.
+
+    reader = open_weights(folder)          headers only
+    reader.info(name)                      dtype, shape, file
+    reader.read(name, "float32")           one tensor
+    write_sharded(folder, items)           one tensor in memory at a time, written beside and renamed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+
+from paddlemix.checkpoint import pdparams, safetensors, torch_bin
+from paddlemix.checkpoint.sink import Sink
+from paddlemix.checkpoint.tensors import (
+    FLOATS,
+    NUMPY_TYPES,
+    FileBytes,
+    MappedFile,
+    StoredTensor,
+    TensorInfo,
+    convert_dtype,
+    printable,
+    size_of,
+)
+from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.files import atomic_write
+
+PDPARAMS_NAME = "model_state.pdparams"
+SAFETENSORS_NAME = "model.safetensors"
+TORCH_NAME = "pytorch_model.bin"
+LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
+INDEX_SUFFIX = ".index.json"
+
+# Base name and extension of each format that is written.
+FORMATS = {"pdparams": ("model_state", ".pdparams"), "safetensors": ("model", ".safetensors")}
+
+# The layouts of a model folder, in the order they are looked for.
+_SINGLE = (PDPARAMS_NAME, SAFETENSORS_NAME, TORCH_NAME)
+_MAX_INDEX = 64 << 20
+_SHARD = re.compile(r"(model_state|model|pytorch_model)-\d{5}-of-\d{5}\.(pdparams|safetensors|bin)")
+
+
+# ---- reading
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of `name` in `folder`, if it is a plain file name and does not lead out of the folder by a
+    link.
+
+    Links into the `blobs` beside a `snapshots` folder are how a Hugging Face cache keeps its files; they are
+    allowed.
+
+    Raises:
+        WeightsError: it leads elsewhere.
+    """
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder")
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)
+        snapshots = os.path.dirname(real_folder)
+        allowed = [real_folder]
+        if os.path.basename(snapshots) == "snapshots":
+            allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+        if os.path.dirname(real_path) not in allowed:
+            raise WeightsError(
+                f"{path}: refused: a link that leads out of the folder; put the file itself there"
+            )
+    return path
+
+
+def _parse(file: MappedFile) -> Dict[str, StoredTensor]:
+    if file.path.endswith(".safetensors"):
+        return safetensors.open_safetensors(file)
+    if bytes(file.view[:4]) == torch_bin.MAGIC:
+        return torch_bin.open_torch_bin(file)
+    return pdparams.open_pdparams(file)
+
+
+def _read_index(folder: str, name: str) -> Dict[str, str]:
+    """weight_map of an index: key → file name."""
+    path = inside(folder, name)
+    file = MappedFile(path)
+    try:
+        if file.size > _MAX_INDEX:
+            raise WeightsError(f"{path} is too large for an index")
+        index = safetensors.strict_json(bytes(file.view), path)
+    finally:
+        file.close()
+    table = index.get("weight_map")
+    if (
+        not isinstance(table, dict)
+        or not table
+        or not all(isinstance(shard, str) for shard in table.values())
+    ):
+        raise WeightsError(f"{path} has no weight_map of keys and files")
+    return table
+
+
+def find_weights(folder: str) -> str:
+    """Name of the weights file or index in a model folder.
+
+    Raises:
+        WeightsError: there is none, there are several, or shards have lost their index.
+    """
+    if not os.path.isdir(folder):
+        raise WeightsError(f"there is no folder {folder}")
+    names = set(os.listdir(folder))
+    found = [name for single in _SINGLE for name in (single, single + INDEX_SUFFIX) if name in names]
+    # A public checkpoint may hold its weights as safetensors and, for older programs, as .bin too.
+    ours = [name for name in found if not name.startswith(TORCH_NAME)]
+    if len(ours or found) > 1:
+        raise WeightsError(
+            f"{folder} holds several sets of weights ({', '.join(ours or found)}); keep one of them"
+        )
+    if found:
+        return (ours or found)[0]
+    shards = sorted(name for name in names if _SHARD.fullmatch(name))
+    if shards:
+        raise WeightsError(f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)")
+    if LORA_WEIGHTS_NAME in names:
+        raise WeightsError(
+            f"{folder} is a LoRA checkpoint, not a model: merge it first (merge_lora_params.py)"
+        )
+    raise WeightsError(f"no weights in {folder} (looked for {', '.join(_SINGLE)} and their shards)")
+
+
+class WeightsReader:
+    """Tensors by name, over one file or many. Made by open_weights.
+
+    What read() hands out are read-only views of the mapped files. The memory that they show is given back to
+    the system's file cache when the next tensor is read, so that reading a whole checkpoint does not fill
+    the memory; a view stays valid, and its bytes come back when they are touched.
+    """
+
+    def __init__(self, tensors: Dict[str, StoredTensor], paths: Dict[str, str], files: List[MappedFile]):
+        self._tensors = tensors
+        self._paths = paths
+        self._files = files
+        self._shown: Optional[FileBytes] = None
+
+    def keys(self) -> List[str]:
+        return list(self._tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @property
+    def files(self) -> List[str]:
+        """Paths of the weights files."""
+        return [file.path for file in self._files]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise WeightsError(f"no tensor {printable(name)} in {', '.join(self.files)}")
+        return self._tensors[name]
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises WeightsError if there is no such tensor."""
+        tensor = self._tensor(name)
+        return TensorInfo(name, tensor.dtype, tensor.shape, tensor.nbytes, self._paths[name])
+
+    def read(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
+        """A tensor as stored (a view of the file; bfloat16 as uint16), or converted to `dtype` (a new array).
+
+        Raises:
+            WeightsError: no such tensor, the file is broken there, or a value does not fit `dtype`.
+        """
+        tensor = self._tensor(name)
+        if self._shown is not None:
+            self._shown.file.forget(self._shown.offset, self._shown.length)
+        self._shown = tensor.where
+        array = tensor.load()
+        if dtype is None or dtype == tensor.dtype:
+            return array
+        if tensor.dtype not in FLOATS and dtype in FLOATS:
+            return array
+        try:
+            return convert_dtype(array, tensor.dtype, dtype)
+        except WeightsError as error:
+            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}") from None
+
+    def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
+        """What write_sharded takes to copy a tensor unchanged: its bytes in the file where they are in
+        order.
+        """
+        return self._tensor(name).where or self.read(name)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> WeightsReader:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+
+def open_weights(path: str) -> WeightsReader:
+    """Open the weights of a model folder, or one weights file. Reads headers only, and executes nothing.
+
+    Raises:
+        WeightsError: in one line: nothing found, several layouts at once, a broken file, a key in no file or
+        in two, an index that names files outside the folder.
+    """
+    path = str(path)
+    if os.path.isdir(path) or not os.path.exists(path):
+        folder, name = path, find_weights(path)
+    else:
+        folder, name = os.path.split(path)
+        folder = folder or "."
+    table: Optional[Dict[str, str]] = None
+    if name.endswith(INDEX_SUFFIX):
+        table = _read_index(folder, name)
+        names = sorted(set(table.values()))
+        paths = [inside(folder, shard) for shard in names]
+    elif folder is not path and os.path.isfile(path):
+        # The user named the file, wherever it may lead.
+        names, paths = [name], [path]
+    else:
+        names, paths = [name], [inside(folder, name)]
+
+    files: List[MappedFile] = []
+    tensors: Dict[str, StoredTensor] = {}
+    where: Dict[str, str] = {}
+    try:
+        for shard, shard_path in zip(names, paths):
+            files.append(MappedFile(shard_path))
+            for key, tensor in _parse(files[-1]).items():
+                if key in tensors:
+                    raise WeightsError(f"{printable(key)} stands in {where[key]} and in {shard_path}")
+                if table is not None and table.get(key) != shard:
+                    listed = "another file" if key in table else "no file"
+                    raise WeightsError(
+                        f"{shard_path} holds {printable(key)}, but the index has it in {listed}"
+                    )
+                tensors[key] = tensor
+                where[key] = shard_path
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    lost = sorted(set(table or ()) - set(tensors))
+    if lost:
+        for file in files:
+            file.close()
+        shown = ", ".join(map(printable, lost[:10])) + (" …" if len(lost) > 10 else "")
+        raise WeightsError(f"{os.path.join(folder, name)} lists {len(lost)} keys that no file holds: {shown}")
+    return WeightsReader(tensors, where, files)
+
+
+# ---- writing
+
+# (name, dtype, shape, read): read() gives the array, or a FileBytes to copy.
+Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes]]]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(size: Union[int, str]) -> int:
+    """Bytes of "10GB", "500MB", "4GiB" or a number.
+
+    Raises:
+        UserError: it is none of these, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15})\s*([KMG]?i?B?)\s*", str(size), re.IGNORECASE)
+    unit = found.group(2).upper() if found else "?"
+    if found is None or unit not in _UNITS or int(found.group(1)) == 0:
+        raise UserError(f"a size must read like 10GB or 500MB, not {size}")
+    return int(found.group(1)) * _UNITS[unit]
+
+
+class _Shard(NamedTuple):
+    name: str
+    items: List[Item]
+
+
+def _plan(items: List[Item], format: str, base: str, extension: str, limit: int) -> List[_Shard]:
+    groups: List[List[Item]] = [[]]
+    used = 0
+    for item in items:
+        nbytes = size_of(item[1], item[2])
+        if groups[-1] and used + nbytes > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += nbytes
+    if format == "safetensors":
+        groups = [sorted(group, key=lambda item: safetensors.alignment(item[1])) for group in groups]
+    if len(groups) == 1:
+        return [_Shard(base + extension, groups[0])]
+    n = len(groups)
+    return [_Shard(f"{base}-{i:05d}-of-{n:05d}{extension}", group) for i, group in enumerate(groups, 1)]
+
+
+def _write_file(file: Any, format: str, items: List[Item], progress: Optional[Callable[[int], None]]) -> None:
+    sink = Sink(file, progress)
+    if format == "pdparams":
+        writer: Any = pdparams.PdparamsWriter(sink)
+    else:
+        writer = safetensors.SafetensorsWriter(sink, [item[:3] for item in items])
+    writer.begin()
+    for name, dtype, shape, read in items:
+        writer.tensor(name, dtype, shape)
+        data = read()
+        if isinstance(data, FileBytes):
+            if data.length != size_of(dtype, shape):
+                raise ValueError(
+                    f"{name}: {data.length} bytes to copy do not make a {dtype} of shape {list(shape)}"
+                )
+            sink.copy(data)
+        else:
+            data = np.asarray(data)
+            if data.shape != tuple(shape) or data.dtype != NUMPY_TYPES[dtype]:
+                raise ValueError(
+                    f"{name} is {data.dtype} {list(data.shape)}, not {dtype} {list(shape)} as announced"
+                )
+            sink.array(data)
+        writer.after_tensor()
+    writer.end()
+    sink.flush()
+
+
+def _others(folder: str, base: str, extension: str, kept: List[str]) -> List[str]:
+    """Files of an earlier set of weights of the same kind in `folder`."""
+    pattern = re.compile(re.escape(base) + r"(-\d{5}-of-\d{5})?" + re.escape(extension) + r"(\.index\.json)?")
+    return [name for name in os.listdir(folder) if pattern.fullmatch(name) and name not in kept]
+
+
+def write_sharded(
+    folder: str,
+    items: Iterable[Item],
+    *,
+    format: str = "pdparams",
+    max_shard_size: Union[int, str] = "10GB",
+    base: Optional[str] = None,
+    progress: Optional[Callable[[int], None]] = None,
+) -> List[str]:
+    """Write weights into a folder, a tensor at a time: one file if it fits `max_shard_size`, else shards and
+    an index.
+
+    items: (name, dtype, shape, read) per tensor; read() is called once, when its turn comes. base: the
+    files' base name (default model_state or model). progress: told the bytes written, as it goes. All files
+    take their names when all are whole; weights of the same kind that stood there before are then removed.
+    Returns the file names written.
+
+    Raises:
+        UserError: unknown format or size. WeightsError: the folder holds weights of another format, or a
+        name twice.
+        JobFailed: the disk is full or cannot be written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"weights can be written as {' or '.join(FORMATS)}, not {format}")
+    standard, extension = FORMATS[format]
+    base = base or standard
+    items = list(items)
+    seen = set()
+    for name, dtype, _, _ in items:
+        if name in seen:
+            raise WeightsError(f"the tensor {name} would be written twice")
+        if dtype not in NUMPY_TYPES:
+            raise WeightsError(f"{name}: tensors of type {dtype} cannot be written")
+        seen.add(name)
+    shards = _plan(items, format, base, extension, parse_size(max_shard_size))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if base == standard:
+            for other, (name, ending) in FORMATS.items():
+                old = _others(folder, name, ending, []) if other != format else []
+                if old:
+                    raise WeightsError(
+                        f"{folder} already holds {old[0]}: give another folder, or remove it first"
+                    )
+        written = [shard.name for shard in shards]
+        with contextlib.ExitStack() as stack:
+            if len(shards) > 1:
+                # Entered first, so it is renamed last: whoever finds an index finds all that it names.
+                written.append(base + extension + INDEX_SUFFIX)
+                index_file = stack.enter_context(atomic_write(os.path.join(folder, written[-1])))
+                total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
+                table = {item[0]: shard.name for shard in shards for item in shard.items}
+                json.dump({"metadata": {"total_size": total}, "weight_map": table}, index_file, indent=2)
+                index_file.write("\n")
+            for shard in shards:
+                file = stack.enter_context(atomic_write(os.path.join(folder, shard.name), "wb", buffering=0))
+                _write_file(file, format, shard.items, progress)
+        for name in _others(folder, base, extension, written):
+            os.unlink(os.path.join(folder, name))
+    except OSError as error:
+        raise JobFailed(f"could not write the weights into {folder}: {error.strerror}") from None
+    return written
+
+
+def write_pdparams(path: str, tensors: Dict[str, Tuple[str, np.ndarray]]) -> None:
+    """Write {name: (dtype, array)} as one .pdparams file at `path` (bfloat16 arrays are uint16).
+
+    Raises:
+        JobFailed: the disk is full or cannot be written.
+    """
+    items = [
+        (name, dtype, np.shape(array), lambda array=array: array) for name, (dtype, array) in tensors.items()
+    ]
+    try:
+        with atomic_write(path, "wb", buffering=0) as file:
+            _write_file(file, "pdparams", items, None)
+    except OSError as error:
+        raise JobFailed(f"could not write {path}: {error.strerror}") from None

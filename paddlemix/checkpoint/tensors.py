@@ -1,0 +1,233 @@
+"""What all weights formats share: dtype names, a tensor's description, conversion, and mapped files.
+
+A bfloat16 array is a numpy uint16 array of the same bits, with the name "bfloat16" beside it (numpy has no
+such type).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.utils.errors import WeightsError
+
+# Name of a dtype → the little-endian numpy type that holds its bits.
+NUMPY_TYPES: Dict[str, np.dtype] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+# Limits of what a header may claim. A 7B checkpoint has under a thousand tensors and names under a hundred
+# letters.
+MAX_NAME = 1024
+MAX_DIMS = 32
+MAX_ELEMENTS = 1 << 48
+
+# Elements converted at a time: the scratch arrays stay in the CPU's cache and memory stays that of the
+# result.
+_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor without its values. `file` is the path of the file that holds it."""
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """A stretch of a mapped file: what a tensor is when nobody needs to look inside."""
+
+    file: MappedFile
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a format's parser finds for one name.
+
+    load: makes the array, a view of the mapped file where the format allows. where: the bytes in the file
+    when they are the array's own in C order, else None.
+    """
+
+    dtype: str
+    shape: Tuple[int, ...]
+    load: Callable[[], np.ndarray]
+    where: Optional[FileBytes] = None
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(self.dtype, self.shape)
+
+
+def size_of(dtype: str, shape) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * NUMPY_TYPES[dtype].itemsize
+
+
+def check_shape(shape, what: str) -> Tuple[int, ...]:
+    """A shape from a file as a tuple of ints.
+
+    Raises:
+        WeightsError: not whole numbers from 0, too many of them, or more elements than any file can hold.
+    """
+    if not isinstance(shape, (tuple, list)) or len(shape) > MAX_DIMS:
+        raise WeightsError(f"{what}: not a shape")
+    elements = 1
+    for n in shape:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise WeightsError(f"{what}: not a shape")
+        elements *= max(n, 1)
+        if elements > MAX_ELEMENTS:
+            raise WeightsError(f"{what}: the shape promises more than a file can hold")
+    return tuple(shape)
+
+
+def printable(text: str, limit: int = 80) -> str:
+    """Text from a file, safe to show in one line of an error."""
+    shown = text[:limit].encode("unicode_escape", "backslashreplace").decode("ascii")
+    return shown + "…" if len(text) > limit else shown
+
+
+class MappedFile:
+    """A regular file, mapped read-only. Arrays made from it keep the mapping alive.
+
+    Raises:
+        WeightsError: missing, empty, or not a regular file.
+    """
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        try:
+            # Non-blocking, so that a named pipe in the place of a file cannot hold the program.
+            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            raise WeightsError(f"cannot open {self.path}: {error.strerror}") from None
+        self._handle: Optional[int] = handle
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise WeightsError(f"{self.path} is not a regular file")
+            self.size = status.st_size
+            if self.size == 0:
+                raise WeightsError(f"{self.path} is empty")
+            self._map = mmap.mmap(handle, self.size, access=mmap.ACCESS_READ)
+        except BaseException:
+            self.close()
+            raise
+        self.view = memoryview(self._map)
+
+    def fileno(self) -> int:
+        if self._handle is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._handle
+
+    def array(self, offset: int, dtype: str, shape) -> np.ndarray:
+        """A read-only array over the file's own bytes; not aligned where the file is not."""
+        kind = NUMPY_TYPES[dtype]
+        count = math.prod(shape)
+        if count == 0:
+            return np.empty(shape, kind)
+        return np.frombuffer(self.view, kind, count, offset).reshape(shape)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Give the memory of these bytes back to the system's file cache. They come back by themselves if
+        touched.
+        """
+        if not hasattr(self._map, "madvise"):
+            return
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def close(self) -> None:
+        """Close the file. The mapping itself goes with the last array that looks into it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def __del__(self):
+        self.close()
+
+
+# ---- conversion
+
+
+def _to_float32(chunk: np.ndarray, src: str) -> np.ndarray:
+    if src == "bfloat16":
+        wide = chunk.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return chunk.astype(np.float32)
+
+
+def _float32_to_bfloat16(chunk: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even, as the hardware does; a NaN stays one."""
+    bits = chunk.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = np.isnan(chunk)
+    if nan.any():
+        rounded[nan] = (bits[nan] >> 16) | 0x40
+    return rounded.astype(np.uint16)
+
+
+def _check_overflow(before: np.ndarray, after: np.ndarray, dst: str) -> None:
+    """A finite value must not become infinite without a word."""
+    infinite = (after & 0x7FFF) == 0x7F80 if dst == "bfloat16" else np.isinf(after)
+    if infinite.any() and np.isfinite(before[infinite]).any():
+        raise WeightsError(f"a value is too large for {dst}; use bfloat16 or float32")
+
+
+def convert_dtype(array: np.ndarray, src: str, dst: str) -> np.ndarray:
+    """Convert between float32, float16, bfloat16 and float64. Same dtype: the array itself, uncopied.
+
+    array: any shape, in the numpy type of `src` (uint16 for bfloat16). Rounds to nearest, ties to even.
+
+    Raises:
+        WeightsError: a dtype that is no floating-point type, or a finite value beyond `dst`'s range.
+    """
+    if src == dst:
+        return array
+    if src not in FLOATS or dst not in FLOATS:
+        raise WeightsError(f"cannot convert {src} to {dst}")
+    flat = np.ascontiguousarray(array).reshape(-1)
+    out = np.empty(flat.shape, NUMPY_TYPES[dst])
+    for start in range(0, flat.size, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        part = out[start : start + _CHUNK]
+        with np.errstate(over="ignore"):
+            if dst == "bfloat16":
+                part[:] = _float32_to_bfloat16(_to_float32(chunk, src))
+            elif src == "bfloat16":
+                part[:] = _to_float32(chunk, src)
+            else:
+                part[:] = chunk
+        if NUMPY_TYPES[dst].itemsize < NUMPY_TYPES[src].itemsize or dst == "float16":
+            _check_overflow(_to_float32(chunk, src) if src == "bfloat16" else chunk, part, dst)
+    return out.reshape(np.shape(array))
