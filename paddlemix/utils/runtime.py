@@ -5,6 +5,7 @@ Paddle reads its thread settings once, while it is imported, so `set_cpu_default
 
 from __future__ import annotations
 
+import ctypes
 import os
 from typing import List, NamedTuple, Optional
 
@@ -50,14 +51,35 @@ def set_cpu_defaults() -> None:
         if name not in os.environ:
             os.environ[name] = value
             _SET_BY_US.append(name)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors in place of handing it back to the kernel.
+
+    By default every tensor above 32 MB, and many below, is mapped anew: the kernel zeroes each page again, which
+    costs several times what an elementwise operation does (a softmax over 16 MB: 19 ms against 8).
+    A MALLOC_… or GLIBC_TUNABLES setting of the user stands. Elsewhere than on glibc nothing happens.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h.
+    if mallopt(-3, 1 << 30) and mallopt(-1, (1 << 31) - 1):
+        _SET_BY_US.append("malloc")
 
 
 def describe_threads() -> str:
-    """One line for the log: the thread settings and who chose them."""
+    """One line for the log: the CPU settings and who chose them."""
     parts = []
     for name in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE"):
         if name in os.environ:
             parts.append(f"{name}={os.environ[name]} ({'default' if name in _SET_BY_US else 'from the environment'})")
+    if "malloc" in _SET_BY_US:
+        parts.append("freed memory is kept for reuse (default)")
     return "threads: " + ", ".join(parts)
 
 
