@@ -19,6 +19,7 @@ from paddle import nn
 from paddlenlp.transformers.model_outputs import ModelOutput
 from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 
+from paddlemix.checkpoint import open_weights, write_sharded
 from paddlemix.models.mgen_vl.generation import CaptionGeneration, load_generation_config
 from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
@@ -216,8 +217,6 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             ConfigError: config.json cannot be used. WeightsError: the files are broken, or their keys or shapes are
             not the model's; the message lists them.
         """
-        from paddlemix.checkpoint import open_weights
-
         config = config if config is not None else cls.config_class.from_pretrained(folder)
         with open_weights(folder) as reader:
             check_weights(reader, parameter_shapes(config), folder)
@@ -257,8 +256,6 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
         format: "pdparams" or "safetensors". state_dict: other values under the same names (default: the model's).
         """
-        from paddlemix.checkpoint import write_sharded
-
         os.makedirs(folder, exist_ok=True)
         tensors = self.state_dict() if state_dict is None else state_dict
         shapes = parameter_shapes(self.config)
