@@ -71,7 +71,7 @@ class ModelArguments:
     )
     neftune: bool = key(False, "Add uniform noise to the token embeddings while training (NEFTune).")
     neftune_noise_alpha: float = key(5.0, "Noise scale of neftune.", above=0)
-    use_flash_attention: bool = key(False, "Use Paddle's flash attention kernel (GPU, half precision).")
+    use_flash_attention: bool = key(False, "Use Paddle's fused attention kernel: less memory on a GPU.")
     aistudio_repo_id: Optional[str] = key(None, "AI Studio upload.", refused=_AISTUDIO)
     aistudio_repo_license: str = key("Apache License 2.0", "AI Studio upload.", refused=_AISTUDIO)
     aistudio_repo_private: bool = key(True, "AI Studio upload.", refused=_AISTUDIO)
@@ -656,6 +656,12 @@ def _dataset_problems(data: DataArguments) -> List[str]:
     return problems
 
 
+def _within(path: str, folder: str) -> bool:
+    """Whether a path is this folder or lies in it."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
 def world_size() -> int:
     """Processes of this run, as the launcher set them; 1 without one."""
     return max(int(os.environ.get("PADDLE_TRAINERS_NUM", "1") or "1"), 1)
@@ -678,6 +684,13 @@ def find_problems(arguments: Arguments) -> List[str]:
         problems.append("output_dir is missing: where to write the result")
     elif os.path.exists(training.output_dir) and not os.path.isdir(training.output_dir):
         problems.append(f"output_dir: {training.output_dir} is a file")
+    else:
+        for name in ("model_name_or_path", "text_model_name_or_path", "lora_path"):
+            folder = getattr(model, name)
+            if folder is not None and _within(folder, training.output_dir):
+                problems.append(
+                    f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir"
+                )
     problems += _dataset_problems(data)
     if data.chat_template is not None and not os.path.isfile(data.chat_template):
         problems.append(f"chat_template: there is no file at {data.chat_template}")

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import atomic_write
@@ -23,7 +23,6 @@ PARTIAL_PREFIX = ".partial-"
 # What a finished run leaves in output_dir beside its weights.
 RESULT_NAME = "train_results.json"
 _RESULTS = (
-    RESULT_NAME,
     "all_results.json",
     "eval_results.json",
     "trainer_state.json",
@@ -34,6 +33,7 @@ _RESULTS = (
     "model_state.pdparams.index.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    RESULT_NAME,
 )
 
 
@@ -94,12 +94,6 @@ def last_whole(output_dir: str) -> Optional[str]:
     return None
 
 
-def remove_partial(output_dir: str) -> None:
-    """Remove what a save that was interrupted left behind."""
-    for path in glob.glob(os.path.join(glob.escape(output_dir), PARTIAL_PREFIX + "*")):
-        shutil.rmtree(path)
-
-
 def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
     """Delete the oldest checkpoints so that `keep` remain; the best one is kept besides. None keeps all."""
     if not keep:
@@ -110,15 +104,14 @@ def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
             shutil.rmtree(path)
 
 
-def prepare_output(
-    output_dir: str, *, overwrite: bool, resume: bool, resume_from: Optional[str], write: bool = True
-) -> Optional[str]:
-    """Make output_dir ready for a run and return the checkpoint to resume from, or None for a fresh start.
+def check_output(
+    output_dir: str, *, overwrite: bool, resume: bool, resume_from: Optional[str]
+) -> Tuple[Optional[str], List[str]]:
+    """What a run begins with: (the checkpoint to resume from or None, files of a finished run to delete).
 
-    resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder. Otherwise
-    a folder with an unfinished run is refused, and the result of a finished one is replaced only with
-    `overwrite`, after saying what is deleted. write=False (not the first process) only finds the
-    checkpoint.
+    resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder. Otherwise a
+    folder with an unfinished run is refused, and the result of a finished one is replaced only with
+    `overwrite`. Nothing is changed here.
 
     Raises:
         ConfigError: the folder holds a run and neither resume nor overwrite says what to do with it.
@@ -128,32 +121,35 @@ def prepare_output(
             raise ConfigError(
                 f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program"
             )
-        return resume_from
+        return resume_from, []
     last = last_whole(output_dir)
     if resume and last is not None:
-        return last
-    old = checkpoints(output_dir)
-    results = [
-        path for name in _RESULTS for path in sorted(glob.glob(os.path.join(glob.escape(output_dir), name)))
-    ]
-    finished = os.path.isfile(os.path.join(output_dir, RESULT_NAME))
-    if last is not None and not finished:
+        return last, []
+    if last is not None and not os.path.isfile(os.path.join(output_dir, RESULT_NAME)):
         raise ConfigError(
             f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
             "with it, or delete the folder to begin anew"
         )
-    if (old or results) and not overwrite:
+    # The result file last: while it stands, what is left cannot pass for an unfinished run.
+    old = checkpoints(output_dir)
+    for name in _RESULTS:
+        old += sorted(glob.glob(os.path.join(glob.escape(output_dir), name)))
+    if old and not overwrite:
         raise ConfigError(
             f"{output_dir} holds the result of a run: set overwrite_output_dir=true or another output_dir"
         )
-    if write:
-        remove_partial(output_dir)
-        # Checkpoints go first: while the result file stands, what is left cannot pass for an unfinished run.
-        for path in old:
+    return None, old
+
+
+def clear_output(output_dir: str, old: List[str]) -> None:
+    """Delete these parts of a finished run, named in the log, and what a killed save left behind."""
+    for path in glob.glob(os.path.join(glob.escape(output_dir), PARTIAL_PREFIX + "*")):
+        shutil.rmtree(path)
+    for path in old:
+        if os.path.isdir(path):
             shutil.rmtree(path)
-        for path in results:
+        else:
             os.unlink(path)
-        if old or results:
-            names = ", ".join(os.path.basename(path) for path in old + results)
-            logger.warning(f"overwrite_output_dir: deleted from {output_dir} the finished run's {names}")
-    return None
+    if old:
+        names = ", ".join(os.path.basename(path) for path in old)
+        logger.warning(f"overwrite_output_dir: deleted from {output_dir} the finished run's {names}")

@@ -21,7 +21,7 @@ import shutil
 import time
 import types
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import paddle
@@ -210,9 +210,9 @@ class FinetuneTrainer(Trainer):
             )
             logs["train_samples_per_second"] = round(rate * per_step, 4)
             logs["train_steps_per_second"] = round(rate, 4)
-        skipped = getattr(self.train_dataset, "n_skipped", 0)
+        skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
         if skipped:
-            logs["skipped_samples"] = int(skipped)
+            logs["skipped_samples"] = skipped
         super().log(logs, **kwargs)
         self._history.append(dict(logs))
         self.state.log_history = self._history
@@ -348,19 +348,26 @@ class FinetuneTrainer(Trainer):
         """Weights (adapters, or the whole model), configuration, tokenizer, chat template, arguments."""
         folder = output_dir or self.args.output_dir
         logger.info(f"Saving model checkpoint to {folder}")
-        os.makedirs(folder, exist_ok=True)
+        partial = os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")
+        os.makedirs(partial, exist_ok=True)
+        config = base_of(self.model).config
+        flash, config.use_flash_attention = config.use_flash_attention, False  # of this run, not of the model
         if isinstance(self.model, LoRAModel):
             self.model.save_pretrained(
-                folder, merge_tensor_parallel=merge_tensor_parallel, is_main_process=self.args.should_save
+                partial, merge_tensor_parallel=merge_tensor_parallel, is_main_process=self.args.should_save
             )
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(partial)
+        config.use_flash_attention = flash
         if self.args.should_save:
-            self.tokenizer.save_pretrained(folder)
-            self.chat_template.save(os.path.join(folder, "chat_template.json"))
+            self.tokenizer.save_pretrained(partial)
+            self.chat_template.save(os.path.join(partial, "chat_template.json"))
             arguments = copy.copy(self.args)
             arguments.output_dir = arguments.output_signal_dir = self.output_dir
-            paddle.save(arguments, os.path.join(folder, "training_args.bin"))
+            paddle.save(arguments, os.path.join(partial, "training_args.bin"))
+        for name in os.listdir(partial):
+            os.replace(os.path.join(partial, name), os.path.join(folder, name))
+        os.rmdir(partial)
 
     def load_weights(self, checkpoint: str) -> None:
         """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
@@ -542,20 +549,13 @@ def choose_trainable(model, model_args: ModelArguments):
     return model
 
 
-def finetune(
+def prepare(
     model_args: ModelArguments,
     data_args: DataArguments,
     generate_args: GenerationArguments,
     training: TrainingKeys,
-) -> Dict[str, float]:
-    """One run, from the checked arguments to the saved result (SPEC §3, LoRA checkpoint or model folder).
-
-    Returns the training (and evaluation) metrics.
-
-    Raises:
-        UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
-        JobFailed: the loss is no number any more.
-    """
+) -> Tuple[FinetuneTrainer, Optional[str]]:
+    """Everything up to the first step: (the trainer, the checkpoint to resume from or None)."""
     # One form of line for the whole run, without PaddleNLP's colours and debug lines.
     paddlenlp_logger.logger.handlers = logger.handlers
     paddlenlp_logger.logger.setLevel("INFO")
@@ -568,13 +568,14 @@ def finetune(
     dtype = resolve_dtype(asked, device.value)
     if dtype.reason:
         logger.warning(dtype.reason)
-    resume_from = checkpoints.prepare_output(
-        training.output_dir,
-        overwrite=training.overwrite_output_dir,
-        resume=training.resume,
-        resume_from=training.resume_from_checkpoint,
-        write=paddle.distributed.get_rank() == 0,
-    )
+    resume_from, old_files = None, []
+    if training.do_train:
+        resume_from, old_files = checkpoints.check_output(
+            training.output_dir,
+            overwrite=training.overwrite_output_dir,
+            resume=training.resume,
+            resume_from=training.resume_from_checkpoint,
+        )
     training_args = paddlenlp_arguments(training, dtype.value)
     logger.warning(
         f"Process rank: {training_args.local_rank}, device: {device.value}, "
@@ -608,6 +609,27 @@ def finetune(
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
     )
+    # Only now, when everything a wrong config could break has been read.
+    if paddle.distributed.get_rank() == 0:
+        checkpoints.clear_output(training.output_dir, old_files)
+    return trainer, resume_from
+
+
+def finetune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    generate_args: GenerationArguments,
+    training: TrainingKeys,
+) -> Dict[str, float]:
+    """One run, from the checked arguments to the saved result (SPEC §3: a LoRA checkpoint or a model folder).
+
+    Returns the metrics of training and evaluation.
+
+    Raises:
+        UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
+        JobFailed: the loss is no number any more, or a checkpoint could not be written.
+    """
+    trainer, resume_from = prepare(model_args, data_args, generate_args, training)
     metrics: Dict[str, float] = {}
     if training.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=resume_from))

@@ -247,6 +247,13 @@ def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes,
     assert says in str(caught.value)
 
 
+def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
+    for folder in (base["model_name_or_path"], base["model_name_or_path"] + "/.."):
+        with pytest.raises(ConfigError, match="model_name_or_path lies in output_dir"):
+            parse({"output_dir": folder})
+    assert parse({"output_dir": base["model_name_or_path"] + "_tuned"})
+
+
 def test_degrees_must_divide_the_processes(parse, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
     with pytest.raises(ConfigError, match="3 processes cannot be divided"):

@@ -25,10 +25,13 @@ def log(caplog, monkeypatch):
     return caplog
 
 
-def prepare(folder, overwrite=False, resume=False, resume_from=None, **kwargs):
-    return checkpoints.prepare_output(
-        str(folder), overwrite=overwrite, resume=resume, resume_from=resume_from, **kwargs
+def prepare(folder, overwrite=False, resume=False, resume_from=None):
+    """Check the folder and clear it; returns the checkpoint to resume from."""
+    resume_from, old = checkpoints.check_output(
+        str(folder), overwrite=overwrite, resume=resume, resume_from=resume_from
     )
+    checkpoints.clear_output(str(folder), old)
+    return resume_from
 
 
 def test_seal_holds_state_and_sizes(tmp_path):
@@ -107,8 +110,6 @@ def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
     (tmp_path / "runs").mkdir()
     with pytest.raises(ConfigError, match="set overwrite_output_dir=true or another output_dir"):
         prepare(tmp_path)
-    assert prepare(tmp_path, overwrite=True, write=False) is None
-    assert (tmp_path / "checkpoint-4").exists()
     assert prepare(tmp_path, overwrite=True) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "runs"]
     for name in ("checkpoint-4", "train_results.json", "lora_model_state.pdparams", "00001-of-00002"):

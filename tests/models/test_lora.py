@@ -1,0 +1,177 @@
+"""python -m pytest tests/models/test_lora.py"""
+
+import json
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.models.lora import adapted_modules, apply_lora, load_lora, read_lora_config
+from paddlemix.utils.errors import ConfigError, WeightsError
+from tests.helpers import make_tiny_model, prompt_ids
+
+TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
+
+
+def inputs():
+    images = np.random.default_rng(0).normal(size=[1, 3, 56, 56]).astype("float32")
+    return {
+        "input_ids": paddle.to_tensor([prompt_ids(range(40, 60))]),
+        "images": paddle.to_tensor(images),
+    }
+
+
+def logits(model):
+    with paddle.no_grad():
+        return model(**inputs()).logits.numpy()
+
+
+def with_adapters(trainable=(), **changes):
+    """A model whose adapters, and what trains beside them, are far from where they start."""
+    paddle.seed(1)
+    settings = dict({"rank": 4, "alpha": 8, "target_modules": TARGETS, "dropout": 0.1}, **changes)
+    model = apply_lora(make_tiny_model(), trainable=trainable, **settings)
+    model.eval()
+    for tensor in model.model.state_dict().values():
+        if not tensor.stop_gradient:
+            tensor.set_value(paddle.normal(0.0, 0.2, tensor.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder, logits) of a LoRA checkpoint with a part of attn_pool trained whole."""
+    folder = str(tmp_path_factory.mktemp("lora"))
+    model = with_adapters(trainable=["visual.attn_pool.query", "visual.attn_pool.ln_q.bias"])
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
+def test_fresh_adapters_change_nothing_and_alone_train():
+    base = make_tiny_model()
+    before = logits(base)
+    model = apply_lora(base, rank=4, alpha=8, target_modules=TARGETS)
+    np.testing.assert_array_equal(logits(model), before)
+    training = {name for name, tensor in model.model.state_dict().items() if not tensor.stop_gradient}
+    assert len(training) == 2 * 2 * 4 and all(".lora_" in name for name in training)
+
+
+def test_saved_and_loaded_adapters_give_equal_logits(saved):
+    folder, expected = saved
+    assert np.abs(logits(make_tiny_model()) - expected).max() > 0.1
+    np.testing.assert_array_equal(logits(load_lora(make_tiny_model(), folder)), expected)
+
+
+def test_output_is_the_formula(saved):
+    folder, expected = saved
+    stored = paddle.load(os.path.join(folder, "lora_model_state.pdparams"), return_numpy=True)
+    model = make_tiny_model()
+    state = model.state_dict()
+    for name, array in stored.items():
+        if name.endswith(".lora_A"):
+            module = name[: -len(".lora_A")]
+            delta = array @ stored[module + ".lora_B"] * (8 / 4)
+            state[module + ".weight"].set_value(state[module + ".weight"].numpy() + delta)
+        elif not name.endswith(".lora_B"):
+            state[name].set_value(array)
+    np.testing.assert_allclose(logits(model), expected, atol=1e-4)
+
+
+def test_file_holds_what_trained_and_nothing_else(saved):
+    stored = paddle.load(os.path.join(saved[0], "lora_model_state.pdparams"), return_numpy=True)
+    whole = {name for name in stored if ".lora_" not in name}
+    assert whole == {"visual.attn_pool.query", "visual.attn_pool.ln_q.bias"}
+    assert stored["transformer.llm.h.0.attn.c_attn.lora_A"].shape == (128, 4)
+    assert stored["transformer.llm.h.0.attn.c_attn.lora_B"].shape == (4, 384)
+
+
+def test_reading_executes_nothing(saved, tmp_path):
+    import pickle
+
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "lora_config.json").write_text(open(os.path.join(saved[0], "lora_config.json")).read())
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (folder / "lora_model_state.pdparams").write_bytes(pickle.dumps({"x": Evil()}))
+    with pytest.raises(WeightsError):
+        load_lora(make_tiny_model(), str(folder))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_named(saved, tmp_path, change):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "lora_config.json").write_text(open(os.path.join(saved[0], "lora_config.json")).read())
+    stored = paddle.load(os.path.join(saved[0], "lora_model_state.pdparams"))
+    name = "transformer.llm.h.1.mlp.w1.lora_A"
+    if change == "missing":
+        del stored[name]
+    elif change == "unexpected":
+        name = "transformer.llm.h.9.mlp.w1.lora_A"
+        stored[name] = paddle.ones([2])
+    else:
+        stored[name] = paddle.ones([2, 4])
+    paddle.save(stored, str(folder / "lora_model_state.pdparams"))
+    with pytest.raises(WeightsError, match=name):
+        load_lora(make_tiny_model(), str(folder))
+
+
+def test_missing_files_are_named(tmp_path, saved):
+    with pytest.raises(WeightsError, match="no lora_config.json"):
+        load_lora(make_tiny_model(), str(tmp_path))
+    (tmp_path / "lora_config.json").write_text(open(os.path.join(saved[0], "lora_config.json")).read())
+    with pytest.raises(WeightsError, match="no lora_model_state.pdparams"):
+        load_lora(make_tiny_model(), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON object"),
+        ({"r": 0}, "r must be a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha must be"),
+        ({"target_modules": None}, "target_modules must be"),
+        ({"rslora": True}, "rslora is a variant"),
+        ({"lora_use_mixer": True}, "lora_use_mixer is a variant"),
+    ],
+)
+def test_broken_configurations(tmp_path, text, says):
+    good = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+    path = tmp_path / "lora_config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(dict(good, **text)))
+    with pytest.raises(WeightsError, match=says):
+        read_lora_config(str(tmp_path))
+    path.write_text(json.dumps(dict(good, target_modules=".*c_attn")))
+    assert read_lora_config(str(tmp_path))["target_modules"] == [".*c_attn"]
+
+
+def test_config_of_another_model_is_said_to_be_the_folders_fault(tmp_path):
+    path = tmp_path / "lora_config.json"
+    path.write_text(json.dumps({"r": 4, "lora_alpha": 8, "target_modules": [".*q_proj"]}))
+    with pytest.raises(WeightsError, match="does not fit the model.*q_proj"):
+        load_lora(make_tiny_model(), str(tmp_path))
+
+
+def test_targets_are_checked():
+    names = list(make_tiny_model().state_dict())
+    with pytest.raises(ConfigError, match='".[*]q_proj.[*]" matches no module'):
+        adapted_modules(names, [".*q_proj.*"])
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        adapted_modules(names, ["("])
+    with pytest.raises(ConfigError, match="is no Linear layer but a"):
+        apply_lora(make_tiny_model(), rank=4, alpha=8, target_modules=[".*wte"])
+    with pytest.raises(ConfigError, match="both claim transformer.llm.h.0.attn.c_attn.weight"):
+        apply_lora(
+            make_tiny_model(),
+            rank=4,
+            alpha=8,
+            target_modules=TARGETS,
+            trainable=["transformer.llm.h.0.attn.c_attn.weight"],
+        )

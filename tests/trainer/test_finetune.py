@@ -1,0 +1,561 @@
+"""python -m pytest tests/trainer/test_finetune.py
+
+Whole runs of a tiny model on a few coloured squares, in this process. What is in a picture decides its caption,
+so a model that learns must have looked.
+"""
+
+import base64
+import io
+import json
+import logging
+import os
+import signal
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
+from paddlemix.models.lora import load_lora
+from paddlemix.trainer import arguments, checkpoints
+from paddlemix.trainer.finetune import EpochSampler, add_neftune, finetune, prepare
+from paddlemix.utils.errors import ConfigError, JobFailed, UserError, WeightsError
+from tests.helpers import make_tiny_model, save_tiny_model
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
+POOL = [
+    "visual.attn_pool." + name for name in ("query", "kv_proj.weight", "attn.in_proj_weight", "ln_q.bias")
+]
+
+
+def square(colour) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), colour).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def write_data(path, captions, bad=()):
+    """A train.json whose record i shows the colour that captions[i] names; those in `bad` hold no image."""
+    records = []
+    for number, caption in enumerate(captions):
+        image = "AAAA" if number in bad else square(COLOURS[caption])
+        record = {"id": f"identity_{number}", "conversations": [["?", caption]], "image": image}
+        records.append(json.dumps(record))
+    path.write_text("[\n" + ",\n".join(records) + "\n]\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(model folder, data file) for all runs."""
+    folder = tmp_path_factory.mktemp("world")
+    return save_tiny_model(folder / "model"), write_data(folder / "train.json", list(COLOURS) * 3)
+
+
+@pytest.fixture
+def run_keys(world, tmp_path):
+    """Keys of a run, with changes; `...` takes a key away."""
+
+    def keys(**changes):
+        entry = [{"name": "chatml_dataset", "data_files": world[1]}]
+        values = {
+            "model_name_or_path": world[0],
+            "output_dir": str(tmp_path / "out"),
+            "dataset": {"train": entry, "eval": entry},
+            "do_train": True,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+        }
+        values.update(changes)
+        return arguments.from_values({name: value for name, value in values.items() if value is not ...})
+
+    return keys
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("paddlemix"), "propagate", True)
+    caplog.set_level("INFO")
+    return caplog
+
+
+def run(keys):
+    return finetune(*keys[:4])
+
+
+def start(keys):
+    return prepare(*keys[:4])[0]
+
+
+LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
+LORA_POOL = dict(LORA, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"])
+
+
+# ---- what trains
+
+
+def is_adapter(name):
+    return ".lora_" in name
+
+
+def in_pool(name):
+    return name.startswith("visual.attn_pool.") and not name.endswith("pos_embed")
+
+
+@pytest.mark.parametrize(
+    "keys, trains",
+    [
+        pytest.param(dict(LORA, freeze_include=["*visual*"]), is_adapter, id="lora"),
+        pytest.param(LORA_POOL, lambda name: is_adapter(name) or in_pool(name), id="lora and attn_pool"),
+        pytest.param({"freeze_include": ["*"], "freeze_exclude": ["*attn_pool*"]}, in_pool, id="attn_pool"),
+        pytest.param(
+            {"freeze_include": ["*"], "freeze_exclude": ["*llm.h.1.*", "*attn_pool*"]},
+            lambda name: ".h.1." in name or in_pool(name),
+            id="a layer and attn_pool",
+        ),
+        pytest.param({}, lambda name: not name.endswith("pos_embed"), id="full"),
+    ],
+)
+def test_the_right_tensors_change_and_no_others(run_keys, keys, trains):
+    trainer = start(run_keys(**keys))
+    state = trainer.model.model.state_dict() if keys.get("lora") else trainer.model.state_dict()
+    before = {name: tensor.numpy().copy() for name, tensor in state.items()}
+    trainer.train()
+    changed = {name for name, tensor in state.items() if not np.array_equal(tensor.numpy(), before[name])}
+    expected = {name for name in before if trains(name)}
+    # The first learning rate moves lora_B alone (A's gradient is B's, 0); the second step moves both.
+    assert changed == expected
+    assert set(POOL) <= expected or not any(map(in_pool, expected))
+
+
+def test_counts_are_printed_per_group_and_in_the_notebooks_line(run_keys, log):
+    start(run_keys(**LORA_POOL))
+    assert (
+        "|| Trainable parameters:" in log.text and "Freeze parameters: ['*visual*'] and exclude" in log.text
+    )
+    rows = [record.message.split() for record in log.records if record.message.startswith(("vit ", "lora "))]
+    assert rows[0][0] == "vit" and rows[0][2] == "0"
+    assert rows[1][1] == rows[1][2] == f"{2 * 4 * (128 * 4 + 384 + 128 + 128 * 2):,}"
+
+
+def test_a_pattern_without_a_match_ends_the_run(run_keys):
+    with pytest.raises(ConfigError, match="freeze_exclude"):
+        start(run_keys(freeze_include=["*visual*"], freeze_exclude=["*connector*"]))
+
+
+def test_mm_projector_lr_is_the_connectors_own_rate(run_keys):
+    trainer = start(run_keys(mm_projector_lr=1e-30, max_steps=1, lr_scheduler_type="constant"))
+    state = trainer.model.state_dict()
+    before = {name: tensor.numpy().copy() for name, tensor in state.items()}
+    trainer.train()
+    same = {name for name, tensor in state.items() if np.array_equal(tensor.numpy(), before[name])}
+    assert same == {
+        name for name in state if name.startswith("visual.") and not name.startswith("visual.vit.")
+    }
+
+
+def test_weight_decay_spares_vectors(run_keys):
+    trainer = start(run_keys(weight_decay=0.5, learning_rate=1e-2, max_steps=1))
+    trainer.create_optimizer_and_scheduler(1)
+    decays = trainer.optimizer._apply_decay_param_fun
+    state = trainer.model.state_dict()
+    assert decays(state["lm_head.weight"].name) and not decays(state["transformer.llm.ln_f.weight"].name)
+    assert not decays(state["visual.ln_post.bias"].name)
+
+
+# ---- images count
+
+
+def test_changing_the_image_changes_the_loss(run_keys):
+    trainer = start(run_keys())
+    sample = trainer.train_dataset[0]
+    batch = {name: paddle.to_tensor(array) for name, array in trainer.data_collator([sample]).items()}
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    batch["images"] = batch["images"] + 1.0
+    assert abs(trainer.compute_loss(trainer.model, batch).item() - loss) > 1e-3
+
+
+def test_shuffled_images_make_a_trained_models_loss_worse(run_keys):
+    keys = run_keys(max_steps=60, learning_rate=2e-3, per_device_train_batch_size=12, save_strategy="no")
+    trainer = start(keys)
+    trainer.train()
+    trainer.model.eval()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    batch = {name: paddle.to_tensor(array) for name, array in batch.items()}
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    batch["images"] = paddle.roll(batch["images"], 1, axis=0)
+    shuffled = trainer.compute_loss(trainer.model, batch).item()
+    assert loss < 0.2
+    assert shuffled > loss + 0.5
+
+
+# ---- what is saved
+
+
+def test_lora_run_leaves_the_files_of_the_spec_and_loads_again(run_keys, world, tmp_path):
+    run(run_keys(**LORA_POOL, save_strategy="no", evaluation_strategy="epoch"))
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "lora_config.json",
+        "lora_model_state.pdparams",
+        "config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "mgen.tiktoken",
+        "chat_template.json",
+        "train_results.json",
+        "all_results.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "runs",
+    }
+    assert list((out / "runs").rglob("vdlrecords*"))
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["train_loss"] > 0 and results["epoch"] == pytest.approx(2 / 3, abs=1e-3)
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [line["global_step"] for line in state["log_history"] if "loss" in line] == [1, 2]
+    assert any("eval_loss" in line for line in state["log_history"])
+    assert json.loads((out / "lora_config.json").read_text())["base_model_name_or_path"] == world[0]
+    stored = paddle.load(str(out / "lora_model_state.pdparams"), return_numpy=True)
+    assert "visual.attn_pool.query" in stored and "visual.attn_pool.pos_embed" not in stored
+    load_lora(AutoModelMIX.from_pretrained(world[0]), str(out))
+    assert len(AutoTokenizerMIX.from_pretrained(str(out))) == 256 + 217
+
+
+def test_saved_lora_is_the_trained_model(run_keys, world, tmp_path):
+    trainer = start(run_keys(**LORA_POOL))
+    trainer.train()
+    trainer.save_model()
+    trainer.model.eval()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = {name: paddle.to_tensor(array) for name, array in batch.items()}
+    loaded = load_lora(AutoModelMIX.from_pretrained(world[0]), str(tmp_path / "out"))
+    np.testing.assert_array_equal(trainer.model(**batch).logits.numpy(), loaded(**batch).logits.numpy())
+
+
+def test_full_run_leaves_a_model_folder(run_keys, tmp_path):
+    trainer = start(run_keys(use_flash_attention=True))
+    trainer.train()
+    trainer.save_model()
+    out = tmp_path / "out"
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model_state.pdparams",
+        "mgen.tiktoken",
+        "chat_template.json",
+    ):
+        assert (out / name).is_file(), name
+    assert json.loads((out / "config.json").read_text())["use_flash_attention"] is False
+    loaded = AutoModelMIX.from_pretrained(str(out)).state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), loaded[name].numpy())
+    assert not list(out.glob(".partial*"))
+
+
+def test_save_total_limit_holds_in_one_process(run_keys, tmp_path):
+    run(run_keys(**LORA, max_steps=5, save_steps=1, save_total_limit=2))
+    left = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert left == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_benchmark_saves_nothing(run_keys, tmp_path):
+    metrics = run(run_keys(benchmark=True, save_steps=1))
+    assert metrics["train_samples_per_second"] > 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
+
+
+def test_best_model_is_loaded_at_the_end(run_keys, tmp_path):
+    # The second step, with an absurd rate, makes it worse.
+    keys = run_keys(
+        **LORA,
+        max_steps=2,
+        learning_rate=3.0,
+        save_steps=1,
+        eval_steps=1,
+        evaluation_strategy="steps",
+        load_best_model_at_end=True,
+        lr_scheduler_type="constant",
+    )
+    run(keys)
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    losses = {
+        line["step" if "step" in line else "epoch"]: line["eval_loss"]
+        for line in state["log_history"]
+        if "eval_loss" in line
+    }
+    best = min(range(2), key=list(losses.values()).__getitem__) + 1
+    assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
+    final = paddle.load(str(out / "lora_model_state.pdparams"), return_numpy=True)
+    expected = paddle.load(str(out / f"checkpoint-{best}" / "lora_model_state.pdparams"), return_numpy=True)
+    assert all(np.array_equal(final[name], expected[name]) for name in expected)
+
+
+# ---- logs
+
+
+def test_log_has_the_notebooks_blocks_and_lines(run_keys, log):
+    run(run_keys(gradient_accumulation_steps=2, warmup_ratio=0.5, lr_scheduler_type="cosine"))
+    text = log.text
+    for title in ("Model", "Data", "Generation", "Training"):
+        assert f"{title} Configuration Arguments".center(40) in text
+    for line in (
+        "lora_rank                     : 64",
+        "max_length                    : 2048",
+        "top_p   ",
+        "seed   ",
+    ):
+        assert line in text
+    lines = [record.message for record in log.records if record.message.startswith("loss: ")]
+    assert len(lines) == 2
+    names = [part.split(": ")[0] for part in lines[0].split(", ")]
+    assert names[:6] == [
+        "loss",
+        "learning_rate",
+        "global_step",
+        "interval_runtime",
+        "interval_samples_per_second",
+        "interval_steps_per_second",
+    ]
+    assert names[-1] == "epoch" and "progress_or_epoch" not in text
+    assert "\x1b[" not in text
+
+
+def test_half_precision_on_the_cpu_is_float32_with_one_warning(run_keys, log):
+    trainer = start(run_keys(fp16=True, fp16_opt_level="O2", **LORA))
+    assert trainer.model.model.lm_head.weight.dtype == paddle.float32
+    assert trainer.args.fp16 is False and trainer.do_grad_scaling is False
+    trainer.train()
+    warnings = [record.message for record in log.records if "float16" in record.message]
+    assert warnings == ["float16 is not supported on the CPU, change to float32"]
+
+
+def test_do_eval_means_once_at_the_end_without_a_strategy(run_keys, log, tmp_path):
+    metrics = run(run_keys(do_eval=True, max_steps=3))
+    assert sum("eval_loss" in record.message for record in log.records) == 1 + 1  # the line and the table
+    assert metrics["eval_loss"] > 0
+    assert (
+        json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+    )
+
+
+def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path):
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    metrics = run(run_keys(do_train=False, do_eval=True))
+    assert set(metrics) >= {"eval_loss", "eval_samples_per_second"} and (out / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_samples_are_counted_in_the_log(run_keys, tmp_path, log, workers):
+    data = write_data(tmp_path / "bad.json", list(COLOURS) * 2, bad=(2, 5))
+    entry = [{"data_files": data}]
+    run(run_keys(dataset={"train": entry}, dataloader_num_workers=workers, num_train_epochs=1, max_steps=...))
+    last = [record.message for record in log.records if "train_loss" in record.message][0]
+    assert "skipped_samples: 2" in last
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_a_good_sample_ends_the_run_in_words(run_keys, tmp_path, workers):
+    data = write_data(tmp_path / "bad.json", list(COLOURS), bad=range(4))
+    keys = run_keys(dataset={"train": [{"data_files": data}]}, dataloader_num_workers=workers)
+    with pytest.raises(UserError, match="no good sample"):
+        run(keys)
+
+
+# ---- resuming
+
+
+def final_weights(folder):
+    return paddle.load(str(folder / "lora_model_state.pdparams"), return_numpy=True)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_resumed_run_ends_with_the_weights_of_one_go(run_keys, tmp_path, stop, monkeypatch):
+    # Three batches of four, so that steps 1 and 2 stop inside the first epoch and 4 inside the second.
+    keys = dict(LORA_POOL, max_steps=5, save_steps=1, logging_steps=2, lora_dropout=0.3)
+    whole = run(run_keys(**keys, output_dir=str(tmp_path / "whole")))
+    trainer = start(run_keys(**keys))
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, *args, **kwargs):
+        # As a power cut between two steps: nothing is written after checkpoint-<stop>.
+        if trainer.state.global_step == stop:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    step = type(trainer).training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer), "training_step", killed)
+        with pytest.raises(Killed):
+            trainer.train()
+    resumed = run(run_keys(**keys, resume=True))
+    ours, theirs = final_weights(tmp_path / "out"), final_weights(tmp_path / "whole")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [line["global_step"] for line in history if "loss" in line][-1] == 4
+
+
+def test_resuming_a_run_that_is_done_trains_no_further(run_keys, tmp_path, log):
+    run(run_keys(save_steps=2, **LORA))
+    before = final_weights(tmp_path / "out")
+    metrics = run(run_keys(save_steps=2, resume=True, **LORA))
+    assert "nothing is left to train" in log.text and metrics["train_loss"] > 0
+    assert all(np.array_equal(before[name], array) for name, array in final_weights(tmp_path / "out").items())
+
+
+def test_resuming_with_another_order_of_samples_is_refused(run_keys):
+    run(run_keys(save_steps=1, **LORA))
+    with pytest.raises(ConfigError, match="is of another run: seed was 42, is 7"):
+        run(run_keys(save_steps=1, resume=True, seed=7, max_steps=4, **LORA))
+
+
+def test_an_unfinished_run_is_not_overwritten(run_keys, tmp_path):
+    keys = run_keys(save_steps=1, overwrite_output_dir=True, **LORA)
+    run(keys)
+    (tmp_path / "out" / "train_results.json").unlink()
+    with pytest.raises(ConfigError, match="unfinished run .checkpoint-2."):
+        run(keys)
+
+
+def test_the_old_result_stays_until_the_new_run_can_start(run_keys, tmp_path):
+    run(run_keys(**LORA))
+    wrong = run_keys(overwrite_output_dir=True, lora=True, lora_target_modules=[".*nowhere.*"])
+    with pytest.raises(ConfigError, match="nowhere"):
+        run(wrong)
+    assert (tmp_path / "out" / "lora_model_state.pdparams").is_file()
+    run(run_keys(overwrite_output_dir=True, **LORA))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(run_keys, tmp_path, log):
+    trainer = start(run_keys(max_steps=50, save_strategy="no", **LORA))
+    step = trainer.training_step
+
+    def step_with_signal(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    trainer.training_step = step_with_signal
+    previous = signal.getsignal(signal.SIGTERM)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is previous
+    assert trainer.stop.received and trainer.state.global_step == 3
+    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(run_keys, tmp_path, monkeypatch):
+    trainer = start(run_keys(max_steps=3, save_steps=1, **LORA))
+    save = trainer._save
+
+    def full(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_save", full)
+    with pytest.raises(JobFailed, match="checkpoint-2 could not be written .No space left on device"):
+        trainer.train()
+    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-1")
+    assert not list((tmp_path / "out").glob(".partial*"))
+
+
+# ---- starting points and noise
+
+
+def test_adapters_to_start_from(run_keys, tmp_path):
+    run(run_keys(**LORA_POOL))
+    first = final_weights(tmp_path / "out")
+    path = str(tmp_path / "out")
+    trainer = start(run_keys(**LORA_POOL, lora_path=path, output_dir=str(tmp_path / "second")))
+    state = trainer.model.model.state_dict()
+    assert all(np.array_equal(state[name].numpy(), array) for name, array in first.items())
+    with pytest.raises(ConfigError, match="lora_rank is 8, but the adapters in lora_path have 4"):
+        start(run_keys(**dict(LORA_POOL, lora_rank=8), lora_path=path, output_dir=str(tmp_path / "second")))
+
+
+def test_language_part_of_another_model(run_keys, world, tmp_path):
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    state = start(run_keys(text_model_name_or_path=other)).model.state_dict()
+    base, theirs = (AutoModelMIX.from_pretrained(folder).state_dict() for folder in (world[0], other))
+    for name in state:
+        source = base if name.startswith("visual.") else theirs
+        assert np.array_equal(state[name].numpy(), source[name].numpy()), name
+    small = save_tiny_model(tmp_path / "small", num_hidden_layers=1)
+    with pytest.raises(WeightsError, match="text_model_name_or_path: transformer.llm.h.1.* is missing"):
+        start(run_keys(text_model_name_or_path=small))
+
+
+def test_neftune_adds_bounded_noise_while_training_only():
+    model = make_tiny_model()
+    ids = paddle.arange(16).reshape([2, 8])
+    clean = model.transformer.llm.wte(ids).numpy()
+    add_neftune(model, 4.0)
+    np.testing.assert_array_equal(model.transformer.llm.wte(ids).numpy(), clean)
+    model.train()
+    noise = model.transformer.llm.wte(ids).numpy() - clean
+    bound = 4.0 / np.sqrt(8 * 128)
+    assert 0.5 * bound < np.abs(noise).max() <= bound * 1.001
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run_keys, monkeypatch):
+    trainer = start(run_keys())
+    loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args: loss(*args) * float("nan")
+    with pytest.raises(JobFailed, match="the loss became nan in step 1: lower learning_rate"):
+        trainer.train()
+
+
+# ---- order of samples
+
+
+def batches(sampler):
+    return list(sampler)
+
+
+def test_epochs_differ_and_repeat_by_seed():
+    def order(seed, epoch):
+        sampler = EpochSampler(range(10), 2, seed=seed, accumulation=1)
+        sampler.start_at(epoch, 0)
+        return sum(batches(sampler), [])
+
+    assert sorted(order(1, 0)) == list(range(10))
+    assert order(1, 0) == order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
+
+
+def test_starting_inside_an_epoch_is_its_rest():
+    sampler = EpochSampler(range(11), 2, seed=3, accumulation=2)
+    sampler.start_at(4, 0)
+    whole = batches(sampler)
+    assert len(whole) == len(sampler) == 6
+    sampler.start_at(4, 3)
+    assert batches(sampler) == whole[3:]
+
+
+def test_an_epoch_holds_whole_steps():
+    assert len(EpochSampler(range(11), 2, seed=0, accumulation=4)) == 4
+    assert len(EpochSampler(range(5), 2, seed=0, accumulation=4)) == 3
+    assert len(EpochSampler(range(5), 2, seed=0, accumulation=1, drop_last=True)) == 2
+    with pytest.raises(ConfigError, match="3 samples do not fill one batch of 4"):
+        EpochSampler(range(3), 4, seed=0, accumulation=1, drop_last=True)
+
+
+def test_processes_share_an_epoch():
+    ranks = [EpochSampler(range(9), 2, seed=1, accumulation=1, rank=rank, processes=2) for rank in (0, 1)]
+    first, second = map(batches, ranks)
+    alone = batches(EpochSampler(range(9), 2, seed=1, accumulation=1))
+    assert [first[0], second[0], first[1], second[1]] == alone[:4]
+    assert len(first) == len(second) and all(len(batch) == 2 for batch in first + second)
+    assert set(sum(first + second, [])) == set(range(9))
