@@ -17,6 +17,7 @@ import glob
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -63,8 +64,8 @@ class Interpreter(NamedTuple):
     """What an interpreter has.
 
     python: its version. site: its own package folder; packages: all of them. paddle: the folder that Paddle
-    would be imported from; paddle_version: name and version of the distribution ("paddlepaddle-gpu 3.3.1"), None
-    for a build that pip does not know.
+    would be imported from; paddle_version: the distribution's name and version ("paddlepaddle-gpu 3.3.1"), or
+    None for a build that pip does not know.
     """
 
     python: List[int]
@@ -112,8 +113,9 @@ def has_pip(python: str) -> bool:
 def run_pip(python: str, *arguments: str) -> None:
     """`pip install` in the environment of `python`, under the pins."""
     # As a variable, not as -c: then the pins hold for what packages are built with, too. pip splits it at
-    # blanks, so it is named from the top folder, whose own path may have some.
-    environment = dict(os.environ, PIP_CONSTRAINT=LOCK, PIP_DISABLE_PIP_VERSION_CHECK="1")
+    # blanks, which a path may have and a URL does not.
+    lock = pathlib.Path(ROOT, LOCK).as_uri()
+    environment = dict(os.environ, PIP_CONSTRAINT=lock, PIP_DISABLE_PIP_VERSION_CHECK="1")
     run([python, "-m", "pip", "install", *arguments], cwd=ROOT, env=environment)
 
 
@@ -199,7 +201,7 @@ def choose_paddle(python: str, wanted: str) -> List[str]:
     """Arguments for pip that bring Paddle into the environment of `python`; none when it needs none.
 
     wanted: "auto" (the Paddle of the Python that runs this script, else the CPU wheel), "none", or a
-    requirement (a wheel's path, or name==version). A Paddle in the environment itself comes before all of them.
+    requirement (a wheel's path, or name==version). A Paddle in the environment itself comes before them all.
     """
     inside = describe(python)
     if inside.paddle:
