@@ -1,0 +1,66 @@
+"""Merge a LoRA checkpoint into its base model (SPEC §4):
+
+python merge_lora_params.py --model_name_or_path BASE --lora_path LORA --merge_model_path OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from paddlemix.utils import cli
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write the base model with a LoRA checkpoint merged into it, W + (alpha / r) · A @ B, as a "
+        "whole model folder. Works tensor by tensor, so memory is that of a few tensors; OUT appears when it is "
+        "whole.",
+    )
+    parser.add_argument(
+        "--model_name_or_path", required=True, metavar="BASE", help="folder of the base model"
+    )
+    parser.add_argument("--lora_path", required=True, metavar="LORA", help="folder that the tuning run wrote")
+    parser.add_argument("--merge_model_path", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="store floating-point tensors in this dtype (default: each as in the base)",
+    )
+    parser.add_argument(
+        "--format", choices=("pdparams", "safetensors"), help="of the weights (default: the base's)"
+    )
+    parser.add_argument(
+        "--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and not empty")
+    parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bar")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
+
+    from paddlemix.checkpoint.lora_merge import merge
+    from paddlemix.utils.log import logger
+
+    result = merge(
+        args.model_name_or_path,
+        args.lora_path,
+        args.merge_model_path,
+        dtype=args.dtype,
+        format=args.format,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        progress=not args.disable_tqdm,
+    )
+    logger.info(
+        f"{result.merged} tensors merged, {result.replaced} replaced, {result.copied} copied into "
+        f"{args.merge_model_path}: {', '.join(sorted(result.files))}"
+    )
+    print("--------merge lora successfully----------")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

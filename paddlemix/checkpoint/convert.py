@@ -1,0 +1,355 @@
+"""Import a public Qwen-VL or Qwen-VL-Chat checkpoint: its names and layouts become this project's (SPEC §5).
+
+The public model keeps its vision tower inside `transformer`, and its Linear weights are [out, in] where
+Paddle's are [in, out]. Everything else is the same, tensor for tensor. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+
+from paddlemix.checkpoint.lora_merge import check_output, read_json_object, write_json
+from paddlemix.checkpoint.shards import Item, WeightsReader, inside, open_weights, write_sharded
+from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, convert_dtype, printable
+from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.files import atomic_folder
+from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
+
+# Public name → ours. {n} is a layer's number. A rule with True transposes [out, in] to [in, out].
+_RULES: Tuple[Tuple[str, str, bool], ...] = (
+    (r"lm_head\.weight", "lm_head.weight", True),
+    (r"transformer\.(wte|ln_f)\.weight", r"transformer.llm.\1.weight", False),
+    (r"transformer\.(h\.\d+\.ln_[12])\.weight", r"transformer.llm.\1.weight", False),
+    (
+        r"transformer\.(h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2|c_proj)))\.weight",
+        r"transformer.llm.\1.weight",
+        True,
+    ),
+    (
+        r"transformer\.(h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2|c_proj)))\.bias",
+        r"transformer.llm.\1.bias",
+        False,
+    ),
+    (
+        r"transformer\.visual\.(conv1\.weight|positional_embedding|ln_pre\.(?:weight|bias))",
+        r"visual.vit.\1",
+        False,
+    ),
+    (
+        r"transformer\.visual\.(transformer\.resblocks\.\d+\.ln_[12]\.(?:weight|bias))",
+        r"visual.vit.\1",
+        False,
+    ),
+    (
+        r"transformer\.visual\.(transformer\.resblocks\.\d+\.(?:attn\.(?:in_proj|out_proj)|mlp\.(?:c_fc|c_proj)))\.weight",
+        r"visual.vit.\1.weight",
+        True,
+    ),
+    (
+        r"transformer\.visual\.(transformer\.resblocks\.\d+\.(?:attn\.(?:in_proj|out_proj)|mlp\.(?:c_fc|c_proj)))\.bias",
+        r"visual.vit.\1.bias",
+        False,
+    ),
+    (
+        r"transformer\.visual\.(attn_pool\.(?:pos_embed|query|attn\.in_proj_bias|attn\.out_proj\.bias))",
+        r"visual.\1",
+        False,
+    ),
+    (
+        r"transformer\.visual\.(attn_pool\.(?:kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight))",
+        r"visual.\1",
+        True,
+    ),
+    (r"transformer\.visual\.(attn_pool\.ln_(?:q|kv)\.(?:weight|bias))", r"visual.\1", False),
+    (r"transformer\.visual\.(ln_post\.(?:weight|bias)|proj)", r"visual.\1", False),
+)
+_COMPILED = tuple((re.compile(public), ours, transpose) for public, ours, transpose in _RULES)
+
+# Buffers that some public checkpoints carry and that are computed, not learned. Nothing else may be left out.
+IGNORED = re.compile(
+    r"transformer\.(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias|rotary_emb\.inv_freq|logn_tensor)|logn_tensor)"
+)
+
+# config.json: what the architecture reads, with the public defaults where a file may leave it out.
+_CONFIG_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_channels",
+    "intermediate_size",
+    "seq_length",
+    "max_position_embeddings",
+    "rotary_emb_base",
+    "rotary_pct",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "no_bias",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "attn_dropout_prob",
+    "emb_dropout_prob",
+    "tie_word_embeddings",
+)
+_VISUAL_KEYS = (
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "output_dim",
+    "image_start_id",
+    "n_queries",
+)
+_GENERATION_KEYS = (
+    "max_new_tokens",
+    "max_window_size",
+    "top_k",
+    "top_p",
+    "temperature",
+    "repetition_penalty",
+)
+
+# <img> comes this many ids after <|endoftext|>: two chat marks, 205 extras, six tags of references and boxes
+# (SPEC §5).
+_IMG_AFTER_EOD = 214
+
+# Rows transposed at a time; a plain transposed copy of a large matrix misses the CPU's cache at each step.
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What an import did: tensors written, buffers left out by name, files written."""
+
+    tensors: int
+    ignored: List[str]
+    files: List[str]
+
+
+def public_to_ours(name: str) -> Optional[Tuple[str, bool]]:
+    """(our name, whether to transpose) of a public parameter name; None if it is not one of the
+    architecture's.
+    """
+    for pattern, ours, transpose in _COMPILED:
+        match = pattern.fullmatch(name)
+        if match:
+            return match.expand(ours), transpose
+    return None
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """[out, in] → [in, out], as a new array in C order."""
+    result = np.empty(array.shape[::-1], array.dtype)
+    for start in range(0, len(array), _ROWS):
+        result[:, start : start + _ROWS] = array[start : start + _ROWS].T
+    return result
+
+
+def _list(names: List[str]) -> str:
+    return ", ".join(map(printable, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def plan_convert(
+    reader: WeightsReader, shapes: Optional[Dict[str, Tuple[int, ...]]]
+) -> Tuple[List[Tuple[str, str, bool]], List[str]]:
+    """[(public name, our name, transpose)], in the model's own order if `shapes` is given, and the ignored
+    buffers.
+
+    shapes: what the model of this configuration has, by our names.
+
+    Raises:
+        WeightsError: names that are not the architecture's, and missing, surplus or misshapen parameters;
+        lists them.
+    """
+    found: Dict[str, Tuple[str, bool]] = {}
+    ignored, unknown, wrong = [], [], []
+    for name in reader.keys():
+        target = public_to_ours(name)
+        if target is None:
+            (ignored if IGNORED.fullmatch(name) else unknown).append(name)
+            continue
+        ours, transpose = target
+        shape = reader.info(name).shape
+        if transpose and len(shape) != 2:
+            wrong.append(f"{name} is {list(shape)}, not a matrix")
+        elif (
+            shapes is not None
+            and ours in shapes
+            and (shape[::-1] if transpose else shape) != tuple(shapes[ours])
+        ):
+            wanted = list(shapes[ours][::-1] if transpose else shapes[ours])
+            wrong.append(f"{name} is {list(shape)}, config.json makes it {wanted}")
+        found[ours] = (name, transpose)
+    # A projection without bias may be stored with one that no_bias says is not used.
+    surplus = [found[ours][0] for ours in found if shapes is not None and ours not in shapes]
+    missing = [ours for ours in shapes or () if ours not in found]
+    problems = [
+        f"{len(names)} {kind}: {_list(names)}"
+        for kind, names in (
+            ("unknown", unknown),
+            ("more than config.json has", surplus),
+            ("missing", missing),
+            ("of another shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise WeightsError("the checkpoint is not a whole Qwen-VL: " + "; ".join(problems))
+    order = [ours for ours in shapes if ours in found] if shapes is not None else list(found)
+    return [(found[ours][0], ours, found[ours][1]) for ours in order], ignored
+
+
+def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
+    """config.json of the MGen-VL folder, from the public one.
+
+    Raises:
+        WeightsError: it has no visual part, or keys that everything depends on are missing.
+    """
+    visual = public.get("visual")
+    if not isinstance(visual, dict):
+        raise WeightsError("config.json has no visual part: this is a text model, not Qwen-VL")
+    needed = [key for key in _CONFIG_KEYS[:6] if key not in public] + [
+        f"visual.{key}" for key in _VISUAL_KEYS[:8] if key not in visual
+    ]
+    if needed:
+        raise WeightsError(f"config.json lacks {', '.join(needed)}")
+    if not isinstance(visual["image_start_id"], int):
+        raise WeightsError("config.json: visual.image_start_id is not a whole number")
+    eod = visual["image_start_id"] - _IMG_AFTER_EOD
+    config: Dict[str, Any] = {
+        "architectures": ["MGenLMHeadModel"],
+        "model_type": "mgen",
+        "llm_pretrained_model_name_or_path": "mgen-7b",
+    }
+    config.update((key, public[key]) for key in _CONFIG_KEYS if key in public)
+    config.update(dtype=dtype, bos_token_id=eod, eos_token_id=eod, pad_token_id=eod)
+    config["visual"] = {key: visual[key] for key in _VISUAL_KEYS if key in visual}
+    return config
+
+
+def our_generation_config(public: Dict[str, Any], eod: int) -> Dict[str, Any]:
+    """generation_config.json: greedy, as SPEC §5 has it, with the public file's limits and sampling
+    values kept.
+    """
+    config: Dict[str, Any] = {
+        "chat_format": "chatml",
+        "decode_strategy": "greedy_search",
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        "pad_token_id": eod,
+        "max_new_tokens": 512,
+        "max_window_size": 6144,
+    }
+    config.update((key, public[key]) for key in _GENERATION_KEYS if public.get(key) is not None)
+    return config
+
+
+def convert_qwen_vl(
+    source: str,
+    target: str,
+    *,
+    dtype: Optional[str] = None,
+    format: str = "pdparams",
+    max_shard_size: Union[int, str] = "10GB",
+    overwrite: bool = False,
+    progress: bool = True,
+    shapes_of: Optional[Callable[[Dict[str, Any]], Dict[str, Tuple[int, ...]]]] = None,
+) -> ConvertResult:
+    """Write a public checkpoint folder (safetensors or .bin, sharded or not) as a MGen-VL folder.
+
+    dtype: of the floating-point tensors written (default: each as stored). shapes_of: parameter shapes of
+    the model that a config.json makes; names and shapes are held against it. `target` appears when it is
+    whole.
+
+    Raises:
+        UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a whole
+        Qwen-VL. ConfigError: config.json cannot be a MGen-VL's. JobFailed: the disk is full.
+    """
+    check_output(target, [source], overwrite)
+    if dtype is not None and dtype not in FLOATS[1:]:
+        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+    if not os.path.isdir(source):
+        raise UserError(f"there is no folder {source}")
+    public = read_json_object(inside(source, "config.json"))
+    generation_path = inside(source, "generation_config.json")
+    generation = read_json_object(generation_path) if os.path.isfile(generation_path) else {}
+    with open_weights(source) as reader:
+        stored = [reader.info(name).dtype for name in reader.keys()]
+        config = our_config(public, dtype or max(FLOATS, key=stored.count))
+        plan, ignored = plan_convert(reader, shapes_of(config) if shapes_of else None)
+        if ignored:
+            logger.info(f"Left out, because they are computed: {_list(ignored)}")
+        items = []
+        total = 0
+        for name, ours, transpose in plan:
+            info = reader.info(name)
+            to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
+            shape = info.shape[::-1] if transpose else info.shape
+            item: Item = (ours, to, shape, _reading(reader, name, to, transpose))
+            items.append(item)
+            total += info.nbytes // NUMPY_TYPES[info.dtype].itemsize * NUMPY_TYPES[to].itemsize
+        try:
+            with atomic_folder(target) as folder:
+                with Progress(
+                    total=total, desc="convert", unit="B", unit_scale=True, disable=not progress
+                ) as bar:
+                    files = write_sharded(
+                        folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update
+                    )
+                write_json(os.path.join(folder, "config.json"), config)
+                eod = config["eos_token_id"]
+                write_json(
+                    os.path.join(folder, "generation_config.json"), our_generation_config(generation, eod)
+                )
+                files += ["config.json", "generation_config.json"] + _copy_texts(source, folder, config)
+        except OSError as error:
+            raise JobFailed(f"could not write {target}: {error.strerror}") from None
+    return ConvertResult(len(items), ignored, files)
+
+
+def _reading(reader: WeightsReader, name: str, to: str, transpose: bool) -> Callable[[], Any]:
+    if not transpose:
+        return lambda: reader.raw(name) if to == reader.info(name).dtype else reader.read(name, to)
+
+    def read() -> np.ndarray:
+        # Turned around first: 16-bit numbers are half the bytes to move, if a conversion widens them.
+        turned = transposed(reader.read(name))
+        try:
+            return convert_dtype(turned, reader.info(name).dtype, to)
+        except WeightsError as error:
+            raise WeightsError(f"{printable(name)}: {error}") from None
+
+    return read
+
+
+def _copy_texts(source: str, folder: str, config: Dict[str, Any]) -> List[str]:
+    """The tokenizer's files, and the license that the weights come with."""
+    written = []
+    for name, new in (
+        ("mgen.tiktoken", "mgen.tiktoken"),
+        ("qwen.tiktoken", "mgen.tiktoken"),
+        ("SimSun.ttf",) * 2,
+    ):
+        path = inside(source, name)
+        if os.path.isfile(path) and new not in written:
+            shutil.copyfile(path, os.path.join(folder, new))
+            written.append(new)
+    for name in sorted(os.listdir(source)):
+        if re.fullmatch(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?", name):
+            shutil.copyfile(inside(source, name), os.path.join(folder, name))
+            written.append(name)
+    n_queries = config["visual"].get("n_queries", 256)
+    tokenizer = {"tokenizer_class": "MGenVLTokenizer", "model_max_length": 8192, "n_queries": n_queries}
+    write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer)
+    specials = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    write_json(os.path.join(folder, "special_tokens_map.json"), specials)
+    return written + ["tokenizer_config.json", "special_tokens_map.json"]

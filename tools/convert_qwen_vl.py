@@ -1,0 +1,66 @@
+"""Import a public Qwen-VL or Qwen-VL-Chat checkpoint: `python tools/convert_qwen_vl.py SRC DST [--dtype
+D]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# Run as a script, the project's top folder is not on the path yet.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.utils import cli  # noqa: E402
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write a public Qwen-VL or Qwen-VL-Chat folder (safetensors or .bin, sharded or not) as a "
+        "MGen-VL folder that everything here runs on. Works tensor by tensor and never executes anything in a "
+        "file.",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="folder with config.json, the weights and qwen.tiktoken"
+    )
+    parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="store floating-point tensors in this dtype (default: each as it is)",
+    )
+    parser.add_argument(
+        "--format", choices=("pdparams", "safetensors"), default="pdparams", help="of the weights"
+    )
+    parser.add_argument(
+        "--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there and not empty")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
+
+    from paddlemix.checkpoint.convert import convert_qwen_vl
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+    from paddlemix.models.mgen_vl.parameters import parameter_shapes
+    from paddlemix.utils.log import logger
+
+    result = convert_qwen_vl(
+        args.source,
+        args.target,
+        dtype=args.dtype,
+        format=args.format,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        shapes_of=lambda values: parameter_shapes(MGenConfig(**values)),
+    )
+    if "mgen.tiktoken" not in result.files:
+        logger.warning(f"{args.source} has no qwen.tiktoken: put one into {args.target} as mgen.tiktoken")
+    print(f"{result.tensors} tensors written to {args.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
