@@ -115,7 +115,8 @@ def run_pip(python: str, *arguments: str) -> None:
     # As a variable, not as -c: then the pins hold for what packages are built with, too. pip splits it at
     # blanks, which a path may have and a URL does not.
     lock = pathlib.Path(ROOT, LOCK).as_uri()
-    environment = dict(os.environ, PIP_CONSTRAINT=lock, PIP_DISABLE_PIP_VERSION_CHECK="1")
+    # PEP 517 builds get an environment of their own; seqeval's way to fetch setuptools_scm itself fails.
+    environment = dict(os.environ, PIP_CONSTRAINT=lock, PIP_USE_PEP517="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     run([python, "-m", "pip", "install", *arguments], cwd=ROOT, env=environment)
 
 
