@@ -1,0 +1,273 @@
+"""Images to captions in batches, in the order they came.
+
+Rows are taken in windows. While the model answers one window, threads decode the images of the next (PIL lets
+go of Python's lock while it decodes and resizes). Inside a window, rows are sorted by prompt length, padded
+on the left and answered greedily, so that a caption depends on its own image and prompt only, not on its
+batch.
+
+Shapes: B rows of a batch, T prompt tokens, S image side.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.utils.errors import ImageError, JobFailed, UserError
+from paddlemix.utils.log import logger
+
+MAX_BATCH = 32
+# A window is a few batches, but no more rows or bytes of undecoded images than this (a row may hold 50 MB).
+WINDOW_ROWS = 64
+WINDOW_BYTES = 128 << 20
+EMPTY_ANSWER = "empty answer"
+
+
+class Answer(NamedTuple):
+    """What became of one row. caption: one line, or None and then the reason, one of a few words to count
+    by."""
+
+    caption: Optional[str]
+    reason: Optional[str] = None
+
+
+def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int) -> List[int]:
+    """Ids of the question about one image, its span of n_queries ids included. prompt, system: None for the
+    default ones.
+
+    Raises:
+        UserError: the prompt holds image tags of its own.
+    """
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, DEFAULT_SYSTEM, encode_prompt
+
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
+    if any(tag in prompt for tag in ("<img>", "</img>", "<imgpad>")):
+        raise UserError("the prompt must not hold <img>, </img> or <imgpad>: each row brings its one image")
+    # Nothing between the tags: the span is filled with <imgpad>, and features take its place.
+    query = tokenizer.from_list_format([{"image": ""}, {"text": prompt}])
+    _, ids = encode_prompt(
+        tokenizer,
+        query,
+        system=DEFAULT_SYSTEM if system is None else system,
+        max_window_size=max_window_size,
+    )
+    return list(ids)
+
+
+def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str) -> int:
+    """Device memory that one more row in a batch takes at most, in bytes.
+
+    The cache of keys and values up to the last token, and the larger of the two working sets: the ViT's
+    attention scores (float32, twice: before and after the softmax) with its widened MLP, or the decoder's
+    prefill.
+    """
+    size = 4 if dtype == "float32" else 2
+    visual = config.visual
+    tokens = prompt_length + new_tokens
+    cache = 2 * config.num_hidden_layers * tokens * config.hidden_size * size
+    patches = (visual["image_size"] // visual["patch_size"]) ** 2
+    vit_mlp = 4 * patches * int(visual["width"] * visual["mlp_ratio"]) * size
+    vit = 2 * visual["heads"] * patches**2 * 4 + vit_mlp
+    mlp = 4 * prompt_length * config.intermediate_size * size
+    prefill = 2 * config.num_attention_heads * prompt_length**2 * 4 + mlp
+    return cache + max(vit, prefill)
+
+
+def choose_batch_size(config, prompt_length: int, new_tokens: int, dtype: str, free: int) -> int:
+    """As many rows as fit into `free` bytes of memory, from 1 to MAX_BATCH."""
+    return max(1, min(MAX_BATCH, free // bytes_per_row(config, prompt_length, new_tokens, dtype)))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that batches may fill: on a GPU nine tenths of what the weights left, on a CPU half of what is
+    available (other programs live there too)."""
+    if device.startswith("gpu"):
+        import paddle
+
+        card = int(device.split(":")[1]) if ":" in device else 0
+        total = paddle.device.cuda.get_device_properties(card).total_memory
+        return int(0.9 * (total - paddle.device.cuda.memory_allocated(card)))
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    # A container may have less than its host.
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit_file) as limit, open(used_file) as used:
+                available = min(available, int(limit.read()) - int(used.read()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(0, available // 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Paddle or Python ran out of memory; Paddle says so in an error's text only."""
+    signs = ("out of memory", "resourceexhausted", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+class Captioner:
+    """A model with its tokenizer and image processor, asked the same about every image.
+
+    prompt: the question. system: the system text of the chat. max_new_tokens: longest answer (default: the
+    model's generation configuration). batch_size: rows at a time (default: what fits into memory, see
+    choose_batch_size); a batch that runs out of memory is halved. workers: threads that decode images.
+
+    Raises:
+        UserError: the prompt holds image tags, or is too long for the model.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        image_processor,
+        prompt: Optional[str] = None,
+        system: Optional[str] = None,
+        max_new_tokens: Optional[int] = None,
+        batch_size: Optional[int] = None,
+        workers: Optional[int] = None,
+    ):
+        import paddle
+
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        generation = model.generation_config
+        self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size)
+        self.max_new_tokens = max_new_tokens or generation.max_new_tokens
+        self.stop_ids = model.stop_ids(tokenizer)
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        if batch_size is None:
+            device, dtype = paddle.get_device(), str(model.config.dtype)
+            length = len(self.prompt_ids)
+            free = free_memory(device)
+            batch_size = choose_batch_size(model.config, length, self.max_new_tokens, dtype, free)
+        self.batch_size = batch_size
+
+    def captions(self, images: Iterable) -> Iterator[Answer]:
+        """An answer for each image, in order, as soon as it and all before it are known.
+
+        images: base64 text (str, bytes or a memoryview), or an Answer for a row that is known to have no
+        image, which comes back in its place. Nothing in a row raises.
+        """
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            ahead = None
+            rows = max(1, WINDOW_ROWS // self.batch_size) * self.batch_size
+            for window in windows(images, rows):
+                decoding = [pool.submit(self._prepare, image) for image in window]
+                if ahead is not None:
+                    yield from self._answer_window(ahead)
+                ahead = decoding
+            if ahead is not None:
+                yield from self._answer_window(ahead)
+
+    def _prepare(self, image):
+        """A Sample, or an Answer that says why there is none. Runs in a thread."""
+        if isinstance(image, Answer):
+            return image
+        from paddlemix.processors.images import decode_base64, open_image
+
+        try:
+            opened = open_image(decode_base64(image))
+            return Sample(self.prompt_ids, self.image_processor(opened))
+        except ImageError as error:
+            return Answer(None, error.reason)
+        except MemoryError:
+            return Answer(None, "out of memory")
+        except Exception as error:  # noqa: BLE001
+            # A decoder's bug must cost one row, not the rows behind it. It is counted under its own name.
+            logger.warning("an image could not be decoded: %s: %s", type(error).__name__, error)
+            return Answer(None, f"decoder error ({type(error).__name__})")
+
+    def _answer_window(self, decoding: List) -> Iterator[Answer]:
+        """Answers of a window in order. decoding: futures of _prepare."""
+        answers: List[Optional[Answer]] = [None] * len(decoding)
+        samples = {}
+        for i, future in enumerate(decoding):
+            prepared = future.result()
+            if isinstance(prepared, Answer):
+                answers[i] = prepared
+            else:
+                samples[i] = prepared
+        order = sorted(samples, key=lambda i: len(samples[i].ids))
+        told = begin = 0
+        while begin < len(order):
+            # Taken anew each time: it shrinks when memory runs out.
+            batch = order[begin : begin + self.batch_size]
+            begin += len(batch)
+            for i, text in zip(batch, self.generate([samples.pop(i) for i in batch])):
+                answers[i] = Answer(text) if text else Answer(None, EMPTY_ANSWER)
+            while told < len(answers) and answers[told] is not None:
+                yield answers[told]
+                told += 1
+        yield from answers[told:]
+
+    def generate(self, samples: List[Sample]) -> List[str]:
+        """Captions of one batch, each one line, decoded greedily. Equal to captioning its samples one by
+        one."""
+        import paddle
+
+        from paddlemix.models.mgen_vl.generation import decode_response
+        from paddlemix.processors.mgen_vl_processing import clean_caption
+
+        ids, mask = left_pad([sample.ids for sample in samples], self.tokenizer.pad_token_id)
+        try:
+            new_ids, _ = self.model.generate(
+                paddle.to_tensor(ids),
+                images=paddle.to_tensor(np.stack([sample.pixels for sample in samples])),
+                attention_mask=paddle.to_tensor(mask),
+                max_new_tokens=self.max_new_tokens,
+                decode_strategy="greedy_search",
+                eos_token_id=self.stop_ids,
+            )
+        except (MemoryError, RuntimeError, SystemError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(samples) == 1:
+                why = "out of memory with one image at a time; give fewer --max_new_tokens"
+                raise JobFailed(why) from error
+        else:
+            answers = (decode_response(self.tokenizer, row, self.stop_ids) for row in new_ids.tolist())
+            return [clean_caption(answer) for answer in answers]
+        # Outside the except block, whose traceback would hold on to the tensors of the failed try.
+        half = (len(samples) + 1) // 2
+        logger.warning("out of memory with %d images at a time; going on with %d", len(samples), half)
+        self.batch_size = min(self.batch_size, half)
+        if paddle.get_device().startswith("gpu"):
+            paddle.device.cuda.empty_cache()
+        return self.generate(samples[:half]) + self.generate(samples[half:])
+
+
+class Sample(NamedTuple):
+    """One row, ready for the model: prompt ids [T], pixel values float32 [3, S, S]."""
+
+    ids: List[int]
+    pixels: np.ndarray
+
+
+def windows(images: Iterable, rows: int, max_bytes: int = WINDOW_BYTES) -> Iterator[List]:
+    """Lists of up to `rows` images, shorter where their undecoded bytes pass `max_bytes`."""
+    window, size = [], 0
+    for image in images:
+        window.append(image)
+        size += 0 if isinstance(image, Answer) else len(image)
+        if len(window) == rows or size >= max_bytes:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def left_pad(rows: List[List[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:
+    """(ids int64 [B, T], mask int64 [B, T], 0 on the padding) of rows of different lengths."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return ids, mask

@@ -1,0 +1,64 @@
+"""A model folder, found and loaded with everything that is needed to ask it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple, Optional
+
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.log import logger
+
+
+class Loaded(NamedTuple):
+    """model: MGenLMHeadModel in eval mode. system: the system text of its chat_template.json, or None."""
+
+    model: Any
+    tokenizer: Any
+    processor: Any
+    image_processor: Any
+    system: Optional[str]
+
+
+def find_model_folder(path: str) -> str:
+    """The model folder at `path`, or the only one inside it (`weights/` holds one model folder).
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if not os.path.isdir(path):
+        raise UserError(f"no folder {path}: give a model folder, or the folder that holds it")
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    inside = [
+        name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name, "config.json"))
+    ]
+    if not inside:
+        raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder")
+    if len(inside) > 1:
+        raise UserError(f"{path} holds several models ({', '.join(inside)}): name one of them")
+    return os.path.join(path, inside[0])
+
+
+def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] = None) -> Loaded:
+    """Load a model folder (see find_model_folder) for inference; device, dtype and threads are logged.
+
+    dtype: by default as the weights are stored, where the device can compute in it. device: see
+    resolve_device.
+
+    Raises:
+        UserError: the folder is not a whole model.
+    """
+    from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoProcessorMIX
+    from paddlemix.processors.mgen_vl_processing import ChatTemplate
+    from paddlemix.utils.runtime import describe_threads, resolve_device
+
+    chosen = resolve_device(device)
+    if chosen.reason:
+        logger.warning(chosen.reason)
+    config = AutoConfigMIX.from_pretrained(folder, dtype=dtype)
+    processor, image_processor = AutoProcessorMIX.from_pretrained(folder)
+    model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
+    template = os.path.join(folder, "chat_template.json")
+    system = ChatTemplate.from_file(template).system if os.path.isfile(template) else None
+    logger.info("%s on %s in %s; %s", folder, chosen.value, model.config.dtype, describe_threads())
+    return Loaded(model, processor.tokenizer, processor, image_processor, system)

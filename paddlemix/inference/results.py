@@ -1,0 +1,307 @@
+"""The output of predict.py: written as it goes, whole when it appears, and resumable after a kill.
+
+While a run lasts, its lines go to a journal, `OUTPUT.partial`:
+
+    {"format": 1, "input": {…}, "model": {…}, "settings": {…}}     what made the lines below
+    id \\t caption \\t reason                                         one line per row; the reason is empty,
+                                                                   unless the caption is the fallback
+
+When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
+renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows and of fallback
+captions by reason. Then the journal goes. So OUTPUT is always a whole one, and one file, the journal, holds
+all that a resumed run needs. A million captions are some 200 MB, so the last copy takes a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from typing import Any, Dict, Iterator, NamedTuple, Optional
+
+from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.files import atomic_write
+
+FORMAT = 1
+PARTIAL = ".partial"
+SIDECAR = ".run.json"
+# Lines are handed to the system with every flush; to the disk itself this often.
+SYNC_SECONDS = 5.0
+_CHUNK = 1 << 20
+# What a field cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
+_UNFIT = re.compile("[\t\r\n\0]")
+# Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
+_MAX_HEADER = 1 << 20
+
+
+class FileFacts(NamedTuple):
+    """size in bytes, lines (an unfinished last one counts), and the SHA-256 of the whole file."""
+
+    size: int
+    lines: int
+    sha256: str
+
+
+def file_facts(path: str) -> FileFacts:
+    """Read a file once, in pieces: about a second per GB, next to hours of captioning.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
+    try:
+        with open(path, "rb") as file:
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                digest.update(chunk)
+                size += len(chunk)
+                lines += chunk.count(b"\n")
+                last = chunk[-1:]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return FileFacts(size, lines + (last != b"\n"), digest.hexdigest())
+
+
+# Blocks of a large file that go into a fingerprint, spread evenly from its first byte to its last.
+_BLOCKS = 64
+# Files of a model folder that decide what it says.
+_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.json")
+_MODEL_ENDINGS = (".tiktoken", ".pdparams", ".safetensors", ".index.json")
+
+
+def fingerprint_folder(folder: str) -> str:
+    """A SHA-256 over names, sizes and contents of what a model folder answers with, as hex.
+
+    Of a file over 64 MiB, 64 blocks of 1 MiB are read, so that 20 GB of weights cost no second. That tells
+    trained weights apart, which differ everywhere. It does not tell of a byte changed on purpose.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if not (name in _MODEL_FILES or name.endswith(_MODEL_ENDINGS)) or not os.path.isfile(path):
+            continue
+        size = os.path.getsize(path)
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with open(path, "rb") as file:
+            if size <= _BLOCKS * _CHUNK:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):
+                file.seek((size - _CHUNK) * block // (_BLOCKS - 1))
+                digest.update(file.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def clean_id(row_id: str) -> str:
+    """An id as it stands in a line: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold becomes
+    "?"."""
+    return _UNFIT.sub(" ", row_id).encode("utf-8", "replace").decode("utf-8")
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(set(there) | set(here)):
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name} is {there!r} there and {here!r} here"
+
+
+def _parse_line(line: bytes):
+    """[id, caption, reason] of a journal line, or None if it is not a whole one."""
+    # A power cut can leave blocks of zeros where the last lines should be.
+    if not line.endswith(b"\n") or b"\0" in line:
+        return None
+    try:
+        fields = line[:-1].decode("utf-8").split("\t")
+    except UnicodeDecodeError:
+        return None
+    return fields if len(fields) == 3 else None
+
+
+class ResultsWriter:
+    """Lines in the order of the rows, one `write` per row; `finish` makes OUTPUT of them.
+
+        with ResultsWriter(path, run) as results:
+            for row in rows_after(results.done):
+                results.write(row.id, caption, reason)
+            results.finish(rows)
+
+    run: what the captions depend on, as JSON values ({"input": …, "model": …, "settings": …}). A journal of
+    the same run is gone on with, after its last whole line; `done` says how many lines there are. A journal
+    of another run is refused unless `restart`, which drops it. Leaving the block without `finish` keeps the
+    journal.
+
+    Raises:
+        UserError: the folder cannot be written, or the journal is of another run or in use by a process.
+        JobFailed: the disk is full (the journal stays, and the same command goes on).
+    """
+
+    def __init__(self, path: str, run: Dict[str, Any], restart: bool = False):
+        self.path = os.path.abspath(path)
+        self.journal = self.path + PARTIAL
+        # As it will be read back, so that equal runs compare equal (a tuple comes back as a list).
+        self.run = json.loads(json.dumps({"format": FORMAT, **run}))
+        self.done = 0
+        self.reasons: Counter = Counter()
+        if os.path.isdir(self.path):
+            raise UserError(f"{path} is a folder; the output must be a file")
+        with self._explained():
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            # Unbuffered, with a buffer of our own: closing after a full disk must not try to write once more.
+            self._file = open(self.journal, "ab", buffering=0)
+        self._pending = bytearray()
+        try:
+            self._lock()
+            with self._explained():
+                if restart:
+                    self._file.truncate(0)
+                self._open_journal()
+        except BaseException:
+            self._file.close()
+            raise
+        self._synced = time.monotonic()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except OSError as error:
+            kind = UserError if self.done == 0 else JobFailed
+            hint = (
+                ""
+                if self.done == 0
+                else f"; {self.done} lines are safe in {self.journal}, the same command goes on"
+            )
+            raise kind(f"cannot write {self.path}: {error.strerror}{hint}") from error
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {self.journal}; give another output") from None
+        except OSError as error:
+            # Some network disks know no locks. Two runs on one output are the user's to avoid there.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise UserError(f"cannot lock {self.journal}: {error.strerror}") from error
+
+    def _open_journal(self) -> None:
+        with open(self.journal, "rb") as journal:
+            header = journal.readline(_MAX_HEADER)
+            if not header.endswith(b"\n") and len(header) < _MAX_HEADER:
+                # Fresh, or killed before its first line was whole.
+                self._file.truncate(0)
+                self._pending += json.dumps(self.run, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+                self._write_pending()
+                return
+            self._check_header(header)
+            whole = len(header)
+            for line in journal:
+                fields = _parse_line(line)
+                if fields is None:
+                    break
+                whole += len(line)
+                self._count(fields[2])
+        self._file.truncate(whole)
+
+    def _check_header(self, header: bytes) -> None:
+        try:
+            there = json.loads(header.decode("utf-8"))
+        except (ValueError, RecursionError):
+            there = None
+        if not isinstance(there, dict) or there.get("format") != FORMAT:
+            raise UserError(
+                f"{self.journal} was not written by this program; move it away, or drop it with --restart"
+            )
+        different = "; ".join(_differences(there, self.run))
+        if different:
+            raise UserError(
+                f"{self.journal} is an unfinished run of another kind: {different}. "
+                "Give the same input, model and settings to go on, or drop it with --restart"
+            )
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            written = self._file.write(self._pending)
+            del self._pending[:written]
+
+    def _count(self, reason: str) -> None:
+        self.done += 1
+        if reason:
+            self.reasons[reason] += 1
+
+    def done_ids(self) -> Iterator[str]:
+        """Ids of the lines that a resumed run found, as they stand in the journal."""
+        with open(self.journal, "rb") as file:
+            file.readline(_MAX_HEADER)
+            for _ in range(self.done):
+                yield file.readline().split(b"\t", 1)[0].decode("utf-8")
+
+    def write(self, row_id: str, caption: str, reason: Optional[str] = None) -> None:
+        """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs."""
+        fields = (clean_id(row_id), caption.replace("\0", " "), reason or "")
+        # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
+        line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
+        if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line) is None:
+            raise ValueError(f"not one line without tabs: {line!r}")
+        self._pending += line
+        self._count(fields[2])
+
+    def flush(self) -> None:
+        """Hand the lines to the system: from here on, a killed process loses none of them."""
+        with self._explained():
+            self._write_pending()
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+    def finish(self, rows: int) -> None:
+        """Write OUTPUT and OUTPUT.run.json, count OUTPUT's lines once more, and drop the journal.
+
+        rows: how many rows the input has.
+
+        Raises:
+            JobFailed: there are more or fewer lines than rows; OUTPUT is not touched.
+        """
+        with self._explained():
+            self._write_pending()
+            os.fsync(self._file.fileno())
+            if self.done != rows:
+                raise JobFailed(f"{self.journal} has {self.done} lines for {rows} rows")
+            with atomic_write(self.path, "wb") as out, open(self.journal, "rb") as journal:
+                journal.readline(_MAX_HEADER)
+                lines = 0
+                for line in journal:
+                    fields = _parse_line(line)
+                    if fields is None:
+                        raise JobFailed(
+                            f"{self.journal} was changed while it was written: line {lines + 2} is broken"
+                        )
+                    out.write(line[: line.rindex(b"\t")] + b"\n")
+                    lines += 1
+                if lines != rows:
+                    raise JobFailed(
+                        f"{self.journal} was changed while it was written: {lines} lines for {rows} rows"
+                    )
+            written = file_facts(self.path).lines
+            if written != rows:
+                raise JobFailed(f"{self.path} has {written} lines for {rows} rows")
+            with atomic_write(self.path + SIDECAR) as file:
+                summary = dict(self.run, rows=rows, fallbacks=dict(sorted(self.reasons.items())))
+                json.dump(summary, file, ensure_ascii=False, indent=2)
+                file.write("\n")
+            os.unlink(self.journal)
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> ResultsWriter:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()

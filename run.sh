@@ -1,0 +1,125 @@
+#!/bin/sh
+# Caption the rows of a test file, as the contest's platform calls it:
+#
+#     sh run.sh INPUT OUTPUT WEIGHTS [PYTHON]
+#
+# INPUT    rows of `id \t base64 image`
+# OUTPUT   gets one line `id \t caption` per row
+# WEIGHTS  a model folder, or the folder that holds it
+# PYTHON   an interpreter, or the folder of an environment (with bin/python in it); by default the first of python,
+#          python3 and .venv/bin/python beside this file that has Paddle
+#
+# It stands in a submission folder (with predict.py under src/) or in the project's top folder (with predict.py beside
+# it). Relative paths count from the caller's folder if INPUT exists there, else from the folder of predict.py. An
+# absolute INPUT decides nothing: then the caller's folder counts if WEIGHTS exists there, else predict.py's.
+#
+# The exit status is that of predict.py: 0 when all is done, 2 for bad usage with one line that says what to mend.
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+usage='usage: sh run.sh INPUT OUTPUT WEIGHTS [PYTHON]'
+case ${1-} in
+    -h | --help)
+        printf '%s\n' "$usage"
+        exit 0
+        ;;
+esac
+if [ $# -lt 3 ] || [ $# -gt 4 ]; then
+    fail "$usage"
+fi
+for argument in "$1" "$2" "$3"; do
+    [ -n "$argument" ] || fail "an empty argument; $usage"
+done
+
+caller=$(pwd) || exit 2
+# CDPATH would make cd print, and go somewhere else.
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 2
+if [ -f "$here/src/predict.py" ]; then
+    source_folder=$here/src
+elif [ -f "$here/predict.py" ]; then
+    source_folder=$here
+else
+    fail "no predict.py in $here/src or in $here"
+fi
+
+# Where relative paths count from.
+case $1 in
+    /*)
+        base=$caller
+        if [ ! -e "$caller/$3" ] && [ -e "$source_folder/$3" ]; then
+            base=$source_folder
+        fi
+        ;;
+    *)
+        if [ -e "$caller/$1" ]; then
+            base=$caller
+        elif [ -e "$source_folder/$1" ]; then
+            base=$source_folder
+        else
+            fail "no input $1, neither from $caller nor from $source_folder"
+        fi
+        ;;
+esac
+
+absolute() {
+    case $1 in
+        /*) printf '%s' "$1" ;;
+        *) printf '%s/%s' "$base" "$1" ;;
+    esac
+}
+input=$(absolute "$1")
+output=$(absolute "$2")
+weights=$(absolute "$3")
+
+# Names of the modules that an interpreter lacks, in one line; nothing is imported, so this takes no time.
+missing_modules() {
+    "$1" -c '
+import importlib.util
+needed = ("paddle", "paddlenlp", "numpy", "PIL", "tiktoken", "tqdm")
+print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))'
+}
+
+if [ -n "${4-}" ]; then
+    python=$4
+    case $4 in
+        /*) ;;
+        *)
+            # A name alone may also be a command on the PATH.
+            if [ -e "$caller/$4" ]; then
+                python=$caller/$4
+            elif [ -e "$source_folder/$4" ]; then
+                python=$source_folder/$4
+            fi
+            ;;
+    esac
+    if [ -d "$python" ]; then
+        [ -x "$python/bin/python" ] || fail "no bin/python in the environment folder $python"
+        python=$python/bin/python
+    fi
+    command -v -- "$python" >/dev/null 2>&1 || fail "no Python interpreter $4"
+    missing=$(missing_modules "$python") || fail "$python does not run as Python 3"
+else
+    python=''
+    missing='paddle'
+    for candidate in python python3 "$here/.venv/bin/python" "$source_folder/.venv/bin/python"; do
+        command -v -- "$candidate" >/dev/null 2>&1 || continue
+        lacks=$(missing_modules "$candidate" 2>/dev/null) || continue
+        case " $lacks " in
+            *' paddle '*) ;;
+            *)
+                python=$candidate
+                missing=$lacks
+                break
+                ;;
+        esac
+    done
+    [ -n "$python" ] || fail 'no Python with Paddle found; install paddlepaddle or paddlepaddle-gpu, or give a Python as 4th argument'
+fi
+if [ -n "$missing" ]; then
+    fail "$python lacks $missing: run \"$python\" -m pip install -r \"$here/requirements.txt\" (Paddle itself comes first: see README.md)"
+fi
+
+exec "$python" "$source_folder/predict.py" "$input" "$output" "$weights"

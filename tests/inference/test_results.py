@@ -1,0 +1,256 @@
+"""Results: whole when they appear, resumable, never mixed. `pytest tests/inference/test_results.py`"""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from paddlemix.inference import results
+from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder
+from paddlemix.utils.errors import JobFailed, UserError
+
+RUN = {"input": {"sha256": "a"}, "model": {"sha256": "m"}, "settings": {"prompt": None, "fallback": "x"}}
+
+
+def write(path, lines, run=RUN, finish=True, **kwargs):
+    with ResultsWriter(str(path), run, **kwargs) as writer:
+        for line in lines[writer.done :]:
+            writer.write(*line)
+            writer.flush()
+        if finish:
+            writer.finish(len(lines))
+    return writer
+
+
+LINES = [("a", "一只猫"), ("b", "备用", "not an image"), ("a", "two  spaces"), ("", "no id")]
+WHOLE = "a\t一只猫\nb\t备用\na\ttwo  spaces\n\tno id\n"
+
+
+def test_whole_output_and_its_sidecar(tmp_path):
+    out = tmp_path / "new folder" / "results.txt"
+    write(out, LINES)
+    assert out.read_text("utf-8") == WHOLE
+    assert sorted(os.listdir(out.parent)) == ["results.txt", "results.txt.run.json"]
+    sidecar = json.loads((out.parent / "results.txt.run.json").read_text("utf-8"))
+    assert sidecar == dict(RUN, format=1, rows=4, fallbacks={"not an image": 1})
+
+
+def test_nothing_at_the_output_until_it_is_whole(tmp_path):
+    out = tmp_path / "results.txt"
+    out.write_text("an older result\n")
+    write(out, LINES, finish=False)
+    assert out.read_text() == "an older result\n"
+    assert (tmp_path / "results.txt.partial").read_text("utf-8").count("\n") == 1 + len(LINES)
+    write(out, LINES)
+    assert out.read_text("utf-8") == WHOLE
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 3))
+def test_a_journal_cut_anywhere_goes_on_to_the_same_output(tmp_path, cut):
+    out = tmp_path / "results.txt"
+    write(out, LINES, finish=False)
+    journal = tmp_path / "results.txt.partial"
+    data = journal.read_bytes()
+    journal.write_bytes(data[:-cut])
+    writer = write(out, LINES)
+    assert out.read_text("utf-8") == WHOLE
+    assert dict(writer.reasons) == {"not an image": 1}
+
+
+def test_a_journal_cut_in_its_first_line_starts_anew(tmp_path):
+    out = tmp_path / "results.txt"
+    write(out, LINES, finish=False)
+    journal = tmp_path / "results.txt.partial"
+    journal.write_bytes(journal.read_bytes()[:20])
+    write(out, LINES)
+    assert out.read_text("utf-8") == WHOLE
+
+
+def test_zeros_left_by_a_power_cut_are_dropped(tmp_path):
+    out = tmp_path / "results.txt"
+    write(out, LINES[:2], finish=False)
+    with open(tmp_path / "results.txt.partial", "ab") as journal:
+        journal.write(b"\0" * 50 + b"\t\t\n")
+    assert write(out, LINES).done == 4
+    assert out.read_text("utf-8") == WHOLE
+
+
+def test_done_tells_what_to_skip(tmp_path):
+    out = str(tmp_path / "results.txt")
+    write(out, LINES[:3], finish=False)
+    with ResultsWriter(out, RUN) as writer:
+        assert writer.done == 3
+        assert list(writer.done_ids()) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"input": {"sha256": "other"}}, "input.sha256 is 'a' there and 'other' here"),
+        ({"model": {"sha256": "n"}}, "model.sha256"),
+        ({"settings": {"prompt": "p", "fallback": "x"}}, "settings.prompt is None there and 'p' here"),
+    ],
+)
+def test_runs_are_not_mixed(tmp_path, change, named):
+    out = tmp_path / "results.txt"
+    write(out, LINES[:2], finish=False)
+    before = (tmp_path / "results.txt.partial").read_bytes()
+    with pytest.raises(UserError, match="--restart") as error:
+        ResultsWriter(str(out), dict(RUN, **change))
+    assert named in str(error.value)
+    assert (tmp_path / "results.txt.partial").read_bytes() == before
+    write(out, LINES, dict(RUN, **change), restart=True)
+    assert out.read_text("utf-8") == WHOLE
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b'{"format": 2}\n', b"x" * (2 << 20)])
+def test_a_strange_partial_file_is_not_overwritten(tmp_path, content):
+    strange = tmp_path / "results.txt.partial"
+    strange.write_bytes(content)
+    with pytest.raises(UserError, match="was not written by this program"):
+        ResultsWriter(str(tmp_path / "results.txt"), RUN)
+    assert strange.read_bytes() == content
+
+
+def test_two_processes_cannot_write_one_output(tmp_path):
+    out = str(tmp_path / "results.txt")
+    with ResultsWriter(out, RUN):
+        with pytest.raises(UserError, match="another process is writing"):
+            ResultsWriter(out, RUN)
+    write(out, LINES)
+
+
+def test_the_count_is_checked(tmp_path):
+    out = tmp_path / "results.txt"
+    with ResultsWriter(str(out), RUN) as writer:
+        writer.write("a", "b")
+        with pytest.raises(JobFailed, match="1 lines for 2 rows"):
+            writer.finish(2)
+    assert not out.exists()
+
+
+def test_a_journal_changed_from_outside_is_noticed(tmp_path):
+    out = tmp_path / "results.txt"
+    with ResultsWriter(str(out), RUN) as writer:
+        writer.write("a", "b")
+        writer.flush()
+        with open(str(out) + ".partial", "ab") as journal:
+            journal.write(b"c\td\t\n")
+        with pytest.raises(JobFailed, match="2 lines for 1 rows"):
+            writer.finish(1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("caption", ["two\nlines", "a\ttab", "a\rreturn"])
+def test_a_caption_that_would_break_the_file_is_a_bug(tmp_path, caption):
+    with ResultsWriter(str(tmp_path / "r"), RUN) as writer:
+        with pytest.raises(ValueError, match="one line without tabs"):
+            writer.write("a", caption)
+
+
+def test_hostile_ids_and_captions_stay_one_line(tmp_path):
+    out = tmp_path / "r"
+    lines = [("a\tb\r\nc\0", "x"), ("\ud800", "lone \ud800 surrogate"), ("“ ' \u2028", "nul \0")]
+    write(out, lines)
+    assert out.read_bytes().decode("utf-8").split("\n") == [
+        "a b  c \tx", "?\tlone ? surrogate", "“ ' \u2028\tnul  ", ""
+    ]  # fmt: skip
+    assert clean_id("\ud800") == "?"
+
+
+def test_a_full_disk_keeps_the_lines_and_says_so(tmp_path, monkeypatch):
+    out = tmp_path / "results.txt"
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[:3])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with pytest.raises(JobFailed, match="No space left.*the same command goes on"):
+        with ResultsWriter(str(out), RUN) as writer:
+            writer.write(*LINES[0])
+            writer.flush()
+            writer._file = Full(writer._file)
+            writer.write(*LINES[1])
+            writer.flush()
+    with ResultsWriter(str(out), RUN) as writer:
+        assert writer.done == 1
+    write(out, LINES)
+    assert out.read_text("utf-8") == WHOLE
+
+
+def test_lines_reach_the_disk_now_and_then(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(results.os, "fsync", synced.append)
+    monkeypatch.setattr(results, "SYNC_SECONDS", 0.0)
+    with ResultsWriter(str(tmp_path / "r"), RUN) as writer:
+        writer.write("a", "b")
+        writer.flush()
+    assert synced
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a folder"):
+        ResultsWriter(str(tmp_path), RUN)
+    with pytest.raises(UserError, match="cannot write"):
+        ResultsWriter(str(tmp_path / "file" / "results.txt"), RUN)
+
+
+def test_a_killed_writer_loses_no_flushed_line(tmp_path):
+    out = tmp_path / "results.txt"
+    code = """
+import os, sys
+from paddlemix.inference.results import ResultsWriter
+with ResultsWriter(sys.argv[1], {"settings": {}}) as writer:
+    for i in range(100):
+        writer.write(str(i), "caption %d" % i)
+        writer.flush()
+    writer.write("lost", "not flushed")
+    os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(out)])
+    assert done.returncode == -signal.SIGKILL
+    with ResultsWriter(str(out), {"settings": {}}) as writer:
+        assert writer.done == 100
+
+
+def test_file_facts(tmp_path):
+    path = tmp_path / "f"
+    for content, lines in ((b"", 0), (b"a\n", 1), (b"a\nb", 2), (b"\n\n", 2)):
+        path.write_bytes(content)
+        assert file_facts(str(path))[:2] == (len(content), lines)
+    path.write_bytes(b"abc")
+    # The SHA-256 of "abc" (FIPS 180-2, appendix B.1).
+    assert file_facts(str(path)).sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(UserError, match="cannot read"):
+        file_facts(str(tmp_path / "missing"))
+
+
+def test_fingerprint_of_a_model_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_CHUNK", 4)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(range(256)) * 2)
+    (tmp_path / "config.json").write_text("{}")
+    first = fingerprint_folder(str(tmp_path))
+    (tmp_path / "train_results.json").write_text("a record of training, not the model")
+    assert fingerprint_folder(str(tmp_path)) == first
+    (tmp_path / "chat_template.json").write_text("{}")
+    with_template = fingerprint_folder(str(tmp_path))
+    assert with_template != first
+    # 512 bytes are more than 64 blocks of 4: sampled, but first and last bytes always count.
+    for changed in (0, 511):
+        data = bytearray(range(256)) * 2
+        data[changed] ^= 255
+        weights.write_bytes(data)
+        assert fingerprint_folder(str(tmp_path)) != with_template
