@@ -1,0 +1,1 @@
+"""How good captions are: n-gram scores against references, and attributes read back from them."""

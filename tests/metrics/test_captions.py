@@ -1,0 +1,101 @@
+"""Caption scores against values worked out by hand. Run: pytest tests/metrics"""
+
+import math
+
+import pytest
+
+from paddlemix.metrics.captions import attribute_accuracy, score_captions, tokenize_characters
+from paddlemix.utils.errors import UserError
+
+
+def test_characters_with_latin_and_digit_runs_whole():
+    assert tokenize_characters("红色 T恤,仅售99.5元 iPhone15!") == [
+        *"红色",
+        "t",
+        "恤",
+        ",",
+        *"仅售",
+        "99.5",
+        "元",
+        "iphone15",
+        "!",
+    ]
+    assert tokenize_characters(" \n ") == []
+    assert tokenize_characters("3.") == ["3", "."]
+
+
+def test_perfect_captions_reach_the_top():
+    texts = {"a": "一个红色的杯子", "b": "两只蓝色瓶子吧", "c": "黑猫睡觉了呢"}
+    scores = score_captions(texts, {key: [text] for key, text in texts.items()})
+    for name in ("CIDEr", "CIDEr-D"):
+        assert scores.corpus[name] == pytest.approx(10.0)
+    for name in ("BLEU-1", "BLEU-4", "ROUGE-L"):
+        assert scores.corpus[name] == pytest.approx(1.0)
+    assert scores.ids == ["a", "b", "c"] and all(len(row) == 3 for row in scores.rows.values())
+
+
+def test_bleu_and_rouge_by_hand():
+    # "红杯在左" against "红杯在右": 3 of 4 unigrams, 2 of 3 bigrams, 1 of 2 trigrams, no 4-gram; equal lengths.
+    scores = score_captions({"a": "红杯在左"}, {"a": ["红杯在右"]})
+    assert scores.corpus["BLEU-1"] == pytest.approx(3 / 4)
+    assert scores.corpus["BLEU-2"] == pytest.approx(math.sqrt(3 / 4 * 2 / 3))
+    assert scores.corpus["BLEU-3"] == pytest.approx((3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
+    assert scores.corpus["BLEU-4"] < 1e-2
+    # Longest common subsequence 3: precision = recall = F = 3/4.
+    assert scores.corpus["ROUGE-L"] == pytest.approx(3 / 4)
+
+
+def test_brevity_penalty():
+    # All 2 words right, but the reference has 4: exp(1 - 4/2).
+    scores = score_captions({"a": "红杯"}, {"a": ["红杯在左"]})
+    assert scores.corpus["BLEU-1"] == pytest.approx(math.exp(-1), rel=1e-6)
+
+
+def test_cider_by_hand():
+    # Two rows. 甲 stands in both references, so its IDF is log(2/2) = 0; 乙 and 丙 in one each: log 2. Row a: the
+    # unigram vectors are {乙: log 2} and {乙: log 2}, the bigrams 甲乙 and 甲乙: cosine 1 for n = 1, 2, and 0 for
+    # n = 3, 4, where there are none: (1 + 1 + 0 + 0) / 4 × 10 = 5. Row b: 甲丁 against 甲丙, nothing in common: 0.
+    scores = score_captions({"a": "甲乙", "b": "甲丁"}, {"a": ["甲乙"], "b": ["甲丙"]})
+    assert scores.rows["CIDEr"] == pytest.approx([5.0, 0.0])
+    assert scores.rows["CIDEr-D"] == pytest.approx([5.0, 0.0])
+
+
+def test_cider_d_clips_and_punishes_length():
+    # "乙乙" against "乙" beside an unrelated row: the unigram vectors {乙: 2 log 2} and {乙: log 2} are parallel, so
+    # plain CIDEr gives 1/4 × 10 for n = 1. With clipping it is 2·min(…)… = 1·1 / (2·1) = 1/2, and the length
+    # (pycocoevalcap counts it in bigrams: 1 against 0) costs exp(-1² / (2 · 6²)).
+    scores = score_captions({"a": "乙乙", "b": "丙"}, {"a": ["乙"], "b": ["丙"]})
+    assert scores.rows["CIDEr"][0] == pytest.approx(2.5)
+    assert scores.rows["CIDEr-D"][0] == pytest.approx(2.5 * 0.5 * math.exp(-1 / 72))
+
+
+def test_several_references_take_the_mean_for_cider_and_the_best_for_rouge():
+    scores = score_captions({"a": "甲乙", "b": "戊己"}, {"a": ["甲乙", "丙丁"], "b": ["戊己"]})
+    assert scores.rows["CIDEr"] == pytest.approx([2.5, 5.0])
+    assert scores.rows["ROUGE-L"] == pytest.approx([1.0, 1.0])
+
+
+def test_an_empty_caption_scores_nothing():
+    scores = score_captions({"a": "", "b": "红杯"}, {"a": ["红杯"], "b": ["红杯"]})
+    for name, row in scores.rows.items():
+        assert row[0] == pytest.approx(0.0, abs=1e-6), name
+
+
+def test_ids_must_agree():
+    with pytest.raises(UserError, match=r"1 ids have no caption: b; 1 ids have no reference: c"):
+        score_captions({"a": "x", "c": "x"}, {"a": ["x"], "b": ["x"]})
+    with pytest.raises(UserError, match="no references"):
+        score_captions({}, {})
+    with pytest.raises(UserError, match="references of a are empty"):
+        score_captions({"a": "x"}, {"a": [" "]})
+
+
+def test_attribute_accuracy():
+    truth = [{"color": "红", "side": "左"}, {"color": "蓝", "side": "右"}]
+    found = [{"color": "红", "side": "左"}, {"color": "红", "side": None}]
+    scores = attribute_accuracy(found, truth)
+    assert scores.attributes == {"color": 0.5, "side": 0.5}
+    assert (scores.mean, scores.all_right) == (0.5, 0.5)
+    assert attribute_accuracy([{}, {"color": "蓝"}], truth) == ({"color": 0.5, "side": 0.0}, 0.25, 0.0)
+    with pytest.raises(ValueError):
+        attribute_accuracy(found[:1], truth)
