@@ -1,0 +1,1 @@
+"""Images to pixel values (images), conversations to ids and labels (mgen_vl_processing)."""
