@@ -55,7 +55,7 @@ class MGenConfig(QWenConfig):
 
     seq_length: trained context; dynamic NTK and log-n scaling set in beyond it.
     visual: the ViT and connector (see VISUAL_7B); missing keys take the 7B's values.
-    llm_pretrained_model_name_or_path: a name kept for compatibility with the baseline's files. Nothing is fetched by it.
+    llm_pretrained_model_name_or_path: a name that the baseline's files have. Nothing is fetched by it.
 
     Raises:
         ConfigError: a value is of the wrong kind, out of range, or does not fit another one.

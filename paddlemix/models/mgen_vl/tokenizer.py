@@ -163,7 +163,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
                 raise ImageTagError(f"{token} stands between <img> and </img>")
         content = list(name.encode("utf-8", "replace"))
         if len(content) > self.n_queries:
-            raise ImageTagError(f"{len(content)} bytes between <img> and </img>, but there is room for {self.n_queries}")
+            raise ImageTagError(f"{len(content)} bytes between <img> and </img>, with room for {self.n_queries}")
         padding = [self.img_pad_id] * (self.n_queries - len(content))
         return [self.img_start_id] + content + padding + [self.img_end_id]
 

@@ -1,0 +1,215 @@
+"""Ids, text and list formats. Run: pytest tests/models/test_tokenizer.py"""
+
+import base64
+import json
+import pickle
+import unicodedata
+
+import pytest
+
+from paddlemix.models.mgen_vl.tokenizer import SPECIAL_TOKENS, MGenVLTokenizer
+from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
+from tests.helpers import byte_vocab_tokenizer, write_byte_vocabulary
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return byte_vocab_tokenizer(str(tmp_path_factory.mktemp("small")), n_queries=16)
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+    return MGenVLTokenizer(str(shared / "goldens" / "qwen.tiktoken"))
+
+
+def goldens(shared, name):
+    return json.loads((shared / "goldens" / name).read_text())
+
+
+# ---- the reference's numbers
+
+
+def test_reference_ids_and_text(real, shared):
+    cases = goldens(shared, "tokenizer_goldens.json")
+    assert len(cases) == 160
+    for case in cases:
+        ids = real.text_to_ids(case["text"])
+        assert ids == case["ids"], case["text"]
+        assert real(case["text"])["input_ids"] == ids
+        assert real.decode(ids) == case["decoded"]
+        assert real.decode(ids, skip_special_tokens=True) == case["decoded_skip_special"]
+
+
+def test_reference_sizes(real):
+    assert len(real) == real.vocab_size == 151860
+    assert real.pad_token_id == real.eod_id == real.eos_token_id == 151643
+    assert (real.img_start_id, real.img_end_id, real.img_pad_id) == (151857, 151858, 151859)
+    assert real.image_span() == [151857] + [151859] * 256 + [151858]
+
+
+def test_reference_errors_are_one_type(real, shared):
+    raised = 0
+    for case in goldens(shared, "tokenizer_errors.json"):
+        if "encode_error" in case:
+            with pytest.raises(ImageTagError):
+                real.text_to_ids(case["text"])
+            raised += 1
+        else:
+            assert real.text_to_ids(case["text"]) == case["ids"]
+            assert real.decode(case["ids"]) == case["text"]
+    assert raised == 5
+
+
+def test_reference_list_formats(real, shared):
+    cases = goldens(shared, "list_format_goldens.json")
+    for case in cases["from_list"]:
+        assert real.from_list_format(case["list"]) == case["text"]
+    for case in cases["to_list"]:
+        assert real.to_list_format(case["text"]) == case["list"]
+
+
+def test_a_saved_folder_gives_the_same_ids(real, shared, tmp_path):
+    real.save_pretrained(str(tmp_path))
+    assert (tmp_path / "mgen.tiktoken").read_bytes() == (shared / "goldens" / "qwen.tiktoken").read_bytes()
+    again = MGenVLTokenizer.from_pretrained(str(tmp_path))
+    for case in goldens(shared, "tokenizer_goldens.json")[::10]:
+        assert again.text_to_ids(case["text"]) == case["ids"]
+
+
+# ---- the same rules on a vocabulary of single bytes, checked by hand
+
+
+def test_bytes_and_specials(small):
+    assert len(small) == 256 + 217 and len(SPECIAL_TOKENS) == 217
+    assert small.text_to_ids("aé图") == list("aé图".encode())
+    assert small.text_to_ids("e\u0301") == list(unicodedata.normalize("NFC", "e\u0301").encode())
+    assert small.text_to_ids("<|im_start|>a<|im_end|>") == [257, 97, 258]
+    assert small.text_to_ids("<ref>a</ref>") == [256 + 208, 97, 256 + 209]
+    assert (small.eod_id, small.im_start_id, small.img_start_id) == (256, 257, 256 + 214)
+
+
+def test_control_tokens_of_a_user_stay_text(small):
+    assert small.text_to_ids("<|im_end|>", control_tokens=False) == list(b"<|im_end|>")
+    assert small.text_to_ids("<box>", control_tokens=False) == [256 + 210]
+    assert small.img_start_id in small.text_to_ids("<img></img>", control_tokens=False)
+
+
+def test_image_spans(small):
+    span = small.text_to_ids("x<img>图</img>y")
+    assert span == [120, 470, *"图".encode(), *[472] * 13, 471, 121]
+    assert small.decode(span) == "x<img>图</img>y"
+    assert small.decode(span, skip_special_tokens=True) == "x图y"
+    assert small.text_to_ids("<img></img>") == small.image_span()
+    assert len(small.text_to_ids("<img>" + "p" * 16 + "</img>")) == 18
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<img>",
+        "a<img>b",
+        "<img>a<img>b</img>",
+        "<img><imgpad></img>",
+        "<img><|im_end|></img>",
+        "<img>12345678901234567</img>",
+    ],
+)
+def test_malformed_image_tags(small, text):
+    with pytest.raises(ImageTagError):
+        small.text_to_ids(text)
+
+
+def test_what_a_model_may_generate_never_fails(small):
+    assert small.decode([470, 97]) == "<img>a"
+    assert small.decode([471, 472, 470]) == "</img><imgpad><img>"
+    assert small.decode([470] + [300] * 16 + [471]).startswith("<img>")
+    assert small.decode([97, 479, 10**6]) == "a"  # beyond the vocabulary
+    assert small.decode([0xE5, 0x9B]) == "\ufffd"
+    assert small.decode(97) == "a" and small.decode([]) == ""
+
+
+def test_lone_surrogates_are_replaced(small):
+    assert small.decode(small.text_to_ids("a\ud800b")) == "a\ufffdb"
+
+
+def test_long_sources_never_reach_bpe(small):
+    text = small.from_list_format([{"image": base64.b64encode(bytes(999)).decode()}, {"text": "what"}])
+    assert text == "Picture 1: <img></img>\nwhat"
+    assert small.from_list_format([{"image": b"raw"}, {"image": "a.png"}]) == (
+        "Picture 1: <img></img>\nPicture 2: <img>a.png</img>\n"
+    )
+
+
+def test_boxes(small):
+    assert small.from_list_format([{"ref": "猫", "box": (1, 2, 3, 4)}]) == "<ref>猫</ref><box>(1,2),(3,4)</box>"
+    assert small.from_list_format([{"box": [[1, 2, 3, 4], [5, 6, 7, 8]]}]).count("<box>") == 2
+    assert small.to_list_format("<quad>(1,2)</quad>") == [{"quad": "(1,2)"}]
+    with pytest.raises(UserError, match="video"):
+        small.from_list_format([{"video": "a"}])
+
+
+def test_loader_workers_get_a_copy(small):
+    again = pickle.loads(pickle.dumps(small))
+    assert again.text_to_ids("图<img></img>") == small.text_to_ids("图<img></img>")
+    assert again.n_queries == 16 and again.decode([97]) == "a"
+
+
+def test_batches_are_padded_on_the_left(small):
+    batch = small(["a", "bcd"], padding=True)
+    assert batch["input_ids"] == [[256, 256, 97], [98, 99, 100]]
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_base_class_views(small):
+    assert small.tokenize("a<|im_end|>") == [b"a", "<|im_end|>"]
+    assert small.convert_tokens_to_ids("<img>") == 470
+    assert small.convert_ids_to_tokens([97, 470], skip_special_tokens=True) == [b"a"]
+    assert small.get_vocab()["<img>"] == 470 and len(small.get_vocab()) == 473
+
+
+# ---- folders of strangers
+
+
+def test_names_and_query_counts(tmp_path):
+    with pytest.raises(UserError, match="no mgen.tiktoken"):
+        MGenVLTokenizer.from_pretrained(str(tmp_path))
+    path = write_byte_vocabulary(str(tmp_path))
+    assert MGenVLTokenizer.from_pretrained(str(tmp_path)).n_queries == 256
+    (tmp_path / "config.json").write_text('{"visual": {"n_queries": 9}}')
+    assert MGenVLTokenizer.from_pretrained(str(tmp_path)).n_queries == 9
+    (tmp_path / "tokenizer_config.json").write_text('{"n_queries": 25}')
+    (tmp_path / "qwen.tiktoken").write_bytes(open(path, "rb").read())
+    (tmp_path / "mgen.tiktoken").unlink()
+    assert MGenVLTokenizer.from_pretrained(str(tmp_path)).n_queries == 25
+    for bad in ("{", "[]", '{"n_queries": -1}', '{"n_queries": "x"}'):
+        (tmp_path / "tokenizer_config.json").write_text(bad)
+        with pytest.raises(ConfigError):
+            MGenVLTokenizer.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda lines: lines[:-1] + [b"??? 255"], "line 256: not a base64"),
+        (lambda lines: lines[:-1] + [b"/w=="], "line 256"),
+        (lambda lines: lines[:-1] + [b"/w== 255 1"], "more than two"),
+        (lambda lines: lines + [b"/w== 256"], "doubled"),
+        (lambda lines: lines[:-1] + [b"/w== 300"], "ranks must be 0 to 255"),
+        (lambda lines: lines[:-1] + [b"YWI= 255"], "single bytes"),
+        (lambda lines: lines[:-1] + [b"/w== -1"], "ranks must be"),
+    ],
+)
+def test_hostile_vocabularies(tmp_path, change, message):
+    path = write_byte_vocabulary(str(tmp_path))
+    lines = open(path, "rb").read().splitlines()
+    open(path, "wb").write(b"\n".join(change(lines)))
+    with pytest.raises(UserError, match=message):
+        MGenVLTokenizer(path)
+
+
+def test_a_huge_vocabulary_is_not_read(tmp_path):
+    path = tmp_path / "mgen.tiktoken"
+    with open(path, "wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(UserError, match="larger than 64 MB"):
+        MGenVLTokenizer(str(path))
