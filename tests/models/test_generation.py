@@ -182,6 +182,18 @@ def test_chat_over_several_turns(model, tmp_path):
         model.chat(tokenizer, "and?", history, images=None, max_new_tokens=5)
 
 
+def test_images_of_forgotten_turns_are_left_out(model, tmp_path, monkeypatch):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    monkeypatch.setattr(model.generation_config, "max_window_size", 70)
+    first, second = (tokenizer.from_list_format([{"image": "a"}, {"text": "w" * n}]) for n in (50, 1))
+    images = pixels(2)
+    long, _ = model.chat(tokenizer, second, [(first, "x")], images=images, max_new_tokens=6)
+    alone, _ = model.chat(tokenizer, second, [], images=images[1:], max_new_tokens=6)
+    assert long == alone
+    with pytest.raises(UserError, match="3 images"):
+        model.chat(tokenizer, second, [], images=pixels(3), max_new_tokens=1)
+
+
 def test_decode_response_ends_at_the_first_stop(tmp_path):
     tokenizer = byte_vocab_tokenizer(str(tmp_path))
     stops = [tokenizer.eod_id, tokenizer.im_end_id]

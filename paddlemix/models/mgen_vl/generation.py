@@ -181,6 +181,10 @@ class CaptionGeneration:
             system=DEFAULT_SYSTEM if system is None else system,
             max_window_size=self.generation_config.max_window_size,
         )
+        if images is not None:
+            # Turns that fell out of the window took their images with them.
+            given = sum(text.count("<img>") for turn in history for text in turn) + query.count("<img>")
+            images = images[given - ids.count(tokenizer.img_start_id) :]
         kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer))
         new_ids, _ = self.generate(paddle.to_tensor([list(ids)], dtype="int64"), images=images, **kwargs)
         response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"])
