@@ -13,9 +13,9 @@ from paddlemix.utils import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write the base model with a LoRA checkpoint merged into it, W + (alpha / r) · A @ B, as a "
-        "whole model folder. Works tensor by tensor, so memory is that of a few tensors; OUT appears when it is "
-        "whole.",
+        description="Write the base model with a LoRA checkpoint merged into it, W + (alpha / r) · A @ B, as "
+        "a whole model folder. Works tensor by tensor, so memory is that of a few tensors. OUT appears when it "
+        "is whole.",
     )
     parser.add_argument(
         "--model_name_or_path", required=True, metavar="BASE", help="folder of the base model"

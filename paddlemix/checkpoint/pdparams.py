@@ -53,7 +53,7 @@ _CODES = {
 _STATE_CODES = {"u4": "uint32", "u8": "uint64"}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
-# What a finished object may hold in all, and how deep. States are small beside weights.
+# How deep a state may be nested.
 _MAX_DEPTH = 64
 
 
@@ -216,8 +216,12 @@ _MAKES: Dict[Tuple[str, str], Any] = {
 _NAMES = {("numpy", "ndarray"): _NDARRAY}
 
 
+# PyTorch's old format begins with this number, pickled.
+_TORCH_BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P"
+
+
 def _parse(file: MappedFile) -> Any:
-    if file.size > 14 and bytes(file.view[:14]) == b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P":
+    if bytes(file.view[:13]) == _TORCH_BEFORE_1_6:
         raise WeightsError(f"{file.path} is of a PyTorch before 1.6; load and save it once with a newer one")
     return Unpickler(file.view, file.path, _CALLS, _MAKES, _NAMES).load()
 
@@ -229,7 +233,9 @@ def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
     if not isinstance(array, _Array) or array.code is None:
         raise WeightsError(f"{file.path}: {printable(name)} is not a tensor")
     if array.code not in _CODES:
-        raise WeightsError(f"{file.path}: {printable(name)} is of type {array.code}, which no weights have")
+        raise WeightsError(
+            f"{file.path}: {printable(name)} is of type {_STATE_CODES[array.code]}, which no weights have"
+        )
     where = None
     if isinstance(array.data, Blob) and (not array.fortran or len(array.shape) < 2):
         where = FileBytes(file, array.data.offset, array.nbytes)

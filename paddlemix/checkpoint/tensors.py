@@ -117,6 +117,8 @@ class MappedFile:
         WeightsError: missing, empty, or not a regular file.
     """
 
+    _handle: Optional[int] = None
+
     def __init__(self, path: str):
         self.path = str(path)
         try:
@@ -124,7 +126,7 @@ class MappedFile:
             handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
             raise WeightsError(f"cannot open {self.path}: {error.strerror}") from None
-        self._handle: Optional[int] = handle
+        self._handle = handle
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):

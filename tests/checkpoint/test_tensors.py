@@ -1,0 +1,108 @@
+"""python -m pytest tests/checkpoint/test_tensors.py"""
+
+import numpy as np
+import pytest
+
+from paddlemix.checkpoint import convert_dtype
+from paddlemix.checkpoint.tensors import MappedFile, check_shape, printable
+from paddlemix.utils.errors import WeightsError
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 300_000, dtype=np.uint64).astype(np.uint32)
+    # Ties, and the neighbours of ties.
+    ties = (np.arange(4096, dtype=np.uint32) << 19) | 0x8000
+    values = np.concatenate([bits, ties, ties + 1, ties - 1]).view(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) < 3e38)]
+    ours = convert_dtype(values, "float32", "bfloat16")
+    assert ours.dtype == np.uint16
+    np.testing.assert_array_equal(ours, values.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_nan_and_infinity_survive():
+    values = np.array([np.nan, -np.nan, np.inf, -np.inf], np.float32)
+    # A NaN whose upper bits alone would be an infinity.
+    values = np.append(values, np.array([0x7F800001], np.uint32).view(np.float32))
+    back = convert_dtype(convert_dtype(values, "float32", "bfloat16"), "bfloat16", "float32")
+    assert np.isnan(back[[0, 1, 4]]).all() and back[2] == np.inf and back[3] == -np.inf
+    assert np.isinf(convert_dtype(values[2:4], "float32", "float16")).all()
+
+
+@pytest.mark.parametrize("src", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dst", ["float32", "float16", "bfloat16", "float64"])
+def test_every_pair_keeps_small_numbers(src, dst):
+    exact = (np.arange(-40, 40, dtype=np.float32) / 8).reshape(4, 20)
+    stored = convert_dtype(exact, "float32", src)
+    there = convert_dtype(stored, src, dst)
+    assert there.shape == (4, 20)
+    np.testing.assert_array_equal(convert_dtype(there, dst, "float32"), exact)
+    # A view in another order gives the same numbers.
+    np.testing.assert_array_equal(convert_dtype(stored.T, src, dst), there.T)
+
+
+def test_same_dtype_is_not_copied():
+    array = np.zeros(3, np.float32)
+    assert convert_dtype(array, "float32", "float32") is array
+
+
+@pytest.mark.parametrize(
+    "value, src, dst",
+    [
+        (7e4, "float32", "float16"),
+        (3.4e38, "float32", "bfloat16"),
+        (1e39, "float64", "float32"),
+        (1e5, "bfloat16", "float16"),
+    ],
+)
+def test_a_finite_value_never_becomes_infinite(value, src, dst):
+    array = convert_dtype(np.array([1.0, value], np.float64), "float64", src)
+    with pytest.raises(WeightsError, match=f"too large for {dst}"):
+        convert_dtype(array, src, dst)
+
+
+def test_integers_are_not_converted():
+    with pytest.raises(WeightsError, match="int64 to float32"):
+        convert_dtype(np.zeros(2, np.int64), "int64", "float32")
+
+
+@pytest.mark.parametrize(
+    "shape", ["3", None, [1.0], [True], [-1], [1 << 40, 1 << 40], [0, 1 << 60], [1] * 33]
+)
+def test_shapes_that_are_none(shape):
+    with pytest.raises(WeightsError, match="x: "):
+        check_shape(shape, "x")
+
+
+def test_printable_keeps_an_error_in_one_line():
+    assert printable("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
+    assert len(printable("x" * 500)) == 81
+
+
+def test_a_mapped_file_must_be_a_file(tmp_path):
+    import os
+
+    for path, text in ((tmp_path / "none", "cannot open"), (tmp_path, "not a regular file")):
+        with pytest.raises(WeightsError, match=text):
+            MappedFile(str(path))
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(WeightsError, match="is empty"):
+        MappedFile(str(tmp_path / "empty"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="not a regular file"):
+        MappedFile(str(tmp_path / "pipe"))
+
+
+def test_arrays_outlive_the_file_and_forgotten_bytes_come_back(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
+    data.tofile(tmp_path / "data")
+    file = MappedFile(str(tmp_path / "data"))
+    view = file.array(0, "uint8", (1 << 20,))
+    assert not view.flags.owndata and not view.flags.writeable
+    file.forget(100, 900_000)
+    file.close()
+    file.close()
+    with pytest.raises(ValueError, match="is closed"):
+        file.fileno()
+    del file
+    np.testing.assert_array_equal(view, data)
