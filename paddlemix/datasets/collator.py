@@ -1,0 +1,50 @@
+"""Samples of different lengths and image counts to one batch.
+
+Shapes: B samples, T padded length, N images, S image side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+# Labels that do not count in the loss.
+IGNORE_INDEX = -100
+
+
+class MGenVLCollator:
+    """Pads to the longest sample of the batch, rounded up to a multiple.
+
+    pad_token_id: what input_ids are padded with, on the right; padded places are masked and have no label.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8):
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, samples: Sequence[Dict[str, Any]]) -> Dict[str, np.ndarray]:
+        """samples: dicts with input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0).
+
+        Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
+        left out when the batch has none.
+        """
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(samples), padded)
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
+            "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            batch["input_ids"][row, :length] = sample["input_ids"]
+            batch["labels"][row, :length] = sample["labels"]
+            batch["attention_mask"][row, :length] = 1
+        images: List[np.ndarray] = [sample["images"] for sample in samples if len(sample["images"])]
+        if images:
+            batch["images"] = np.concatenate(images) if len(images) > 1 else images[0]
+        return batch

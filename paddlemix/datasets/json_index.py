@@ -1,0 +1,334 @@
+"""Where the records of a JSON file begin and end, found without parsing or loading it.
+
+`record_bounds` gives an int64 array [n, 2] of byte offsets. It comes from a small file beside the JSON
+(`.train.json.idx`), which is believed as long as the JSON keeps its size and modification time; otherwise it is made
+anew, at the speed of reading the file, and written there if the folder takes it.
+
+Three layouts are told apart by the first few records:
+  lines   one record per line, as convert_labels writes it, with or without the brackets of an array (JSON lines).
+          Every line is a record of its own, so a broken one costs nobody else anything.
+  indent  records over many lines, each beginning on a line of its own with the same indentation, as json.dump with
+          indent writes them. A record ends where the next begins: a broken one costs itself alone too.
+  scan    anything else, such as a whole array on one line: brackets are counted, strings stepped over. A string
+          ends at a line break at the latest (JSON has none inside), and a `}` too few costs the records after it.
+
+Whether a record is good JSON shows when it is read (see chatml).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import struct
+from array import array
+from typing import IO, Callable, Iterator, List, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
+
+# Magic with the format's number, size and mtime_ns of the JSON, number of records.
+_HEADER = struct.Struct("<8sqqq")
+_MAGIC = b"MGENIDX1"
+_BLOCK_BYTES = 4 << 20
+# Reading less than this takes no time worth a progress bar.
+_PROGRESS_FROM_BYTES = 1 << 30
+# The layout is judged by this many lines, each parsed up to this size.
+_SNIFF_LINES = 16
+_SNIFF_LINE_BYTES = 1 << 20
+_BLANK = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+_INDENTED = re.compile(rb"\s*\[\s*?(\n[ \t]+)\{[ \t]*\r?\n")
+
+
+def index_path(path: str) -> str:
+    """The index file of a JSON file: hidden, beside it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.idx")
+
+
+def _header(path: str, count: int) -> bytes:
+    found = os.stat(path)
+    return _HEADER.pack(_MAGIC, found.st_size, found.st_mtime_ns, count)
+
+
+def _load_index(path: str) -> Optional[np.ndarray]:
+    """The bounds from the index file, or None unless it is whole, belongs to this very file and is plausible."""
+    try:
+        with open(index_path(path), "rb") as file:
+            header = file.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                return None
+            count = _HEADER.unpack(header)[3]
+            if header != _header(path, count) or os.fstat(file.fileno()).st_size != _HEADER.size + count * 16:
+                return None
+            bounds = np.fromfile(file, dtype="<i8").reshape(-1, 2)
+    except OSError:
+        return None
+    starts, ends = bounds[:, 0], bounds[:, 1]
+    if len(bounds) and (starts[0] < 0 or ends[-1] > os.path.getsize(path) or (ends < starts).any()):
+        return None
+    return None if (starts[1:] < ends[:-1]).any() else bounds
+
+
+class IndexWriter:
+    """Collects record bounds for a JSON file that is being written, and writes its index when that file is final.
+
+    Bounds go to a file without a name at once, so memory does not grow with their number.
+    """
+
+    def __init__(self, folder: str):
+        import tempfile
+
+        self._bounds = tempfile.TemporaryFile(dir=folder)
+        self._pack = struct.Struct("<qq").pack
+        self.count = 0
+
+    def add(self, start: int, end: int) -> None:
+        self._bounds.write(self._pack(start, end))
+        self.count += 1
+
+    def write_for(self, path: str) -> None:
+        """Write the index of `path`, whose bytes must not change any more."""
+        self._bounds.seek(0)
+        with atomic_write(index_path(path), "wb") as file:
+            file.write(_header(path, self.count))
+            while True:
+                block = self._bounds.read(_BLOCK_BYTES)
+                if not block:
+                    break
+                file.write(block)
+
+    def close(self) -> None:
+        self._bounds.close()
+
+
+def record_bounds(path: str) -> np.ndarray:
+    """Begin and end of each record, int64 [n, 2]; the bytes between hold one record and perhaps blanks and commas.
+
+    Raises:
+        UserError: the file is missing, no plain file, or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} is not a plain file")
+        bounds = _load_index(path)
+        if bounds is not None:
+            return bounds
+        before = _header(path, 0)
+        bounds = scan_records(path)
+        if _header(path, 0) != before:
+            raise UserError(f"{path} was changed while it was read; start again when it is complete")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        with atomic_write(index_path(path), "wb") as file:
+            file.write(_header(path, len(bounds)))
+            file.write(np.ascontiguousarray(bounds, dtype="<i8").data)
+    except OSError as error:
+        logger.info(f"the index of {path} is kept in memory only: cannot write beside it ({error.strerror})")
+    return bounds
+
+
+def scan_records(path: str) -> np.ndarray:
+    """As record_bounds, always from the JSON file itself."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        layout, indent = _sniff(file)
+        with Progress(
+            total=size, desc=f"indexing {os.path.basename(path)}", unit="B", unit_scale=True,
+            disable=size < _PROGRESS_FROM_BYTES,
+        ) as bar:  # fmt: skip
+            if layout == "lines":
+                return _line_bounds(file, bar.update)
+            if layout == "indent":
+                return _indent_bounds(file, indent, size, bar.update)
+            return _scan_bounds(file, bar.update)
+
+
+def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
+    """The layout of a file, and for "indent" what stands in front of each record: a line break and blanks."""
+    good = bad = 0
+    file.seek(0)
+    if file.read(3) != _BOM:
+        file.seek(0)
+    for _ in range(_SNIFF_LINES):
+        line = file.readline(_SNIFF_LINE_BYTES)
+        if not line:
+            break
+        text = line.strip(b"[], \t\r\n")
+        if len(line) == _SNIFF_LINE_BYTES and not line.endswith(b"\n"):
+            # Too long to parse: one record with a big image, or the whole array on one line.
+            if not _is_one_record(file, file.tell() - len(line)):
+                bad += 1
+                break
+            good += 1
+        elif text:
+            try:
+                is_record = isinstance(json.loads(text), dict)
+            except (ValueError, RecursionError):
+                is_record = False
+            good, bad = good + is_record, bad + (not is_record)
+    if good and good >= bad:
+        return "lines", b""
+    file.seek(0)
+    indented = _INDENTED.match(file.read(_SNIFF_LINE_BYTES).lstrip(_BOM))
+    if indented:
+        return "indent", indented.group(1)
+    return "scan", b""
+
+
+def _is_one_record(file: IO[bytes], begin: int) -> bool:
+    """Whether the long line at `begin` holds exactly one record. If so, the file is left behind that line."""
+    file.seek(begin)
+    first = next(_scan(_blocks(file), begin), None)
+    if first is None:
+        return False
+    end = first[1]
+    file.seek(begin)
+    position = begin
+    while position < end:
+        piece = file.readline(min(_BLOCK_BYTES, end - position))
+        position += len(piece)
+        if piece.endswith(b"\n"):
+            return False
+    rest = file.readline(256)
+    return not rest.strip(b"], \t\r\n")
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while True:
+        block = file.read(_BLOCK_BYTES)
+        if not block:
+            return
+        yield block
+
+
+def _line_bounds(file: IO[bytes], progress: Callable[[int], None]) -> np.ndarray:
+    file.seek(0)
+    line_starts: List[np.ndarray] = [np.zeros(1, dtype=np.int64)]
+    first_bytes: List[np.ndarray] = []
+    offset = 0
+    at_line_start = True
+    for block in _blocks(file):
+        values = np.frombuffer(block, dtype=np.uint8)
+        starts = np.flatnonzero(values == 10) + 1
+        if at_line_start:
+            first_bytes.append(values[:1])
+        line_starts.append(starts + offset)
+        at_line_start = len(starts) > 0 and starts[-1] == len(block)
+        first_bytes.append(values[starts[:-1] if at_line_start else starts])
+        offset += len(block)
+        progress(len(block))
+    starts = np.concatenate(line_starts)
+    first = np.concatenate(first_bytes) if first_bytes else np.zeros(0, dtype=np.uint8)
+    if len(first) < len(starts):
+        # The last line break ends the file.
+        starts = starts[:-1]
+    ends = np.append(starts[1:], offset)
+    # No records: empty lines, and the array's brackets on lines of their own.
+    blank = (first == 10) | (first == 13)
+    bracket = (first == ord("]")) | (np.isin(first, np.frombuffer(b"[ \t", dtype=np.uint8)) & (ends - starts <= 3))
+    if len(first) and first[0] == _BOM[0]:
+        bracket[0] = ends[0] - starts[0] <= 6
+    keep = ~(blank | bracket)
+    return np.stack([starts[keep], ends[keep]], axis=1)
+
+
+def _indent_bounds(file: IO[bytes], indent: bytes, size: int, progress: Callable[[int], None]) -> np.ndarray:
+    file.seek(0)
+    mark = indent + b"{"
+    starts = array("q")
+    offset = 0
+    carried = b""
+    for block in _blocks(file):
+        text = carried + block
+        found = text.find(mark)
+        while found >= 0:
+            starts.append(offset + found + len(indent))
+            found = text.find(mark, found + len(mark))
+        # A mark may cross the border; less than a whole one is carried, so none is found twice.
+        carried = text[max(0, len(text) - len(mark) + 1) :]
+        offset += len(text) - len(carried)
+        progress(len(block))
+    begin = np.frombuffer(starts, dtype=np.int64)
+    return np.stack([begin, np.append(begin[1:], size)], axis=1) if len(begin) else np.zeros((0, 2), dtype=np.int64)
+
+
+def _scan_bounds(file: IO[bytes], progress: Callable[[int], None]) -> np.ndarray:
+    def counted() -> Iterator[bytes]:
+        for block in _blocks(file):
+            yield block
+            progress(len(block))
+
+    file.seek(0)
+    bounds = array("q")
+    for record in _scan(counted(), 0):
+        bounds.extend(record)
+    return np.frombuffer(bounds, dtype=np.int64).reshape(-1, 2)
+
+
+_STRUCTURE = re.compile(rb'[{}\[\]"]')
+
+
+def _scan(blocks: Iterator[bytes], offset: int) -> Iterator[Tuple[int, int]]:
+    """Bounds of the records in a stream of bytes that begins at `offset`: what is directly in the outermost array, or
+    outermost itself. The last one may be cut short by the end of the stream."""
+    depth = 0
+    # Depth at which records stand: 1 inside an array, 0 without one.
+    base = -1
+    start = -1
+    in_string = escaped = False
+    for block in blocks:
+        position = 0
+        while position < len(block):
+            if in_string:
+                if escaped:
+                    escaped = False
+                    position += 1
+                    continue
+                end = block.find(b'"', position)
+                stop = block.find(b"\n", position, end if end >= 0 else len(block))
+                if stop >= 0:
+                    # No string goes over a line break; this one lacks its end.
+                    in_string = False
+                    position = stop + 1
+                    continue
+                text_end = end if end >= 0 else len(block)
+                slashes = 0
+                while text_end - slashes > position and block[text_end - slashes - 1] == 92:
+                    slashes += 1
+                if end < 0:
+                    escaped = slashes % 2 == 1
+                    position = len(block)
+                else:
+                    # An odd number of backslashes in front: the quote belongs to the string.
+                    in_string = slashes % 2 == 1
+                    position = end + 1
+                continue
+            found = _STRUCTURE.search(block, position)
+            if found is None:
+                break
+            position = found.end()
+            token = block[position - 1]
+            if token == 34:
+                in_string = True
+            elif token in b"{[":
+                if base < 0:
+                    base = 1 if token == 91 else 0
+                if depth == base:
+                    start = offset + position - 1
+                depth += 1
+            elif depth > 0:
+                depth -= 1
+                if depth == base and start >= 0:
+                    yield start, offset + position
+                    start = -1
+        offset += len(block)
+    if start >= 0:
+        yield start, offset

@@ -1,0 +1,501 @@
+"""From the contest's TSV to train.json, val.json and chat_template.json (SPEC §3), a row at a time.
+
+    TsvRow → checks in this order: columns, base64, caption (cleaned, counted), image (verify), duplicate
+           → record n = 0, 1, 2, … of the accepted rows: val.json when n % val_every == 0, train.json otherwise
+
+Memory does not grow with the input, but for `dedupe`, which keeps 16 bytes of hash per accepted row (some 100 bytes
+with Python's set around it: 100 MB for a million rows).
+
+Work on the image's text is done in whole-string calls: at 50 KB a row, anything per character would take longer than
+reading and writing the file. What base64 text is checked for:
+  inline      all of it, so that it can stand in JSON as it is. URL-safe, wrapped or data-URI text becomes plain base64.
+  reference   the text is not copied. Up to 16 KB, all of it; of a longer one the first and last 4 KB, and the range
+              of its bytes in between. (Checking all of it would take as long as copying the file.)
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import queue
+import re
+import threading
+from collections import Counter, deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+
+import numpy as np
+
+from paddlemix.datasets.json_index import IndexWriter
+from paddlemix.datasets.tsv import EMPTY_CAPTION, TsvRow, check_input, read_rows
+from paddlemix.processors.images import decode_base64, open_image, read_header
+from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
+from paddlemix.utils.errors import ImageError, JobFailed, UserError
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.progress import Progress
+
+# Values of the rejected rows' reason, beside those of tsv.py and of processors.images.
+BAD_BASE64 = "bad base64"
+TOO_SHORT = "caption too short"
+TOO_LONG = "caption too long"
+DUPLICATE = "duplicate"
+TRUNCATED = "truncated image"
+DECODER_DIED = "image decoder died"
+
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_EXACT_BYTES = 16 << 10
+_ENDS_BYTES = 4 << 10
+# Enough of most images for the size to be known.
+_HEADER_BASE64_BYTES = 8 << 10
+_WRITE_BYTES = 2 << 20
+# Pieces per system call; Linux takes 1024.
+_WRITE_PIECES = 1000
+_PROGRESS_BYTES = 8 << 20
+_VERIFY_BATCH = 16
+# Rows whose images are being decoded; their lines stay in memory until they are written.
+_HELD_BYTES = 64 << 20
+
+
+# --- captions ---
+
+# Control characters and invisible marks that nobody sees in a caption; joiners stay, emoji need them.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+)
+_SPACES = re.compile(r"\s+")
+_DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
+# A comma in front of another mark.
+_COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
+
+
+def clean_caption(text: str) -> str:
+    """A caption as it was meant: mojibake mended (ftfy), control characters and doubled punctuation removed.
+
+    Full-width punctuation and curly quotes are right in Chinese and stay; so do "……", "——" and "...".
+    """
+    import ftfy
+
+    text = ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
+    text = _SPACES.sub(" ", _INVISIBLE.sub("", text)).strip()
+    text = _DOUBLED.sub(r"\1", text)
+    while True:
+        # Taking a comma away may bring two marks together.
+        shorter = _DOUBLED.sub(r"\1", _COMMA_BEFORE_MARK.sub("", text))
+        if shorter == text:
+            return text
+        text = shorter
+
+
+# --- base64 ---
+
+
+def _is_alphabet(text: bytes) -> bool:
+    return not text.translate(None, _ALPHABET)
+
+
+def _is_plain_base64(text: bytes) -> bool:
+    """Whether text is standard base64 on one line, every byte looked at."""
+    body = text
+    if text.endswith(b"="):
+        body = text[:-2] if text.endswith(b"==") else text[:-1]
+        if len(text) % 4:
+            return False
+    return len(body) % 4 != 1 and _is_alphabet(body)
+
+
+def _seems_plain_base64(text: memoryview) -> bool:
+    """As _is_plain_base64, but of long text only both ends in full."""
+    length = len(text)
+    if length <= _EXACT_BYTES:
+        return _is_plain_base64(bytes(text))
+    values = np.frombuffer(text, dtype=np.uint8)
+    middle = length // 4 * 4 - _ENDS_BYTES
+    return (
+        int(values.min()) >= 0x2B
+        and int(values.max()) <= 0x7A
+        and _is_alphabet(bytes(text[:_ENDS_BYTES]))
+        and _is_plain_base64(bytes(text[middle:]))
+    )
+
+
+def header_problem(text: bytes) -> Optional[str]:
+    """Why the image in base64 `text` cannot be used, as far as its header tells; None if nothing is wrong."""
+    try:
+        if len(text) > _HEADER_BASE64_BYTES:
+            try:
+                read_header(decode_base64(text[:_HEADER_BASE64_BYTES]))
+                return None
+            except ImageError:
+                pass  # The size may stand behind a long preview or colour profile: look at all of it.
+        read_header(decode_base64(text))
+        return None
+    except ImageError as error:
+        return error.reason
+
+
+def decode_problem(text: bytes) -> Optional[str]:
+    """Why the image in base64 `text` cannot be used, from decoding all of it. An image cut short is a problem here."""
+    try:
+        return TRUNCATED if open_image(decode_base64(text)).info["truncated"] else None
+    except ImageError as error:
+        return error.reason
+
+
+# --- rows ---
+
+
+class Options(NamedTuple):
+    """How rows become records; see tools/convert_labels.py --help. max_chars 0: no limit. val_every 0: no val rows."""
+
+    prompt: str = DEFAULT_PROMPT
+    val_every: int = 20
+    clean: bool = False
+    dedupe: bool = False
+    min_chars: int = 1
+    max_chars: int = 0
+    verify: str = "none"
+    images: str = "inline"
+    workers: int = 1
+
+
+class Checked(NamedTuple):
+    """A row with the texts that go into its record, or the reason why it gets none."""
+
+    row: TsvRow
+    image: Union[bytes, memoryview]
+    caption: str
+    reason: Optional[str]
+
+
+def check_row(row: TsvRow, options: Options) -> Checked:
+    """All checks that need this row alone, but for decoding its image.
+
+    The image of the result is plain base64 when options.images is "inline", and the row's own text otherwise.
+    """
+    if row.error:
+        return Checked(row, b"", "", row.error)
+    image: Union[bytes, memoryview] = row.image
+    if options.images == "inline":
+        image = bytes(row.image)
+        plain = _is_plain_base64(image)
+    else:
+        plain = _seems_plain_base64(memoryview(row.image))
+    if not plain:
+        try:
+            data = decode_base64(bytes(row.image))
+        except ImageError:
+            return Checked(row, b"", "", BAD_BASE64)
+        if options.images == "inline":
+            image = base64.b64encode(data)
+    caption = row.caption or ""
+    if options.clean:
+        caption = clean_caption(caption)
+        if not caption:
+            return Checked(row, b"", "", EMPTY_CAPTION)
+    if len(caption) < options.min_chars:
+        return Checked(row, b"", "", TOO_SHORT)
+    if options.max_chars and len(caption) > options.max_chars:
+        return Checked(row, b"", "", TOO_LONG)
+    reason = header_problem(bytes(image)) if options.verify == "header" else None
+    return Checked(row, image, caption, reason)
+
+
+def _decode_task(path: str, places: List[Tuple[int, int]]) -> List[Optional[str]]:
+    """In a worker: the problems of the images whose base64 stands at (offset, length) in the TSV."""
+    with open(path, "rb") as file:
+        return [decode_problem(os.pread(file.fileno(), length, offset)) for offset, length in places]
+
+
+class _Decoders:
+    """Worker processes that decode images. A worker that dies (a decoder's crash, out of memory) is replaced, and
+    the images it had are tried again one by one, so that the one to blame is found."""
+
+    def __init__(self, path: str, workers: int):
+        self._path = path
+        self._workers = workers
+        self._start()
+
+    def _start(self) -> None:
+        import multiprocessing
+
+        # Not fork: this process has threads.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+
+    def submit(self, places: List[Tuple[int, int]]) -> Optional[Future]:
+        try:
+            return self._pool.submit(_decode_task, self._path, places)
+        except BrokenProcessPool:
+            return None  # result() tries again
+
+    def result(self, future: Optional[Future], places: List[Tuple[int, int]]) -> List[Optional[str]]:
+        if future is not None:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                pass
+        problems: List[Optional[str]] = []
+        for place in places:
+            for attempt in (1, 2):
+                try:
+                    problems += self._pool.submit(_decode_task, self._path, [place]).result()
+                    break
+                except BrokenProcessPool:
+                    # The pool may have broken before this image: it is to blame only when it is alone in a new one.
+                    self._pool.shutdown()
+                    self._start()
+                    if attempt == 2:
+                        problems.append(DECODER_DIED)
+        return problems
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
+    """The same rows in the same order, with the reason of those whose image cannot be decoded."""
+    decoders = _Decoders(path, workers)
+    waiting: Deque[Tuple[List[Checked], List[Tuple[int, int]], Optional[Future]]] = deque()
+    batch: List[Checked] = []
+    held = 0
+
+    def submit() -> None:
+        places = [(item.row.image_offset, item.row.image_length) for item in batch if item.reason is None]
+        waiting.append((list(batch), places, decoders.submit(places)))
+        batch.clear()
+
+    def finish() -> Iterator[Checked]:
+        nonlocal held
+        items, places, future = waiting.popleft()
+        problems = iter(decoders.result(future, places))
+        for item in items:
+            held -= item.row.image_length
+            yield item if item.reason else item._replace(reason=next(problems))
+
+    try:
+        for item in stream:
+            batch.append(item)
+            held += item.row.image_length
+            if len(batch) >= _VERIFY_BATCH or item.row.image_length >= _WRITE_BYTES:
+                submit()
+            while waiting and (len(waiting) > 2 * workers or held > _HELD_BYTES):
+                yield from finish()
+        submit()
+        while waiting:
+            yield from finish()
+    finally:
+        decoders.close()
+
+
+# --- writing ---
+
+
+class _BackgroundWriter:
+    """A thread that writes while the next rows are read and checked. Its error is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue = queue.Queue(maxsize=2)
+        self._error: Optional[OSError] = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def put(self, handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
+        """Write the pieces to a file handle, after all before them."""
+        self._check()
+        self._tasks.put((handle, pieces))
+
+    def drain(self) -> None:
+        """Wait until all is written."""
+        self._tasks.join()
+        self._check()
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _check(self) -> None:
+        if self._error:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is None:
+                return
+            if self._error is None:
+                try:
+                    _write_pieces(*task)
+                except OSError as error:
+                    self._error = error
+            del task
+            self._tasks.task_done()
+
+
+def _write_pieces(handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
+    for begin in range(0, len(pieces), _WRITE_PIECES):
+        group = pieces[begin : begin + _WRITE_PIECES]
+        written = os.writev(handle, group)
+        rest = memoryview(b"".join(group))[written:] if written < sum(map(len, group)) else b""
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+
+
+class _JsonArray:
+    """A JSON array being written, a record per line, with the index that the reader will want."""
+
+    def __init__(self, file: IO[bytes], index: IndexWriter, writer: _BackgroundWriter):
+        self._handle = file.fileno()
+        self._index = index
+        self._writer = writer
+        self._pieces: List[Union[bytes, memoryview]] = [b"["]
+        self._size = 1
+        self._unwritten = 1
+        self.count = 0
+
+    def add(self, *pieces: Union[bytes, memoryview]) -> None:
+        """Append the record that the pieces make up together."""
+        self._put(b",\n" if self.count else b"\n")
+        start = self._size
+        for piece in pieces:
+            self._put(piece)
+        self._index.add(start, self._size)
+        self.count += 1
+        if self._unwritten >= _WRITE_BYTES or len(self._pieces) >= _WRITE_PIECES:
+            big = self._unwritten >= 4 * _WRITE_BYTES
+            self._flush()
+            if big:
+                self._writer.drain()
+
+    def finish(self) -> None:
+        self._put(b"\n]\n")
+        self._flush()
+
+    def _put(self, piece: Union[bytes, memoryview]) -> None:
+        self._pieces.append(piece)
+        self._size += len(piece)
+        self._unwritten += len(piece)
+
+    def _flush(self) -> None:
+        self._writer.put(self._handle, self._pieces)
+        self._pieces = []
+        self._unwritten = 0
+
+
+class _NothingAccepted(Exception):
+    """There is nothing to write but rejected.tsv."""
+
+
+class Result(NamedTuple):
+    """What a conversion did. rejected: rows per reason."""
+
+    n_train: int
+    n_val: int
+    rejected: Counter
+
+
+OUTPUTS = ("train.json", "val.json", "chat_template.json", "ids.tsv", "rejected.tsv")
+
+
+def convert(path: str, out_dir: str, options: Options, disable_progress: bool = False) -> Result:
+    """Convert the TSV at `path` into the files OUTPUTS in `out_dir`; they appear together when all rows are done.
+
+    ids.tsv says which row a record came from (record id, the row's id, line number); rejected.tsv which rows were
+    left out (line number, the row's id, reason).
+
+    Raises:
+        UserError: the input cannot be read, or would be overwritten.
+        JobFailed: no row was accepted (only rejected.tsv is written then), or the disk is full.
+    """
+    size = check_input(path)
+    if os.path.realpath(path) in {os.path.realpath(os.path.join(out_dir, name)) for name in OUTPUTS}:
+        raise UserError(f"{path} would be overwritten; choose another output folder")
+    rejected: Counter = Counter()
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        with Progress(
+            total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
+        ) as bar, atomic_write(os.path.join(out_dir, "rejected.tsv")) as reject_file:
+            try:
+                counts = _convert(path, out_dir, options, rejected, reject_file, bar)
+            except _NothingAccepted:
+                counts = None
+    except OSError as error:
+        raise JobFailed(f"cannot write to {out_dir}: {error.strerror}") from error
+    total = sum(rejected.values())
+    if counts is None:
+        why = (
+            f"all {total} rows were rejected; {os.path.join(out_dir, 'rejected.tsv')} says why"
+            if total
+            else "it is empty"
+        )
+        raise JobFailed(f"no usable row in {path}: {why}")
+    return Result(counts[0], counts[1], rejected)
+
+
+def _convert(
+    path: str, out_dir: str, options: Options, rejected: Counter, reject_file: IO[str], bar: Progress
+) -> Tuple[int, int]:
+    """The counts of training and validation records. Nothing is kept when it raises."""
+    stream: Iterable[Checked] = (check_row(row, options) for row in read_rows(path, want_caption=True))
+    if options.verify == "decode":
+        stream = _decode_checked(stream, path, options.workers)
+    encode_text = json.JSONEncoder(ensure_ascii=False).encode
+    middle = f', "conversations": [[{encode_text(options.prompt)}, '
+    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out_dir)).replace(os.sep, "/")
+    inline_end = ']], "image": "'
+    # ASCII: a path need not be UTF-8.
+    reference_end = f']], "image": {{"file": {json.dumps(relative)}, "offset": '
+    seen: Set[bytes] = set()
+    accepted = done = 0
+    with ExitStack() as stack:
+        indexes = [IndexWriter(out_dir) for _ in range(2)]
+        for index in indexes:
+            stack.callback(index.close)
+        names = [os.path.join(out_dir, name) for name in ("train.json", "val.json")]
+        with ExitStack() as files:
+            outputs = [files.enter_context(atomic_write(name, "wb")) for name in names]
+            ids = files.enter_context(atomic_write(os.path.join(out_dir, "ids.tsv")))
+            # Entered last, so that it has stopped before the files are closed.
+            writer = _BackgroundWriter()
+            files.callback(writer.close)
+            arrays = [_JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
+            for row, image, caption, reason in stream:
+                if row.next_offset - done >= _PROGRESS_BYTES:
+                    bar.update(row.next_offset - done)
+                    done = row.next_offset
+                    bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
+                if reason is None and options.dedupe:
+                    digest = hashlib.sha1(image)
+                    digest.update(b"\t" + caption.encode())
+                    key = digest.digest()[:16]
+                    if key in seen:
+                        reason = DUPLICATE
+                    seen.add(key)
+                row_id = row.id if row.id.isprintable() else _SPACES.sub(" ", _INVISIBLE.sub("", row.id))
+                if reason is not None:
+                    rejected[reason] += 1
+                    reject_file.write(f"{row.line_no}\t{row_id}\t{reason}\n")
+                    continue
+                array = arrays[bool(options.val_every) and accepted % options.val_every == 0]
+                start = f'{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
+                if options.images == "inline":
+                    array.add((start + inline_end).encode(), image, b'"}')
+                else:
+                    end = f'{reference_end}{row.image_offset}, "length": {row.image_length}}}}}'
+                    array.add((start + end).encode())
+                ids.write(f"identity_{accepted}\t{row_id}\t{row.line_no}\n")
+                accepted += 1
+            if not accepted:
+                raise _NothingAccepted
+            for array in arrays:
+                array.finish()
+            writer.drain()
+            ChatTemplate.default().save(out_dir)
+            bar.update(max(0, os.path.getsize(path) - done))
+        for name, index in zip(names, indexes):
+            index.write_for(name)
+    return arrays[0].count, arrays[1].count

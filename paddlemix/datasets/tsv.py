@@ -1,0 +1,178 @@
+"""Rows of the contest's TSV: `id \\t base64 \\t caption`, one row per line, in a file of any size (SPEC §3).
+
+What is a row: a physical line (ended by \\n or \\r\\n, or by the end of the file) that holds anything but
+spaces. Empty lines are no rows. A row never raises: what is wrong with it stands in its `error`, so that
+whoever reads can count it, answer it, or leave it out, and goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import Iterator, NamedTuple, Optional, Tuple, Union
+
+from paddlemix.utils.errors import UserError
+
+# The longest line that is read into memory, and the longest record of a train.json. A 50 MB image fits.
+MAX_ROW_BYTES = 64 << 20
+# Read at a time. Lines are some 50 KB, so few of them cross a border.
+BUFFER_BYTES = 1 << 20
+# How much of an id is kept of a line that is too long or has no columns.
+MAX_ID_BYTES = 200
+
+# The only values of TsvRow.error.
+MISSING_COLUMN = "missing column"
+NO_IMAGE = "no image"
+EMPTY_IMAGE = "empty image"
+NO_CAPTION = "no caption"
+EMPTY_CAPTION = "empty caption"
+CAPTION_NOT_UTF8 = "caption is not UTF-8"
+LINE_TOO_LONG = "line too long"
+
+_BOM = b"\xef\xbb\xbf"
+# How JPEG, PNG, GIF, WebP and TIFF begin in base64, or a data URI.
+_IMAGE_START = re.compile(rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|data:image/")
+# A field of an unknown image format: too long and too even for an id or a caption.
+_LONG_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{200}")
+_NOT_TEXT = (
+    (b"\x1f\x8b", "is compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`"),
+    (b"PK\x03\x04", "is a zip archive; unpack it first"),
+    (b"\xff\xfe", "is UTF-16 text; save it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16 text; save it as UTF-8"),
+)
+
+
+class TsvRow(NamedTuple):
+    """One row.
+
+    line_no: physical line, from 1.
+    id: "" where the row has none; bytes that are not UTF-8 become U+FFFD.
+    image: the base64 text, a view into this row's own memory.
+    image_offset, image_length: where it stands in the file, in bytes; length 0 where there is none.
+    caption: None unless asked for, and when its column is missing, empty or not UTF-8.
+    error: None or one of this module's reasons.
+    next_offset: where the next line begins, in bytes.
+    """
+
+    line_no: int
+    id: str
+    image: Union[bytes, memoryview]
+    image_offset: int
+    image_length: int
+    caption: Optional[str]
+    error: Optional[str]
+    next_offset: int
+
+
+def check_input(path: str) -> int:
+    """The size in bytes of a TSV that can be read.
+
+    Raises:
+        UserError: it is missing, not a plain file, not readable, or visibly no UTF-8 text (an archive,
+            UTF-16).
+    """
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a plain file")
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for magic, why in _NOT_TEXT:
+        if head.startswith(magic):
+            raise UserError(f"{path} {why}")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive; unpack it first, with `tar -xf`")
+    return found.st_size
+
+
+def _is_image(line: bytes, begin: int, end: int) -> bool:
+    """Whether a column is surely an image. (Only its beginning is looked at.)"""
+    return _IMAGE_START.match(line, begin, end) is not None or _LONG_BASE64.match(line, begin, end) is not None
+
+
+def _columns(line: bytes, begin: int, end: int) -> Tuple[int, int, int, int]:
+    """Where the columns stand: (id_end, image_begin, image_end, caption_begin), -1 where there is none.
+
+    Rows without an id (`base64 \\t caption`) are told by how an image begins; otherwise the order decides.
+    """
+    tab = line.find(b"\t", begin, end)
+    if tab < 0:
+        return begin if _is_image(line, begin, end) else min(end, begin + MAX_ID_BYTES), -1, -1, -1
+    if _IMAGE_START.match(line, begin, tab) and not _IMAGE_START.match(line, tab + 1, end):
+        return begin, begin, tab, tab + 1
+    second = line.find(b"\t", tab + 1, end)
+    if second >= 0:
+        return tab, tab + 1, second, second + 1
+    if not _is_image(line, tab + 1, end) and _is_image(line, begin, tab):
+        return begin, begin, tab, tab + 1
+    return tab, tab + 1, end, -1
+
+
+def _parse(line: bytes, begin: int, line_no: int, offset: int, want_caption: bool) -> Optional[TsvRow]:
+    """The row in `line`, which starts at `offset` in the file; None for an empty line."""
+    end = len(line)
+    if line.endswith(b"\n"):
+        end -= 1
+    while end > begin and line[end - 1] == 13:
+        end -= 1
+    id_end, image_begin, image_end, caption_begin = _columns(line, begin, end)
+    if image_begin < 0 and not line[begin:end].strip():
+        return None
+    row_id = line[begin:id_end].decode("utf-8", "replace")
+    error = caption = None
+    if image_begin < 0:
+        error = MISSING_COLUMN
+        image_begin = image_end = begin
+    elif image_begin == image_end:
+        error = EMPTY_IMAGE
+    elif want_caption and caption_begin < 0:
+        error = NO_CAPTION if _is_image(line, image_begin, image_end) else NO_IMAGE
+    elif want_caption:
+        try:
+            caption = line[caption_begin:end].decode("utf-8")
+            if not caption.strip():
+                caption, error = None, EMPTY_CAPTION
+        except UnicodeDecodeError:
+            error = CAPTION_NOT_UTF8
+    image = memoryview(line)[image_begin:image_end]
+    length = image_end - image_begin
+    return TsvRow(line_no, row_id, image, offset + image_begin, length, caption, error, offset + len(line))
+
+
+def read_rows(path: str, want_caption: bool, max_line_bytes: int = MAX_ROW_BYTES) -> Iterator[TsvRow]:
+    """The rows of a TSV in order, one line in memory at a time (a row that is kept keeps its own line).
+
+    want_caption: training rows; a row without a caption then has an error. Otherwise the third column is
+    not looked at. A line over `max_line_bytes` is passed over without being held; its row has the error
+    "line too long".
+
+    Raises:
+        UserError: as check_input.
+    """
+    check_input(path)
+    with open(path, "rb", buffering=BUFFER_BYTES) as file:
+        offset = line_no = 0
+        while True:
+            line = file.readline(max_line_bytes + 1)
+            if not line:
+                return
+            line_no += 1
+            begin = 3 if line_no == 1 and line.startswith(_BOM) else 0
+            if len(line) > max_line_bytes:
+                length, tail = len(line), line
+                # The rest in pieces of a buffer, until one holds the end of the line.
+                while tail and not tail.endswith(b"\n"):
+                    tail = file.readline(BUFFER_BYTES)
+                    length += len(tail)
+                id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)
+                row_id = line[begin : max(begin, id_end)].decode("utf-8", "replace")
+                offset += length
+                yield TsvRow(line_no, row_id, b"", offset - length, 0, None, LINE_TOO_LONG, offset)
+                continue
+            row = _parse(line, begin, line_no, offset, want_caption)
+            offset += len(line)
+            if row is not None:
+                yield row

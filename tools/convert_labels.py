@@ -1,0 +1,83 @@
+"""Make training data of a TSV: `python tools/convert_labels.py IN.tsv OUT_DIR` (SPEC §3, §4).
+
+Reads `id \\t base64 \\t caption` rows (or `base64 \\t caption`) and writes to OUT_DIR:
+
+    train.json, val.json   one record per line; every 20th accepted row goes to val.json
+    chat_template.json     the chat format, for the training config
+    ids.tsv                record id, id in the TSV, line in the TSV
+    rejected.tsv           line in the TSV, id, and the reason why there is no record of it
+
+A row that cannot be used is counted and left out; it never ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.datasets import labels  # noqa: E402
+from paddlemix.utils import cli  # noqa: E402
+from paddlemix.utils.errors import UserError  # noqa: E402
+from paddlemix.utils.runtime import physical_cores  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="IN.tsv")
+    parser.add_argument("out_dir", metavar="OUT_DIR")
+    parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")
+    parser.add_argument("--val_every", type=int, default=20, metavar="N", help="0: no validation rows (default: 20)")
+    parser.add_argument(
+        "--clean", action="store_true",
+        help="mend captions: wrong encodings, control characters, runs of blanks, doubled punctuation",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dedupe", action="store_true",
+        help="leave out rows whose image and caption have been there before (takes 100 bytes of memory per row)",
+    )  # fmt: skip
+    parser.add_argument("--min_chars", type=int, default=1, metavar="N", help="shortest caption (default: 1)")
+    parser.add_argument("--max_chars", type=int, default=0, metavar="N", help="longest caption (default: no limit)")
+    parser.add_argument(
+        "--verify", choices=("none", "header", "decode"), default="none",
+        help="look at images: none checks the base64 text only, header the format and size, decode all of it; images "
+        "cut short are rejected by decode",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", choices=("inline", "reference"), default="inline",
+        help="inline copies each image; reference stores where it stands in IN.tsv, which must then stay as it is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=physical_cores(), metavar="N",
+        help="processes of --verify decode (default: the number of cores)",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    for name, least in (("val_every", 0), ("min_chars", 0), ("max_chars", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
+    if args.max_chars and args.max_chars < args.min_chars:
+        raise UserError("--max_chars is less than --min_chars")
+    options = labels.Options(**{name: getattr(args, name) for name in labels.Options._fields})
+    result = labels.convert(args.input, args.out_dir, options, disable_progress=args.quiet)
+    rejected = sum(result.rejected.values())
+    if rejected:
+        total = rejected + result.n_train + result.n_val
+        print(
+            f"rejected {rejected} of {total} rows (see {os.path.join(args.out_dir, 'rejected.tsv')}):", file=sys.stderr
+        )
+        for reason, count in result.rejected.most_common():
+            print(f"  {count:10d}  {reason}", file=sys.stderr)
+    print(f"num of training set: {result.n_train}")
+    print(f"num of validation set: {result.n_val}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
