@@ -21,6 +21,7 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
+from paddlemix.checkpoint.lora_config import LORA_CONFIG_NAME, read_lora_config
 from paddlemix.checkpoint.shards import (
     FORMATS,
     LORA_WEIGHTS_NAME,
@@ -32,7 +33,6 @@ from paddlemix.checkpoint.shards import (
     write_sharded,
 )
 from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, convert_dtype, printable
-from paddlemix.models.lora import LORA_CONFIG_NAME, read_lora_config
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder
 from paddlemix.utils.log import logger

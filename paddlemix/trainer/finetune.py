@@ -40,9 +40,10 @@ from paddlenlp.utils.log import logger as paddlenlp_logger
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator
-from paddlemix.models.lora import apply_lora, load_lora_weights, read_lora_config
+from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.modeling import check_weights
 from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
 from paddlemix.processors.images import MGenVLImageProcessor

@@ -7,7 +7,8 @@ import numpy as np
 import paddle
 import pytest
 
-from paddlemix.models.lora import adapted_modules, apply_lora, load_lora, read_lora_config
+from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.models.lora import adapted_modules, apply_lora, load_lora
 from paddlemix.utils.errors import ConfigError, WeightsError
 from tests.helpers import make_tiny_model, prompt_ids
 
