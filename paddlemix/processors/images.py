@@ -33,7 +33,7 @@ MAX_BYTES = 64 << 20
 URL_TIMEOUT_SECONDS = 20
 
 # What ad images come in. Pillow knows many more, whose decoders are old and rarely tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 _TRUNCATED_LOCK = threading.Lock()
 _DATA_URI = re.compile(rb"\s*data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
