@@ -7,8 +7,9 @@
 | BLEU-1…4 | n-gram precision with brevity penalty, corpus level (Papineni et al. 2002) | 0…1 |
 | ROUGE-L | F-measure of the longest common subsequence, β = 1.2 (Lin 2004) | 0…1 |
 
-What pycocoevalcap itself prints as "CIDEr", and most papers with it, is CIDEr-D. IDF comes from the references given,
-so CIDEr values of different reference sets cannot be compared, and with a single row they are 0.
+What pycocoevalcap itself prints as "CIDEr", and most papers with it, is CIDEr-D. IDF comes from the
+references given, so CIDEr values of different reference sets cannot be compared, and with a single row they
+are 0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 
 from paddlemix.utils.errors import UserError
 
-# A run of Latin letters and digits (a decimal point inside a number belongs to it), or any other single character.
+# A run of Latin letters and digits (a decimal point inside a number belongs to it), or any other single
+# character.
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)+|[A-Za-z0-9\u00c0-\u024f]+|[^\s]")
 
 MAX_N = 4
@@ -31,7 +33,8 @@ MAX_N = 4
 def tokenize_characters(text: str) -> List[str]:
     """One token per character, runs of Latin letters and digits whole and in lower case, white space dropped.
 
-    The manner of Chinese captioning benchmarks (MUGE): no word segmenter whose version would change the score.
+    The manner of Chinese captioning benchmarks (MUGE): no word segmenter whose version would change the
+    score.
     """
     return _TOKEN.findall(text.lower())
 
@@ -51,7 +54,8 @@ def check_ids(candidates: Mapping[str, object], references: Mapping[str, object]
     """Both sides must name the same rows.
 
     Raises:
-        UserError: lists the ids (the first ten of each kind) that only one side has, or says that there are none.
+        UserError: lists the ids (the first ten of each kind) that only one side has, or says that there are
+        none.
     """
     if not references:
         raise UserError("there are no references to score against")
@@ -113,7 +117,8 @@ def score_captions(
 def _plain_cider(candidates: List[str], references: List[List[str]]) -> np.ndarray:
     """CIDEr without the D: no clipping, no length penalty. One value per row, float64 [n].
 
-    pycocoevalcap has the D variant only; its n-gram counts are used here, so that the two differ in nothing else.
+    pycocoevalcap has the D variant only; its n-gram counts are used here, so that the two differ in nothing
+    else.
     """
     from pycocoevalcap.cider.cider_scorer import cook_refs, cook_test
 
@@ -158,7 +163,8 @@ def attribute_accuracy(
 ) -> AttributeScores:
     """Exact comparison of attributes read from captions with the true ones, row by row.
 
-    found, truth: one mapping of attribute name → value per row, in the same order; None or a missing name is wrong.
+    found, truth: one mapping of attribute name → value per row, in the same order; None or a missing name is
+    wrong.
 
     Raises:
         ValueError: different numbers of rows, or none.

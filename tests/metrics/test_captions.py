@@ -35,7 +35,8 @@ def test_perfect_captions_reach_the_top():
 
 
 def test_bleu_and_rouge_by_hand():
-    # "红杯在左" against "红杯在右": 3 of 4 unigrams, 2 of 3 bigrams, 1 of 2 trigrams, no 4-gram; equal lengths.
+    # "红杯在左" against "红杯在右": 3 of 4 unigrams, 2 of 3 bigrams, 1 of 2 trigrams, no 4-gram; equal
+    # lengths.
     scores = score_captions({"a": "红杯在左"}, {"a": ["红杯在右"]})
     assert scores.corpus["BLEU-1"] == pytest.approx(3 / 4)
     assert scores.corpus["BLEU-2"] == pytest.approx(math.sqrt(3 / 4 * 2 / 3))
@@ -52,18 +53,19 @@ def test_brevity_penalty():
 
 
 def test_cider_by_hand():
-    # Two rows. 甲 stands in both references, so its IDF is log(2/2) = 0; 乙 and 丙 in one each: log 2. Row a: the
-    # unigram vectors are {乙: log 2} and {乙: log 2}, the bigrams 甲乙 and 甲乙: cosine 1 for n = 1, 2, and 0 for
-    # n = 3, 4, where there are none: (1 + 1 + 0 + 0) / 4 × 10 = 5. Row b: 甲丁 against 甲丙, nothing in common: 0.
+    # Two rows. 甲 stands in both references, so its IDF is log(2/2) = 0; 乙 and 丙 in one each: log 2. Row a:
+    # the unigram vectors are {乙: log 2} and {乙: log 2}, the bigrams 甲乙 and 甲乙: cosine 1 for n = 1, 2,
+    # and 0 for n = 3, 4, where there are none: (1 + 1 + 0 + 0) / 4 × 10 = 5. Row b: 甲丁 against 甲丙,
+    # nothing in common: 0.
     scores = score_captions({"a": "甲乙", "b": "甲丁"}, {"a": ["甲乙"], "b": ["甲丙"]})
     assert scores.rows["CIDEr"] == pytest.approx([5.0, 0.0])
     assert scores.rows["CIDEr-D"] == pytest.approx([5.0, 0.0])
 
 
 def test_cider_d_clips_and_punishes_length():
-    # "乙乙" against "乙" beside an unrelated row: the unigram vectors {乙: 2 log 2} and {乙: log 2} are parallel, so
-    # plain CIDEr gives 1/4 × 10 for n = 1. With clipping it is 2·min(…)… = 1·1 / (2·1) = 1/2, and the length
-    # (pycocoevalcap counts it in bigrams: 1 against 0) costs exp(-1² / (2 · 6²)).
+    # "乙乙" against "乙" beside an unrelated row: the unigram vectors {乙: 2 log 2} and {乙: log 2} are
+    # parallel, so plain CIDEr gives 1/4 × 10 for n = 1. With clipping it is 2·min(…)… = 1·1 / (2·1) = 1/2,
+    # and the length (pycocoevalcap counts it in bigrams: 1 against 0) costs exp(-1² / (2 · 6²)).
     scores = score_captions({"a": "乙乙", "b": "丙"}, {"a": ["乙"], "b": ["丙"]})
     assert scores.rows["CIDEr"][0] == pytest.approx(2.5)
     assert scores.rows["CIDEr-D"][0] == pytest.approx(2.5 * 0.5 * math.exp(-1 / 72))

@@ -1,0 +1,151 @@
+"""Can the pipeline learn real ads by heart? A small MGen-VL is tuned on a handful of images with their captions and
+must repeat them, word for word, and must not when it is shown other images.
+
+    python tools/overfit_real_samples.py SAMPLES.txt CAPTIONS.tsv OUT [--column 2] [--steps 400]
+
+SAMPLES holds `id \\t base64 image` rows, CAPTIONS `id \\t caption \\t …` (--column says which, counted from 1).
+Every step is a command of the project: convert_labels, make_tiny_model with supervised_finetune in full,
+run.sh on the samples, and run.sh once more after each image has been handed on to the next id. All rows have
+the same prompt, so only the image can tell the model which caption to repeat.
+
+Exit status 1 unless at least --required captions come back exactly, and at most --permitted of them for the
+wrong images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import Dict, List, Optional, Tuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from paddlemix.utils import cli  # noqa: E402
+from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
+from paddlemix.utils.files import atomic_write  # noqa: E402
+
+
+def read_rows(samples: str, captions: str, column: int) -> List[Tuple[str, str, str]]:
+    """(id, base64 image, caption) of every sample, in order.
+
+    Raises:
+        UserError: a file cannot be read, a sample has no caption, or two have the same id.
+    """
+    try:
+        with open(captions, encoding="utf-8") as file:
+            table = [line.rstrip("\r\n").split("\t") for line in file]
+        with open(samples, encoding="utf-8") as file:
+            pairs = [line.rstrip("\r\n").split("\t")[:2] for line in file]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    if column < 2 or any(len(columns) < column for columns in table):
+        raise UserError(f"{captions} has no caption column {column} in every row; the first column is the id")
+    texts = {columns[0]: columns[column - 1] for columns in table}
+    missing = [key for key, _ in pairs if key not in texts]
+    if missing or len({key for key, _ in pairs}) < len(pairs) or len(pairs) < 2:
+        raise UserError(
+            f"{samples} must hold two rows or more with an id each, all with a caption in {captions}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+        )
+    return [(key, image, texts[key]) for key, image in pairs]
+
+
+def run(*command: str) -> None:
+    """Run a command of the project from its top folder; its output goes where ours goes.
+
+    Raises:
+        JobFailed: it ended with another status than 0.
+    """
+    print("$ " + " ".join(command)[:160], flush=True)
+    status = subprocess.call(command, cwd=ROOT, env=dict(os.environ, PYTHONIOENCODING="utf-8"))
+    if status:
+        raise JobFailed(f"{command[1]} ended with status {status}")
+
+
+def predict(rows: List[Tuple[str, str]], name: str, out: str, model: str) -> Dict[str, str]:
+    """Captions by id that run.sh writes for (id, base64 image) rows."""
+    source, target = os.path.join(out, f"{name}.tsv"), os.path.join(out, f"{name}.txt")
+    with atomic_write(source) as file:
+        file.writelines(f"{key}\t{image}\n" for key, image in rows)
+    run("sh", "run.sh", source, target, model, sys.executable)
+    with open(target, encoding="utf-8") as file:
+        lines = [line.rstrip("\n").split("\t", 1) for line in file]
+    if [line[0] for line in lines] != [key for key, _ in rows]:
+        raise JobFailed(f"{target} does not hold the ids of {source} in order")
+    return {key: caption for key, caption in lines}
+
+
+def overfit(args: argparse.Namespace) -> Tuple[int, int, int]:
+    """Do it all. Returns (rows, captions repeated exactly, captions repeated for another image)."""
+    out, python = os.path.abspath(args.out), sys.executable
+    rows = read_rows(args.samples, args.captions, args.column)
+
+    def path(name: str) -> str:
+        return os.path.join(out, name)
+
+    with atomic_write(path("train.tsv")) as file:
+        file.writelines("\t".join(row) + "\n" for row in rows)
+    run(python, "tools/convert_labels.py", path("train.tsv"), path("data"), "--val_every", "0", "--quiet")
+    data = {
+        "train": {
+            "data_files": path("data/train.json"),
+            "chat_template": path("data/chat_template.json"),
+        }
+    }
+    # The same vocabulary as the demo's way of making one: captions a few dozen tokens long.
+    run(
+        *(python, "tools/make_tiny_model.py", path("model"), "--captions", path("train.tsv")),
+        *("--max_new_tokens", "256", "--seed", str(args.seed)),
+        *("--pretrain", "config/mgen_vl/pretrain_demo.json", "--dataset", json.dumps(data)),
+        *("--output_dir", path("tuned"), "--do_eval", "false", "--seed", str(args.seed)),
+        *("--max_steps", str(args.steps), "--per_device_train_batch_size", str(len(rows))),
+        *("--dataloader_num_workers", "0", "--learning_rate", str(args.learning_rate)),
+        *("--logging_steps", "50", "--max_length", "512"),
+    )
+    truth = {key: caption for key, _, caption in rows}
+    repeated = predict([(key, image) for key, image, _ in rows], "same_images", out, path("tuned"))
+    images = [image for _, image, _ in rows]
+    shifted = predict(
+        [(key, image) for (key, _, _), image in zip(rows, images[1:] + images[:1])],
+        "other_images",
+        out,
+        path("tuned"),
+    )
+    for key, caption in truth.items():
+        print(f"{key}\n  caption       {caption}\n  its image     {repeated[key]}\n  another image {shifted[key]}")
+    return (
+        len(rows),
+        sum(repeated[key] == caption for key, caption in truth.items()),
+        sum(shifted[key] == caption for key, caption in truth.items()),
+    )
+
+
+def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("samples", help="id and base64 image")
+    parser.add_argument("captions", help="id and one or more captions")
+    parser.add_argument("out", help="folder for everything that it makes")
+    parser.add_argument("--column", type=int, default=2, help="the caption's column, from 1 (default: 2)")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--required", type=float, default=0.9, help="share to repeat exactly (default: 0.9)")
+    parser.add_argument("--permitted", type=float, default=0.1, help="share for wrong images (default: 0.1)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse_arguments()
+    count, same, other = overfit(args)
+    print(f"repeated exactly: {same} of {count}; for another image: {other} of {count}")
+    return 0 if same >= args.required * count and other <= args.permitted * count else JobFailed.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
