@@ -25,6 +25,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question (default: 请描述图片内容)")
     parser.add_argument("--max_new_tokens", type=int, help="longest answer, in tokens (default: the model's)")
+    parser.add_argument("--allow_private_urls", action="store_true", help="fetch from any address")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="as in predict.py")
     parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
     return parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main() -> int:
 
     start = time.time()
     query = [{"image": args.image}, {"text": prompt}]
-    inputs = loaded.processor(query=query, return_tensors="pd")
+    inputs = loaded.processor(query=query, return_tensors="pd", allow_private_urls=args.allow_private_urls)
     response, _ = loaded.model.chat(
         loaded.tokenizer,
         query=loaded.tokenizer.from_list_format(query),

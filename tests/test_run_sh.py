@@ -1,6 +1,6 @@
 """run.sh, as the platform calls it. `pytest tests/test_run_sh.py`
 
-Most tests put run.sh beside a predict.py that only writes down its arguments; the last ones run the real thing.
+A predict.py that writes down its arguments stands in for the real one, which tests/test_predict.py calls.
 """
 
 import json
@@ -51,9 +51,7 @@ def python(tmp_path):
 
 
 def run(cwd, *arguments, script="run.sh", **kwargs):
-    return subprocess.run(
-        ["sh", str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **kwargs
-    )
+    return subprocess.run(["sh", str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **kwargs)
 
 
 def recorded(path):
@@ -81,9 +79,7 @@ def test_the_platforms_call(tmp_path, python):
     submission = make_submission(work / "submission")
     (work / "dataset").mkdir()
     (work / "dataset" / "test_samples.txt").write_text("a\tb\n")
-    done = run(
-        submission, "../../dataset/test_samples.txt", "../../dataset/results.txt", "../weights", python
-    )
+    done = run(submission, "../../dataset/test_samples.txt", "../../dataset/results.txt", "../weights", python)
     assert done.returncode == 7, done.stderr
     assert recorded(work / "dataset" / "results.txt") == [
         str(work / "dataset" / "test_samples.txt"),
@@ -101,9 +97,7 @@ def test_relative_paths_of_the_caller_go_first(tmp_path, python, make):
     # The same name beside predict.py must not win.
     source = project / "src" if make is make_submission else project
     (source / "in put.tsv").write_text("")
-    done = run(
-        caller, "in put.tsv", "out put.tsv", "../the project/weights", python, script=project / "run.sh"
-    )
+    done = run(caller, "in put.tsv", "out put.tsv", "../the project/weights", python, script=project / "run.sh")
     assert done.returncode == 7, done.stderr
     assert recorded(caller / "out put.tsv") == [
         str(caller / "in put.tsv"),
@@ -121,9 +115,7 @@ def test_else_relative_paths_are_those_of_predict(tmp_path, python, make):
     (tmp_path / "weights").mkdir()
     done = run(tmp_path, "input.tsv", "output.tsv", "weights", python, script="the project/run.sh")
     assert done.returncode == 7, done.stderr
-    assert recorded(source / "output.tsv") == [
-        str(source / x) for x in ("input.tsv", "output.tsv", "weights")
-    ]
+    assert recorded(source / "output.tsv") == [str(source / x) for x in ("input.tsv", "output.tsv", "weights")]
 
 
 def test_absolute_paths(tmp_path, python):
@@ -152,7 +144,7 @@ def test_paths_like_options_and_patterns(tmp_path, python):
 
 
 def test_cdpath_does_not_lead_astray(tmp_path, python):
-    project = make_top(tmp_path / "top")
+    make_top(tmp_path / "top")
     (tmp_path / "elsewhere" / "top").mkdir(parents=True)
     (tmp_path / "input").write_text("")
     environment = dict(os.environ, CDPATH=str(tmp_path / "elsewhere"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -24,14 +24,18 @@ MAX_BATCH = 32
 WINDOW_ROWS = 64
 WINDOW_BYTES = 128 << 20
 EMPTY_ANSWER = "empty answer"
+# The image file was cut short; the caption is of what there was.
+TRUNCATED = "truncated image"
 
 
 class Answer(NamedTuple):
-    """What became of one row. caption: one line, or None and then the reason, one of a few words to count
-    by."""
+    """What became of one row. caption: one line, or None where there is none.
+
+    note: None, or what was wrong, in a few words to count by: why it has no caption, or TRUNCATED.
+    """
 
     caption: Optional[str]
-    reason: Optional[str] = None
+    note: Optional[str] = None
 
 
 def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int) -> List[int]:
@@ -41,19 +45,18 @@ def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int) -> List[
     Raises:
         UserError: the prompt holds image tags of its own.
     """
-    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, DEFAULT_SYSTEM, encode_prompt
+    from paddlemix.processors.mgen_vl_processing import (
+        DEFAULT_PROMPT,
+        DEFAULT_SYSTEM,
+        encode_prompt,
+        with_images,
+    )
 
     prompt = DEFAULT_PROMPT if prompt is None else prompt
     if any(tag in prompt for tag in ("<img>", "</img>", "<imgpad>")):
         raise UserError("the prompt must not hold <img>, </img> or <imgpad>: each row brings its one image")
-    # Nothing between the tags: the span is filled with <imgpad>, and features take its place.
-    query = tokenizer.from_list_format([{"image": ""}, {"text": prompt}])
-    _, ids = encode_prompt(
-        tokenizer,
-        query,
-        system=DEFAULT_SYSTEM if system is None else system,
-        max_window_size=max_window_size,
-    )
+    system = DEFAULT_SYSTEM if system is None else system
+    _, ids = encode_prompt(tokenizer, with_images(prompt, 1), system=system, max_window_size=max_window_size)
     return list(ids)
 
 
@@ -173,7 +176,8 @@ class Captioner:
 
         try:
             opened = open_image(decode_base64(image))
-            return Sample(self.prompt_ids, self.image_processor(opened))
+            truncated = opened.info.get("truncated", False)
+            return Sample(self.prompt_ids, self.image_processor(opened), TRUNCATED if truncated else None)
         except ImageError as error:
             return Answer(None, error.reason)
         except MemoryError:
@@ -186,7 +190,7 @@ class Captioner:
     def _answer_window(self, decoding: List) -> Iterator[Answer]:
         """Answers of a window in order. decoding: futures of _prepare."""
         answers: List[Optional[Answer]] = [None] * len(decoding)
-        samples = {}
+        samples: Dict[int, Sample] = {}
         for i, future in enumerate(decoding):
             prepared = future.result()
             if isinstance(prepared, Answer):
@@ -199,8 +203,8 @@ class Captioner:
             # Taken anew each time: it shrinks when memory runs out.
             batch = order[begin : begin + self.batch_size]
             begin += len(batch)
-            for i, text in zip(batch, self.generate([samples.pop(i) for i in batch])):
-                answers[i] = Answer(text) if text else Answer(None, EMPTY_ANSWER)
+            for i, text in zip(batch, self.generate([samples[i] for i in batch])):
+                answers[i] = Answer(text, samples.pop(i).note) if text else Answer(None, EMPTY_ANSWER)
             while told < len(answers) and answers[told] is not None:
                 yield answers[told]
                 told += 1
@@ -243,10 +247,11 @@ class Captioner:
 
 
 class Sample(NamedTuple):
-    """One row, ready for the model: prompt ids [T], pixel values float32 [3, S, S]."""
+    """One row, ready for the model: prompt ids [T], pixel values float32 [3, S, S], its Answer's note."""
 
     ids: List[int]
     pixels: np.ndarray
+    note: Optional[str] = None
 
 
 def windows(images: Iterable, rows: int, max_bytes: int = WINDOW_BYTES) -> Iterator[List]:

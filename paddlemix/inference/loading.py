@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, NamedTuple, Optional
 
 from paddlemix.utils.errors import UserError
@@ -10,13 +11,13 @@ from paddlemix.utils.log import logger
 
 
 class Loaded(NamedTuple):
-    """model: MGenLMHeadModel in eval mode. system: the system text of its chat_template.json, or None."""
+    """model: MGenLMHeadModel in eval mode. system: of its chat_template.json, or the default one."""
 
     model: Any
     tokenizer: Any
     processor: Any
     image_processor: Any
-    system: Optional[str]
+    system: str
 
 
 def find_model_folder(path: str) -> str:
@@ -29,9 +30,7 @@ def find_model_folder(path: str) -> str:
         raise UserError(f"no folder {path}: give a model folder, or the folder that holds it")
     if os.path.isfile(os.path.join(path, "config.json")):
         return path
-    inside = [
-        name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name, "config.json"))
-    ]
+    inside = [name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name, "config.json"))]
     if not inside:
         raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder")
     if len(inside) > 1:
@@ -49,16 +48,20 @@ def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] =
         UserError: the folder is not a whole model.
     """
     from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoProcessorMIX
-    from paddlemix.processors.mgen_vl_processing import ChatTemplate
+    from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate
     from paddlemix.utils.runtime import describe_threads, resolve_device
 
+    if device is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", device):
+        raise UserError(f"--device is cpu, gpu or gpu:N, not {device!r}")
     chosen = resolve_device(device)
     if chosen.reason:
         logger.warning(chosen.reason)
     config = AutoConfigMIX.from_pretrained(folder, dtype=dtype)
     processor, image_processor = AutoProcessorMIX.from_pretrained(folder)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
-    template = os.path.join(folder, "chat_template.json")
-    system = ChatTemplate.from_file(template).system if os.path.isfile(template) else None
+    path = os.path.join(folder, CHAT_TEMPLATE_NAME)
+    template = ChatTemplate.from_file(path) if os.path.isfile(path) else ChatTemplate.default()
+    if template._replace(system="") != ChatTemplate.default()._replace(system=""):
+        logger.warning("%s has turn markers of its own; prompts are made with those of chatml", path)
     logger.info("%s on %s in %s; %s", folder, chosen.value, model.config.dtype, describe_threads())
-    return Loaded(model, processor.tokenizer, processor, image_processor, system)
+    return Loaded(model, processor.tokenizer, processor, image_processor, template.system)

@@ -7,8 +7,8 @@ import sys
 from collections import deque
 from typing import Dict, Iterator, Optional
 
-from paddlemix.datasets.tsv import TsvRow, read_rows
-from paddlemix.inference.captioner import Answer, Captioner
+from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
+from paddlemix.inference.captioner import TRUNCATED, Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
 from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder
 from paddlemix.utils.errors import JobFailed, UserError
@@ -24,11 +24,10 @@ def row_id(row: TsvRow) -> str:
     return clean_id(row.id) or str(row.line_no)
 
 
-def describe_reasons(reasons: Dict[str, int]) -> str:
+def describe_notes(notes: Dict[str, int]) -> str:
     """For the log, the most frequent first: 7 × not an image, 1 × empty image."""
-    return ", ".join(
-        f"{count} × {reason}" for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])
-    )
+    ranked = sorted(notes.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{count} × {note}" for note, count in ranked)
 
 
 class _Rows:
@@ -53,8 +52,7 @@ def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
         row = next(rows, None)
         if row is None or row_id(row) != done_id:
             raise JobFailed(
-                f"line {number + 1} of {results.journal} is not of row {number} of the input; "
-                "drop it with --restart"
+                f"line {number + 1} of {results.journal} is not of row {number} of the input; drop it with --restart"
             )
     if results.done:
         logger.info("going on after the %d rows of an earlier run", results.done)
@@ -74,18 +72,18 @@ def predict_file(
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption (SPEC §4).
 
-    Rows are `id \\t base64`, with or without further columns. A row without a usable image, or that the model
-    answers with nothing, gets `fallback`, and is logged and counted by reason. Captions are greedy. A file
-    without rows gives a file without lines. For the other arguments see predict.py --help; for how a run is
-    resumed, results.py.
+    Rows are `id \\t base64`, with or without further columns; a row without an id has its line number for
+    one. A row without a usable image, or that the model answers with nothing, gets `fallback`, and is logged
+    and counted by what was wrong. Captions are greedy. A file without rows gives a file without lines. For the
+    other arguments see predict.py --help; for how a run is resumed, results.py.
 
     Raises:
         UserError: bad arguments, input or model.
-        JobFailed: the disk is full, memory runs out, or not one row got a caption of its own (OUTPUT is whole
-        then).
+        JobFailed: the disk is full, memory runs out, or no row got a caption (OUTPUT is whole then).
     """
     from paddlemix.processors.mgen_vl_processing import clean_caption
 
+    check_input(input)
     facts = file_facts(input)
     folder = find_model_folder(model)
     if os.path.exists(output) and os.path.samefile(input, output):
@@ -128,23 +126,16 @@ def predict_file(
 
     if rows.count == 0:
         logger.warning("%s holds no rows, so %s holds no lines", input, output)
-    failed = sum(results.reasons.values())
+    if results.notes:
+        logger.warning("of %d rows: %s", rows.count, describe_notes(results.notes))
+    failed = sum(results.notes.values()) - results.notes[TRUNCATED]
     if failed:
-        logger.warning(
-            "%d of %d rows have the fallback caption: %s",
-            failed,
-            rows.count,
-            describe_reasons(results.reasons),
-        )
+        logger.warning("%d rows have the fallback caption %s", failed, fallback)
     if failed and failed == rows.count:
-        raise JobFailed(
-            f"not one of the {failed} rows could be captioned ({describe_reasons(results.reasons)})"
-        )
+        raise JobFailed(f"not one of the {failed} rows could be captioned: {describe_notes(results.notes)}")
 
 
-def _caption_rows(
-    captioner: Captioner, first: TsvRow, rows: _Rows, results, fallback: str, lines: int
-) -> None:
+def _caption_rows(captioner: Captioner, first: TsvRow, rows: _Rows, results, fallback: str, lines: int) -> None:
     """Caption `first` and the rest of `rows`. lines: how many lines the input has, for the time left."""
     # Rows that were read, but not answered yet: (id, line number).
     waiting: deque = deque()
@@ -159,15 +150,13 @@ def _caption_rows(
     with Progress(lines, desc="captions", unit="row", initial=results.done) as bar:
         for answer in captioner.captions(images()):
             name, line_no = waiting.popleft()
-            results.write(name, answer.caption or fallback, answer.reason)
-            # Written, too: what is printed is safe. A row in a batch costs far more than this call.
+            results.write(name, answer.caption or fallback, answer.note)
+            # What is printed is safe. A row costs the model far more than this call.
             results.flush()
-            if answer.reason:
-                met = results.reasons[answer.reason]
+            if answer.note:
+                met = results.notes[answer.note]
                 if met == 1 or met % LOG_EVERY == 0:
-                    logger.warning(
-                        "line %d (id %s): %s; number %d of its kind", line_no, name, answer.reason, met
-                    )
+                    logger.warning("line %d, id %r: %s (number %d)", line_no, name, answer.note, met)
             show(answer.caption or fallback)
             bar.update()
 

@@ -3,12 +3,12 @@
 While a run lasts, its lines go to a journal, `OUTPUT.partial`:
 
     {"format": 1, "input": {…}, "model": {…}, "settings": {…}}     what made the lines below
-    id \\t caption \\t reason                                         one line per row; the reason is empty,
-                                                                   unless the caption is the fallback
+    id \\t caption \\t note                                           one line per row; the note says what was
+                                                                   wrong with it, and is mostly empty
 
 When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
-renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows and of fallback
-captions by reason. Then the journal goes. So OUTPUT is always a whole one, and one file, the journal, holds
+renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows and the
+notes, counted. Then the journal goes. So OUTPUT is always a whole one, and one file, the journal, holds
 all that a resumed run needs. A million captions are some 200 MB, so the last copy takes a second.
 """
 
@@ -112,7 +112,7 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 
 
 def _parse_line(line: bytes):
-    """[id, caption, reason] of a journal line, or None if it is not a whole one."""
+    """[id, caption, note] of a journal line, or None if it is not a whole one."""
     # A power cut can leave blocks of zeros where the last lines should be.
     if not line.endswith(b"\n") or b"\0" in line:
         return None
@@ -128,13 +128,13 @@ class ResultsWriter:
 
         with ResultsWriter(path, run) as results:
             for row in rows_after(results.done):
-                results.write(row.id, caption, reason)
+                results.write(row.id, caption, note)
             results.finish(rows)
 
     run: what the captions depend on, as JSON values ({"input": …, "model": …, "settings": …}). A journal of
     the same run is gone on with, after its last whole line; `done` says how many lines there are. A journal
-    of another run is refused unless `restart`, which drops it. Leaving the block without `finish` keeps the
-    journal.
+    of another run is refused unless `restart`, which drops it. Leaving the block without `finish` keeps a
+    journal that has lines.
 
     Raises:
         UserError: the folder cannot be written, or the journal is of another run or in use by a process.
@@ -147,7 +147,7 @@ class ResultsWriter:
         # As it will be read back, so that equal runs compare equal (a tuple comes back as a list).
         self.run = json.loads(json.dumps({"format": FORMAT, **run}))
         self.done = 0
-        self.reasons: Counter = Counter()
+        self.notes: Counter = Counter()
         if os.path.isdir(self.path):
             raise UserError(f"{path} is a folder; the output must be a file")
         with self._explained():
@@ -172,11 +172,7 @@ class ResultsWriter:
             yield
         except OSError as error:
             kind = UserError if self.done == 0 else JobFailed
-            hint = (
-                ""
-                if self.done == 0
-                else f"; {self.done} lines are safe in {self.journal}, the same command goes on"
-            )
+            hint = "" if self.done == 0 else f"; {self.done} lines are safe in {self.journal}, the same command goes on"
             raise kind(f"cannot write {self.path}: {error.strerror}{hint}") from error
 
     def _lock(self) -> None:
@@ -214,9 +210,7 @@ class ResultsWriter:
         except (ValueError, RecursionError):
             there = None
         if not isinstance(there, dict) or there.get("format") != FORMAT:
-            raise UserError(
-                f"{self.journal} was not written by this program; move it away, or drop it with --restart"
-            )
+            raise UserError(f"{self.journal} was not written by this program; move it away, or drop it with --restart")
         different = "; ".join(_differences(there, self.run))
         if different:
             raise UserError(
@@ -229,10 +223,10 @@ class ResultsWriter:
             written = self._file.write(self._pending)
             del self._pending[:written]
 
-    def _count(self, reason: str) -> None:
+    def _count(self, note: str) -> None:
         self.done += 1
-        if reason:
-            self.reasons[reason] += 1
+        if note:
+            self.notes[note] += 1
 
     def done_ids(self) -> Iterator[str]:
         """Ids of the lines that a resumed run found, as they stand in the journal."""
@@ -241,9 +235,9 @@ class ResultsWriter:
             for _ in range(self.done):
                 yield file.readline().split(b"\t", 1)[0].decode("utf-8")
 
-    def write(self, row_id: str, caption: str, reason: Optional[str] = None) -> None:
+    def write(self, row_id: str, caption: str, note: Optional[str] = None) -> None:
         """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs."""
-        fields = (clean_id(row_id), caption.replace("\0", " "), reason or "")
+        fields = (clean_id(row_id), caption.replace("\0", " "), note or "")
         # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
         if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line) is None:
@@ -278,20 +272,16 @@ class ResultsWriter:
                 for line in journal:
                     fields = _parse_line(line)
                     if fields is None:
-                        raise JobFailed(
-                            f"{self.journal} was changed while it was written: line {lines + 2} is broken"
-                        )
+                        raise JobFailed(f"{self.journal} was changed while it was written: line {lines + 2} is broken")
                     out.write(line[: line.rindex(b"\t")] + b"\n")
                     lines += 1
                 if lines != rows:
-                    raise JobFailed(
-                        f"{self.journal} was changed while it was written: {lines} lines for {rows} rows"
-                    )
+                    raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
             written = file_facts(self.path).lines
             if written != rows:
                 raise JobFailed(f"{self.path} has {written} lines for {rows} rows")
             with atomic_write(self.path + SIDECAR) as file:
-                summary = dict(self.run, rows=rows, fallbacks=dict(sorted(self.reasons.items())))
+                summary = dict(self.run, rows=rows, notes=dict(sorted(self.notes.items())))
                 json.dump(summary, file, ensure_ascii=False, indent=2)
                 file.write("\n")
             os.unlink(self.journal)
@@ -304,4 +294,7 @@ class ResultsWriter:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        if self.done == 0 and os.path.exists(self.journal):
+            # Nothing to go on with; a command that never got so far must not stand in the way of the next.
+            os.unlink(self.journal)
         self.close()

@@ -36,7 +36,7 @@ def test_whole_output_and_its_sidecar(tmp_path):
     assert out.read_text("utf-8") == WHOLE
     assert sorted(os.listdir(out.parent)) == ["results.txt", "results.txt.run.json"]
     sidecar = json.loads((out.parent / "results.txt.run.json").read_text("utf-8"))
-    assert sidecar == dict(RUN, format=1, rows=4, fallbacks={"not an image": 1})
+    assert sidecar == dict(RUN, format=1, rows=4, notes={"not an image": 1})
 
 
 def test_nothing_at_the_output_until_it_is_whole(tmp_path):
@@ -58,7 +58,7 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_output(tmp_path, cut):
     journal.write_bytes(data[:-cut])
     writer = write(out, LINES)
     assert out.read_text("utf-8") == WHOLE
-    assert dict(writer.reasons) == {"not an image": 1}
+    assert dict(writer.notes) == {"not an image": 1}
 
 
 def test_a_journal_cut_in_its_first_line_starts_anew(tmp_path):

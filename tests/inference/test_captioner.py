@@ -1,0 +1,257 @@
+"""Windows, batches and order. `pytest tests/inference/test_captioner.py`"""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from paddlemix.inference import captioner as module
+from paddlemix.inference.captioner import (
+    EMPTY_ANSWER,
+    MAX_BATCH,
+    Answer,
+    Captioner,
+    Sample,
+    bytes_per_row,
+    choose_batch_size,
+    free_memory,
+    is_out_of_memory,
+    left_pad,
+    windows,
+)
+from paddlemix.utils.errors import JobFailed, UserError
+from tests.helpers import image_base64, make_tiny_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny model, its tokenizer and image processor."""
+    from paddlemix.processors.images import MGenVLImageProcessor
+    from tests.helpers import byte_vocab_tokenizer
+
+    model = make_tiny_model(seed=3)
+    tokenizer = byte_vocab_tokenizer(str(tmp_path_factory.mktemp("tokenizer")))
+    return model, tokenizer, MGenVLImageProcessor.from_config(model.config)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [image_base64(seed, size=(60 + seed, 50)) for seed in range(9)]
+
+
+def ask(parts, images, **options):
+    options.setdefault("max_new_tokens", 12)
+    return list(Captioner(*parts, **options).captions(images))
+
+
+def test_captions_do_not_depend_on_batch_or_order(parts, images):
+    alone = ask(parts, images, batch_size=1)
+    assert all(answer.caption and answer.note is None for answer in alone)
+    # The images decide: no two of these are told the same.
+    assert len({answer.caption for answer in alone}) > len(images) // 2
+    assert ask(parts, images, batch_size=4) == alone
+    assert ask(parts, images, batch_size=32, workers=1) == alone
+    assert ask(parts, images[::-1], batch_size=2) == alone[::-1]
+
+
+def test_rows_without_an_image_keep_their_place(parts, images):
+    good = ask(parts, images[:3], batch_size=2)
+    mixed = [Answer(None, "missing column"), images[0], "not base64!", images[1], images[2], b"aGVsbG8="]
+    answers = ask(parts, mixed, batch_size=2)
+    assert [answers[1], answers[3], answers[4]] == good
+    assert answers[0] == mixed[0]
+    for bad in (answers[2], answers[5]):
+        assert bad.caption is None and bad.note
+
+
+def test_prompts_and_system_texts_change_the_answer(parts, images):
+    plain = ask(parts, images)
+    assert ask(parts, images, prompt="What is it?") != plain
+    assert ask(parts, images, system="You sell cups.") != plain
+
+
+def test_prompts_of_different_length_in_one_batch(parts, images):
+    model, tokenizer, image_processor = parts
+    captioner = Captioner(*parts, max_new_tokens=12, batch_size=4)
+    samples = []
+    for i, prompt in enumerate(("short", "a much longer question than the other ones", "中等长度", "x")):
+        sample = captioner._prepare(images[i])
+        ids = Captioner(*parts, prompt=prompt, batch_size=1).prompt_ids
+        samples.append(Sample(ids, sample.pixels))
+    together = captioner.generate(samples)
+    assert together == [captioner.generate([sample])[0] for sample in samples]
+
+
+def test_a_prompt_with_image_tags_is_refused(parts):
+    for prompt in ("<img>x</img> what", "</img>", "<imgpad>"):
+        with pytest.raises(UserError, match="must not hold"):
+            Captioner(*parts, prompt=prompt, batch_size=1)
+
+
+def test_an_empty_answer_is_no_caption(parts, images, monkeypatch):
+    captioner = Captioner(*parts, batch_size=2)
+    monkeypatch.setattr(captioner, "generate", lambda samples: [""] * len(samples))
+    assert list(captioner.captions(images[:3])) == [Answer(None, EMPTY_ANSWER)] * 3
+
+
+def test_a_decoder_bug_costs_one_row(parts, images, monkeypatch):
+    model, tokenizer, image_processor = parts
+    calls = iter([None, ZeroDivisionError("a bug"), MemoryError(), None])
+
+    def broken(image):
+        error = next(calls)
+        if error:
+            raise error
+        return image_processor(image)
+
+    answers = ask((model, tokenizer, broken), images[:4], workers=1)
+    assert [answer.note for answer in answers] == [
+        None, "decoder error (ZeroDivisionError)", "out of memory", None
+    ]  # fmt: skip
+
+
+def fake_captioner(parts, generate, **options):
+    """A Captioner whose model is `generate(batch of one-pixel samples)`."""
+    made = Captioner(*parts, **options)
+    made._prepare = lambda image: Sample([1], image)
+    made.generate = generate
+    return made
+
+
+def test_the_next_window_is_decoded_while_the_model_answers(parts, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_ROWS", 2)
+    decoded = set()
+    overlapped = threading.Event()
+
+    def generate(samples):
+        if 0 in [sample.pixels for sample in samples]:
+            # Only another thread can decode 2 and 3 now.
+            for _ in range(500):
+                if {2, 3} <= decoded:
+                    overlapped.set()
+                    break
+                time.sleep(0.01)
+        return [str(sample.pixels) for sample in samples]
+
+    captioner = fake_captioner(parts, generate, batch_size=2)
+    captioner._prepare = lambda image: decoded.add(image) or Sample([1], image)
+    answers = list(captioner.captions(_Sized(range(6))))
+    assert overlapped.is_set()
+    assert [answer.caption for answer in answers] == list("012345")
+
+
+class _Sized(list):
+    """Numbers that have a length, as images have."""
+
+    def __iter__(self):
+        return (_Number(i) for i in super().__iter__())
+
+
+class _Number(int):
+    def __len__(self):
+        return 1
+
+
+def test_answers_come_out_before_the_input_is_read_to_its_end(parts, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_ROWS", 2)
+    read = []
+
+    def source():
+        for i in range(100):
+            read.append(i)
+            yield _Number(i)
+
+    captioner = fake_captioner(parts, lambda samples: ["x"] * len(samples), batch_size=2)
+    next(captioner.captions(source()))
+    # Its own window of 2, and the next one.
+    assert len(read) == 4
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(parts, images):
+    model, tokenizer, image_processor = parts
+    sizes = []
+
+    class Small:
+        """The model on a card that holds three rows."""
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def generate(self, ids, **kwargs):
+            sizes.append(ids.shape[0])
+            if ids.shape[0] > 3:
+                raise RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0.")
+            return model.generate(ids, **kwargs)
+
+    answers = ask((Small(), tokenizer, image_processor), images, batch_size=8)
+    assert answers == ask(parts, images, batch_size=1)
+    # 8 fails, and so does the half of it; what it learns stays.
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 1]
+
+
+def test_out_of_memory_with_one_image_ends_the_job(parts, images):
+    model, tokenizer, image_processor = parts
+    broken = SimpleNamespace(generation_config=model.generation_config, stop_ids=model.stop_ids, config=model.config)
+    for raised, expected in ((MemoryError(), JobFailed), (RuntimeError("a bug"), RuntimeError)):
+
+        def generate(*args, raised=raised, **kwargs):
+            raise raised
+
+        broken.generate = generate
+        with pytest.raises(expected):
+            ask((broken, tokenizer, image_processor), images[:1], batch_size=1)
+
+
+def test_is_out_of_memory():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("(ResourceExhausted) Out of memory error"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_windows_are_bounded_by_rows_and_bytes():
+    assert [len(window) for window in windows(["a"] * 7, rows=3)] == [3, 3, 1]
+    assert list(windows(["aaaa", Answer(None, "x"), "bbbb", "c", "dddd"], rows=9, max_bytes=5)) == [
+        ["aaaa", Answer(None, "x"), "bbbb"],
+        ["c", "dddd"],
+    ]
+    assert list(windows([], rows=3)) == []
+
+
+def test_left_pad():
+    ids, mask = left_pad([[1, 2, 3], [4]], pad_id=9)
+    np.testing.assert_array_equal(ids, [[1, 2, 3], [9, 9, 4]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 1]])
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_batch_size_from_memory():
+    config = tiny_config()
+    row = bytes_per_row(config, 100, 50, "float32")
+    # The cache alone: keys and values of 2 layers, 150 tokens, 128 wide, 4 bytes.
+    assert row > 2 * 2 * 150 * 128 * 4
+    assert bytes_per_row(config, 100, 50, "float16") < row
+    assert choose_batch_size(config, 100, 50, "float32", 5 * row) == 5
+    assert choose_batch_size(config, 100, 50, "float32", 0) == 1
+    assert choose_batch_size(config, 100, 50, "float32", 1 << 50) == MAX_BATCH
+
+
+def test_batch_size_of_the_7b_on_a_32_gb_card():
+    """The notebook's card: 19.3 GB of weights leave about 12 GB."""
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+    config = MGenConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        kv_channels=128,
+        intermediate_size=22016,
+    )
+    # 2 × 32 layers × 800 tokens × 4096 × 2 bytes = 419 MB of cache, and 0.2 GB more while the image is seen.
+    assert 0.5e9 < bytes_per_row(config, 288, 512, "float16") < 0.8e9
+    assert 12 <= choose_batch_size(config, 288, 512, "float16", 12 * 10**9) <= 24
+
+
+def test_free_memory_of_this_machine(monkeypatch):
+    assert 0 < free_memory("cpu") < 1 << 50

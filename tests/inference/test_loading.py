@@ -1,0 +1,70 @@
+"""A model folder, found and loaded. `pytest tests/inference/test_loading.py`"""
+
+import json
+
+import pytest
+
+from paddlemix.inference.loading import find_model_folder, load_model
+from paddlemix.utils.errors import UserError
+from tests.helpers import save_tiny_model
+
+
+def model_folder(path):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    return str(path)
+
+
+def test_the_folder_itself_or_the_one_inside(tmp_path):
+    inside = model_folder(tmp_path / "weights" / "a model")
+    (tmp_path / "weights" / "README.md").write_text("")
+    (tmp_path / "weights" / "empty").mkdir()
+    assert find_model_folder(inside) == inside
+    assert find_model_folder(str(tmp_path / "weights")) == inside
+
+
+def test_none_or_several(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        find_model_folder(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no config.json"):
+        find_model_folder(str(tmp_path))
+    model_folder(tmp_path / "one")
+    model_folder(tmp_path / "two")
+    with pytest.raises(UserError, match="several models .one, two."):
+        find_model_folder(str(tmp_path))
+
+
+def test_load_takes_the_system_text_of_the_template(tmp_path, capfd):
+    folder = save_tiny_model(tmp_path / "model")
+    loaded = load_model(folder, device="cpu")
+    assert loaded.system == "You are a helpful assistant."
+    assert not loaded.model.training
+    assert loaded.processor.tokenizer is loaded.tokenizer
+    assert "on cpu in float32; threads: " in capfd.readouterr().err
+    template = {
+        "system": "You sell cups.",
+        "conversation": [
+            "<|im_start|>user\n{{user}}<|im_end|>\n",
+            "<|im_start|>assistant\n{{bot}}<|im_end|>\n",
+        ],
+    }
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps(template))
+    assert load_model(folder).system == "You sell cups."
+    assert "turn markers" not in capfd.readouterr().err
+    template["conversation"][0] = "Q: {{user}}\n"
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps(template))
+    load_model(folder)
+    assert "turn markers of its own" in capfd.readouterr().err
+
+
+def test_a_dtype_or_device_that_is_not_there_is_said(tmp_path, capfd):
+    import paddle
+
+    if paddle.is_compiled_with_cuda():
+        pytest.skip("for a CPU wheel")
+    folder = save_tiny_model(tmp_path / "model")
+    loaded = load_model(folder, dtype="bfloat16", device="gpu")
+    assert str(loaded.model.config.dtype) == "float32"
+    said = capfd.readouterr().err
+    assert "has no CUDA; running on the CPU" in said
+    assert said.count("bfloat16 is not supported on the CPU") == 1
