@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Optional
 
@@ -51,6 +52,15 @@ class LogLines(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _leave_children_alone() -> None:
+    """A loader worker is ended by SIGTERM: with its parent's handler it would go on, and be waited for."""
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopOnSignal):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_leave_children_alone)
 
 
 class StopOnSignal(TrainerCallback):

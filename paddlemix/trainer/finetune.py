@@ -362,7 +362,7 @@ class FinetuneTrainer(Trainer):
         config.use_flash_attention = flash
         if self.args.should_save:
             self.tokenizer.save_pretrained(partial)
-            self.chat_template.save(os.path.join(partial, "chat_template.json"))
+            self.chat_template.save(partial)
             arguments = copy.copy(self.args)
             arguments.output_dir = arguments.output_signal_dir = self.output_dir
             paddle.save(arguments, os.path.join(partial, "training_args.bin"))
