@@ -155,7 +155,9 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 
 def _list(names: List[str]) -> str:
-    return ", ".join(map(printable, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return ", ".join(printable(name, 300) for name in names[:10]) + (
+        f" and {len(names) - 10} more" if len(names) > 10 else ""
+    )
 
 
 def plan_convert(

@@ -77,7 +77,7 @@ class MergeResult:
 
 
 def _list(names: List[str], limit: int = 10) -> str:
-    return ", ".join(map(printable, names[:limit])) + (
+    return ", ".join(printable(name, 300) for name in names[:limit]) + (
         f" and {len(names) - limit} more" if len(names) > limit else ""
     )
 

@@ -35,7 +35,7 @@ def pickled(objects, path, protocol=4):
     return str(path)
 
 
-def torch_pickle(tensors, storages, extra=b""):
+def torch_pickle(tensors, extra=b""):
     """data.pkl of a state dict. tensors: {name: (storage key, torch type, elements, offset, shape,
     strides)}.
     """
@@ -95,17 +95,17 @@ def torch_file(path, named):
     """A .bin of {name: (dtype, array)}, one storage each."""
     tensors, storages = {}, {}
     for i, (name, (dtype, array)) in enumerate(named.items()):
-        strides = [s // array.itemsize for s in np.ascontiguousarray(array).strides]
+        strides = [s // array.itemsize for s in array.strides]
         tensors[name] = (
             str(i),
             _TORCH[dtype],
             array.size,
             0,
             array.shape,
-            strides if array.size else [1] * array.ndim,
+            strides,
         )
         storages[str(i)] = np.ascontiguousarray(array).tobytes()
-    return torch_zip(path, torch_pickle(tensors, storages), storages)
+    return torch_zip(path, torch_pickle(tensors), storages)
 
 
 def safetensors_bytes(header, data=b""):

@@ -1,0 +1,329 @@
+"""python -m pytest tests/checkpoint/test_lora_merge.py"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from paddlemix.checkpoint import convert_dtype, open_weights, write_pdparams, write_sharded
+from paddlemix.checkpoint.lora_merge import merge
+from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+
+RANK, ALPHA = 3, 8
+SHAPES = {
+    "visual.attn_pool.query": (4, 8),
+    "visual.attn_pool.pos_embed": (4, 8),
+    "llm.h.0.attn.c_attn.weight": (600, 24),
+    "llm.h.0.attn.c_attn.bias": (24,),
+    "llm.h.1.attn.c_attn.weight": (16, 48),
+    "llm.wte.weight": (30, 16),
+}
+ADAPTED = ("llm.h.0.attn.c_attn", "llm.h.1.attn.c_attn")
+
+
+def base_tensors(dtype):
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, shape in SHAPES.items():
+        kept = "float32" if "pos_embed" in name else dtype
+        values = rng.standard_normal(shape).astype(np.float32)
+        made[name] = (kept, convert_dtype(values, "float32", kept))
+    return made
+
+
+def adapters(dtype="float32", whole=True):
+    rng = np.random.default_rng(1)
+    made = {}
+    for module in ADAPTED:
+        n_in, n_out = SHAPES[module + ".weight"]
+        for part, shape in (("lora_A", (n_in, RANK)), ("lora_B", (RANK, n_out))):
+            values = rng.standard_normal(shape).astype(np.float32)
+            made[f"{module}.{part}"] = (dtype, convert_dtype(values, "float32", dtype))
+    if whole:
+        values = rng.standard_normal((4, 8)).astype(np.float32)
+        made["visual.attn_pool.query"] = (dtype, convert_dtype(values, "float32", dtype))
+    return made
+
+
+def write_base(folder, dtype="float32", format="pdparams", limit="10GB"):
+    named = base_tensors(dtype)
+    items = [(name, d, a.shape, lambda a=a: a) for name, (d, a) in named.items()]
+    write_sharded(str(folder), items, format=format, max_shard_size=limit)
+    for name, text in {
+        "config.json": json.dumps({"model_type": "mgen", "dtype": dtype, "torch_dtype": dtype}),
+        "generation_config.json": "{}",
+        "tokenizer_config.json": '{"from": "base"}',
+        "special_tokens_map.json": "{}",
+        "qwen.tiktoken": "base vocabulary",
+        "LICENSE.txt": "license",
+        "modeling_qwen.py": "not copied",
+    }.items():
+        (folder / name).write_text(text)
+    return named
+
+
+def write_lora(folder, named, **config):
+    folder.mkdir(exist_ok=True)
+    write_pdparams(str(folder / "lora_model_state.pdparams"), named)
+    values = {"r": RANK, "lora_alpha": ALPHA, "target_modules": [".*c_attn.*"], "scaling": ALPHA / RANK}
+    values.update(config)
+    (folder / "lora_config.json").write_text(json.dumps(values))
+    for name, text in {
+        "tokenizer_config.json": '{"from": "lora"}',
+        "chat_template.json": "{}",
+        "trainer_state.json": "{}",
+        "train_results.json": "{}",
+        "all_results.json": "{}",
+        "training_args.bin": "data, never opened",
+        "mgen.tiktoken": "lora vocabulary",
+        "optimizer.pdopt": "not copied",
+    }.items():
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base, lora, out = tmp_path / "base", tmp_path / "lora", tmp_path / "out"
+    base.mkdir()
+    return base, lora, out
+
+
+def to_float(stored):
+    return convert_dtype(stored[1], stored[0], "float32")
+
+
+def naive(base, lora, name, to):
+    """The formula, tensor by tensor, without anything of the merge's own code."""
+    if name in lora:
+        return convert_dtype(to_float(lora[name]), "float32", to)
+    values = to_float(base[name])
+    module = name[: -len(".weight")]
+    if name.endswith(".weight") and module + ".lora_A" in lora:
+        a, b = to_float(lora[module + ".lora_A"]), to_float(lora[module + ".lora_B"])
+        values = values + np.float32(ALPHA / RANK) * (a @ b)
+    return convert_dtype(values, "float32", to)
+
+
+@pytest.mark.parametrize(
+    "format, limit", [("pdparams", "10GB"), ("pdparams", "10KB"), ("safetensors", "10KB")]
+)
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("lora_dtype", ["float32", "bfloat16"])
+def test_equals_the_formula(folders, format, limit, base_dtype, lora_dtype):
+    base_folder, lora_folder, out = folders
+    base, lora = write_base(base_folder, base_dtype, format, limit), adapters(lora_dtype)
+    write_lora(lora_folder, lora)
+    result = merge(str(base_folder), str(lora_folder), str(out), max_shard_size=limit, progress=False)
+    assert (result.merged, result.replaced, result.copied) == (2, 1, 3)
+    with open_weights(str(out)) as reader:
+        assert sorted(reader.keys()) == sorted(SHAPES)
+        assert reader.files[0].endswith(format)
+        for name in SHAPES:
+            assert reader.info(name).dtype == base[name][0]
+            np.testing.assert_array_equal(reader.read(name), naive(base, lora, name, base[name][0]), name)
+
+
+def test_dtype_and_format_on_the_way(folders):
+    base_folder, lora_folder, out = folders
+    base, lora = write_base(base_folder, "bfloat16"), adapters()
+    write_lora(lora_folder, lora)
+    merge(str(base_folder), str(lora_folder), str(out), dtype="float32", format="safetensors", progress=False)
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "mgen", "dtype": "float32"}
+    with open_weights(str(out)) as reader:
+        for name in SHAPES:
+            np.testing.assert_array_equal(reader.read(name), naive(base, lora, name, "float32"))
+            assert reader.info(name).dtype == "float32"
+
+
+def test_the_folder_is_whole(folders):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    write_lora(lora_folder, adapters())
+    merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    assert sorted(os.listdir(out)) == [
+        "LICENSE.txt",
+        "all_results.json",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "lora_config.json",
+        "mgen.tiktoken",
+        "model_state.pdparams",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "train_results.json",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "lora"}
+    assert (out / "mgen.tiktoken").read_text() == "lora vocabulary"
+    # Without a tokenizer in the run, the base's goes along.
+    (lora_folder / "mgen.tiktoken").unlink()
+    (lora_folder / "tokenizer_config.json").unlink()
+    merge(str(base_folder), str(lora_folder), str(out), overwrite=True, progress=False)
+    assert (out / "qwen.tiktoken").read_text() == "base vocabulary" and not (out / "mgen.tiktoken").exists()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "base"}
+
+
+def test_whole_tensors_alone_need_no_adapter(folders):
+    base_folder, lora_folder, out = folders
+    base = write_base(base_folder)
+    whole = {"llm.h.1.attn.c_attn.weight": ("float32", np.ones((16, 48), np.float32))}
+    write_lora(lora_folder, whole)
+    (lora_folder / "lora_config.json").unlink()
+    result = merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    assert (result.merged, result.replaced, result.copied) == (0, 1, 5)
+    with open_weights(str(out)) as reader:
+        assert (reader.read("llm.h.1.attn.c_attn.weight") == 1).all()
+        np.testing.assert_array_equal(reader.read("llm.wte.weight"), base["llm.wte.weight"][1])
+
+
+def f32(*shape):
+    return "float32", np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            {"llm.h.7.attn.c_attn.lora_A": f32(16, 3)},
+            "1 fit no tensor of the base: llm.h.7.attn.c_attn.lora_A",
+        ),
+        ({"something.else": f32(1)}, "fit no tensor of the base: something.else"),
+        ({"llm.h.1.attn.c_attn.lora_AB": f32(3, 3)}, "fit no tensor of the base: .*lora_AB"),
+        ({"llm.h.1.attn.c_attn.lora_B": None}, "lora_A has no other half"),
+        ({"llm.h.1.attn.c_attn.lora_A": f32(16, 4)}, r"\[16, 4\] and \[3, 48\] for \[16, 48\], with r 3"),
+        (
+            {"llm.h.1.attn.c_attn.lora_A": f32(48, 3), "llm.h.1.attn.c_attn.lora_B": f32(3, 16)},
+            "for .16, 48.",
+        ),
+        ({"llm.h.1.attn.c_attn.weight": f32(16, 48)}, "there whole and as an adapter"),
+        ({"visual.attn_pool.query": f32(8, 4)}, r"query is \[8, 4\], the base has \[4, 8\]"),
+        (
+            {"llm.h.1.attn.c_attn.lora_A": ("int64", np.zeros((16, 3), np.int64))},
+            "not of floating-point numbers",
+        ),
+        (
+            {"llm.h.1.attn.c_attn.lora_A": ("float32", np.full((16, 3), np.nan, np.float32))},
+            "NaN or infinite values: the run has diverged",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit(folders, change, match):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    named = adapters()
+    named.update(change)
+    write_lora(lora_folder, {name: value for name, value in named.items() if value is not None})
+    with pytest.raises(WeightsError, match=match) as caught:
+        merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    assert "\n" not in str(caught.value) and sorted(os.listdir(out.parent)) == ["base", "lora"]
+
+
+@pytest.mark.parametrize(
+    "config, match",
+    [
+        ({"r": 0}, "r must be"),
+        ({"r": 3.5, "scaling": None}, "whole number"),
+        ({"lora_alpha": "16"}, "lora_alpha must be"),
+        ({"scaling": 1.0}, "which one is right"),
+        ({"rslora": True}, "rslora"),
+        ({"pissa": True}, "pissa"),
+        ({"use_mora": True}, "use_mora"),
+        ({"lora_use_mixer": True}, "lora_use_mixer"),
+        ({"enable_lora_list": [[True, False, True]]}, "enable_lora_list"),
+        ({"r": 4, "scaling": 2.0}, "with r 4"),
+    ],
+)
+def test_configurations_that_do_not_fit(folders, config, match):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    write_lora(lora_folder, adapters(), **config)
+    with pytest.raises(WeightsError, match=match):
+        merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    assert not out.exists()
+
+
+def test_what_a_sum_cannot_hold(folders):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder, "float16")
+    named = adapters()
+    a, b = "llm.h.1.attn.c_attn.lora_A", "llm.h.1.attn.c_attn.lora_B"
+    named[a] = ("float32", np.full((16, 3), 300.0, np.float32))
+    named[b] = ("float32", np.full((3, 48), 300.0, np.float32))
+    write_lora(lora_folder, named)
+    with pytest.raises(
+        WeightsError, match="llm.h.1.attn.c_attn.weight with its adapter: .*too large for float16"
+    ):
+        merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    merge(str(base_folder), str(lora_folder), str(out), dtype="bfloat16", progress=False)
+
+
+def test_folders_that_do_not_fit(folders, tmp_path):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    write_lora(lora_folder, adapters())
+
+    def refused(match, *args, kind=UserError, **kwargs):
+        with pytest.raises(kind, match=match):
+            merge(*map(str, args), progress=False, **kwargs)
+
+    for bad in (base_folder, lora_folder, base_folder / "inside", tmp_path, lora_folder / ".." / "base"):
+        refused("overlap", base_folder, lora_folder, bad)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused("not empty", base_folder, lora_folder, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    refused("is a file", base_folder, lora_folder, tmp_path / "file")
+    refused("no folder", base_folder, tmp_path / "none", out / "o", kind=WeightsError)
+    refused("dtype must be", base_folder, lora_folder, out / "o", dtype="int8")
+    refused("must read like", base_folder, lora_folder, out / "o", max_shard_size="big")
+    refused("LoRA checkpoint", lora_folder, base_folder, out / "o", kind=WeightsError)
+    # A run that tuned in full has nothing to merge.
+    full = tmp_path / "full"
+    full.mkdir()
+    write_base(full)
+    refused("whole model, tuned in full", base_folder, full, out / "o", kind=WeightsError)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("give the folder of a LoRA run", base_folder, empty, out / "o", kind=WeightsError)
+    write_lora(empty, {})
+    refused("holds no tensors", base_folder, empty, out / "o", kind=WeightsError)
+    (base_folder / "config.json").write_text("[]")
+    refused("JSON object", base_folder, lora_folder, out / "o", kind=WeightsError)
+    (base_folder / "config.json").write_text("{")
+    refused("not JSON", base_folder, lora_folder, out / "o", kind=WeightsError)
+    (base_folder / "config.json").unlink()
+    refused("cannot read", base_folder, lora_folder, out / "o", kind=WeightsError)
+    (base_folder / "config.json").symlink_to(tmp_path / "file")
+    refused("leads out of the folder", base_folder, lora_folder, out / "o", kind=WeightsError)
+    refused("could not write", full, lora_folder, tmp_path / "file/o", kind=JobFailed)
+    assert sorted(os.listdir(out)) == ["notes.txt"]
+
+
+def script(root, *args):
+    return subprocess.run(
+        [sys.executable, str(root / "merge_lora_params.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+
+
+def test_the_script(folders, root):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    write_lora(lora_folder, adapters())
+    command = ["--model_name_or_path", base_folder, "--lora_path", lora_folder, "--merge_model_path", out]
+    done = script(root, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "--------merge lora successfully----------"
+    assert "2 tensors merged, 1 replaced, 3 copied" in done.stderr
+    again = script(root, *command)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr.splitlines()[-1].startswith("error: ") and "--overwrite" in again.stderr
+    assert script(root, *command, "--overwrite", "--disable_tqdm").returncode == 0
