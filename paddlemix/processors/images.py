@@ -32,10 +32,15 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 64 << 20
 URL_TIMEOUT_SECONDS = 20
 
-# What ad images come in. Pillow knows many more, whose decoders are old and rarely tried.
+# What ad images come in (the JPEG plugin opens MPO too). Pillow knows many more, whose decoders are rarely tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-_TRUNCATED_LOCK = threading.Lock()
+# Held around the few things in which Pillow and warnings are global: its switch for files cut short and its bomb
+# warning. A fork waits for it, so that no child starts with the switch on or the lock taken.
+_PILLOW_LOCK = threading.RLock()
+os.register_at_fork(
+    before=_PILLOW_LOCK.acquire, after_in_parent=_PILLOW_LOCK.release, after_in_child=_PILLOW_LOCK.release
+)
 _DATA_URI = re.compile(rb"\s*data:[\w.+/-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
@@ -74,7 +79,7 @@ def _open(data: bytes):
     if len(data) > MAX_BYTES:
         raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
     try:
-        with warnings.catch_warnings():
+        with _PILLOW_LOCK, warnings.catch_warnings():
             # Pillow's own bomb warning comes at a size of its choice; ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -118,12 +123,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
     """
     image = _open(data)
     _check_size(image, max_pixels)
-    truncated = False
     try:
-        try:
-            image.load()
-        except (OSError, SyntaxError, struct.error):
-            image, truncated = _load_truncated(data), True
+        image, truncated = _load(image, data)
         image = _upright_rgb(image)
     except ImageError:
         raise
@@ -133,37 +134,93 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
     return image
 
 
-def _load_truncated(data: bytes):
-    """Decode what there is. Pillow's switch for it is global, so it is thrown only for these few files."""
-    from PIL import ImageFile
+class _TruncatedSwitch:
+    """Pillow's switch for decoding files cut short, which is global: thrown for one file at a time.
 
-    with _TRUNCATED_LOCK:
-        before = ImageFile.LOAD_TRUNCATED_IMAGES
+    uses: how often it has been thrown; `on` while it is. Another thread sees by them that it decoded meanwhile.
+    """
+
+    def __init__(self):
+        self.uses, self.on = 0, False
+
+    def __enter__(self):
+        from PIL import ImageFile
+
+        _PILLOW_LOCK.acquire()
+        self._before = ImageFile.LOAD_TRUNCATED_IMAGES
+        self.uses, self.on = self.uses + 1, True
         ImageFile.LOAD_TRUNCATED_IMAGES = True
-        try:
+
+    def __exit__(self, *error):
+        from PIL import ImageFile
+
+        ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+        self.on = False
+        _PILLOW_LOCK.release()
+
+
+_SWITCH = _TruncatedSwitch()
+
+
+def _load(image, data: bytes):
+    """Decode an opened image, as far as it goes where that is not all. Returns (image, whether it was cut short)."""
+    try:
+        uses, on = _SWITCH.uses, _SWITCH.on
+        image.load()
+        if on or _SWITCH.uses != uses:
+            # Another thread had the switch on, so a cut file may have passed as whole.
+            with _PILLOW_LOCK:
+                image = _open(data)
+                image.load()
+        return image, False
+    except (OSError, SyntaxError, ValueError, struct.error):
+        with _SWITCH:
             image = _open(data)
             image.load()
-            return image
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+        return image, True
+
+
+# EXIF orientation → what makes the picture upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def _upright_rgb(image):
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # a broken EXIF block raises nearly anything, and is no reason to lose the picture
+        turn = None
+    see_through = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    if image.mode.startswith("I;16"):
         # 16 bits per pixel: the high byte is the 8-bit picture. Pillow's own conversion cuts at 255.
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_to_bytes(np.asarray(image)))
+    elif see_through:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(ground, image).convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image.transpose(getattr(Image, turn)) if turn else image
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Grey values of 32 bits, whose white is not said in the file: the nearest of 1 (floats), 255 and 65535 above."""
+    top = values.max(initial=0, where=np.isfinite(values))
+    white = 1 if values.dtype.kind == "f" and top <= 1 else 255 if top <= 255 else 65535
+    values = np.nan_to_num(values.astype(np.float32, copy=False), nan=0.0).clip(0, white)
+    values *= 255.0 / white
+    return values.round().astype(np.uint8)
 
 
 class MGenVLImageProcessor:
@@ -216,11 +273,14 @@ def load_image_source(source: Union[str, bytes], allow_private_urls: bool = Fals
         raise ImageError("not an image", f"an image is given as bytes or text, not {type(source).__name__}")
     if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
         return _fetch(source, allow_private_urls)
-    if len(source) < 4096 and "\0" not in source and os.path.isfile(source):
-        if os.path.getsize(source) > MAX_BYTES:
-            raise ImageError("image too large", f"{source} is larger than {MAX_BYTES >> 20} MB")
-        with open(source, "rb") as file:
-            return file.read()
+    if len(source) < 4096 and os.path.isfile(source):
+        try:
+            if os.path.getsize(source) > MAX_BYTES:
+                raise ImageError("image too large", f"{source} is larger than {MAX_BYTES >> 20} MB")
+            with open(source, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ImageError("no such file", f"cannot read {source}: {error.strerror}") from None
     try:
         data = decode_base64(source)
         read_header(data)
@@ -231,32 +291,39 @@ def load_image_source(source: Union[str, bytes], allow_private_urls: bool = Fals
         raise ImageError("no such file", f"{source} is no file, and as base64 it is no image ({error})") from None
 
 
+def _is_public(address: str) -> bool:
+    import ipaddress
+
+    found = ipaddress.ip_address(address.split("%")[0])
+    if found.version == 6:
+        # An IPv4 address may travel inside one of IPv6: mapped, 6to4, NAT64.
+        nat64 = found in ipaddress.ip_network("64:ff9b::/96")
+        found = (
+            found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if nat64 else found)
+        )
+    return found.is_global and not found.is_multicast
+
+
 def _check_address(host: str, port: int):
     """An address to connect to for `host`: all it resolves to must be public.
 
     The connection is then made to that very address, so a name cannot change its mind in between.
     """
-    import ipaddress
     import socket
 
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ImageError("cannot fetch", f"cannot resolve {host}: {error}") from None
     addresses = [entry[4][0] for entry in found]
     for address in addresses:
-        if not ipaddress.ip_address(address.split("%")[0]).is_global:
-            raise ImageError(
-                "cannot fetch", f"{host} is the private address {address}; --allow_private_urls allows it"
-            )
+        if not _is_public(address):
+            raise ImageError("cannot fetch", f"{host} is the private address {address}; --allow_private_urls allows it")
     return addresses[0]
 
 
 def _fetch(url: str, allow_private_urls: bool) -> bytes:
     """GET an http(s) URL within limits of size and time; each redirect is checked like the first address."""
-    import http.client
-    import socket
-    import ssl
     import time
     from urllib.parse import urljoin, urlsplit
 
@@ -270,33 +337,67 @@ def _fetch(url: str, allow_private_urls: bool) -> bytes:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ImageError("cannot fetch", f"only http and https URLs are fetched, not {url}")
         address = parts.hostname if allow_private_urls else _check_address(parts.hostname, port)
-        connection = http.client.HTTPConnection(parts.hostname, port)
-        try:
-            connection.sock = socket.create_connection((address, port), timeout=URL_TIMEOUT_SECONDS)
-            if parts.scheme == "https":
-                context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            host = parts.hostname if parts.port is None else f"{parts.hostname}:{port}"
-            connection.request("GET", path, headers={"Host": host, "User-Agent": "mgen-vl", "Accept": "image/*"})
-            answer = connection.getresponse()
+        data, location = _get(url, parts, port, address, deadline)
+        if location is None:
+            return data
+        url = urljoin(url, location)
+    raise ImageError("cannot fetch", f"{url} redirects too often")
+
+
+def _get(url: str, parts, port: int, address: str, deadline: float):
+    """One request, sent to `address` whatever the name says by now. Returns (body, None) or (b"", where it moved)."""
+    import http.client
+    import socket
+    import ssl
+    import time
+    from urllib.parse import quote
+
+    remaining = max(0.1, deadline - time.monotonic())
+    too_slow = f"{url} took longer than {URL_TIMEOUT_SECONDS} seconds"
+    connection = http.client.HTTPConnection(address, port)
+    handle = timer = None
+    try:
+        host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
+        connection.sock = socket.create_connection((address, port), timeout=remaining)
+        # A socket's timeout counts for each read by itself; the timer cuts off a server that sends a byte at a time.
+        handle = connection.sock.dup()
+        timer = threading.Timer(remaining, _hang_up, [handle])
+        timer.daemon = True
+        timer.start()
+        if parts.scheme == "https":
+            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="/%:@!$&'()*+,;=~?[]|")
+        shown = f"[{host}]" if ":" in host else host
+        shown = shown if parts.port is None else f"{shown}:{port}"
+        connection.request("GET", path, headers={"Host": shown, "User-Agent": "mgen-vl", "Accept": "image/*"})
+        with connection.getresponse() as answer:
             if answer.status in (301, 302, 303, 307, 308):
-                url = urljoin(url, answer.getheader("Location") or "")
-                continue
+                return b"", answer.getheader("Location") or ""
             if answer.status != 200:
                 raise ImageError("cannot fetch", f"{url} answered {answer.status} {answer.reason}")
-            data = bytearray()
-            while True:
-                chunk = answer.read1(1 << 16)
-                if not chunk:
-                    return bytes(data)
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    raise ImageError("image too large", f"{url} is larger than {MAX_BYTES >> 20} MB")
-                if time.monotonic() > deadline:
-                    raise ImageError("cannot fetch", f"{url} took longer than {URL_TIMEOUT_SECONDS} seconds")
-        except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
-            raise ImageError("cannot fetch", f"cannot fetch {url}: {error}") from None
-        finally:
-            connection.close()
-    raise ImageError("cannot fetch", f"{url} redirects too often")
+            data = answer.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ImageError("image too large", f"{url} is larger than {MAX_BYTES >> 20} MB")
+            if time.monotonic() > deadline:
+                raise ImageError("cannot fetch", too_slow)
+            if answer.length:
+                raise ImageError("cannot fetch", f"{url} broke off {answer.length} bytes before its end")
+            return data, None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        message = too_slow if time.monotonic() > deadline else f"cannot fetch {url}: {error}"
+        raise ImageError("cannot fetch", message) from None
+    finally:
+        if timer is not None:
+            timer.cancel()
+        if handle is not None:
+            handle.close()
+        connection.close()
+
+
+def _hang_up(sock) -> None:
+    import socket
+
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # closed in the meantime
+        return
