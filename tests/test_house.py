@@ -7,6 +7,7 @@ import ast
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -40,13 +41,24 @@ MODULE_OF = {"pillow": "PIL", "tensorboardx": "tensorboardX"}
 
 
 def house_files(*patterns):
-    """Files of the project (tracked, or new and not ignored) that match one of the patterns."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    paths = sorted({pathlib.PurePath(name) for name in listed if name and (ROOT / name).is_file()})
-    return [path for path in paths if not patterns or any(path.match(pattern) for pattern in patterns)]
+    """Files of the project that match one of the patterns: tracked, or new and not ignored.
+
+    Without git, as in an unpacked archive: what stands in folders that are not ignored as a whole.
+    """
+    if shutil.which("git") and (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        paths = {pathlib.PurePath(name) for name in listed if name and (ROOT / name).is_file()}
+    else:
+        left_out = {"demo", "ckpt", "runs", "weights", "dataset", "submission"}
+        tops = [top for top in ROOT.iterdir() if top.name not in left_out and not top.name.startswith(".")]
+        found = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*"))]
+        paths = {
+            pathlib.PurePath(path.relative_to(ROOT))
+            for path in found
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    return sorted(path for path in paths if not patterns or any(path.match(pattern) for pattern in patterns))
 
 
 def shipped_files():
