@@ -7,45 +7,46 @@ import os
 import sys
 import time
 
+from paddlemix.inference.options import Parser, add_model_options
 from paddlemix.utils import cli
 
-# Drawn for the project: a red cup on a yellow ground with a price tag.
+# Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
 EXAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example.jpg")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print what a model says about an image.")
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or the folder that holds one")
+    parser = Parser(description="Print what a model says about an image.")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, or the one that holds it")
     parser.add_argument(
-        "image",
-        metavar="IMAGE",
-        nargs="?",
-        default=EXAMPLE,
-        help="a path, a URL or base64 (default: %(default)s)",
+        "image", metavar="IMAGE", nargs="?", default=EXAMPLE, help="a path, a URL or base64 (default: a red cup)"
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question (default: 请描述图片内容)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer, in tokens (default: the model's)")
-    parser.add_argument("--allow_private_urls", action="store_true", help="fetch from any address")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="as in predict.py")
-    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
-    return parser.parse_args(argv)
+    add_model_options(parser)
+    parser.add_argument("--allow_private_urls", action="store_true", help="fetch images from private addresses too")
+    # Intermixed: IMAGE may stand behind an option, too.
+    return parser.parse_intermixed_args(argv)
 
 
 def main() -> int:
-    args = parse_args()
     # Answers are Chinese; a locale may be ASCII.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    args = parse_args()
 
     from paddlemix.inference.loading import find_model_folder, load_model
+    from paddlemix.processors.images import load_image_source, read_header
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 
-    loaded = load_model(find_model_folder(args.model), args.dtype, args.device)
+    # Before the model, which takes a minute to load.
+    folder = find_model_folder(args.model)
+    image = load_image_source(args.image, allow_private_urls=args.allow_private_urls)
+    read_header(image)
+    loaded = load_model(folder, args.dtype, args.device)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
 
     start = time.time()
-    query = [{"image": args.image}, {"text": prompt}]
-    inputs = loaded.processor(query=query, return_tensors="pd", allow_private_urls=args.allow_private_urls)
+    query = [{"image": image}, {"text": prompt}]
+    inputs = loaded.processor(query=query, return_tensors="pd")
     response, _ = loaded.model.chat(
         loaded.tokenizer,
         query=loaded.tokenizer.from_list_format(query),

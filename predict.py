@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from paddlemix.inference.options import Parser, add_model_options, positive
 from paddlemix.utils import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order. "
         "A killed run goes on where it stopped when the same command is given again.",
     )
@@ -17,34 +18,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("output", metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial")
     parser.add_argument("model", metavar="MODEL_OR_WEIGHTS_DIR", help="a model folder, or the one that holds it")
     parser.add_argument("--prompt", help="the question about each image (default: 请描述图片内容)")
-    parser.add_argument("--max_new_tokens", type=_positive, help="longest caption (default: the model's)")
-    parser.add_argument("--batch_size", type=_positive, help="images at a time (default: by memory)")
     parser.add_argument(
         "--fallback",
         default="一张广告图片。",
         help="caption of a row whose image cannot be read (default: %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="compute in this dtype, where the device can (default: as the weights are stored)",
-    )
-    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
+    parser.add_argument("--batch_size", type=positive, help="images at a time (default: by memory, up to 32)")
+    add_model_options(parser)
     parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT")
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
 def main() -> int:
-    args = parse_args()
     # Captions are Chinese; a platform's locale may be ASCII.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    args = parse_args()
 
     from paddlemix.inference.prediction import predict_file
 

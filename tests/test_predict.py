@@ -16,7 +16,8 @@ import predict
 from paddlemix.inference import prediction
 from paddlemix.inference.results import ResultsWriter
 from paddlemix.utils import cli
-from tests.helpers import image_base64, image_bytes, save_tiny_model
+from tests.helpers import image_base64, image_bytes
+from tests.inference.talking import save_talking_model
 
 STARTS, FINISHED = "------predicting starts------", "------predicting finished-----"
 FALLBACK = "一张广告图片。"
@@ -24,7 +25,7 @@ FALLBACK = "一张广告图片。"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("weights") / "tiny model", seed=5)
+    return save_talking_model(tmp_path_factory.mktemp("weights") / "tiny model", seed=5)
 
 
 @pytest.fixture
@@ -201,9 +202,10 @@ def test_bad_usage_is_one_line_and_2(call, tmp_path, content, flags, says):
 
 
 def test_bad_numbers_and_the_input_as_output(call, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit) as stop:
-        call(b"a\tb\n", "--batch_size", "0")
-    assert stop.value.code == 2
+    for bad in ("--batch_size=0", "--batch_size=x", "--max_new_tokens=-3", "--dtype=int8", "--bath_size=3"):
+        status, _, _, err = call(b"a\tb\n", bad)
+        assert status == 2
+        assert err.startswith("error: ") and err.count("\n") == 1 and "predict.py --help" in err
     status, _, _, err = call(b"a\tb\n", output="in.tsv")
     assert status == 2 and "same file" in err
     assert (tmp_path / "in.tsv").read_bytes() == b"a\tb\n"
@@ -293,7 +295,8 @@ def test_on_a_terminal_the_bar_makes_room(monkeypatch, capsys):
 
 
 def test_sigkill_at_any_time_and_an_ascii_locale(model, root, tmp_path):
-    rows = [(str(i), image(i)) for i in range(40)]
+    # The fallback caption is Chinese, so it is printed too.
+    rows = [(str(i), image(i) if i != 1 else "bad!") for i in range(40)]
     (tmp_path / "in.tsv").write_bytes(tsv(*rows))
     command = [sys.executable, str(root / "predict.py"), "in.tsv", "out.tsv", model]
     command += ["--max_new_tokens", "8", "--batch_size", "2"]
