@@ -276,7 +276,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     wheel = choose_paddle(python, args.paddle)
     before = describe(python).paddle
     requirements = [part for name in PROGRAM for part in ("-r", name)]
-    print("installing the pinned packages: about 2 GB, a few minutes", flush=True)
+    print("installing the pinned packages: up to 2 GB, a few minutes", flush=True)
     run_pip(python, *wheel, "-r", BUILD, *requirements)
     after = describe(python)
     if before and after.paddle != before:
