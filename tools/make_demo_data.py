@@ -290,7 +290,7 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
     band_color = rng.choice(((178, 24, 43), (20, 60, 120), (30, 30, 30), (120, 20, 90)))
     draw.rectangle([0, top, side, top + band], fill=band_color)
     draw.text(
-        (side / 2 + side * rng.uniform(-0.03, 0.03), top + band / 2),
+        (side / 2 + side * rng.uniform(-0.015, 0.015), top + band / 2),
         ad.slogan,
         font=_load_font(font, int(0.17 * side)),
         fill=(255, 255, 255),
@@ -298,14 +298,14 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
     )
 
     middle = 0.6 * side if ad.slogan_place == "上方" else 0.4 * side
-    center = (side * (SIDES[ad.side] + rng.uniform(-0.03, 0.03)), middle + side * rng.uniform(-0.05, 0.05))
-    half = side * rng.uniform(0.22, 0.25)
+    center = (side * (SIDES[ad.side] + rng.uniform(-0.02, 0.02)), middle + side * rng.uniform(-0.03, 0.03))
+    half = side * rng.uniform(0.25, 0.28)
     main = _vary(PRODUCT_COLORS[ad.color], rng)
-    pen = _Pen(draw, center, half, rng.uniform(-8, 8))
+    pen = _Pen(draw, center, half, rng.uniform(-6, 6))
     PRODUCTS[ad.product](pen, main, _shade(main, 0.55), _shade(main, 1.7))
 
     # The tag hangs in a corner away from the product, and from the slogan.
-    tag_x = {"左侧": 0.8, "右侧": 0.2}.get(ad.side) or rng.choice((0.17, 0.83))
+    tag_x = 0.2 if ad.side == "右侧" else 0.8
     tag_y = 0.82 if ad.slogan_place == "上方" else 0.18
     radius = 0.17 * side
     tag = (side * (tag_x + rng.uniform(-0.01, 0.01)), side * (tag_y + rng.uniform(-0.01, 0.01)))
