@@ -14,7 +14,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from paddlemix.checkpoint.lora_merge import check_output, read_json_object, write_json
+from paddlemix.checkpoint.json_files import read_json_object, write_json
+from paddlemix.checkpoint.lora_merge import check_output
 from paddlemix.checkpoint.shards import Item, WeightsReader, inside, open_weights, write_sharded
 from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, convert_dtype, printable
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from typing import Dict
 
+from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.utils.errors import WeightsError
 
 LORA_CONFIG_NAME = "lora_config.json"
@@ -23,21 +24,14 @@ def read_lora_config(folder: str) -> Dict:
         cannot merge.
     """
     path = os.path.join(folder, LORA_CONFIG_NAME)
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except FileNotFoundError:
-        raise WeightsError(
-            f"no {LORA_CONFIG_NAME} in {folder}: give the folder of a LoRA checkpoint"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} must hold a JSON object")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise WeightsError(f"{path}: {name} must be a number above 0, not {value!r}")
+    if not os.path.lexists(path):
+        raise WeightsError(f"no {LORA_CONFIG_NAME} in {folder}: give the folder of a LoRA checkpoint")
+    config = read_json_object(path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise WeightsError(f"{path}: r must be a number above 0 without a fraction, not {rank!r}")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise WeightsError(f"{path}: lora_alpha must be a number above 0, not {alpha!r}")
     targets = config.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):

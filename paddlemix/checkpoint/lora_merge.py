@@ -12,7 +12,6 @@ stored in.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
+from paddlemix.checkpoint.json_files import read_json_object, write_json
 from paddlemix.checkpoint.lora_config import LORA_CONFIG_NAME, read_lora_config
 from paddlemix.checkpoint.shards import (
     FORMATS,
@@ -100,10 +100,7 @@ def _open_lora(folder: str) -> WeightsReader:
 def _scaling(folder: str) -> Tuple[int, float]:
     """(rank, alpha / rank) from lora_config.json."""
     config = read_lora_config(folder)
-    path = os.path.join(folder, LORA_CONFIG_NAME)
-    rank = config["r"]
-    if rank != int(rank):
-        raise WeightsError(f"{path}: r must be a whole number, not {rank}")
+    path, rank = os.path.join(folder, LORA_CONFIG_NAME), config["r"]
     if config.get("enable_lora_list"):
         raise WeightsError(f"{path}: enable_lora_list is a variant of LoRA that is not merged here")
     scaling = config["lora_alpha"] / rank
@@ -112,7 +109,7 @@ def _scaling(folder: str) -> Tuple[int, float]:
         raise WeightsError(
             f"{path}: scaling is {stored}, but lora_alpha / r is {scaling}; which one is right?"
         )
-    return int(rank), scaling
+    return rank, scaling
 
 
 def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) -> Tuple[List[str], List[str]]:
@@ -301,32 +298,6 @@ def check_output(out_folder: str, inputs: List[str], overwrite: bool) -> None:
         raise UserError(f"{out_folder} is a file: give a folder")
     if os.path.isdir(out) and os.listdir(out) and not overwrite:
         raise UserError(f"{out_folder} is not empty: give another folder, or --overwrite to replace it")
-
-
-def read_json_object(path: str) -> Dict:
-    """A JSON object from a small file.
-
-    Raises:
-        WeightsError: missing, too large, or not that.
-    """
-    try:
-        if os.path.getsize(path) > 16 << 20:
-            raise WeightsError(f"{path} is too large")
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} must hold a JSON object")
-    return value
-
-
-def write_json(path: str, value: Dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
 
 
 def copy_side_files(base_folder: str, lora_folder: str, out_folder: str, dtype: Optional[str]) -> List[str]:

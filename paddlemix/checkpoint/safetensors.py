@@ -10,6 +10,7 @@ import json
 import struct
 from typing import Any, Dict, List, Tuple
 
+from paddlemix.checkpoint.json_files import strict_json
 from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     MAX_NAME,
@@ -40,47 +41,6 @@ _NAMES = {
 }
 _CODE_OF = {name: code for code, name in _NAMES.items()}
 _ALIGN = 64
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    result = {}
-    for key, value in pairs:
-        if key in result:
-            raise WeightsError(f"the key {printable(key)} stands in it twice")
-        result[key] = value
-    return result
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20:
-        raise WeightsError("a number without measure")
-    return int(text)
-
-
-def _no_number(text: str) -> None:
-    raise WeightsError(f"{printable(text)} is no number")
-
-
-def strict_json(data: bytes, path: str) -> Dict[str, Any]:
-    """A JSON object without doubled keys or numbers of more than 20 digits.
-
-    Raises:
-        WeightsError: it is not that; the message starts with `path`.
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_constant=_no_number,
-        )
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
-    return value
 
 
 def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:

@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import numpy as np
 
 from paddlemix.checkpoint import pdparams, safetensors, torch_bin
+from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     FLOATS,
@@ -44,7 +45,6 @@ FORMATS = {"pdparams": ("model_state", ".pdparams"), "safetensors": ("model", ".
 
 # The layouts of a model folder, in the order they are looked for.
 _SINGLE = (PDPARAMS_NAME, SAFETENSORS_NAME, TORCH_NAME)
-_MAX_INDEX = 64 << 20
 _SHARD = re.compile(r"(model_state|model|pytorch_model)-\d{5}-of-\d{5}\.(pdparams|safetensors|bin)")
 
 
@@ -88,14 +88,7 @@ def _parse(file: MappedFile) -> Dict[str, StoredTensor]:
 def _read_index(folder: str, name: str) -> Dict[str, str]:
     """weight_map of an index: key → file name."""
     path = inside(folder, name)
-    file = MappedFile(path)
-    try:
-        if file.size > _MAX_INDEX:
-            raise WeightsError(f"{path} is too large for an index")
-        index = safetensors.strict_json(bytes(file.view), path)
-    finally:
-        file.close()
-    table = index.get("weight_map")
+    table = read_json_object(path).get("weight_map")
     if (
         not isinstance(table, dict)
         or not table
