@@ -350,9 +350,9 @@ def _copy_texts(source: str, folder: str, config: Dict[str, Any]) -> List[str]:
         if re.fullmatch(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?", name):
             shutil.copyfile(inside(source, name), os.path.join(folder, name))
             written.append(name)
+    names = dict.fromkeys(("pad_token", "eos_token"), "<|endoftext|>")
     n_queries = config["visual"].get("n_queries", 256)
-    tokenizer = {"tokenizer_class": "MGenVLTokenizer", "model_max_length": 8192, "n_queries": n_queries}
+    tokenizer = {"tokenizer_class": "MGenVLTokenizer", "n_queries": n_queries, **names}
     write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer)
-    specials = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
-    write_json(os.path.join(folder, "special_tokens_map.json"), specials)
+    write_json(os.path.join(folder, "special_tokens_map.json"), names)
     return written + ["tokenizer_config.json", "special_tokens_map.json"]
