@@ -87,7 +87,8 @@ class StopOnSignal(TrainerCallback):
             # There may be only seconds left.
             control.should_evaluate = False
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def disarm(self):
+        """Give SIGTERM back its former meaning, however the training ended."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None

@@ -42,7 +42,7 @@ from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.datasets.chatml import build_dataset
-from paddlemix.datasets.collator import MGenVLCollator
+from paddlemix.datasets.collator import MGenVLCollator, raise_failure
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.modeling import check_weights
 from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
@@ -239,6 +239,11 @@ class FinetuneTrainer(Trainer):
         outputs = model(**inputs, return_dict=True)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _prepare_inputs(self, inputs):
+        # The loader hands over what an error in it could not say.
+        raise_failure(inputs)
+        return super()._prepare_inputs(inputs)
+
     def training_step(self, model, inputs, **kwargs):
         self._tokens = self._tokens + inputs["attention_mask"].sum()
         return super().training_step(model, inputs, **kwargs)
@@ -419,11 +424,15 @@ class FinetuneTrainer(Trainer):
                 )
                 return {"train_loss": state["loss_sum"] / state["global_step"], "epoch": self.state.epoch}
         try:
-            metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+            # The optimizer's states get running names too (see prepare).
+            with paddle.utils.unique_name.guard():
+                metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
         except (SystemError, RuntimeError):
             # A loader worker's own words do not arrive; it leaves them with the dataset.
             self.train_dataset.raise_failure()
             raise
+        finally:
+            self.stop.disarm()
         best = self.state.best_model_checkpoint
         if self.load_best and best is not None:
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
@@ -439,6 +448,11 @@ class _Bookkeeping(TrainerCallback):
 
     def _steps_per_epoch(self, args) -> int:
         return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # PaddleNLP 3 says it in a debug line only.
+        count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
+        logger.info(f"  Number of trainable parameters = {count:,} (per device)")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The loop has just set its sum to 0.
@@ -558,7 +572,7 @@ def prepare(
 ) -> Tuple[FinetuneTrainer, Optional[str]]:
     """Everything up to the first step: (the trainer, the checkpoint to resume from or None)."""
     # One form of line for the whole run, without PaddleNLP's colours and debug lines.
-    paddlenlp_logger.logger.handlers = logger.handlers
+    paddlenlp_logger.logger.handlers = logger.handlers[:1]
     paddlenlp_logger.logger.setLevel("INFO")
     for title, block in (("Model", model_args), ("Data", data_args), ("Generation", generate_args)):
         print_block(title, block)
@@ -586,8 +600,10 @@ def prepare(
     if device.value == "cpu":
         logger.info(describe_threads())
     seed_everything(training.seed)
-    model = load_model(model_args, dtype.value if training.fp16_opt_level == "O2" else "float32")
-    model = choose_trainable(model, model_args)
+    # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
+    with paddle.utils.unique_name.guard():
+        model = load_model(model_args, dtype.value if training.fp16_opt_level == "O2" else "float32")
+        model = choose_trainable(model, model_args)
     counts = freeze.model_counts(base_of(model))
     logger.info(freeze.summary_line(counts))
     for line in freeze.table_lines(counts):

@@ -1,7 +1,6 @@
 """python -m pytest tests/trainer/test_checkpoints.py"""
 
 import json
-import logging
 
 import pytest
 
@@ -19,8 +18,7 @@ def make(folder, step, state=None, whole=True):
 
 
 @pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("paddlemix"), "propagate", True)
+def log(caplog):
     caplog.set_level("INFO")
     return caplog
 
