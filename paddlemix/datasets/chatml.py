@@ -45,8 +45,6 @@ LOG_EVERY = 1000
 # A longer text between <img> and </img> is base64 without a look for such a file.
 MAX_PATH_CHARS = 1024
 MAX_OPEN_FILES = 16
-# Room for the message that a worker leaves to the training process.
-_FAILURE_BYTES = 1024
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
@@ -225,14 +223,13 @@ class _Part(NamedTuple):
 
 
 class _Tally:
-    """How many samples failed, over all loader workers, and the message of a worker that found no good one at all.
+    """How many samples failed, over all loader workers.
 
     It lives in memory shared with processes started later, so the training process sees what happens in workers.
     """
 
     def __init__(self) -> None:
         self._skipped = multiprocessing.Value("q", 0)
-        self._failure = multiprocessing.Array("c", _FAILURE_BYTES)
 
     def add(self) -> int:
         with self._skipped.get_lock():
@@ -242,13 +239,6 @@ class _Tally:
     @property
     def skipped(self) -> int:
         return self._skipped.value
-
-    @property
-    def failure(self) -> Optional[str]:
-        return self._failure.value.decode("utf-8", "ignore") or None
-
-    def fail(self, message: str) -> None:
-        self._failure.value = message.encode("utf-8", "replace")[: _FAILURE_BYTES - 1]
 
 
 def find_files(data_files: Union[str, Sequence[str]]) -> List[str]:
@@ -334,16 +324,6 @@ class ChatmlDataset:
         """Failed samples so far, those in loader workers included."""
         return self._tally.skipped
 
-    @property
-    def failure(self) -> Optional[str]:
-        """What __getitem__ said when it gave up, here or in a worker, whose exceptions do not arrive in words."""
-        return self._tally.failure
-
-    def raise_failure(self) -> None:
-        """Raise the error of a worker that gave up, if one did."""
-        if self.failure:
-            raise UserError(self.failure)
-
     def _place(self, index: int) -> Tuple[_Part, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -418,8 +398,9 @@ class ChatmlDataset:
     def __getitem__(self, index: int) -> Dict[str, np.ndarray]:
         """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning).
 
-        Raises:
-            UserError: MAX_FAILURES_IN_A_ROW records, or all there are, failed.
+        When MAX_FAILURES_IN_A_ROW records, or all there are, fail, the sample is empty and has "failure": the message
+        as bytes. In Paddle's loader an error becomes another one or, without workers, an endless wait; so the message
+        goes with the batch, and whoever takes that raises it (collator.raise_failure).
         """
         self._place(index)
         tries = min(len(self), MAX_FAILURES_IN_A_ROW)
@@ -436,8 +417,13 @@ class ChatmlDataset:
                         f"({skipped} so far)"
                     )
         message = f"no good sample among {tries} in a row, from record {index} on; the last one: {reason}"
-        self._tally.fail(message)
-        raise UserError(message)
+        nothing = np.zeros(0, dtype=np.int64)
+        return {
+            "input_ids": nothing,
+            "labels": nothing,
+            "images": np.zeros((0, 3, 1, 1), dtype=np.float32),
+            "failure": np.frombuffer(message.encode("utf-8", "replace"), dtype=np.uint8),
+        }
 
     def _name(self, index: int) -> str:
         """The id of a record, which may be unreadable, and where it stands."""

@@ -9,8 +9,20 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
+from paddlemix.utils.errors import UserError
+
 # Labels that do not count in the loss.
 IGNORE_INDEX = -100
+
+
+def raise_failure(batch: Dict[str, Any]) -> None:
+    """Raise what a loader worker could not: the data holds no usable sample.
+
+    Raises:
+        UserError: the batch carries the message of ChatmlDataset.__getitem__.
+    """
+    if "failure" in batch:
+        raise UserError(np.asarray(batch["failure"]).tobytes().decode("utf-8"))
 
 
 class MGenVLCollator:
@@ -29,9 +41,9 @@ class MGenVLCollator:
         """samples: dicts with input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0).
 
         Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
-        left out when the batch has none.
+        left out when the batch has none. A failed sample's "failure" is handed on (see raise_failure).
         """
-        longest = max(len(sample["input_ids"]) for sample in samples)
+        longest = max(1, *(len(sample["input_ids"]) for sample in samples))
         padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(samples), padded)
         batch = {
@@ -47,4 +59,7 @@ class MGenVLCollator:
         images: List[np.ndarray] = [sample["images"] for sample in samples if len(sample["images"])]
         if images:
             batch["images"] = np.concatenate(images) if len(images) > 1 else images[0]
+        for sample in samples:
+            if "failure" in sample:
+                batch["failure"] = sample["failure"]
         return batch

@@ -170,9 +170,16 @@ def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
             good += 1
         elif text:
             try:
-                is_record = isinstance(json.loads(text), dict)
+                text = text.decode("utf-8")
+                value, end = json.JSONDecoder().raw_decode(text)
             except (ValueError, RecursionError):
-                is_record = False
+                bad += 1
+                continue
+            if isinstance(value, dict) and end < len(text):
+                # Several records on a line.
+                good = 0
+                break
+            is_record = isinstance(value, dict)
             good, bad = good + is_record, bad + (not is_record)
     if good and good >= bad:
         return "lines", b""

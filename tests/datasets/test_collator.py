@@ -1,0 +1,42 @@
+"""python -m pytest tests/datasets/test_collator.py"""
+
+import numpy as np
+import pytest
+
+from paddlemix.datasets.collator import MGenVLCollator
+
+
+def sample(length, n_images, start=0):
+    ids = np.arange(start, start + length, dtype=np.int64)
+    return {"input_ids": ids, "labels": -ids, "images": np.full((n_images, 3, 4, 4), start, dtype=np.float32)}
+
+
+def test_pads_on_the_right_to_a_multiple():
+    batch = MGenVLCollator(pad_token_id=7)([sample(9, 1, 100), sample(3, 2, 200)])
+    assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
+        "input_ids": ((2, 16), "int64"),
+        "labels": ((2, 16), "int64"),
+        "attention_mask": ((2, 16), "int64"),
+        "images": ((3, 3, 4, 4), "float32"),
+    }
+    assert batch["input_ids"][1].tolist() == [200, 201, 202] + [7] * 13
+    assert batch["labels"][1].tolist() == [-200, -201, -202] + [-100] * 13
+    assert batch["attention_mask"].sum(axis=1).tolist() == [9, 3]
+    # Images of all samples in a row, in the order of their spans.
+    assert batch["images"][:, 0, 0, 0].tolist() == [100, 200, 200]
+
+
+@pytest.mark.parametrize("length, multiple, padded", [(8, 8, 8), (9, 8, 16), (9, 1, 9), (1, 8, 8)])
+def test_padded_length(length, multiple, padded):
+    batch = MGenVLCollator(0, multiple)([sample(length, 1)])
+    assert batch["input_ids"].shape == (1, padded)
+
+
+def test_a_batch_of_texts_has_no_images():
+    assert "images" not in MGenVLCollator(0)([sample(3, 0), sample(4, 0)])
+    assert MGenVLCollator(0)([sample(3, 0), sample(4, 1, 5)])["images"][0, 0, 0, 0] == 5
+
+
+def test_a_bad_multiple_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        MGenVLCollator(0, 0)

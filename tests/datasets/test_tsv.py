@@ -1,0 +1,184 @@
+"""Rows of a TSV, whatever it holds.
+
+python -m pytest tests/datasets/test_tsv.py
+"""
+
+import base64
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paddlemix.datasets import tsv
+from paddlemix.utils.errors import UserError
+
+JPEG = b"/9j/" + base64.b64encode(bytes(range(96)))
+PNG = b"iVBORw0KGgo" + base64.b64encode(bytes(90))
+UNKNOWN = base64.b64encode(bytes(range(256)))
+
+
+def rows_of(tmp_path, content, want_caption=True, **kwargs):
+    path = tmp_path / "in.tsv"
+    path.write_bytes(content)
+    rows = list(tsv.read_rows(str(path), want_caption, **kwargs))
+    for row in rows:
+        # What the row says of its place must hold in the file.
+        assert content[row.image_offset : row.image_offset + row.image_length] == bytes(row.image)
+    assert not rows or rows[-1].next_offset <= len(content)
+    return rows
+
+
+def test_training_rows(tmp_path):
+    caption = "红色的\t杯子"
+    content = b"a1\t%s\t%s\nb2\t%s\tx" % (JPEG, caption.encode(), PNG)
+    first, second = rows_of(tmp_path, content)
+    assert first == (1, "a1", JPEG, 3, len(JPEG), caption, None, content.index(b"b2"))
+    assert second == (2, "b2", PNG, content.index(PNG), len(PNG), "x", None, len(content))
+
+
+def test_rows_without_an_id(tmp_path):
+    content = b"".join(image + b"\tcap\ttion\n" for image in (JPEG, PNG, b"data:image/jpeg;base64," + JPEG))
+    assert [(row.id, row.caption, row.error) for row in rows_of(tmp_path, content)] == [("", "cap\ttion", None)] * 3
+    (row,) = rows_of(tmp_path, UNKNOWN + b"\tcaption\n")
+    assert (row.id, bytes(row.image), row.caption) == ("", UNKNOWN, "caption")
+
+
+@pytest.mark.parametrize(
+    "line, error, row_id",
+    [
+        (b"only an id", tsv.MISSING_COLUMN, "only an id"),
+        (JPEG, tsv.MISSING_COLUMN, ""),
+        (b"x" * 500, tsv.MISSING_COLUMN, ""),
+        ("字".encode() * 150, tsv.MISSING_COLUMN, "字" * 66 + "\ufffd"),
+        (b"a\t" + JPEG, tsv.NO_CAPTION, "a"),
+        (b"d41d8cd98f00b204e9800998ecf8427e\t" + JPEG, tsv.NO_CAPTION, "d41d8cd98f00b204e9800998ecf8427e"),
+        (b"a\t" + UNKNOWN, tsv.NO_CAPTION, "a"),
+        (b"a\tsome caption", tsv.NO_IMAGE, "a"),
+        (b"a\t\tcaption", tsv.EMPTY_IMAGE, "a"),
+        (b"\t\t", tsv.EMPTY_IMAGE, ""),
+        (b"a\t%s\t" % JPEG, tsv.EMPTY_CAPTION, "a"),
+        (b"a\t%s\t \t " % JPEG, tsv.EMPTY_CAPTION, "a"),
+        (b"a\t%s\t\xff\xfe" % JPEG, tsv.CAPTION_NOT_UTF8, "a"),
+    ],
+)
+def test_bad_rows_cost_themselves_alone(tmp_path, line, error, row_id):
+    good = b"g\t%s\tcaption\n" % JPEG
+    before, bad, after = rows_of(tmp_path, good + line + b"\n" + good)
+    assert (bad.error, bad.id, bad.caption, bad.line_no) == (error, row_id, None, 2)
+    assert before.error is after.error is None
+    assert after.line_no == 3
+
+
+def test_prediction_rows(tmp_path):
+    content = b"a\t%s\nb\t%s\tcaption\nc\t\nd\n%s\tno id\n\xe9\t%s\n" % (JPEG, PNG, JPEG, PNG)
+    rows = rows_of(tmp_path, content, want_caption=False)
+    assert [(row.id, bytes(row.image), row.error) for row in rows] == [
+        ("a", JPEG, None),
+        ("b", PNG, None),
+        ("c", b"", tsv.EMPTY_IMAGE),
+        ("d", b"", tsv.MISSING_COLUMN),
+        ("", JPEG, None),
+        ("\ufffd", PNG, None),
+    ]
+    assert all(row.caption is None for row in rows)
+
+
+def test_line_ends_bom_and_empty_lines(tmp_path):
+    content = b"\xef\xbb\xbfa\t%s\tone\r\n\r\n   \n\nb\t%s\ttwo\r\r\nc\t%s\tth\rree" % (JPEG, JPEG, JPEG)
+    rows = rows_of(tmp_path, content)
+    assert [(row.line_no, row.id, row.caption) for row in rows] == [
+        (1, "a", "one"),
+        (5, "b", "two"),
+        (6, "c", "th\rree"),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_files_without_rows(tmp_path, content):
+    assert rows_of(tmp_path, content) == []
+
+
+def test_lines_over_the_limit_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(tsv, "BUFFER_BYTES", 64)
+    limit = len(JPEG) + 10
+    exact = b"e\t%s\t%s\n" % (JPEG, b"c" * (limit - len(JPEG) - 4))
+    content = exact + b"long\t" + JPEG * 9 + b"\tcaption\n" + exact + JPEG * 3 + b"\n" + b"last\t" + JPEG * 5
+    assert len(exact) == limit
+    rows = rows_of(tmp_path, content, max_line_bytes=limit)
+    assert [(row.line_no, row.id, row.error) for row in rows] == [
+        (1, "e", None), (2, "long", tsv.LINE_TOO_LONG), (3, "e", None),
+        (4, "", tsv.LINE_TOO_LONG), (5, "last", tsv.LINE_TOO_LONG),
+    ]  # fmt: skip
+    assert rows[1].next_offset == limit + len(b"long\t" + JPEG * 9 + b"\tcaption\n")
+    assert rows[-1].next_offset == len(content)
+
+
+def test_kept_rows_keep_their_own_bytes(tmp_path):
+    content = b"".join(b"%d\t%s%d\tc\n" % (i, JPEG, i) for i in range(100))
+    rows = rows_of(tmp_path, content)
+    assert [bytes(row.image) for row in rows] == [JPEG + b"%d" % i for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"\x1f\x8b\x08rest", "gunzip"),
+        (b"PK\x03\x04rest", "zip"),
+        (b"\xff\xfea\0", "UTF-16"),
+        (b"name" + bytes(253) + b"ustar", "tar"),
+    ],
+)
+def test_files_that_are_no_text_are_named(tmp_path, content, says):
+    path = tmp_path / "in"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        next(tsv.read_rows(str(path), True))
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        tsv.check_input(str(tmp_path / "missing.tsv"))
+    with pytest.raises(UserError, match="not a plain file"):
+        tsv.check_input(str(tmp_path))
+
+
+field = st.text(st.characters(blacklist_characters="\t\n\r", blacklist_categories=("Cs",)), max_size=20)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(field, st.binary(min_size=1, max_size=80), field.filter(str.strip), st.booleans()), max_size=8),
+    st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_what_is_written_is_read(tmp_path_factory, written, line_end):
+    tmp_path = tmp_path_factory.mktemp("tsv")
+    lines = [
+        f"{row_id}\t".encode()
+        + b"/9j/"
+        + base64.b64encode(image)
+        + f"\t{caption}{chr(9) + caption if tab else ''}".encode()
+        for row_id, image, caption, tab in written
+    ]
+    if lines and lines[0].startswith(b"\xef\xbb\xbf"):
+        lines[0] = lines[0][3:]
+    rows = rows_of(tmp_path, line_end.join(lines))
+    assert [row.error for row in rows] == [None] * len(lines)
+    assert [b"\t".join([row.id.encode(), bytes(row.image), row.caption.encode()]) for row in rows] == lines
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([b"\t", b"\n", b"\r", b" ", b"a", b"\xff", b"\xef\xbb\xbf", JPEG, b"=", b"\0"]), max_size=40
+    )
+)
+def test_any_bytes_give_a_row_per_line(tmp_path_factory, pieces):
+    content = b"".join(pieces)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    text = content[3:] if content.startswith(b"\xef\xbb\xbf") else content
+    wanted = sum(bool(line.rstrip(b"\r").strip()) or b"\t" in line for line in text.split(b"\n"))
+    for want_caption in (True, False):
+        rows = rows_of(tmp_path_factory.mktemp("tsv"), content, want_caption)
+        assert len(rows) == wanted
+        assert all((row.caption is not None) == (want_caption and row.error is None) for row in rows)
