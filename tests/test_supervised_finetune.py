@@ -81,17 +81,13 @@ def test_a_run_from_a_config_and_going_on_with_it(root, workplace):
     ):
         assert text in done.stderr, text
     out = workplace / "out"
-    assert {"lora_config.json", "lora_model_state.pdparams", "train_results.json"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {"lora_config.json", "lora_model_state.pdparams", "train_results.json"} <= {p.name for p in out.iterdir()}
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert list(out.glob("runs/*/vdlrecords*"))
 
     again = start(root, workplace, "config.json")
     assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith(
-        "error: out holds the result of a run: set overwrite_output_dir"
-    )
+    assert again.stderr.splitlines()[-1].startswith("error: out holds the result of a run: set overwrite_output_dir")
     longer = start(root, workplace, "config.json", "--resume", "--max_steps", "3")
     assert longer.returncode == 0, longer.stderr
     assert "global_step: 3" in longer.stderr and "global_step: 2," not in longer.stderr
@@ -100,10 +96,7 @@ def test_a_run_from_a_config_and_going_on_with_it(root, workplace):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (
-            ["config.json", "--disabe_tqdm", "true"],
-            'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?',
-        ),
+        (["config.json", "--disabe_tqdm", "true"], 'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?'),
         (["config.json", "--max_steps", "two"], 'error: max_steps must be a whole number, not "two"'),
         (["config.json", "--mixtoken"], "error: mixtoken=true cannot be used here: "),
         (["missing.json"], "error: missing.json: there is no such config file"),
@@ -125,7 +118,4 @@ def test_a_model_that_does_not_fit_is_one_line_and_status_2(root, workplace):
     done = start(root, workplace, "config.json", "--model_name_or_path", "other", "--output_dir", "out2")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert (
-        done.stderr.splitlines()[-1].startswith("error: ")
-        and "h.2.attn.c_attn" in done.stderr.splitlines()[-1]
-    )
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "h.2.attn.c_attn" in done.stderr.splitlines()[-1]

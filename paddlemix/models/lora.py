@@ -31,13 +31,9 @@ def adapted_modules(names: Sequence[str], target_modules: Sequence[str]) -> List
         try:
             matches = [module for module in modules if re.fullmatch(pattern, module)]
         except re.error as error:
-            raise ConfigError(
-                f'lora_target_modules: "{pattern}" is no regular expression ({error})'
-            ) from None
+            raise ConfigError(f'lora_target_modules: "{pattern}" is no regular expression ({error})') from None
         if not matches:
-            raise ConfigError(
-                f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})'
-            )
+            raise ConfigError(f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})')
         chosen.update(matches)
     return [module for module in modules if module in chosen]
 
@@ -50,9 +46,7 @@ def adapter_shapes(
     for module in adapted_modules(list(shapes), target_modules):
         weight = shapes[module + ".weight"]
         if len(weight) != 2:
-            raise ConfigError(
-                f"lora_target_modules: {module} is no Linear layer (its weight is {list(weight)})"
-            )
+            raise ConfigError(f"lora_target_modules: {module} is no Linear layer (its weight is {list(weight)})")
         found[module + ".lora_A"] = (weight[0], rank)
         found[module + ".lora_B"] = (rank, weight[1])
     return found
@@ -85,14 +79,10 @@ def apply_lora(
     layers = dict(model.named_sublayers())
     for module in modules:
         if not isinstance(layers[module], nn.Linear) and "Parallel" not in type(layers[module]).__name__:
-            raise ConfigError(
-                f"lora_target_modules: {module} is no Linear layer but a {type(layers[module]).__name__}"
-            )
+            raise ConfigError(f"lora_target_modules: {module} is no Linear layer but a {type(layers[module]).__name__}")
     both = sorted(set(trainable) & {module + ".weight" for module in modules})
     if both:
-        raise ConfigError(
-            f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them"
-        )
+        raise ConfigError(f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them")
     config = LoRAConfig(
         r=rank,
         lora_alpha=alpha,
@@ -124,10 +114,7 @@ def load_lora_weights(lora_model, folder: str) -> None:
     with open_weights(path) as reader:
         stored = set(reader.keys())
         problems = []
-        for kind, names in (
-            ("missing", sorted(expected - stored)),
-            ("unexpected", sorted(stored - expected)),
-        ):
+        for kind, names in (("missing", sorted(expected - stored)), ("unexpected", sorted(stored - expected))):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 problems.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")

@@ -45,12 +45,9 @@ _ONE_TASK = "name the files in `dataset`"
 class ModelArguments:
     """Which model, and which of its parameters train."""
 
-    model_name_or_path: Optional[str] = key(
-        None, "Folder of the model to tune (config.json, weights, tokenizer)."
-    )
+    model_name_or_path: Optional[str] = key(None, "Folder of the model to tune (config.json, weights, tokenizer).")
     text_model_name_or_path: Optional[str] = key(
-        None,
-        "Folder of another MGen-VL model; its transformer.llm.* and lm_head replace the first's.",
+        None, "Folder of another MGen-VL model; its transformer.llm.* and lm_head replace the first's."
     )
     freeze_include: Optional[List[str]] = key(
         None, "Parameter name patterns (* matches anything) that do not train, such as *visual*."
@@ -93,31 +90,23 @@ class DataArguments:
         "data_files is a path, a list of paths, or a pattern with *; chat_template may be left out.",
     )
     chat_template: Optional[str] = key(None, "Chat template of entries that name none (default: chatml).")
-    max_length: int = key(
-        2048, "Longest sample in tokens; longer texts are shortened, image spans never.", at_least=16
-    )
+    max_length: int = key(2048, "Longest sample in tokens; longer texts are shortened, image spans never.", at_least=16)
     label_all_turn_markers: bool = key(
         True, "Learn the <|im_start|>, <|im_end|> and newline of every turn too; false: the captions alone."
     )
-    lazy: bool = key(
-        False, "Kept for older configs: samples are always read by index and decoded when needed."
-    )
+    lazy: bool = key(False, "Kept for older configs: samples are always read by index and decoded when needed.")
     mixtoken: bool = key(
         False,
         "Pack several samples into one sequence.",
         refused="packing is not built yet; samples are padded per batch",
     )
     eval_with_do_generation: bool = key(
-        False,
-        "Generate captions at evaluation.",
-        refused="use predict.py on the validation rows after training",
+        False, "Generate captions at evaluation.", refused="use predict.py on the validation rows after training"
     )
     save_generation_output: bool = key(
         False, "Write the captions generated at evaluation.", refused="use predict.py on the validation rows"
     )
-    src_length: int = key(
-        1024, "Longest prompt of generation at evaluation.", refused="max_length bounds a sample"
-    )
+    src_length: int = key(1024, "Longest prompt of generation at evaluation.", refused="max_length bounds a sample")
     splits: Optional[str] = key(None, "Dataset splits.", refused=_ONE_TASK)
     task_name: Optional[str] = key(None, "Dataset task.", refused=_ONE_TASK)
 
@@ -127,9 +116,7 @@ class GenerationArguments:
     """How captions are generated, written to the saved model's generation_config.json where given."""
 
     top_k: int = key(1, "Sample among the k most likely tokens; 1 is greedy.", at_least=0)
-    top_p: float = key(
-        1.0, "Sample among the most likely tokens of this total probability.", above=0, at_most=1
-    )
+    top_p: float = key(1.0, "Sample among the most likely tokens of this total probability.", above=0, at_most=1)
 
 
 _STRATEGIES = ("no", "steps", "epoch")
@@ -148,30 +135,22 @@ class TrainingKeys:
 
     output_dir: Optional[str] = key(None, "Where checkpoints, logs and the result are written.")
     overwrite_output_dir: bool = key(
-        False,
-        "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: "
-        "see resume.",
+        False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
     )
-    resume: bool = key(
-        False, "Go on from the last whole checkpoint in output_dir, or start anew if there is none."
-    )
+    resume: bool = key(False, "Go on from the last whole checkpoint in output_dir, or start anew if there is none.")
     resume_from_checkpoint: Optional[str] = key(None, "Go on from this checkpoint folder.")
     do_train: bool = key(False, "Train.")
     do_eval: bool = key(
         False, 'Evaluate. With evaluation_strategy "no": once, after training. A strategy implies do_eval.'
     )
     do_predict: bool = key(False, "Predict.", refused="predict.py does that")
-    do_export: bool = key(
-        False, "Export.", refused="merge_lora_params.py writes the folder that predict.py reads"
-    )
+    do_export: bool = key(False, "Export.", refused="merge_lora_params.py writes the folder that predict.py reads")
     per_device_train_batch_size: int = key(8, "Samples per step and card.", at_least=1)
     per_device_eval_batch_size: int = key(8, "Samples per evaluation step and card.", at_least=1)
     gradient_accumulation_steps: int = key(
         1, "Batches per optimizer step; their losses are averaged batch by batch.", at_least=1
     )
-    eval_accumulation_steps: Optional[int] = key(
-        None, "Evaluation steps kept on the card at a time.", at_least=1
-    )
+    eval_accumulation_steps: Optional[int] = key(None, "Evaluation steps kept on the card at a time.", at_least=1)
     num_train_epochs: float = key(1.0, "Passes over the data.", above=0)
     max_steps: int = key(-1, "Optimizer steps; when positive it wins over num_train_epochs.", at_least=-1)
     learning_rate: float = key(5e-5, "Highest learning rate.", at_least=0)
@@ -183,9 +162,7 @@ class TrainingKeys:
         "How the rate falls after warmup.",
         choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial"),
     )
-    warmup_ratio: float = key(
-        0.0, "Part of all steps over which the rate rises from 0.", at_least=0, at_most=1
-    )
+    warmup_ratio: float = key(0.0, "Part of all steps over which the rate rises from 0.", at_least=0, at_most=1)
     warmup_steps: int = key(0, "The same in steps; wins when positive.", at_least=0)
     num_cycles: float = key(0.5, "Cosine: half waves over the run (0.5 falls to 0).", above=0)
     lr_end: float = key(1e-7, "Polynomial: last rate.", at_least=0)
@@ -204,20 +181,14 @@ class TrainingKeys:
     amp_master_grad: bool = key(False, "O2: keep gradients in float32.")
     amp_custom_black_list: Optional[List[str]] = key(None, "Operators kept in float32.")
     amp_custom_white_list: Optional[List[str]] = key(None, "Operators run in half precision.")
-    fp16_full_eval: bool = key(
-        False, "float16 at evaluation alone.", refused="evaluation uses the dtype of training"
-    )
-    bf16_full_eval: bool = key(
-        False, "bfloat16 at evaluation alone.", refused="evaluation uses the dtype of training"
-    )
+    fp16_full_eval: bool = key(False, "float16 at evaluation alone.", refused="evaluation uses the dtype of training")
+    bf16_full_eval: bool = key(False, "bfloat16 at evaluation alone.", refused="evaluation uses the dtype of training")
     scale_loss: float = key(32768.0, "float16: first loss scale.", above=0)
     recompute: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
     seed: int = key(42, "Seed of the adapters, dropout and the order of samples.", at_least=0)
     device: Optional[str] = key(None, "cpu, gpu or gpu:N (default: a GPU where there is one).")
     no_cuda: bool = key(False, "Use the CPU although there is a GPU.")
-    dataloader_num_workers: int = key(
-        0, "Processes that read and decode samples; 0: the training process.", at_least=0
-    )
+    dataloader_num_workers: int = key(0, "Processes that read and decode samples; 0: the training process.", at_least=0)
     dataloader_drop_last: bool = key(False, "Leave out a last batch that is not full.")
     remove_unused_columns: bool = key(
         True, "Kept for older configs: the collator hands over only what the model takes."
@@ -234,31 +205,19 @@ class TrainingKeys:
     skip_memory_metrics: bool = key(
         True, "Leave memory out of the log. Watching it slows small runs on the CPU several times."
     )
-    benchmark: bool = key(
-        False, "Measure only: nothing is saved, and samples and tokens per second are printed."
-    )
+    benchmark: bool = key(False, "Measure only: nothing is saved, and samples and tokens per second are printed.")
     save_strategy: str = key("steps", "When to write a checkpoint.", choices=_STRATEGIES)
     save_steps: int = key(500, "Steps between checkpoints.", at_least=1)
-    save_total_limit: Optional[int] = key(
-        None, "Newest checkpoints kept; the best one is kept besides.", at_least=1
-    )
+    save_total_limit: Optional[int] = key(None, "Newest checkpoints kept; the best one is kept besides.", at_least=1)
     evaluation_strategy: str = key("no", "When to evaluate while training.", choices=_STRATEGIES)
     eval_steps: Optional[int] = key(None, "Steps between evaluations (default: logging_steps).", at_least=1)
     max_evaluate_steps: int = key(-1, "Batches of an evaluation; -1: all.", at_least=-1)
-    load_best_model_at_end: bool = key(
-        False, "End with the weights of the best evaluation, not the last ones."
-    )
-    metric_for_best_model: Optional[str] = key(
-        None, "What best means (default: loss).", choices=("loss", "eval_loss")
-    )
+    load_best_model_at_end: bool = key(False, "End with the weights of the best evaluation, not the last ones.")
+    metric_for_best_model: Optional[str] = key(None, "What best means (default: loss).", choices=("loss", "eval_loss"))
     greater_is_better: Optional[bool] = key(None, "Whether more of it is better (default: not for a loss).")
-    ignore_data_skip: bool = key(
-        False, "On resume, begin the epoch's data again in place of going on where it stood."
-    )
+    ignore_data_skip: bool = key(False, "On resume, begin the epoch's data again in place of going on where it stood.")
     sharding: str = key(
-        "",
-        "Split optimizer states (stage1) and gradients (stage2) over cards.",
-        choices=("", "stage1", "stage2"),
+        "", "Split optimizer states (stage1) and gradients (stage2) over cards.", choices=("", "stage1", "stage2")
     )
     sharding_parallel_degree: int = key(-1, "Cards that share them.", at_least=-1)
     sharding_parallel_config: str = key("", "PaddleNLP's sharding options, separated by spaces.")
@@ -275,20 +234,14 @@ class TrainingKeys:
     use_expert_parallel: bool = key(False, "Experts.", refused=_EXPERT)
     unified_checkpoint: bool = key(False, "PaddleNLP's unified checkpoint.", refused=_UNIFIED)
     unified_checkpoint_config: str = key("", "PaddleNLP's unified checkpoint.", refused=_UNIFIED)
-    use_async_save: bool = key(
-        False, "Save in the background.", refused="a checkpoint counts only when it is whole"
-    )
+    use_async_save: bool = key(False, "Save in the background.", refused="a checkpoint counts only when it is whole")
     group_by_modality_length: bool = key(
         False, "Batches of like length.", refused="not built yet; batches are padded to their longest sample"
     )
     to_static: bool = key(False, "Static graph.", refused="the model runs in dynamic mode")
     use_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding or tensor_parallel_degree")
-    enable_auto_parallel: bool = key(
-        False, "Auto parallel.", refused="use sharding or tensor_parallel_degree"
-    )
-    distributed_dataloader: bool = key(
-        False, "One loader for all cards.", refused="each card reads its own samples"
-    )
+    enable_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding or tensor_parallel_degree")
+    distributed_dataloader: bool = key(False, "One loader for all cards.", refused="each card reads its own samples")
     flatten_param_grads: bool = key(False, "NPU.", refused="it works on NPUs only")
     prediction_loss_only: bool = key(False, "Kept for older configs: evaluation reports the loss.")
 
@@ -303,27 +256,16 @@ NOT_SETTINGS: Dict[str, str] = {
         ("train_batch_size", "eval_batch_size"), "it follows from per_device_train_batch_size and its like"
     ),
     **dict.fromkeys(
-        (
-            "local_rank",
-            "process_index",
-            "world_size",
-            "data_parallel_rank",
-            "dataset_rank",
-            "data_parallel_degree",
-        ),
+        ("local_rank", "process_index", "world_size", "data_parallel_rank", "dataset_rank", "data_parallel_degree"),
         "the launcher (python -m paddle.distributed.launch) decides it",
     ),
     **dict.fromkeys(("sharding_degree",), "write sharding_parallel_degree"),
     **dict.fromkeys(("bf16_opt_level", "amp_level"), "write fp16_opt_level; it serves bf16 too"),
-    **dict.fromkeys(
-        ("ignore_load_lr_and_optim", "ignore_save_lr_and_optim"), "a checkpoint is resumed as a whole"
-    ),
+    **dict.fromkeys(("ignore_load_lr_and_optim", "ignore_save_lr_and_optim"), "a checkpoint is resumed as a whole"),
     **dict.fromkeys(("label_names", "past_index"), "the model's inputs are fixed"),
     **dict.fromkeys(("lazy_data_processing",), "data is always read when needed"),
     **dict.fromkeys(("minimum_eval_times",), "set eval_steps"),
-    **dict.fromkeys(
-        ("output_signal_dir", "save_on_each_node", "save_sharded_model", "load_sharded_model"), _UNIFIED
-    ),
+    **dict.fromkeys(("output_signal_dir", "save_on_each_node", "save_sharded_model", "load_sharded_model"), _UNIFIED),
     **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), "the first process logs"),
     **dict.fromkeys(("profiler_options", "skip_profile_timer"), "use benchmark"),
     **dict.fromkeys(("expert_parallel_degree", "expert_tensor_parallel_degree"), _EXPERT),
@@ -367,9 +309,7 @@ def known_keys() -> Dict[str, KnownKey]:
     for block, arguments in BLOCKS:
         hints = typing.get_type_hints(arguments)
         for field in dataclasses.fields(arguments):
-            default = (
-                field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            )
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             found[field.name] = KnownKey(
                 field.name, block, hints[field.name], default, field.metadata["help"], dict(field.metadata)
             )
@@ -461,9 +401,7 @@ def _from_text(known: KnownKey, words: List[str]) -> Any:
             return word.lower() in _TRUE
         raise _wrong_kind(known, word)
     try:
-        value = (
-            float(word) if kind in (int, float) and word.lower() not in ("nan", "inf") else json.loads(word)
-        )
+        value = float(word) if kind in (int, float) and word.lower() not in ("nan", "inf") else json.loads(word)
     except ValueError:
         raise _wrong_kind(known, word) from None
     return _from_json(known, value)
@@ -495,9 +433,7 @@ def _check_rules(known: KnownKey, value: Any) -> None:
 def _unknown(name: str, known: Dict[str, KnownKey]) -> ConfigError:
     if name in NOT_SETTINGS:
         return ConfigError(f"{name} is not a setting here: {NOT_SETTINGS[name]}")
-    near = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(
-        name.lower(), known, 1, 0.6
-    )
+    near = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(name.lower(), known, 1, 0.6)
     hint = f'did you mean "{near[0]}"?' if near else "docs/config.md lists all keys"
     return ConfigError(f'unknown key "{name}"; {hint}')
 
@@ -521,9 +457,7 @@ def read_config(path: str) -> Dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-        ) from None
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     except ConfigError as error:
@@ -584,13 +518,7 @@ def from_values(values: Dict[str, Any]) -> Arguments:
             raise _unknown(name, known)
         _check_rules(known[name], _from_json(known[name], value))
     blocks = [
-        arguments(
-            **{
-                field.name: values[field.name]
-                for field in dataclasses.fields(arguments)
-                if field.name in values
-            }
-        )
+        arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments) if field.name in values})
         for _, arguments in BLOCKS
     ]
     arguments = Arguments(*blocks, given=frozenset(values))
@@ -633,16 +561,10 @@ def _dataset_problems(data: DataArguments) -> List[str]:
             for name in entry:
                 if name not in DATASET_ENTRY_KEYS:
                     near = difflib.get_close_matches(name, DATASET_ENTRY_KEYS, 1)
-                    hint = (
-                        f'; did you mean "{near[0]}"?'
-                        if near
-                        else f"; known: {', '.join(DATASET_ENTRY_KEYS)}"
-                    )
+                    hint = f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(DATASET_ENTRY_KEYS)}"
                     problems.append(f'{where}: unknown key "{name}"{hint}')
             if entry.get("name", DATASET_NAMES[0]) not in DATASET_NAMES:
-                problems.append(
-                    f'{where}: unknown dataset "{entry["name"]}"; known: {", ".join(DATASET_NAMES)}'
-                )
+                problems.append(f'{where}: unknown dataset "{entry["name"]}"; known: {", ".join(DATASET_NAMES)}')
             files = entry.get("data_files")
             if not files or not isinstance(files, (str, list)):
                 problems.append(f'{where}: "data_files" must be a path or a list of paths')
@@ -688,9 +610,7 @@ def find_problems(arguments: Arguments) -> List[str]:
         for name in ("model_name_or_path", "text_model_name_or_path", "lora_path"):
             folder = getattr(model, name)
             if folder is not None and _within(folder, training.output_dir):
-                problems.append(
-                    f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir"
-                )
+                problems.append(f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir")
     problems += _dataset_problems(data)
     if data.chat_template is not None and not os.path.isfile(data.chat_template):
         problems.append(f"chat_template: there is no file at {data.chat_template}")
@@ -709,25 +629,19 @@ def find_problems(arguments: Arguments) -> List[str]:
         elif not os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
             problems.append(f"lora_path: {model.lora_path} has no lora_config.json")
     if not model.lora:
-        set_anyway = sorted(
-            name for name in given if name in ("lora_rank", "lora_alpha", "lora_target_modules")
-        )
+        set_anyway = sorted(name for name in given if name in ("lora_rank", "lora_alpha", "lora_target_modules"))
         if set_anyway:
             problems.append(f"{set_anyway[0]} needs lora=true")
     if model.lora and not model.lora_target_modules:
         problems.append("lora_target_modules is empty; without adapters set lora=false")
     if training.load_best_model_at_end:
         if training.evaluation_strategy == "no" or training.evaluation_strategy != training.save_strategy:
-            problems.append(
-                "load_best_model_at_end needs evaluation_strategy and save_strategy to be the same"
-            )
+            problems.append("load_best_model_at_end needs evaluation_strategy and save_strategy to be the same")
         elif training.save_strategy == "steps" and training.save_steps % (
             training.eval_steps or training.logging_steps
         ):
             problems.append("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
-    if training.benchmark and (
-        training.load_best_model_at_end or training.resume or training.resume_from_checkpoint
-    ):
+    if training.benchmark and (training.load_best_model_at_end or training.resume or training.resume_from_checkpoint):
         problems.append("benchmark saves nothing, so it cannot resume or load the best model")
     if training.resume and training.resume_from_checkpoint:
         problems.append("set resume or resume_from_checkpoint, not both")
@@ -763,10 +677,7 @@ def _parallel_problems(training: TrainingKeys) -> List[str]:
 _MAIN_KEYS = (
     ("the model", ("model_name_or_path", "output_dir")),
     ("the data", ("dataset", "max_length", "label_all_turn_markers", "dataloader_num_workers")),
-    (
-        "what trains",
-        ("freeze_include", "freeze_exclude", "lora", "lora_rank", "lora_alpha", "lora_target_modules"),
-    ),
+    ("what trains", ("freeze_include", "freeze_exclude", "lora", "lora_rank", "lora_alpha", "lora_target_modules")),
     (
         "the run",
         (

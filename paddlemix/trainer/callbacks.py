@@ -31,9 +31,7 @@ class LogLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_local_process_zero and not args.disable_tqdm:
             self._shown = state.global_step
-            self._bar = Progress(
-                total=state.max_steps, desc="training", unit="step", initial=state.global_step
-            )
+            self._bar = Progress(total=state.max_steps, desc="training", unit="step", initial=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:

@@ -75,11 +75,7 @@ def read_seal(folder: str) -> Optional[Dict[str, Any]]:
 
 def checkpoints(output_dir: str) -> List[str]:
     """Checkpoint folders by step, oldest first, whole or not."""
-    found = [
-        path
-        for path in glob.glob(os.path.join(glob.escape(output_dir), "checkpoint-*"))
-        if step_of(path) >= 0
-    ]
+    found = [path for path in glob.glob(os.path.join(glob.escape(output_dir), "checkpoint-*")) if step_of(path) >= 0]
     return sorted((path for path in found if os.path.isdir(path)), key=step_of)
 
 
@@ -88,9 +84,7 @@ def last_whole(output_dir: str) -> Optional[str]:
     for path in reversed(checkpoints(output_dir)):
         if read_seal(path) is not None:
             return path
-        logger.warning(
-            f"{path} is not whole (a file is missing or shorter than when it was saved); passed over"
-        )
+        logger.warning(f"{path} is not whole (a file is missing or shorter than when it was saved); passed over")
     return None
 
 
@@ -118,9 +112,7 @@ def check_output(
     """
     if resume_from:
         if read_seal(resume_from) is None:
-            raise ConfigError(
-                f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program"
-            )
+            raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program")
         return resume_from, []
     last = last_whole(output_dir)
     if resume and last is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -99,6 +100,8 @@ def paddlenlp_arguments(training: TrainingKeys, dtype: str) -> FinetuneArguments
     )
     if training.benchmark:
         values["save_strategy"] = "no"
+    if "tensorboard" in values["report_to"] and importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError("report_to tensorboard needs the package tensorboardX; install it or leave it out")
     try:
         return FinetuneArguments(**values)
     except (ValueError, AssertionError) as error:
@@ -130,9 +133,7 @@ class EpochSampler(DistributedBatchSampler):
     """
 
     def __init__(self, dataset, batch_size, *, seed, accumulation, drop_last=False, rank=0, processes=1):
-        super().__init__(
-            dataset, batch_size, num_replicas=processes, rank=rank, shuffle=True, drop_last=drop_last
-        )
+        super().__init__(dataset, batch_size, num_replicas=processes, rank=rank, shuffle=True, drop_last=drop_last)
         self.seed = seed
         per_step = batch_size * processes
         batches = len(dataset) // per_step if drop_last else math.ceil(len(dataset) / per_step)
@@ -194,21 +195,14 @@ class FinetuneTrainer(Trainer):
 
     def log(self, logs: Dict[str, float], **kwargs) -> None:
         if "loss" in logs:
-            tokens, seconds = (
-                int(self._tokens) * self.args.dataset_world_size,
-                time.time() - self._tokens_since,
-            )
+            tokens, seconds = (int(self._tokens) * self.args.dataset_world_size, time.time() - self._tokens_since)
             logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
             self._tokens, self._tokens_since = 0, time.time()
         if "train_runtime" in logs:
             # The stock rates take all planned steps for done in this session, which a resume or a signal
             # belies.
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
-            per_step = (
-                self.args.train_batch_size
-                * self.args.gradient_accumulation_steps
-                * self.args.dataset_world_size
-            )
+            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.dataset_world_size
             logs["train_samples_per_second"] = round(rate * per_step, 4)
             logs["train_steps_per_second"] = round(rate, 4)
         skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
@@ -264,15 +258,9 @@ class FinetuneTrainer(Trainer):
             if self.args.mm_projector_lr is not None:
                 for name, parameter in named:
                     if group_of(name) in _PROJECTOR_GROUPS:
-                        parameter.optimize_attr["learning_rate"] = (
-                            self.args.mm_projector_lr / self.args.learning_rate
-                        )
+                        parameter.optimize_attr["learning_rate"] = self.args.mm_projector_lr / self.args.learning_rate
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            clip = (
-                paddle.nn.ClipGradByGlobalNorm(self.args.max_grad_norm)
-                if self.args.max_grad_norm > 0
-                else None
-            )
+            clip = paddle.nn.ClipGradByGlobalNorm(self.args.max_grad_norm) if self.args.max_grad_norm > 0 else None
             self.optimizer = optimizer_class(
                 learning_rate=lr_scheduler if lr_scheduler is not None else self.lr_scheduler,
                 apply_decay_param_fun=lambda name: name in decayed,
@@ -419,9 +407,7 @@ class FinetuneTrainer(Trainer):
             if state["global_step"] >= self.planned_steps():
                 logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
                 self.load_weights(resume_from_checkpoint)
-                self.state = TrainerState.load_from_json(
-                    os.path.join(resume_from_checkpoint, "trainer_state.json")
-                )
+                self.state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
                 return {"train_loss": state["loss_sum"] / state["global_step"], "epoch": self.state.epoch}
         try:
             # The optimizer's states get running names too (see prepare).
@@ -459,9 +445,7 @@ class _Bookkeeping(TrainerCallback):
         self.trainer._total_loss_scalar += self.trainer._resumed_loss
         self.trainer._resumed_loss = 0.0
         epoch, step = divmod(state.global_step, self._steps_per_epoch(args))
-        self.trainer.sampler.start_at(
-            epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps
-        )
+        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / self._steps_per_epoch(args)
@@ -507,12 +491,8 @@ def load_language_part(model, folder: str) -> None:
                 continue
             if name not in stored or tuple(reader.info(name).shape) != tuple(tensor.shape):
                 found = list(reader.info(name).shape) if name in stored else "missing"
-                raise WeightsError(
-                    f"text_model_name_or_path: {name} is {found} in {folder}, not {list(tensor.shape)}"
-                )
-            tensor.set_value(
-                np.ascontiguousarray(reader.read(name, str(tensor.dtype).replace("paddle.", "")))
-            )
+                raise WeightsError(f"text_model_name_or_path: {name} is {found} in {folder}, not {list(tensor.shape)}")
+            tensor.set_value(np.ascontiguousarray(reader.read(name, str(tensor.dtype).replace("paddle.", ""))))
 
 
 def add_neftune(model, alpha: float) -> None:
@@ -565,10 +545,7 @@ def choose_trainable(model, model_args: ModelArguments):
 
 
 def prepare(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    generate_args: GenerationArguments,
-    training: TrainingKeys,
+    model_args: ModelArguments, data_args: DataArguments, generate_args: GenerationArguments, training: TrainingKeys
 ) -> Tuple[FinetuneTrainer, Optional[str]]:
     """Everything up to the first step: (the trainer, the checkpoint to resume from or None)."""
     # One form of line for the whole run, without PaddleNLP's colours and debug lines.
@@ -633,10 +610,7 @@ def prepare(
 
 
 def finetune(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    generate_args: GenerationArguments,
-    training: TrainingKeys,
+    model_args: ModelArguments, data_args: DataArguments, generate_args: GenerationArguments, training: TrainingKeys
 ) -> Dict[str, float]:
     """One run, from the checked arguments to the saved result (SPEC §3: a LoRA checkpoint or a model folder).
 

@@ -43,9 +43,7 @@ def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) 
         compiled = re.compile(fnmatch.translate(pattern))
         matches = [name for name in names if compiled.match(name)]
         if not matches:
-            raise ConfigError(
-                f'{key}: "{pattern}" matches no parameter (names are like {names[0]} and {names[-1]})'
-            )
+            raise ConfigError(f'{key}: "{pattern}" matches no parameter (names are like {names[0]} and {names[-1]})')
         found.update(matches)
     return found
 

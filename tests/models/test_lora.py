@@ -17,10 +17,7 @@ TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
 
 def inputs():
     images = np.random.default_rng(0).normal(size=[1, 3, 56, 56]).astype("float32")
-    return {
-        "input_ids": paddle.to_tensor([prompt_ids(range(40, 60))]),
-        "images": paddle.to_tensor(images),
-    }
+    return {"input_ids": paddle.to_tensor([prompt_ids(range(40, 60))]), "images": paddle.to_tensor(images)}
 
 
 def logits(model):

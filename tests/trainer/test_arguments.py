@@ -74,8 +74,7 @@ def test_every_config_file_uses_known_keys_of_the_right_kind(root):
 
 
 @pytest.mark.parametrize(
-    "wrong, right",
-    [("disabe_tqdm", "disable_tqdm"), ("lora_rnak", "lora_rank"), ("Learning_Rate", "learning_rate")],
+    "wrong, right", [("disabe_tqdm", "disable_tqdm"), ("lora_rnak", "lora_rank"), ("Learning_Rate", "learning_rate")]
 )
 def test_unknown_key_names_the_nearest(parse, wrong, right):
     with pytest.raises(ConfigError, match=f'config.json: unknown key "{wrong}"; did you mean "{right}"'):
@@ -143,9 +142,7 @@ def test_refused_keys_may_stand_with_the_value_that_leaves_them_off(parse):
 
 
 def test_printed_names_that_are_no_settings_say_what_decides(parse):
-    with pytest.raises(
-        ConfigError, match="train_batch_size is not a setting here: .*per_device_train_batch_size"
-    ):
+    with pytest.raises(ConfigError, match="train_batch_size is not a setting here: .*per_device_train_batch_size"):
         parse({"train_batch_size": 4})
     assert not set(arguments.NOT_SETTINGS) & set(arguments.known_keys())
 
@@ -160,14 +157,10 @@ def test_command_line_wins_over_the_file_and_stands_alone(base, parse):
 
 
 def test_forms_of_values_on_the_command_line(parse):
-    parsed = parse(
-        {}, "--freeze_include", "*visual*", "*lm_head*", "--lora", "--max_steps", "-1", "--fp16", "no"
-    )
+    parsed = parse({}, "--freeze_include", "*visual*", "*lm_head*", "--lora", "--max_steps", "-1", "--fp16", "no")
     assert parsed.model.freeze_include == ["*visual*", "*lm_head*"] and parsed.model.lora is True
     assert parsed.training.max_steps == -1 and parsed.training.fp16 is False
-    parsed = parse(
-        {"freeze_include": ["a*"]}, "--freeze_include", '["x*", "y*"]', "--save_total_limit", "null"
-    )
+    parsed = parse({"freeze_include": ["a*"]}, "--freeze_include", '["x*", "y*"]', "--save_total_limit", "null")
     assert parsed.model.freeze_include == ["x*", "y*"] and parsed.training.save_total_limit is None
     assert parse({"freeze_include": "*visual*"}).model.freeze_include == ["*visual*"]
     assert parse({}, "--freeze_include", "null").model.freeze_include is None

@@ -98,12 +98,7 @@ def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
 
 def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
     make(tmp_path, 4)
-    for name in (
-        "train_results.json",
-        "lora_model_state.pdparams",
-        "model_state-00001-of-00002.pdparams",
-        "notes",
-    ):
+    for name in ("train_results.json", "lora_model_state.pdparams", "model_state-00001-of-00002.pdparams", "notes"):
         (tmp_path / name).write_text("x")
     (tmp_path / "runs").mkdir()
     with pytest.raises(ConfigError, match="set overwrite_output_dir=true or another output_dir"):

@@ -22,9 +22,7 @@ from paddlemix.utils.errors import ConfigError, JobFailed, UserError, WeightsErr
 from tests.helpers import make_tiny_model, save_tiny_model
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
-POOL = [
-    "visual.attn_pool." + name for name in ("query", "kv_proj.weight", "attn.in_proj_weight", "ln_q.bias")
-]
+POOL = ["visual.attn_pool." + name for name in ("query", "kv_proj.weight", "attn.in_proj_weight", "ln_q.bias")]
 
 
 def square(colour) -> str:
@@ -134,9 +132,7 @@ def test_the_right_tensors_change_and_no_others(run_keys, keys, trains):
 
 def test_counts_are_printed_per_group_and_in_the_notebooks_line(run_keys, log):
     start(run_keys(**LORA_POOL))
-    assert (
-        "|| Trainable parameters:" in log.text and "Freeze parameters: ['*visual*'] and exclude" in log.text
-    )
+    assert "|| Trainable parameters:" in log.text and "Freeze parameters: ['*visual*'] and exclude" in log.text
     lines = [record.message for record in log.records if ":" not in record.message]
     rows = [line.split() for line in lines if line.startswith(("vit ", "lora "))]
     assert rows[0][0] == "vit" and rows[0][2] == "0"
@@ -154,9 +150,7 @@ def test_mm_projector_lr_is_the_connectors_own_rate(run_keys):
     before = {name: tensor.numpy().copy() for name, tensor in state.items()}
     trainer.train()
     same = {name for name, tensor in state.items() if np.abs(tensor.numpy() - before[name]).max() < 1e-20}
-    assert same == {
-        name for name in state if name.startswith("visual.") and not name.startswith("visual.vit.")
-    }
+    assert same == {name for name in state if name.startswith("visual.") and not name.startswith("visual.vit.")}
 
 
 def test_weight_decay_spares_vectors(run_keys):
@@ -299,6 +293,22 @@ def test_best_model_is_loaded_at_the_end(run_keys, tmp_path):
     assert all(np.array_equal(final[name], expected[name]) for name in expected)
 
 
+def test_merged_folder_gives_the_adapters_logits(run_keys, world, tmp_path):
+    from paddlemix.checkpoint.lora_merge import merge
+
+    run(run_keys(**LORA_POOL, learning_rate=1e-2))
+    merge(world[0], str(tmp_path / "out"), str(tmp_path / "merged"))
+    merged = AutoModelMIX.from_pretrained(str(tmp_path / "merged"))
+    adapted = load_lora(AutoModelMIX.from_pretrained(world[0]), str(tmp_path / "out"))
+    base = AutoModelMIX.from_pretrained(world[0])
+    sample = start(run_keys(do_train=False, do_eval=True)).eval_dataset[0]
+    batch = {"input_ids": sample["input_ids"][None], "images": sample["images"]}
+    batch = {name: paddle.to_tensor(array) for name, array in batch.items()}
+    expected = adapted(**batch).logits.numpy()
+    np.testing.assert_allclose(merged(**batch).logits.numpy(), expected, atol=2e-4)
+    assert np.abs(base(**batch).logits.numpy() - expected).max() > 0.05
+
+
 # ---- logs
 
 
@@ -307,12 +317,7 @@ def test_log_has_the_notebooks_blocks_and_lines(run_keys, log):
     text = log.text
     for title in ("Model", "Data", "Generation", "Training"):
         assert f"{title} Configuration Arguments".center(40) in text
-    for line in (
-        "lora_rank                     : 64",
-        "max_length                    : 2048",
-        "top_p   ",
-        "seed   ",
-    ):
+    for line in ("lora_rank                     : 64", "max_length                    : 2048", "top_p   ", "seed   "):
         assert line in text
     lines = [record.message for record in log.records if record.message.startswith("loss: ")]
     assert len(lines) == 2
@@ -342,9 +347,7 @@ def test_do_eval_means_once_at_the_end_without_a_strategy(run_keys, log, tmp_pat
     metrics = run(run_keys(do_eval=True, max_steps=3))
     assert sum("eval_loss" in record.message for record in log.records) == 1
     assert metrics["eval_loss"] > 0
-    assert (
-        json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
-    )
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
 
 
 def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path):
@@ -369,6 +372,21 @@ def test_data_without_a_good_sample_ends_the_run_in_words(run_keys, tmp_path, wo
     keys = run_keys(dataset={"train": [{"data_files": data}]}, dataloader_num_workers=workers)
     with pytest.raises(UserError, match="no good sample"):
         run(keys)
+
+
+def test_recompute_changes_nothing_but_memory(run_keys, tmp_path):
+    weights = []
+    for recompute in (False, True):
+        out = tmp_path / str(recompute)
+        run(run_keys(**LORA_POOL, recompute=recompute, output_dir=str(out), save_strategy="no"))
+        weights.append(final_weights(out))
+    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+
+
+def test_progress_bar_and_no_reports(run_keys, tmp_path, capsys):
+    run(run_keys(disable_tqdm=False, report_to=["none"], **LORA))
+    assert "training: " in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 # ---- resuming

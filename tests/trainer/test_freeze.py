@@ -52,8 +52,7 @@ def test_summary_has_the_notebooks_form(shapes_7b):
     plan = freeze.plan_freeze(list(shapes_7b), ["*visual*"], lora=True)
     line = freeze.summary_line(counts(shapes_7b, plan, adapter_shapes(shapes_7b, TARGETS, 64)))
     assert line == (
-        "Frozen parameters: 9.66e+09 || Trainable parameters:1.12e+08 || "
-        "Total parameters:9.77e+09|| Trainable:1.15%"
+        "Frozen parameters: 9.66e+09 || Trainable parameters:1.12e+08 || Total parameters:9.77e+09|| Trainable:1.15%"
     )
 
 
@@ -87,9 +86,7 @@ def test_without_patterns_everything_but_the_constant_trains():
 def test_with_lora_only_what_is_excluded_from_the_freeze_trains_whole():
     assert freeze.plan_freeze(NAMES, lora=True).trainable == []
     assert freeze.plan_freeze(NAMES, ["*visual*"], lora=True).trainable == []
-    assert freeze.plan_freeze(NAMES, ["*visual*"], ["*attn_pool*"], lora=True).trainable == [
-        "visual.attn_pool.query"
-    ]
+    assert freeze.plan_freeze(NAMES, ["*visual*"], ["*attn_pool*"], lora=True).trainable == ["visual.attn_pool.query"]
 
 
 def test_the_constant_never_trains():
