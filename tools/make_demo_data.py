@@ -1,6 +1,6 @@
 """Draw ad-like images whose captions are true of them, as TSV files that the rest of the project reads.
 
-    python tools/make_demo_data.py OUT_DIR [--pretrain 3000] [--tune 1500] [--held_out 200] [--seed 7]
+    python tools/make_demo_data.py OUT_DIR [--pretrain 5000] [--tune 1500] [--held_out 200] [--seed 7]
 
 Each image shows one product in one colour at one side of a patterned background, a price tag, and a slogan in
 Chinese. What is drawn is an `Ad`; both caption styles name every attribute of it, and `parse_caption` reads
@@ -248,8 +248,8 @@ _OVERSAMPLE = 2
 def _paint_background(draw, side: int, ad: Ad, rng: random.Random) -> None:
     color = _vary(BACKGROUND_COLORS[ad.background], rng)
     draw.rectangle([0, 0, side, side], fill=color)
-    pattern_color = _shade(color, 0.84)
-    step = side * rng.uniform(0.13, 0.16)
+    pattern_color = _shade(color, 0.8)
+    step = side * rng.uniform(0.2, 0.23)
     start = rng.uniform(0, step)
     if ad.pattern == "条纹":
         lean = rng.choice((-1, 1)) * side * rng.uniform(0.3, 0.5)
@@ -307,10 +307,10 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
     # The tag hangs in a corner away from the product, and from the slogan.
     tag_x = 0.2 if ad.side == "右侧" else 0.8
     tag_y = 0.82 if ad.slogan_place == "上方" else 0.18
-    radius = 0.17 * side
+    radius = 0.18 * side
     tag = (side * (tag_x + rng.uniform(-0.01, 0.01)), side * (tag_y + rng.uniform(-0.01, 0.01)))
     draw.polygon(_burst(tag[0], tag[1], radius), fill=rng.choice(((255, 236, 60), (255, 255, 255))), outline=(90, 0, 0))
-    draw.text(tag, ad.price, font=_load_font(font, int(0.2 * side)), fill=(190, 0, 0), anchor="mm")
+    draw.text(tag, ad.price, font=_load_font(font, int(0.21 * side)), fill=(190, 0, 0), anchor="mm")
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -439,7 +439,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("out_dir", help="folder that the TSV files are written to")
-    parser.add_argument("--pretrain", type=int, default=3000, help="rows with captions in the plain style")
+    parser.add_argument("--pretrain", type=int, default=5000, help="rows with captions in the plain style")
     parser.add_argument("--tune", type=int, default=1500, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=int, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)

@@ -27,14 +27,18 @@ from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 
 # Initial values that a large pretrained model does not need, but that decide here whether training on a CPU
-# takes minutes or hours. With the defaults, attention starts out as an average over all patches, and the
-# position of a patch is a tenth of its content: the model learns colours at once and where or what something
-# is only after thousands of steps (measured: left/middle/right still at chance after 900 steps, known after
-# 600 with these).
+# takes minutes or hours. With the defaults every query of attn_pool starts out with the average over all
+# patches, and the position of a patch is a tenth of its content: colours are learned at once, but where or what
+# something is only after thousands of steps (measured: left/middle/right still at chance after 900 steps of 16).
 POSITION_STD = 1.0
-QUERY_STD = 1.0
-SHARPNESS = 2.0  # on the query and key projections of the ViT and of attn_pool
 LANGUAGE_STD = 0.08
+# On the query and key projections of the ViT.
+SHARPNESS = 2.0
+# attn_pool starts as a soft copy: the query and key projections are this multiple of the identity, and content
+# is made small beside the position table, so that each query looks mostly at the patch in its own place.
+POOL_SHARPNESS = 4.0
+POOL_CONTENT = 0.1
+POOL_QUERY = 0.05
 
 
 def train_vocabulary(texts: Iterable[str], merges: int) -> List[bytes]:
@@ -146,24 +150,26 @@ def make_config(args: argparse.Namespace, ranks: int):
 
 def prepare_vision(visual) -> None:
     """Set the initial values that the constants above speak of."""
+    import numpy as np
     import paddle
 
-    def randomize(parameter, std: float) -> None:
-        parameter.set_value(paddle.normal(0.0, std, parameter.shape))
-
-    randomize(visual.vit.positional_embedding, POSITION_STD)
-    randomize(visual.attn_pool.query, QUERY_STD)
+    positions = visual.vit.positional_embedding
+    positions.set_value(paddle.normal(0.0, POSITION_STD, positions.shape))
     for block in visual.vit.transformer.resblocks:
         weight = block.attn.in_proj.weight
-        width = weight.shape[0]
         # [head][q, k, v][head width]
-        parts = weight.reshape([width, block.attn.heads, 3, -1]).numpy()
+        parts = weight.reshape([weight.shape[0], block.attn.heads, 3, -1]).numpy()
         parts[:, :, :2] *= SHARPNESS
         weight.set_value(parts.reshape(weight.shape))
-    weight = visual.attn_pool.attn.in_proj_weight
-    parts = weight.numpy()
-    parts[:, : 2 * weight.shape[0]] *= SHARPNESS
-    weight.set_value(parts)
+    pool = visual.attn_pool
+    dim = pool.query.shape[1]
+    # [q; k; v] blocks
+    parts = pool.attn.in_proj_weight.numpy()
+    parts[:, :dim] = parts[:, dim : 2 * dim] = POOL_SHARPNESS * np.eye(dim)
+    parts[:, 2 * dim :] /= POOL_CONTENT
+    pool.attn.in_proj_weight.set_value(parts)
+    pool.ln_q.weight.set_value(np.full(dim, POOL_QUERY, np.float32))
+    pool.ln_kv.weight.set_value(np.full(dim, POOL_CONTENT, np.float32))
 
 
 def make_model(out: str, captions: List[str], args: argparse.Namespace):
@@ -222,11 +228,11 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     parser.add_argument("--seed", type=int, default=7)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--image_size", type=int, default=84)
-    sizes.add_argument("--patch_size", type=int, default=14)
+    sizes.add_argument("--patch_size", type=int, default=21)
     sizes.add_argument("--vit_width", type=int, default=96)
     sizes.add_argument("--vit_layers", type=int, default=2)
     sizes.add_argument("--vit_heads", type=int, default=4)
-    sizes.add_argument("--n_queries", type=int, default=16, help="a square")
+    sizes.add_argument("--n_queries", type=int, default=16, help="a square; best the number of patches")
     sizes.add_argument("--hidden", type=int, default=128, help="a multiple of 128")
     sizes.add_argument("--layers", type=int, default=2)
     sizes.add_argument("--heads", type=int, default=4)
