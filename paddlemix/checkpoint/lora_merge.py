@@ -12,6 +12,7 @@ stored in.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -156,22 +157,44 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
     return [name for name in base.keys() if name in pairs], replaced
 
 
+class Scratch:
+    """Memory that is used again for one tensor after the other: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: Dict[str, np.ndarray] = {}
+
+    def array(self, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
+        """An array of any content. It is valid until the next one of this dtype is asked for."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.size < size:
+            # The old one goes first, so that both are never there at once.
+            self._buffers.pop(dtype, None)
+            buffer = self._buffers[dtype] = np.empty(size, NUMPY_TYPES[dtype])
+        return buffer[:size].reshape(shape)
+
+
 def merged_weight(
-    weight: np.ndarray, dtype: str, a: np.ndarray, b: np.ndarray, scaling: float, to: str
+    weight: np.ndarray,
+    dtype: str,
+    a: np.ndarray,
+    b: np.ndarray,
+    scaling: float,
+    to: str,
+    scratch: Optional[Scratch] = None,
 ) -> np.ndarray:
     """W + scaling · A @ B, in float32, stored as `to`.
 
-    weight: [in, out] as stored in `dtype`. a: [in, r], b: [r, out], float32. Returns [in, out].
+    weight: [in, out] as stored in `dtype`. a: [in, r], b: [r, out], float32. Returns [in, out], in memory of
+    `scratch` if that is given.
 
     Raises:
         WeightsError: a value does not fit `to`.
     """
-    delta = a @ b
+    scratch = scratch or Scratch()
+    delta = np.matmul(a, b, out=scratch.array("float32", weight.shape))
     delta *= np.float32(scaling)
-    if to == "float32":
-        out = delta
-    else:
-        out = np.empty(delta.shape, NUMPY_TYPES[to])
+    out = delta if to == "float32" else scratch.array(to, weight.shape)
     for start in range(0, len(delta), _ROWS):
         rows = slice(start, start + _ROWS)
         delta[rows] += convert_dtype(weight[rows], dtype, "float32")
@@ -217,11 +240,12 @@ def merge(
         total = 0
         items = []
         adapted, whole = set(merged), set(replaced)
+        scratch = Scratch()
         for name in base.keys():
             info = base.info(name)
             to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
             if name in adapted:
-                read = _adapted(base, lora, name, scaling, to)
+                read = _adapted(base, lora, name, scaling, to, scratch)
             elif name in whole:
                 read = _replacement(lora, name, to)
             elif to == info.dtype:
@@ -252,7 +276,7 @@ def merge(
 
 
 def _adapted(
-    base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str
+    base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str, scratch: Scratch
 ) -> Callable[[], np.ndarray]:
     module = name[: -len(".weight")]
 
@@ -261,7 +285,7 @@ def _adapted(
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
         try:
-            return merged_weight(base.read(name), base.info(name).dtype, a, b, scaling, to)
+            return merged_weight(base.read(name), base.info(name).dtype, a, b, scaling, to, scratch)
         except WeightsError as error:
             raise WeightsError(f"{name} with its adapter: {error}") from None
 
