@@ -183,7 +183,7 @@ value = st.recursive(
 record = st.dictionaries(st.text(max_size=4), value, min_size=1, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(record, min_size=1, max_size=5), st.sampled_from(sorted(LAYOUTS)), st.integers(1, 40))
 @example([{"a": [{}]}, {"b": [{"c": "\\"}]}], "one line", 1)
 def test_any_records_in_any_layout(tmp_path_factory, records, layout, block):

@@ -213,7 +213,7 @@ def test_clean_caption(text, cleaned):
     assert clean_caption(cleaned) == cleaned
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("，。、；,;:!? \t字a…—"), max_size=12))
 def test_clean_leaves_nothing_to_clean(text):
     cleaned = clean_caption(text)
@@ -268,10 +268,10 @@ def test_verify_looks_behind_a_long_header():
 def test_a_decoder_that_dies_costs_its_image_alone(run, monkeypatch):
     """os.abort in place of a decoder's crash; the same worker has other rows, too."""
     monkeypatch.setattr(labels, "_decode_task", _die_on_marked)
-    lines = [row(n, image=base64.b64encode(b"die" if n in (5, 33) else b"ok").decode()) for n in range(40)]
-    train, _, rejected, _ = run(lines, val_every=0, verify="decode", workers=2)
-    assert rejected == [("6", "ad5", labels.DECODER_DIED), ("34", "ad33", labels.DECODER_DIED)]
-    assert len(train) == 38
+    lines = [row(n, image=base64.b64encode(b"die" if n == 19 else b"ok").decode()) for n in range(22)]
+    train, _, rejected, _ = run(lines, val_every=0, verify="decode", workers=1)
+    assert rejected == [("20", "ad19", labels.DECODER_DIED)]
+    assert len(train) == 21
 
 
 def _die_on_marked(path, places):

@@ -145,7 +145,7 @@ def test_missing_files_and_folders(tmp_path):
 field = st.text(st.characters(blacklist_characters="\t\n\r", blacklist_categories=("Cs",)), max_size=20)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(field, st.binary(min_size=1, max_size=80), field.filter(str.strip), st.booleans()), max_size=8),
     st.sampled_from([b"\n", b"\r\n"]),
@@ -166,7 +166,7 @@ def test_what_is_written_is_read(tmp_path_factory, written, line_end):
     assert [b"\t".join([row.id.encode(), bytes(row.image), row.caption.encode()]) for row in rows] == lines
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.sampled_from([b"\t", b"\n", b"\r", b" ", b"a", b"\xff", b"\xef\xbb\xbf", JPEG, b"=", b"\0"]), max_size=40
