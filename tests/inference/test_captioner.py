@@ -253,5 +253,37 @@ def test_batch_size_of_the_7b_on_a_32_gb_card():
     assert 12 <= choose_batch_size(config, 288, 512, "float16", 12 * 10**9) <= 24
 
 
-def test_free_memory_of_this_machine(monkeypatch):
+def test_free_memory_of_this_machine():
     assert 0 < free_memory("cpu") < 1 << 50
+
+
+def test_free_memory_heeds_the_container(monkeypatch):
+    import builtins
+    import io
+
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 1000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "600000000\n",
+        "/sys/fs/cgroup/memory.current": "200000000\n",
+    }
+
+    def fake_open(path, *args):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(builtins, "open", fake_open)
+    assert free_memory("cpu") == 200_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory("cpu") == 512_000_000
+
+
+def test_free_memory_of_a_card(monkeypatch):
+    import paddle
+
+    card = SimpleNamespace(total_memory=32_000_000_000)
+    asked = []
+    monkeypatch.setattr(paddle.device.cuda, "get_device_properties", lambda n: asked.append(n) or card)
+    monkeypatch.setattr(paddle.device.cuda, "memory_allocated", lambda n: 20_000_000_000)
+    assert free_memory("gpu:1") == pytest.approx(10.8e9)
+    assert asked == [1]

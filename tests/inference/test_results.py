@@ -189,6 +189,36 @@ def test_a_full_disk_keeps_the_lines_and_says_so(tmp_path, monkeypatch):
     assert out.read_text("utf-8") == WHOLE
 
 
+@pytest.mark.parametrize("code, allowed", [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_disk_without_locks(tmp_path, monkeypatch, code, allowed):
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(results.fcntl, "flock", flock)
+    if allowed:
+        write(tmp_path / "results.txt", LINES)
+        assert (tmp_path / "results.txt").read_text("utf-8") == WHOLE
+    else:
+        with pytest.raises(UserError, match="cannot lock"):
+            ResultsWriter(str(tmp_path / "results.txt"), RUN)
+
+
+@pytest.mark.parametrize("broken", [b"c\td\n", b"\xff\td\t\n"])
+def test_a_journal_broken_from_outside_is_noticed(tmp_path, broken):
+    out = tmp_path / "results.txt"
+    with ResultsWriter(str(out), RUN) as writer:
+        writer.write("a", "b")
+        writer.flush()
+        with open(str(out) + ".partial", "ab") as journal:
+            journal.write(broken)
+        with pytest.raises(JobFailed, match="line 3 is broken"):
+            writer.finish(1)
+    assert not out.exists()
+    # The same command mends it: the broken line goes.
+    write(out, [("a", "b")])
+    assert out.read_text() == "a\tb\n"
+
+
 def test_lines_reach_the_disk_now_and_then(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(results.os, "fsync", synced.append)
