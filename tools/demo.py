@@ -3,17 +3,20 @@
     python tools/demo.py [--out demo]
 
 Each stage is a command of the project, run as a user would run it; its output goes to OUT/logs. A stage that
-has finished is not run again, unless its command or a stage before it has changed. At the end stand a table
-(the model before and after tuning, and the tuned one on blank images) and a few captions; both are also in
-OUT/results.txt. Exit status 1 when the tuned model stays below the target.
+has finished is not run again, unless its command, script or configuration or a stage before it has changed. At
+the end stand a table (the model before and after tuning, and the tuned one on blank images) and a few
+captions; both are also in OUT/results.txt. Exit status 1 when the tuned model stays below the target.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,11 +32,13 @@ from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 
-# A line of a running stage is shown at most this often.
+# How a running stage gets on is shown at most this often: its last line with a loss or a rate.
 ECHO_SECONDS = 5.0
+_TELLING = re.compile(r"(?:\[.*\] - )?(.*(?:loss: \d|\d/s\]|%\|).*)")
 WIDTH = 110
 # How many rows are shown with all their captions.
 SHOWN = 4
+CAPTION_SCORES = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
 
 
 class Stage(NamedTuple):
@@ -126,6 +131,16 @@ def _record_path(out: str, stage: Stage) -> str:
     return os.path.join(out, "logs", f"{stage.name}.json")
 
 
+def fingerprint(stage: Stage) -> str:
+    """Changes with the command, the script that it runs, and the configuration that it names."""
+    digest = hashlib.sha256(json.dumps(stage.command).encode())
+    for word in stage.command:
+        if word.endswith((".py", ".sh", ".json")) and os.path.isfile(os.path.join(ROOT, word)):
+            with open(os.path.join(ROOT, word), "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
 def finished(out: str, stage: Stage) -> Optional[float]:
     """Seconds that this very stage took when it finished earlier, or None."""
     try:
@@ -133,7 +148,7 @@ def finished(out: str, stage: Stage) -> Optional[float]:
             record = json.load(file)
     except (OSError, ValueError):
         return None
-    return record["seconds"] if record.get("command") == stage.command else None
+    return record["seconds"] if record.get("fingerprint") == fingerprint(stage) else None
 
 
 def run_stage(out: str, stage: Stage) -> float:
@@ -145,9 +160,6 @@ def run_stage(out: str, stage: Stage) -> float:
     log_path = os.path.join(out, "logs", f"{stage.name}.log")
     start = echoed = time.monotonic()
     last: collections.deque = collections.deque(maxlen=15)
-    # A stage's own records must not survive it: a run that is killed here has not finished.
-    if os.path.exists(_record_path(out, stage)):
-        os.unlink(_record_path(out, stage))
     environment = dict(os.environ, PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1")
     with open(log_path, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -163,9 +175,10 @@ def run_stage(out: str, stage: Stage) -> float:
             for line in process.stdout:
                 log.write(line)
                 last.append(line)
-                if time.monotonic() - echoed > ECHO_SECONDS and line.strip():
+                telling = _TELLING.match(line)
+                if telling and time.monotonic() - echoed > ECHO_SECONDS:
                     echoed = time.monotonic()
-                    print(f"      {line.strip()[:WIDTH]}", flush=True)
+                    print(f"      {telling.group(1)[:WIDTH]}", flush=True)
             status = process.wait()
         except BaseException:
             process.terminate()
@@ -176,7 +189,7 @@ def run_stage(out: str, stage: Stage) -> float:
         sys.stderr.writelines(last)
         raise JobFailed(f"stage {stage.name} ended with status {status}; its whole output is in {log_path}")
     with atomic_write(_record_path(out, stage)) as file:
-        json.dump({"command": stage.command, "seconds": seconds}, file, ensure_ascii=False)
+        json.dump({"fingerprint": fingerprint(stage), "seconds": seconds}, file)
     return seconds
 
 
@@ -191,6 +204,10 @@ def run_all(args: argparse.Namespace) -> Dict[str, float]:
         done = finished(args.out, stage) if earlier_holds else None
         if done is None:
             earlier_holds = False
+            # Whatever stands behind this stage was made from an older one. (Also if this run is killed now.)
+            for stale in stages[number - 1 :]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_record_path(args.out, stale))
             print(f"      $ {' '.join(map(shlex.quote, stage.command))}"[: 3 * WIDTH], flush=True)
             seconds[stage.name] = run_stage(args.out, stage)
             print(f"      {seconds[stage.name]:.1f} s", flush=True)
@@ -232,7 +249,7 @@ def evaluate(out: str) -> Dict[str, Dict[str, float]]:
             "attribute accuracy": attributes.mean,
             **{f"  {attribute}": value for attribute, value in attributes.attributes.items()},
             "all attributes right": attributes.all_right,
-            **{metric: scored.corpus[metric] for metric in ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")},
+            **{metric: scored.corpus[metric] for metric in CAPTION_SCORES},
         }
     return scores
 
@@ -244,9 +261,8 @@ def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, flo
     lines = [f"{len(references)} held-out ads, captions tokenized by character", ""]
     lines.append(_pad("", 24) + "".join(f"{title:>22}" for title in columns.values()))
     for name in scores["base"]:
-        percent = not name.isupper() and name not in ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
-        cells = [scores[column][name] for column in columns]
-        lines.append(_pad(name, 24) + "".join(f"{c:>22.1%}" if percent else f"{c:>22.3f}" for c in cells))
+        form = ">22.3f" if name in CAPTION_SCORES else ">22.1%"
+        lines.append(_pad(name, 24) + "".join(format(scores[column][name], form) for column in columns))
     lines.append("")
     captions = {name: read_results(os.path.join(out, f"{name}.txt")) for name in columns}
     for key in list(references)[:SHOWN]:
@@ -282,7 +298,8 @@ def main() -> int:
     if min(args.pretrain_rows, args.tune_rows, args.held_out_rows) < 2:
         raise UserError("each part needs at least two rows")
     # The stages run from the top folder, wherever this was called.
-    args.out = os.path.relpath(os.path.abspath(args.out), ROOT)
+    inside = os.path.relpath(os.path.abspath(args.out), ROOT)
+    args.out = os.path.abspath(args.out) if inside.startswith(os.pardir) else inside
     os.chdir(ROOT)
     if args.restart and os.path.isdir(os.path.join(args.out, "logs")):
         shutil.rmtree(os.path.join(args.out, "logs"))

@@ -39,6 +39,8 @@ def test_resolve_here():
 
     assert runtime.resolve_device("cpu") == ("cpu", None)
     assert runtime.resolve_dtype("bfloat16", "cpu").value == "float32"
+    if "FLAGS_use_stride_kernel" not in os.environ:
+        assert paddle.get_flags("FLAGS_use_stride_kernel") == {"FLAGS_use_stride_kernel": False}
     if not paddle.is_compiled_with_cuda():
         choice = runtime.resolve_device("gpu")
         assert choice.value == "cpu" and "no CUDA" in choice.reason

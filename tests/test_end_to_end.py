@@ -1,0 +1,121 @@
+"""The whole pipeline at a tiny scale, as a user runs it: tools/demo.py with few rows and steps. About a minute.
+
+Run: pytest tests/test_end_to_end.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def demo(root, tmp_path_factory):
+    """A finished run: its folder, a function that runs it again, and what the first run printed."""
+    out = tmp_path_factory.mktemp("demo run") / "out"
+    command = [sys.executable, str(root / "tools" / "demo.py"), "--out", str(out), "--target", "0"]
+    command += ["--pretrain_rows", "48", "--tune_rows", "24", "--held_out_rows", "5"]
+    command += ["--pretrain_steps", "40", "--tune_steps", "5"]
+
+    def run(*more):
+        return subprocess.run(command + list(more), capture_output=True, encoding="utf-8", cwd=out.parent)
+
+    done = run()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return out, run, done.stdout
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_every_row_gets_a_caption_in_order(demo):
+    out, _, _ = demo
+    ids = [line.split("\t")[0] for line in lines(out / "data" / "held_out.tsv")]
+    assert len(ids) == 5
+    for name in ("base", "tuned", "blank"):
+        rows = [line.split("\t") for line in lines(out / f"{name}.txt")]
+        assert [row[0] for row in rows] == ids
+        assert all(len(row) == 2 and row[1] for row in rows)
+    # All blank images are the same one, so their captions are.
+    assert len({line.split("\t")[1] for line in lines(out / "blank.txt")}) == 1
+
+
+def test_counts_of_the_conversion(demo):
+    out, _, _ = demo
+    for folder, train, val in (("pretrain", 45, 3), ("tune", 22, 2)):
+        for name, count in (("train", train), ("val", val)):
+            with open(out / folder / f"{name}.json", encoding="utf-8") as file:
+                assert len(json.load(file)) == count
+
+
+def test_training_lowers_the_loss(demo):
+    out, _, _ = demo
+    losses = {}
+    for name in ("pretrain", "tune"):
+        log = (out / "logs" / f"{name}.log").read_text(encoding="utf-8")
+        for title in ("Model", "Data", "Training"):
+            assert f"{title} Configuration Arguments" in log
+        losses[name] = float(re.findall(r"eval_loss: ([\d.]+)", log)[-1])
+    # Ids drawn evenly would cost log(768) = 6.6.
+    assert losses["pretrain"] < 5
+
+
+def test_what_was_tuned_and_merged(demo):
+    from paddlemix.checkpoint import open_weights
+
+    out, _, _ = demo
+    assert (out / "lora" / "lora_config.json").is_file()
+    with open_weights(str(out / "pretrained")) as base, open_weights(str(out / "merged")) as merged:
+        assert sorted(base.keys()) == sorted(merged.keys())
+        changed = {key for key in base.keys() if (base.read(key) != merged.read(key)).any()}
+    assert any("attn.c_attn" in key for key in changed)
+    assert any(key.startswith("visual.attn_pool.") for key in changed)
+    # Frozen: the ViT. Without adapters: embeddings and lm_head.
+    assert not any(key.startswith("visual.vit.") for key in changed)
+    assert not {"lm_head.weight", "transformer.llm.wte.weight"} & changed
+
+
+def test_the_table_and_the_results_file(demo):
+    out, _, printed = demo
+    text = (out / "results.txt").read_text(encoding="utf-8")
+    assert printed.endswith(text)
+    for words in ("attribute accuracy", "all attributes right", "CIDEr", "tuned, blank images", "reference", "in all:"):
+        assert words in text
+    scores = json.loads((out / "results.json").read_text(encoding="utf-8"))["scores"]
+    assert set(scores) == {"base", "tuned", "blank"}
+    for values in scores.values():
+        assert 0 <= values["attribute accuracy"] <= 1 and values["CIDEr"] >= 0
+
+
+def test_finished_stages_are_not_run_again(demo):
+    out, run, _ = demo
+    merged = os.stat(out / "merged" / "config.json").st_mtime_ns
+    (out / "logs" / "tuned.json").unlink()
+    (out / "blank.txt").unlink()
+    again = run()
+    assert again.returncode == 0, again.stderr
+    # The stage without a record, and the one behind it.
+    assert again.stdout.count("finished before") == 7
+    assert (out / "blank.txt").is_file()
+    assert os.stat(out / "merged" / "config.json").st_mtime_ns == merged
+
+
+def test_a_missed_target_is_a_failure(demo):
+    _, run, _ = demo
+    missed = run("--target", "1.01")
+    assert missed.returncode == 1
+    assert "MISSED" in missed.stdout
+
+
+def test_a_failing_stage_says_where_to_look(root, tmp_path):
+    command = [sys.executable, str(root / "tools" / "demo.py"), "--out", str(tmp_path / "out")]
+    failed = subprocess.run(command + ["--held_out_rows", "999999999"], capture_output=True, encoding="utf-8")
+    assert failed.returncode == 1
+    assert "different ads" in failed.stderr
+    assert "stage draw ended with status 2" in failed.stderr and "draw.log" in failed.stderr
