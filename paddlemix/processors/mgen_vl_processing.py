@@ -12,7 +12,6 @@ Shapes: T tokens, N images, S image side.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -58,7 +57,7 @@ class ChatTemplate(NamedTuple):
             raise ConfigError(f"the chat template {path} is not JSON: {error}") from None
         conversation = values.get("conversation") if isinstance(values, dict) else None
         if not isinstance(conversation, list) or len(conversation) != 2:
-            raise ConfigError(f'{path}: "conversation" must hold two templates, the user\'s and the assistant\'s')
+            raise ConfigError(f"{path}: \"conversation\" must hold two templates, the user's and the assistant's")
         parts = []
         for template, slot in zip(conversation, ("{{user}}", "{{bot}}")):
             if not isinstance(template, str) or template.count(slot) != 1:
@@ -89,11 +88,16 @@ def with_images(prompt: str, n_images: int) -> str:
 
 def _drop_image_data(text: str, n_queries: int) -> str:
     """Empty every `<img>…</img>` that holds more than a short name, so that base64 never reaches the tokenizer."""
-
-    def shorten(match):
-        return match.group(0) if len(match.group(1).encode("utf-8", "replace")) <= n_queries else "<img></img>"
-
-    return re.sub(r"<img>(.*?)</img>", shorten, text, flags=re.DOTALL) if "<img>" in text else text
+    kept, position = [], 0
+    while True:
+        start = text.find("<img>", position)
+        end = text.find("</img>", start) if start >= 0 else -1
+        if end < 0:
+            return "".join(kept) + text[position:]
+        name = text[start + 5 : end]
+        is_short = len(name.encode("utf-8", "replace")) <= n_queries
+        kept += [text[position : start + 5], name if is_short else "", "</img>"]
+        position = end + 6
 
 
 class _Piece:
@@ -117,30 +121,8 @@ class _Piece:
         return len(gone)
 
 
-def encode_example(
-    tokenizer,
-    conversations: Sequence[Sequence[str]],
-    n_images: int,
-    *,
-    template: Optional[ChatTemplate] = None,
-    max_length: int = 2048,
-    label_all_turn_markers: bool = True,
-) -> Dict[str, np.ndarray]:
-    """A conversation as a training sequence.
-
-    conversations: [[prompt, answer], …]. n_images: spans to hold; they are put in front of the first prompt unless
-    the prompts already have `<img>…</img>`. A sequence above max_length loses text from its end: the last answer
-    first, then earlier ones, then prompts; never a part of an image span.
-    label_all_turn_markers: learn `<|im_start|>`, `<|im_end|>` and the newline after it in every turn (label scheme b
-    of SPEC §3), not in the answers alone.
-
-    Returns:
-        {"input_ids": int64 [T], "labels": int64 [T]}, labels -100 where nothing is learned.
-
-    Raises:
-        ImageTagError: image tags that do not pair up. UserError: the spans are not n_images, a turn is no pair of
-        texts, or not even a sequence without text fits max_length.
-    """
+def _sequence(tokenizer, conversations, n_images, template, max_length, label_all_turn_markers) -> List[_Piece]:
+    """The pieces of a training sequence, at most max_length ids in all; see encode_example."""
     template = template or ChatTemplate.default()
     if not conversations or not all(
         len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in conversations
@@ -185,9 +167,49 @@ def encode_example(
     if surplus > 0:
         raise UserError(f"max_length {max_length} is too small: the image spans and turn markers alone need more")
 
+    return pieces
+
+
+def encode_example(
+    tokenizer,
+    conversations: Sequence[Sequence[str]],
+    n_images: int,
+    *,
+    template: Optional[ChatTemplate] = None,
+    max_length: int = 2048,
+    label_all_turn_markers: bool = True,
+) -> Dict[str, np.ndarray]:
+    """A conversation as a training sequence.
+
+    conversations: [[prompt, answer], …]. n_images: spans to hold; they are put in front of the first prompt unless
+    the prompts already have `<img>…</img>`. A sequence above max_length loses text from its end: the last answer
+    first, then earlier ones, then prompts; never a part of an image span.
+    label_all_turn_markers: learn `<|im_start|>`, `<|im_end|>` and the newline after it in every turn (label scheme b
+    of SPEC §3), not in the answers alone.
+
+    Returns:
+        {"input_ids": int64 [T], "labels": int64 [T]}, labels -100 where nothing is learned.
+
+    Raises:
+        ImageTagError: image tags that do not pair up. UserError: the spans are not n_images, a turn is no pair of
+        texts, or not even a sequence without text fits max_length.
+    """
+    pieces = _sequence(tokenizer, conversations, n_images, template, max_length, label_all_turn_markers)
     ids = np.array([i for piece in pieces for i in piece.ids], dtype=np.int64)
     learned = np.array([flag for piece in pieces for flag in piece.learned], dtype=bool)
     return {"input_ids": ids, "labels": np.where(learned, ids, IGNORE_INDEX)}
+
+
+def example_length(
+    tokenizer,
+    conversations: Sequence[Sequence[str]],
+    n_images: int,
+    *,
+    template: Optional[ChatTemplate] = None,
+    max_length: int = 2048,
+) -> int:
+    """How many ids encode_example gives for the same arguments; raises what it raises. For planning batches."""
+    return sum(len(piece.ids) for piece in _sequence(tokenizer, conversations, n_images, template, max_length, True))
 
 
 # ---- generation
@@ -250,7 +272,7 @@ class MGenVLProcessor:
         self.image_processor = image_processor
 
     def __call__(self, query, return_tensors="pd", allow_private_urls=False):
-        """query: parts as {"image": path, URL, base64 or bytes} and {"text": …}, or such a list's JSON-free text.
+        """query: a list of parts {"image": path, URL, base64 or bytes} and {"text": …}, or a text without images.
 
         Returns:
             {"input_ids": int64 [1, T], "attention_mask": int64 [1, T], "images": float32 [N, 3, S, S] or None}, as

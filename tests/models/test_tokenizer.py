@@ -2,7 +2,9 @@
 
 import base64
 import json
+import multiprocessing
 import pickle
+import time
 import unicodedata
 
 import pytest
@@ -86,6 +88,56 @@ def test_bytes_and_specials(small):
     assert small.text_to_ids("<|im_start|>a<|im_end|>") == [257, 97, 258]
     assert small.text_to_ids("<ref>a</ref>") == [256 + 208, 97, 256 + 209]
     assert (small.eod_id, small.im_start_id, small.img_start_id) == (256, 257, 256 + 214)
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory):
+    """The single bytes, 256 "ab", 257 "bc", 258 "abc", 259 " a", 260 the first two bytes of 图; specials from 261."""
+    path = write_byte_vocabulary(str(tmp_path_factory.mktemp("merging")))
+    with open(path, "ab") as file:
+        for rank, token in enumerate([b"ab", b"bc", b"abc", b" a", "图".encode()[:2]], 256):
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
+    return MGenVLTokenizer(path, n_queries=4)
+
+
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("abc", [258]),  # ab (256) comes before bc (257), then ab + c
+        ("bc", [257]),
+        ("abbc", [256, 257]),
+        ("a b", [97, 32, 98]),  # words are split before they are merged: " b" has no merge
+        (" abc", [32, 258]),  # ab (256) wins over " a" (259)
+        (" ac", [259, 99]),
+        ("ab1c", [256, 49, 99]),  # digits stand alone
+        ("a\nb", [97, 10, 98]),
+        ("图", [260, 0xBE]),
+        ("ab<|endoftext|>bc", [256, 261, 257]),
+        ("a<img>ab</img>bc", [97, 475, 97, 98, 477, 477, 476, 257]),  # a name is bytes, never merged
+    ],
+)
+def test_merges_by_hand(merging, text, ids):
+    assert len(merging) == 261 + 217
+    assert merging.text_to_ids(text) == ids
+    assert merging.decode(ids) == text
+
+
+def test_any_length_of_text(merging):
+    """tiktoken itself gives up on a million spaces."""
+    for text in (" " * 1_200_000 + "abc", "\t " * 500_000, "<img>" + "x" * 10**6 + "</img>", "<img>" * 10**5):
+        started = time.monotonic()
+        if "<img>" in text:
+            with pytest.raises(ImageTagError):
+                merging.text_to_ids(text)
+        else:
+            assert merging.decode(merging.text_to_ids(text)) == text
+        assert time.monotonic() - started < 20
+
+
+def test_forked_workers_encode_alike(merging):
+    texts = ["abc <img>p</img>", "图" * 100, " abbc"] * 5
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(merging.text_to_ids, texts) == [merging.text_to_ids(text) for text in texts]
 
 
 def test_control_tokens_of_a_user_stay_text(small):
@@ -207,9 +259,16 @@ def test_hostile_vocabularies(tmp_path, change, message):
         MGenVLTokenizer(path)
 
 
+def test_a_vocabulary_that_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="cannot read the vocabulary"):
+        MGenVLTokenizer(str(tmp_path / "none.tiktoken"))
+    with pytest.raises(UserError, match="cannot read the vocabulary"):
+        MGenVLTokenizer(str(tmp_path))
+
+
 def test_a_huge_vocabulary_is_not_read(tmp_path):
     path = tmp_path / "mgen.tiktoken"
     with open(path, "wb") as file:
-        file.truncate(65 << 20)
-    with pytest.raises(UserError, match="larger than 64 MB"):
+        file.truncate(17 << 20)
+    with pytest.raises(UserError, match="larger than 16 MB"):
         MGenVLTokenizer(str(path))

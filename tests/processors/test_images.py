@@ -1,6 +1,7 @@
 """Images of every kind, and the limits. Run: pytest tests/processors/test_images.py"""
 
 import base64
+import contextlib
 import http.server
 import io
 import os
@@ -344,9 +345,11 @@ def server():
             bodies = {"/a.jpg?x=1": image_bytes(), "/%E5%9B%BE%20a.jpg": image_bytes(), "/big": b"x" * 5000}
             body = bodies.get(self.path, b"")
             if self.path == "/slow":
-                for _ in range(100):
-                    self.wfile.write(b"H")
-                    time.sleep(0.02)
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(100):
+                        self.wfile.write(b"H")
+                        time.sleep(0.02)
+                return
             self.send_response(200 if body or self.path == "/short" else 404)
             if self.path == "/short":
                 self.send_header("Content-Length", "100")

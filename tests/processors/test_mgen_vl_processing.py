@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from paddlemix.processors.mgen_vl_processing import (
     clean_caption,
     encode_example,
     encode_prompt,
+    example_length,
 )
 from paddlemix.utils.errors import ConfigError, ImageError, ImageTagError, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
@@ -152,6 +154,20 @@ def test_text_is_shortened_before_a_span(small):
     assert SPAN == [i for i in least["input_ids"].tolist() if i in SPAN]
     with pytest.raises(UserError, match="max_length 20 is too small"):
         encode_example(small, [["p", "a"]], 1, max_length=20)
+
+
+@pytest.mark.parametrize("max_length", [2048, 120, 90])
+def test_lengths_without_sequences(small, max_length):
+    turns = [["p" * 50, "a" * 60], ["<|im_end|>", "图"]]
+    example = encode_example(small, turns, 1, max_length=max_length)
+    assert example_length(small, turns, 1, max_length=max_length) == len(example["input_ids"]) <= max_length
+
+
+def test_tags_without_end_cost_no_time(small):
+    started = time.monotonic()
+    with pytest.raises(ImageTagError):
+        encode_example(small, [["<img>" * 200_000, "a"]], 1)
+    assert time.monotonic() - started < 20
 
 
 def test_history_leaves_from_the_far_end(small):

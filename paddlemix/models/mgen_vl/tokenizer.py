@@ -30,7 +30,9 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END) + tuple(f"<|extra_{i}|>" for i 
 
 VOCABULARY_NAMES = ("mgen.tiktoken", "qwen.tiktoken")
 # The real file is 2.6 MB; a stranger's may not eat the memory.
-_MAX_VOCABULARY_BYTES = 64 << 20
+_MAX_VOCABULARY_BYTES = 16 << 20
+# tiktoken's regular expressions run out of stack on some 10⁶ spaces in a row. No caption is this long.
+_MAX_STRETCH = 50_000
 
 
 def read_vocabulary(path: str) -> Dict[bytes, int]:
@@ -148,22 +150,19 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return ids + self._encode(text[position:], allowed)
 
     def _encode(self, text: str, allowed) -> List[int]:
-        if not text:
-            return []
-        try:
-            return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
-        except UnicodeEncodeError:
-            # Lone surrogates, as JSON can hold them, are no text.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        ids: List[int] = []
+        for start in range(0, len(text), _MAX_STRETCH):
+            stretch = text[start : start + _MAX_STRETCH]
+            ids += self._encoding.encode(stretch, allowed_special=allowed, disallowed_special=())
+        return ids
 
     def _encode_span(self, name: str) -> List[int]:
-        for token in SPECIAL_TOKENS:
-            if token in name:
-                raise ImageTagError(f"{token} stands between <img> and </img>")
         content = list(name.encode("utf-8", "replace"))
         if len(content) > self.n_queries:
             raise ImageTagError(f"{len(content)} bytes between <img> and </img>, with room for {self.n_queries}")
+        for token in SPECIAL_TOKENS:
+            if token in name:
+                raise ImageTagError(f"{token} stands between <img> and </img>")
         padding = [self.img_pad_id] * (self.n_queries - len(content))
         return [self.img_start_id] + content + padding + [self.img_end_id]
 
