@@ -23,7 +23,7 @@ from paddlemix.utils.files import atomic_folder
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
-# Public name → ours. {n} is a layer's number. A rule with True transposes [out, in] to [in, out].
+# Public name → ours. A rule with True transposes [out, in] to [in, out].
 _RULES: Tuple[Tuple[str, str, bool], ...] = (
     (r"lm_head\.weight", "lm_head.weight", True),
     (r"transformer\.(wte|ln_f)\.weight", r"transformer.llm.\1.weight", False),

@@ -148,7 +148,7 @@ def test_writer_is_read_by_pickle_and_aligned(tmp_path):
         np.testing.assert_array_equal(loaded[name], array)
         np.testing.assert_array_equal(ours[name], array)
         assert ours[name].size == 0 or ours[name].ctypes.data % 64 == 0
-    # numpy's own file is read after ours is appended to nothing else: one pickle, no trailing bytes.
+    # One pickle, and nothing behind it.
     assert open(path, "rb").read()[-1:] == b"."
 
 
