@@ -101,10 +101,10 @@ class DataArguments:
         refused="packing is not built yet; samples are padded per batch",
     )
     eval_with_do_generation: bool = key(
-        False, "Generate captions at evaluation.", refused="use predict.py on the validation rows after training"
+        False, "At each evaluation, also generate the validation captions and score them (eval_cider)."
     )
     save_generation_output: bool = key(
-        False, "Write the captions generated at evaluation.", refused="use predict.py on the validation rows"
+        False, "Write those captions to output_dir/generation-<step>.tsv: id, caption, reference."
     )
     src_length: int = key(1024, "Longest prompt of generation at evaluation.", refused="max_length bounds a sample")
     splits: Optional[str] = key(None, "Dataset splits.", refused=_ONE_TASK)
@@ -113,10 +113,11 @@ class DataArguments:
 
 @dataclass
 class GenerationArguments:
-    """How captions are generated, written to the saved model's generation_config.json where given."""
+    """How captions are generated at evaluation (eval_with_do_generation)."""
 
-    top_k: int = key(1, "Sample among the k most likely tokens; 1 is greedy.", at_least=0)
+    top_k: int = key(1, "Sample among the k most likely tokens; 1 is greedy, 0 all tokens.", at_least=0)
     top_p: float = key(1.0, "Sample among the most likely tokens of this total probability.", above=0, at_most=1)
+    max_new_tokens: int = key(512, "Longest caption in tokens.", at_least=1)
 
 
 _STRATEGIES = ("no", "steps", "epoch")
@@ -213,7 +214,11 @@ class TrainingKeys:
     eval_steps: Optional[int] = key(None, "Steps between evaluations (default: logging_steps).", at_least=1)
     max_evaluate_steps: int = key(-1, "Batches of an evaluation; -1: all.", at_least=-1)
     load_best_model_at_end: bool = key(False, "End with the weights of the best evaluation, not the last ones.")
-    metric_for_best_model: Optional[str] = key(None, "What best means (default: loss).", choices=("loss", "eval_loss"))
+    metric_for_best_model: Optional[str] = key(
+        None,
+        "What best means (default: loss); cider needs eval_with_do_generation.",
+        choices=("loss", "eval_loss", "cider", "eval_cider"),
+    )
     greater_is_better: Optional[bool] = key(None, "Whether more of it is better (default: not for a loss).")
     ignore_data_skip: bool = key(False, "On resume, begin the epoch's data again in place of going on where it stood.")
     sharding: str = key(
@@ -641,6 +646,12 @@ def find_problems(arguments: Arguments) -> List[str]:
             training.eval_steps or training.logging_steps
         ):
             problems.append("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+    if training.metric_for_best_model in ("cider", "eval_cider") and not data.eval_with_do_generation:
+        problems.append("metric_for_best_model=cider needs eval_with_do_generation")
+    if data.save_generation_output and not data.eval_with_do_generation:
+        problems.append("save_generation_output needs eval_with_do_generation")
+    if data.eval_with_do_generation and not wants_eval:
+        problems.append("eval_with_do_generation needs do_eval or evaluation_strategy")
     if training.benchmark and (training.load_best_model_at_end or training.resume or training.resume_from_checkpoint):
         problems.append("benchmark saves nothing, so it cannot resume or load the best model")
     if training.resume and training.resume_from_checkpoint:

@@ -58,10 +58,13 @@ from paddlemix.trainer.arguments import (
     dataset_entries,
 )
 from paddlemix.trainer.callbacks import LogLines, StopOnSignal
+from paddlemix.trainer.captions import CaptionEvaluator
 from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import describe_threads, resolve_device, resolve_dtype, seed_everything
 
+# Captions shown in the log at an evaluation.
+SHOWN_CAPTIONS = 4
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
@@ -168,6 +171,8 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, *args, chat_template: ChatTemplate, **kwargs):
         self.chat_template = chat_template
+        self.captions: Optional[CaptionEvaluator] = None
+        self.save_captions = False
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self._rng_loaded = False
@@ -225,6 +230,21 @@ class FinetuneTrainer(Trainer):
             processes=self.args.dataset_world_size,
         )
         return self.sampler
+
+    # ---- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The loss, and with `captions` set the generated captions' CIDEr; a few of them go to the log."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.captions is not None:
+            path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
+            write = self.save_captions and self.args.should_save
+            scores, found = self.captions.evaluate(base_of(self.model), path if write else None)
+            for one in found[:SHOWN_CAPTIONS]:
+                logger.info(f"{one.id}: {one.text} | reference: {one.reference}")
+            self.log(dict(scores, global_step=self.state.global_step))
+            metrics.update(scores)
+        return metrics
 
     # ---- a step
 
@@ -603,6 +623,11 @@ def prepare(
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
     )
+    if data_args.eval_with_do_generation:
+        size, most = training.per_device_eval_batch_size, training.max_evaluate_steps
+        limit = size * most if most > 0 else None
+        trainer.captions = CaptionEvaluator(datasets["eval"], tokenizer, generate_args, size, limit)
+        trainer.save_captions = data_args.save_generation_output
     # Only now, when everything a wrong config could break has been read.
     if paddle.distributed.get_rank() == 0:
         checkpoints.clear_output(training.output_dir, old_files)

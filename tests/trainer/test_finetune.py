@@ -350,6 +350,46 @@ def test_do_eval_means_once_at_the_end_without_a_strategy(run_keys, log, tmp_pat
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
 
 
+def test_captions_at_evaluation_are_scored_and_decide_the_best(run_keys, log, tmp_path):
+    keys = run_keys(
+        max_steps=60,
+        learning_rate=2e-3,
+        per_device_train_batch_size=12,
+        evaluation_strategy="steps",
+        eval_steps=30,
+        save_steps=30,
+        logging_steps=30,
+        eval_with_do_generation=True,
+        save_generation_output=True,
+        max_new_tokens=8,
+        metric_for_best_model="cider",
+        load_best_model_at_end=True,
+    )
+    run(keys)
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    scores = [line["eval_cider"] for line in state["log_history"] if "eval_cider" in line]
+    # Captions of one word have no longer n-grams, so a perfect score is 10 / 4.
+    assert len(scores) == 2 and scores[1] == pytest.approx(2.5)
+    best = 30 * (1 + scores.index(max(scores)))
+    assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}") and state["best_metric"] == max(scores)
+    rows = [line.split("\t") for line in (out / "generation-60.tsv").read_text().splitlines()]
+    assert len(rows) == 12 and rows[0][0] == "identity_0#0"
+    assert sum(text == reference for _, text, reference in rows) >= 11
+    assert "identity_0#0: red | reference: red" in log.text
+
+
+def test_captions_are_bounded_and_leave_bad_samples_out(run_keys, tmp_path):
+    data = write_data(tmp_path / "bad.json", list(COLOURS) * 2, bad=(1,))
+    entry = [{"data_files": data}]
+    keys = dict(do_train=False, do_eval=True, eval_with_do_generation=True, max_new_tokens=3, top_k=0, top_p=0.9)
+    keys.update(dataset={"eval": entry}, per_device_eval_batch_size=3, max_evaluate_steps=2)
+    trainer = start(run_keys(**keys))
+    found = trainer.captions.captions(trainer.model)
+    assert [one.id for one in found] == [f"identity_{number}#{number}" for number in (0, 2, 3, 4, 5)]
+    assert [one.reference for one in found] == ["red", "blue", "white", "red", "green"]
+
+
 def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path):
     out = tmp_path / "out"
     (out / "checkpoint-1").mkdir(parents=True)
