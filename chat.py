@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from paddlemix.inference.options import Parser, add_model_options
+from paddlemix.inference.options import add_model_options
 from paddlemix.utils import cli
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
@@ -15,7 +15,7 @@ EXAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "ex
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(description="Print what a model says about an image.")
+    parser = cli.Parser(description="Print what a model says about an image.")
     parser.add_argument("model", metavar="MODEL", help="a model folder, or the one that holds it")
     parser.add_argument(
         "image", metavar="IMAGE", nargs="?", default=EXAMPLE, help="a path, a URL or base64 (default: a red cup)"

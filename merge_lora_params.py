@@ -12,7 +12,7 @@ from paddlemix.utils import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Write the base model with a LoRA checkpoint merged into it, W + (alpha / r) · A @ B, as "
         "a whole model folder. Works tensor by tensor, so memory is that of a few tensors. OUT appears when it "
         "is whole.",

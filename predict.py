@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paddlemix.inference.options import Parser, add_model_options, positive
+from paddlemix.inference.options import add_model_options
 from paddlemix.utils import cli
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(
+    parser = cli.Parser(
         description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order. "
         "A killed run goes on where it stopped when the same command is given again.",
     )
@@ -23,7 +23,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="一张广告图片。",
         help="caption of a row whose image cannot be read (default: %(default)s)",
     )
-    parser.add_argument("--batch_size", type=positive, help="images at a time (default: by memory, up to 32)")
+    parser.add_argument("--batch_size", type=cli.positive, help="images at a time (default: by memory, up to 32)")
     add_model_options(parser)
     parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT")
     return parser.parse_args(argv)

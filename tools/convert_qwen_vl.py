@@ -15,7 +15,7 @@ from paddlemix.utils import cli  # noqa: E402
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Write a public Qwen-VL or Qwen-VL-Chat folder (safetensors or .bin, sharded or not) as "
         "a MGen-VL folder that everything here runs on. Works tensor by tensor and never executes anything "
         "in a file.",

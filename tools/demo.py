@@ -278,7 +278,7 @@ def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, flo
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", default="demo", help="folder for everything that it makes (default: demo)")

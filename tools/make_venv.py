@@ -12,7 +12,6 @@ touched. Only when there is none is the CPU wheel of requirements/cpu.txt instal
 
 from __future__ import annotations
 
-import argparse
 import glob
 import importlib.util
 import json
@@ -260,7 +259,7 @@ def check_import(python: str) -> None:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0], epilog="Run it with the Python that the environment shall use."
     )
     parser.add_argument("--venv", default=".venv", help="folder of the environment (default: .venv)")

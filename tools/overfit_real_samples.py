@@ -125,7 +125,7 @@ def overfit(args: argparse.Namespace) -> Tuple[int, int, int]:
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("samples", help="id and base64 image")

@@ -4,21 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from paddlemix.utils.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with bad usage as one line in place of the whole usage text."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
-    return int(text)
+from paddlemix.utils.cli import positive
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

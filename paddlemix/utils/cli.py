@@ -1,11 +1,26 @@
-"""How every script ends: exit status 0 when wholly done, one clear line otherwise (SPEC §4)."""
+"""How every script reads its arguments and ends: status 0 when wholly done, one clear line otherwise (SPEC §4)."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Callable, Optional
 
 from paddlemix.utils.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with bad usage as one line in place of the whole usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def run(main: Callable[[], Optional[int]]) -> int:

@@ -28,6 +28,16 @@ def test_exit_statuses(capsys):
         cli.run(lambda: 1 // 0)
 
 
+def test_bad_usage_is_one_line(capsys):
+    parser = cli.Parser(prog="tool")
+    parser.add_argument("--n", type=cli.positive)
+    assert parser.parse_args(["--n", "3"]).n == 3
+    for words in (["--n", "0"], ["--n", "x"], ["--m"]):
+        assert cli.run(lambda words=words: parser.parse_args(words)) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.endswith("(see tool --help)\n") and line.count("\n") == 1
+
+
 def test_a_closed_pipe_is_quiet(monkeypatch, capsys):
     import sys
 
