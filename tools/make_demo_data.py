@@ -297,20 +297,20 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
         anchor="mm",
     )
 
-    middle = 0.6 * side if ad.slogan_place == "上方" else 0.4 * side
+    middle = 0.54 * side if ad.slogan_place == "上方" else 0.46 * side
     center = (side * (SIDES[ad.side] + rng.uniform(-0.02, 0.02)), middle + side * rng.uniform(-0.03, 0.03))
-    half = side * rng.uniform(0.25, 0.28)
+    half = side * rng.uniform(0.24, 0.27)
     main = _vary(PRODUCT_COLORS[ad.color], rng)
     pen = _Pen(draw, center, half, rng.uniform(-6, 6))
     PRODUCTS[ad.product](pen, main, _shade(main, 0.55), _shade(main, 1.7))
 
-    # The tag hangs in a corner away from the product, and from the slogan.
-    tag_x = 0.2 if ad.side == "右侧" else 0.8
-    tag_y = 0.82 if ad.slogan_place == "上方" else 0.18
-    radius = 0.18 * side
+    # The tag hangs in a corner, on the other side from the product and the slogan.
+    tag_x = 0.22 if ad.side == "右侧" else 0.78
+    tag_y = 0.78 if ad.slogan_place == "上方" else 0.22
+    radius = 0.215 * side
     tag = (side * (tag_x + rng.uniform(-0.01, 0.01)), side * (tag_y + rng.uniform(-0.01, 0.01)))
     draw.polygon(_burst(tag[0], tag[1], radius), fill=rng.choice(((255, 236, 60), (255, 255, 255))), outline=(90, 0, 0))
-    draw.text(tag, ad.price, font=_load_font(font, int(0.21 * side)), fill=(190, 0, 0), anchor="mm")
+    draw.text(tag, ad.price, font=_load_font(font, int(0.27 * side)), fill=(190, 0, 0), anchor="mm")
     return image.resize((size, size), Image.Resampling.BOX)
 
 
