@@ -86,15 +86,22 @@ class IndexWriter:
         import tempfile
 
         self._bounds = tempfile.TemporaryFile(dir=folder)
-        self._pack = struct.Struct("<qq").pack
+        self._recent = array("q")
         self.count = 0
 
     def add(self, start: int, end: int) -> None:
-        self._bounds.write(self._pack(start, end))
+        self._recent.extend((start, end))
         self.count += 1
+        if len(self._recent) >= 8192:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._bounds.write(np.asarray(self._recent, dtype="<i8").tobytes())
+        self._recent = array("q")
 
     def write_for(self, path: str) -> None:
         """Write the index of `path`, whose bytes must not change any more."""
+        self._flush()
         self._bounds.seek(0)
         with atomic_write(index_path(path), "wb") as file:
             file.write(_header(path, self.count))

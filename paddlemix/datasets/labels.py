@@ -9,7 +9,7 @@ with Python's set around it: 100 MB for a million rows).
 Work on the image's text is done in whole-string calls: at 50 KB a row, anything per character would take longer than
 reading and writing the file. What base64 text is checked for:
   inline      all of it, so that it can stand in JSON as it is. URL-safe, wrapped or data-URI text becomes plain base64.
-  reference   the text is not copied. Up to 16 KB, all of it; of a longer one the first and last 4 KB. What is wrong in
+  reference   the text is not copied. Up to 16 KB, all of it; of a longer one the first and last 1 KB. What is wrong in
               between shows when the image is decoded. (Looking at all of it takes as long as copying the file.)
 """
 
@@ -46,7 +46,7 @@ DECODER_DIED = "image decoder died"
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _EXACT_BYTES = 16 << 10
-_ENDS_BYTES = 4 << 10
+_ENDS_BYTES = 1 << 10
 # Enough of most images for the size to be known.
 _HEADER_BASE64_BYTES = 8 << 10
 # More at a time would only leave the cache before it is written.
@@ -92,27 +92,29 @@ def clean_caption(text: str) -> str:
 # --- base64 ---
 
 
-def _is_alphabet(text: bytes) -> bool:
-    return not text.translate(None, _ALPHABET)
+def _is_plain_base64(row: TsvRow) -> bool:
+    """Whether the image of a row is standard base64 on one line, every byte looked at.
+
+    The bytes that are not of the alphabet are counted in the row's whole line, which takes no copy of the image.
+    """
+    line, length = row.image.obj, row.image_length
+    begin = row.image_offset - row.next_offset + len(line)
+    others = len(line.translate(None, _ALPHABET))
+    others -= len(line[:begin].translate(None, _ALPHABET)) + len(line[begin + length :].translate(None, _ALPHABET))
+    if others == 0:
+        return length % 4 != 1
+    return others <= 2 and length % 4 == 0 and row.image[-others:] == b"=" * others
 
 
-def _is_plain_base64(text: bytes) -> bool:
-    """Whether text is standard base64 on one line, every byte looked at."""
-    body = text
-    if text.endswith(b"="):
-        body = text[:-2] if text.endswith(b"==") else text[:-1]
-        if len(text) % 4:
-            return False
-    return len(body) % 4 != 1 and _is_alphabet(body)
-
-
-def _seems_plain_base64(text: memoryview) -> bool:
+def _seems_plain_base64(row: TsvRow) -> bool:
     """As _is_plain_base64, but of long text only both ends are looked at."""
-    length = len(text)
-    if length <= _EXACT_BYTES:
-        return _is_plain_base64(bytes(text))
-    # From a multiple of four on, where a group of base64 begins.
-    return _is_alphabet(bytes(text[:_ENDS_BYTES])) and _is_plain_base64(bytes(text[length // 4 * 4 - _ENDS_BYTES :]))
+    if row.image_length <= _EXACT_BYTES:
+        return _is_plain_base64(row)
+    head, tail = bytes(row.image[:_ENDS_BYTES]), bytes(row.image[-_ENDS_BYTES:])
+    padding = len(tail.translate(None, _ALPHABET))
+    if head.translate(None, _ALPHABET) or padding > 2:
+        return False
+    return row.image_length % 4 != 1 if padding == 0 else row.image_length % 4 == 0 and tail.endswith(b"=" * padding)
 
 
 def header_problem(text: bytes) -> Optional[str]:
@@ -172,17 +174,13 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     if row.error:
         return Checked(row, b"", "", row.error)
     image: Union[bytes, memoryview] = row.image
-    if options.images == "inline":
-        image = bytes(row.image)
-        plain = _is_plain_base64(image)
-    else:
-        plain = _seems_plain_base64(memoryview(row.image))
-    if not plain:
+    inline = options.images == "inline"
+    if not (_is_plain_base64(row) if inline else _seems_plain_base64(row)):
         try:
-            data = decode_base64(bytes(row.image))
+            data = decode_base64(row.image)
         except ImageError:
             return Checked(row, b"", "", BAD_BASE64)
-        if options.images == "inline":
+        if inline:
             image = base64.b64encode(data)
     caption = row.caption or ""
     if options.clean:
@@ -349,16 +347,17 @@ class _JsonArray:
         self._unwritten = 1
         self.count = 0
 
-    def add(self, *pieces: Union[bytes, memoryview]) -> None:
-        """Append the record that the pieces make up together."""
-        length = sum(map(len, pieces))
-        start = self._size + 2
-        self._pieces.append(b",\n" if self.count else b"\n")
-        self._pieces += pieces
-        self._size = start + length if self.count else start - 1 + length
-        self._index.add(self._size - length, self._size)
+    def add(self, head: bytes, image: Union[bytes, memoryview] = b"", tail: bytes = b"") -> None:
+        """Append the record that the three make up together. `head` begins with the comma and line break before it."""
+        if not self.count:
+            head = head[1:]
+        self._pieces += (head, image, tail) if image else (head,)
+        start = self._size + (2 if self.count else 1)
+        length = len(head) + len(image) + len(tail)
+        self._size += length
+        self._index.add(start, self._size)
         self.count += 1
-        self._unwritten += length + 2
+        self._unwritten += length
         if self._unwritten >= _WRITE_BYTES or len(self._pieces) >= _WRITE_PIECES:
             big = self._unwritten >= 16 * _WRITE_BYTES
             self._flush()
@@ -471,7 +470,7 @@ def _convert(
                     reject_file.write(f"{row.line_no}\t{row_id}\t{reason}\n")
                     continue
                 array = arrays[bool(options.val_every) and accepted % options.val_every == 0]
-                start = f'{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
+                start = f',\n{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
                 if options.images == "inline":
                     array.add((start + inline_end).encode(), image, b'"}')
                 else:
