@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.models.mgen_vl.generation import decode_response, load_generation_config
+from paddlemix.models.mgen_vl.generation import decode_response, generation_values, load_generation_config
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
 
@@ -71,8 +71,8 @@ def padded(rows):
 
 
 def test_greedy_equals_a_plain_loop(model):
-    expected = naive_greedy(model, PROMPTS[0], pixels(1), 150)  # past one block of the cache
-    new, scores = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=150, eos_token_id=NEVER)
+    expected = naive_greedy(model, PROMPTS[0], pixels(1), 125)  # past one block of the cache
+    new, scores = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=125, eos_token_id=NEVER)
     assert new.numpy()[0].tolist() == expected
     assert scores.shape == [1, 1]
 
@@ -214,6 +214,15 @@ def test_generation_config_defaults_to_greedy(tmp_path):
     assert made.max_window_size == 6144
     assert config_file(tmp_path, {"decode_strategy": "beam_search", "num_beams": 3}).num_beams == 3
     assert load_generation_config(None, MGenConfig()).max_new_tokens == 512
+
+
+def test_generation_config_survives_saving(tmp_path, model):
+    changed = config_file(tmp_path, {"decode_strategy": "sampling", "top_k": 7, "top_p": 0.3, "max_window_size": 99})
+    written = generation_values(changed)
+    again = config_file(tmp_path, written)
+    assert generation_values(again) == written
+    assert (again.decode_strategy, again.top_k, again.top_p, again.max_window_size) == ("sampling", 7, 0.3, 99)
+    assert not any(key.startswith("_") for key in written)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def load_generation_config(folder, config) -> GenerationConfig:
     return made
 
 
+def generation_values(generation_config: GenerationConfig) -> dict:
+    """What generation_config.json holds of a configuration: the keys that load_generation_config reads."""
+    keys = ["chat_format", "decode_strategy", *_NUMBERS]
+    values = {key: getattr(generation_config, key, None) for key in keys}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class CaptionGeneration:
     """Mixed into the model in front of PaddleNLP's GenerationMixin."""
 

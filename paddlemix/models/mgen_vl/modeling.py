@@ -20,7 +20,7 @@ from paddlenlp.transformers.model_outputs import ModelOutput
 from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 
 from paddlemix.checkpoint import open_weights, write_sharded
-from paddlemix.models.mgen_vl.generation import CaptionGeneration, load_generation_config
+from paddlemix.models.mgen_vl.generation import CaptionGeneration, generation_values, load_generation_config
 from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.models.mgen_vl.vision import Vision
@@ -270,7 +270,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         with atomic_write(os.path.join(folder, "generation_config.json")) as file:
-            json.dump(self.generation_config.to_dict(), file, ensure_ascii=False, indent=2)
+            json.dump(generation_values(self.generation_config), file, ensure_ascii=False, indent=2)
             file.write("\n")
 
 
