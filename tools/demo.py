@@ -285,7 +285,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("--restart", action="store_true", help="run every stage again")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--pretrain_rows", type=int, default=5000)
-    parser.add_argument("--tune_rows", type=int, default=1500)
+    parser.add_argument("--tune_rows", type=int, default=2000)
     parser.add_argument("--held_out_rows", type=int, default=200)
     parser.add_argument("--pretrain_steps", type=int, help="optimizer steps, over the configuration's epochs")
     parser.add_argument("--tune_steps", type=int, help="the same for tuning")

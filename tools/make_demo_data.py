@@ -1,6 +1,6 @@
 """Draw ad-like images whose captions are true of them, as TSV files that the rest of the project reads.
 
-    python tools/make_demo_data.py OUT_DIR [--pretrain 5000] [--tune 1500] [--held_out 200] [--seed 7]
+    python tools/make_demo_data.py OUT_DIR [--pretrain 5000] [--tune 2000] [--held_out 200] [--seed 7]
 
 Each image shows one product in one colour at one side of a patterned background, a price tag, and a slogan in
 Chinese. What is drawn is an `Ad`; both caption styles name every attribute of it, and `parse_caption` reads
@@ -440,7 +440,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     )
     parser.add_argument("out_dir", help="folder that the TSV files are written to")
     parser.add_argument("--pretrain", type=int, default=5000, help="rows with captions in the plain style")
-    parser.add_argument("--tune", type=int, default=1500, help="rows with captions in the ad style")
+    parser.add_argument("--tune", type=int, default=2000, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=int, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--size", type=int, default=160, help="image side in pixels")

@@ -1,7 +1,7 @@
 """Can the pipeline learn real ads by heart? A small MGen-VL is tuned on a handful of images with their captions and
 must repeat them, word for word, and must not when it is shown other images.
 
-    python tools/overfit_real_samples.py SAMPLES.txt CAPTIONS.tsv OUT [--column 2] [--steps 400]
+    python tools/overfit_real_samples.py SAMPLES.txt CAPTIONS.tsv OUT [--column 2] [--steps 200]
 
 SAMPLES holds `id \\t base64 image` rows, CAPTIONS `id \\t caption \\t …` (--column says which, counted from 1).
 Every step is a command of the project: convert_labels, make_tiny_model with supervised_finetune in full,
@@ -132,7 +132,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("captions", help="id and one or more captions")
     parser.add_argument("out", help="folder for everything that it makes")
     parser.add_argument("--column", type=int, default=2, help="the caption's column, from 1 (default: 2)")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--required", type=float, default=0.9, help="share to repeat exactly (default: 0.9)")
