@@ -51,6 +51,8 @@ _ENDS_BYTES = 1 << 10
 _HEADER_BASE64_BYTES = 8 << 10
 # More at a time would only leave the cache before it is written.
 _WRITE_BYTES = 512 << 10
+# What has been written goes to disk in such portions while rows are read, so that there is no long wait at the end.
+_SYNC_BYTES = 128 << 20
 # Pieces per system call; Linux takes 1024.
 _WRITE_PIECES = 1000
 _PROGRESS_BYTES = 8 << 20
@@ -313,6 +315,7 @@ class _BackgroundWriter:
             raise self._error
 
     def _run(self) -> None:
+        unsynced = 0
         while True:
             task = self._tasks.get()
             if task is None:
@@ -320,6 +323,10 @@ class _BackgroundWriter:
             if self._error is None:
                 try:
                     _write_pieces(*task)
+                    unsynced += sum(map(len, task[1]))
+                    if unsynced >= _SYNC_BYTES:
+                        os.fdatasync(task[0])
+                        unsynced = 0
                 except OSError as error:
                     self._error = error
             del task
