@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from typing import List, NamedTuple, Optional
 
 # What set_cpu_defaults changed, for describe_threads.
@@ -52,6 +53,9 @@ def set_cpu_defaults() -> None:
             os.environ[name] = value
             _SET_BY_US.append(name)
     _keep_freed_memory()
+    # Two notices that Paddle's import prints at every start and that concern nobody who runs this.
+    warnings.filterwarnings("ignore", message="No ccache found")
+    warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
 
 
 def _keep_freed_memory() -> None:
