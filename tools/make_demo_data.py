@@ -58,7 +58,7 @@ BACKGROUND_COLORS: Dict[str, Color] = {
 }
 PATTERNS = ("纯色", "条纹", "圆点")
 SIDES: Dict[str, float] = {"左侧": 0.28, "中间": 0.5, "右侧": 0.72}
-PRICES = ("9", "19", "28", "36", "45", "57", "66", "99")
+PRICES = ("9", "15", "27", "38", "46", "50", "64", "72")
 SLOGANS = ("限时特价", "新品上市", "买一送一", "全场包邮", "清仓甩卖", "会员专享")
 SLOGAN_PLACES = ("上方", "下方")
 
@@ -305,7 +305,7 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
     PRODUCTS[ad.product](pen, main, _shade(main, 0.55), _shade(main, 1.7))
 
     # The tag hangs in a corner, on the other side from the product and the slogan.
-    tag_x = 0.22 if ad.side == "右侧" else 0.78
+    tag_x = 0.24 if ad.side == "右侧" else 0.76
     tag_y = 0.78 if ad.slogan_place == "上方" else 0.22
     radius = 0.215 * side
     tag = (side * (tag_x + rng.uniform(-0.01, 0.01)), side * (tag_y + rng.uniform(-0.01, 0.01)))

@@ -234,7 +234,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     sizes.add_argument("--vit_heads", type=int, default=4)
     sizes.add_argument("--n_queries", type=int, default=16, help="a square; best the number of patches")
     sizes.add_argument("--hidden", type=int, default=128, help="a multiple of 128")
-    sizes.add_argument("--layers", type=int, default=2)
+    sizes.add_argument("--layers", type=int, default=1)
     sizes.add_argument("--heads", type=int, default=4)
     sizes.add_argument("--intermediate", type=int, default=512, help="w1 and w2 are half as wide each")
     args = parser.parse_args(words)

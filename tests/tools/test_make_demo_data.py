@@ -60,7 +60,7 @@ def test_ads_differ_and_depend_on_the_seed(demo_data):
 
 
 def test_the_picture_shows_what_the_ad_says(demo_data, font):
-    ad = demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "99", "新品上市", "上方")
+    ad = demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "72", "新品上市", "上方")
     draw = lambda ad: np.asarray(demo_data.draw_ad(ad, random.Random(1), 160, font)).astype(int)  # noqa: E731
     picture = draw(ad)
     assert picture.shape == (160, 160, 3)
