@@ -161,7 +161,7 @@ def run_stage(out: str, stage: Stage) -> float:
     start = echoed = time.monotonic()
     last: collections.deque = collections.deque(maxlen=15)
     environment = dict(os.environ, PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1")
-    with open(log_path, "w", encoding="utf-8") as log:
+    with open(log_path, "w", buffering=1, encoding="utf-8") as log:
         process = subprocess.Popen(
             stage.command,
             cwd=ROOT,
