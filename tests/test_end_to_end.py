@@ -106,6 +106,18 @@ def test_finished_stages_are_not_run_again(demo):
     assert os.stat(out / "merged" / "config.json").st_mtime_ns == merged
 
 
+def test_what_a_killed_run_left_is_not_in_the_way(demo):
+    out, run, _ = demo
+    (out / "logs" / "tune.json").unlink()
+    # As SIGTERM leaves it: a checkpoint that a new run would refuse to write over.
+    (out / "lora" / "checkpoint-3").mkdir()
+    (out / "base.txt.partial").write_text("half a line")
+    again = run()
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert again.stdout.count("finished before") == 4
+    assert not (out / "lora" / "checkpoint-3").exists() and not (out / "base.txt.partial").exists()
+
+
 def test_a_missed_target_is_a_failure(demo):
     _, run, _ = demo
     missed = run("--target", "1.01")

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -42,11 +42,13 @@ CAPTION_SCORES = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
 
 
 class Stage(NamedTuple):
-    """name: a file name. title: for people. command: program and arguments, run from the project's top folder."""
+    """name: a file name. title: for people. command: program and arguments, run from the project's top folder.
+    makes: what it writes. Removed before it runs: what a killed run left there would be in its way."""
 
     name: str
     title: str
     command: List[str]
+    makes: Tuple[str, ...] = ()
 
 
 def plan(args: argparse.Namespace) -> List[Stage]:
@@ -69,7 +71,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
 
     def predict(name: str, title: str, model: str, rows: str) -> Stage:
         command = ["sh", "run.sh", path("data", rows), path(f"{name}.txt"), path(model), python]
-        return Stage(name, title, command)
+        return Stage(name, title, command, (path(f"{name}.txt"), path(f"{name}.txt.partial")))
 
     seed = str(args.seed)
     counts = ["--pretrain", args.pretrain_rows, "--tune", args.tune_rows, "--held_out", args.held_out_rows]
@@ -94,6 +96,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
                 *("--dataset", dataset("pretrain"), "--output_dir", path("pretrained")),
                 *steps(args.pretrain_steps),
             ],
+            (path("tiny_model"), path("pretrained")),
         ),
         Stage(
             "convert_tune",
@@ -109,6 +112,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
                 *("--dataset", dataset("tune")),
                 *steps(args.tune_steps),
             ],
+            (path("lora"),),
         ),
         Stage(
             "merge",
@@ -117,6 +121,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
                 *(python, "merge_lora_params.py", "--model_name_or_path", path("pretrained")),
                 *("--lora_path", path("lora"), "--merge_model_path", path("merged")),
             ],
+            (path("merged"),),
         ),
         predict("base", "caption held-out ads with the pretrained model", "pretrained", "held_out.tsv"),
         predict("tuned", "caption them with the tuned model", "merged", "held_out.tsv"),
@@ -208,6 +213,11 @@ def run_all(args: argparse.Namespace) -> Dict[str, float]:
             for stale in stages[number - 1 :]:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(_record_path(args.out, stale))
+            for made in stage.makes:
+                if os.path.isdir(made):
+                    shutil.rmtree(made)
+                elif os.path.exists(made):
+                    os.unlink(made)
             print(f"      $ {' '.join(map(shlex.quote, stage.command))}"[: 3 * WIDTH], flush=True)
             seconds[stage.name] = run_stage(args.out, stage)
             print(f"      {seconds[stage.name]:.1f} s", flush=True)
