@@ -6,6 +6,7 @@ itself and once with `import paddlemix` in front. Prints the medians and their r
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -49,6 +50,7 @@ def measure(settings: str):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     pairs = [(measure("stock"), measure("ours")) for _ in range(PAIRS)]
     print(f"{'':24}{'stock ms':>10}{'ours ms':>10}{'ratio':>8}")
     for i, name in enumerate(("matmul 2048³ float32", "softmax 4 × 1024²")):

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,8 @@ def run_stage(out: str, stage: Stage) -> float:
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            # A group of its own, so that all of it can be ended together.
+            start_new_session=True,
         )
         try:
             for line in process.stdout:
@@ -186,7 +189,8 @@ def run_stage(out: str, stage: Stage) -> float:
                     print(f"      {telling.group(1)[:WIDTH]}", flush=True)
             status = process.wait()
         except BaseException:
-            process.terminate()
+            # The stage and whatever it started: none of it may train on alone.
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise
     seconds = time.monotonic() - start
@@ -313,6 +317,8 @@ def main() -> int:
     os.chdir(ROOT)
     if args.restart and os.path.isdir(os.path.join(args.out, "logs")):
         shutil.rmtree(os.path.join(args.out, "logs"))
+    # A scheduler's SIGTERM ends the stage at hand too, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     seconds = run_all(args)
     scores = evaluate(args.out)
     text = report(args.out, scores, seconds, args.target)
