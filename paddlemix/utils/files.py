@@ -1,12 +1,18 @@
-"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it."""
+"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it.
+
+And how a configuration is read: a JSON object, or one clear error.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from typing import IO, Iterator
+from typing import IO, Any, Dict, Iterator
+
+from paddlemix.utils.errors import ConfigError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -80,3 +86,19 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def read_config_object(path: str) -> Dict[str, Any]:
+    """The JSON object in a configuration file.
+
+    Raises:
+        ConfigError: the file is not JSON, or holds something else than an object.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
 from paddlenlp.transformers import QWenConfig
 
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.files import read_config_object
 
 # The 7B's ViT-bigG and connector.
 VISUAL_7B = {
@@ -137,13 +137,7 @@ class MGenConfig(QWenConfig):
         path = os.path.join(folder, "config.json")
         if not os.path.isfile(path):
             raise ConfigError(f"no config.json in {folder}: give the folder of a MGen-VL model")
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a JSON object")
+        values = read_config_object(path)
         if values.get("model_type", "mgen") not in ("mgen", "qwen"):
             raise ConfigError(f"{path}: model_type is {values['model_type']!r}, not mgen (or qwen)")
         if "visual" not in values:

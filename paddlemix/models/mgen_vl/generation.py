@@ -8,7 +8,6 @@ Shapes: B rows, T prompt tokens, N images, Q queries, D hidden.
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
@@ -17,6 +16,7 @@ from paddlenlp.generation import GenerationConfig
 
 from paddlemix.models.mgen_vl.language import KVCache, position_ids_from_mask
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.files import read_config_object
 
 # What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.
 _NUMBERS = {
@@ -57,14 +57,7 @@ def load_generation_config(folder, config) -> GenerationConfig:
     extra = {"chat_format": "chatml", "max_window_size": 6144}
     path = os.path.join(folder, "generation_config.json") if folder else None
     if path and os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                stored = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-        if not isinstance(stored, dict):
-            raise ConfigError(f"{path} must hold a JSON object")
-        for key, value in stored.items():
+        for key, value in read_config_object(path).items():
             if value is None:
                 continue
             if key in _NUMBERS:

@@ -17,7 +17,7 @@ from typing import Dict, List, Union
 from paddlenlp.transformers import PretrainedTokenizer
 
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, read_config_object
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -320,13 +320,4 @@ class MGenVLTokenizer(PretrainedTokenizer):
 
 def _read_json(folder: str, name: str) -> Dict:
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return values
+    return read_config_object(path) if os.path.isfile(path) else {}
