@@ -16,7 +16,7 @@ import paddle
 from paddle import nn
 from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPretrainedModel, QWenRMSNorm
 
-from paddlemix.models.mgen_vl.attention import attend
+from paddlemix.models.mgen_vl.attention import attend, spread
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.compat import swiglu
 
@@ -52,7 +52,7 @@ def rotary_factors(position_ids, dim: int, base: float, alphas):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + d/2]) by its angle: x [B, H, T, d], cos and sin [B, 1, T, d/2] (neox halves)."""
+    """Turn each pair (x[i], x[i + d/2]) by its angle: x […, d]; cos and sin broadcast to […, d/2] (neox halves)."""
     first, second = paddle.chunk(x, 2, axis=-1)
     return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -125,13 +125,13 @@ class MGenAttention(QWenAttention):
     def forward(self, x, bias, rotary, logn=None, cache=None, layer=0):
         """x [B, T, D] → [B, T, D].
 
-        bias: float32 [B, 1, T, keys]; rotary: (cos, sin); logn: [B, 1, T, 1] or None; cache: a KVCache to read and
-        extend at `layer`, or None.
+        bias: float32, broadcast to [B, H, T, keys]; rotary: (cos, sin), broadcast to [2, B, H, T, d/2]; logn:
+        [B, 1, T, 1] or None; cache: a KVCache to read and extend at `layer`, or None.
         """
         B, T, _ = x.shape
         mixed = self.c_attn(x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
-        query, key, value = mixed.unbind(0)  # each [B, H, T, d]
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        turned, value = mixed[:2], mixed[2]
+        query, key = rotate(turned, *rotary).unbind(0)  # each [B, H, T, d]
         if logn is not None:
             query = query * logn
         if cache is not None:
@@ -271,9 +271,12 @@ class MGenDecoder(MGenPretrainedModel):
         alphas, logn = self._scaling(position_ids, cache, T)
         cos, sin = rotary_factors(position_ids, self.config.kv_channels, self.config.rotary_emb_base, alphas)
         dtype = inputs_embeds.dtype
-        cos, sin = cos.astype(dtype), sin.astype(dtype)
+        heads = self.h[0].attn.num_heads
+        # For queries and keys together.
+        cos, sin = (spread(t.astype(dtype).unsqueeze(0), [2, B, heads, T, t.shape[-1]]) for t in (cos, sin))
         logn = None if logn is None else logn.astype(dtype)
         bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
+        bias = spread(bias, [B, heads, T, bias.shape[-1]])
 
         x = self.drop(inputs_embeds)
         for i, block in enumerate(self.h):
