@@ -15,12 +15,13 @@ PYTHON ?= $(shell for p in $${VIRTUAL_ENV:+python} $${CONDA_PREFIX:+python} pyth
 RUN := "$(VENV)/bin/python"
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test bench bench-large lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
 	@echo "make test    all tests, with coverage of paddlemix/"
+	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"
 	@echo "make lint    ruff over the Python, shellcheck over the shell scripts"
 	@echo "make venv    only make the environment ($(VENV)); the others do so when it is missing"
 	@echo "make clean   remove what demo and test have written; the environment stays"
@@ -39,6 +40,12 @@ demo: $(READY)
 test: $(READY)
 	rm -f .coverage .coverage.*
 	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/run_all.py
+
+bench-large: $(READY)
+	$(RUN) benchmarks/run_all.py --large
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,20 +1,17 @@
 """What the CPU settings of paddlemix.utils.runtime gain: `python benchmarks/cpu_settings.py`
 
-Times a float32 matmul (2048³) and a softmax over [4, 1024, 1024] in fresh processes, five pairs, once as Paddle is by
-itself and once with `import paddlemix` in front. Prints the medians and their ratio.
+Times a float32 matmul (2048³) and a softmax over [4, 1024, 1024] in fresh processes, once as Paddle is by itself and
+once with `import paddlemix` in front.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PAIRS = 5
+import harness
 
 MEASURE = """
 import json, sys, time
@@ -32,31 +29,32 @@ def best(call):
         times.append(time.perf_counter() - start)
     return min(times)
 
-a, scores = paddle.rand([2048, 2048]), paddle.rand([4, 1024, 1024])
+side = int(sys.argv[2])
+a, scores = paddle.rand([side, side]), paddle.rand([4, side // 2, side // 2])
 print(json.dumps([best(lambda: paddle.matmul(a, a)), best(lambda: F.softmax(scores, axis=-1))]))
 """
 
 
-def measure(settings: str):
+def measure(settings: str, side: int):
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, settings],
-        env=dict(clean, PYTHONPATH=ROOT),
-        capture_output=True,
+        [sys.executable, "-c", MEASURE, settings, str(side)],
+        env=dict(clean, PYTHONPATH=harness.ROOT),
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    pairs = [(measure("stock"), measure("ours")) for _ in range(PAIRS)]
-    print(f"{'':24}{'stock ms':>10}{'ours ms':>10}{'ratio':>8}")
-    for i, name in enumerate(("matmul 2048³ float32", "softmax 4 × 1024²")):
-        stock, ours = (statistics.median(pair[side][i] for pair in pairs) for side in (0, 1))
-        ratio = statistics.median(pair[0][i] / pair[1][i] for pair in pairs)
-        print(f"{name:24}{stock * 1e3:10.1f}{ours * 1e3:10.1f}{ratio:8.2f}")
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    bench = harness.Bench(args, "Paddle by itself against `import paddlemix` before it")
+    side = 256 if args.size == "quick" else 2048
+    taken = [(measure("stock", side), measure("ours", side)) for _ in range(args.pairs)]
+    for i, name in enumerate((f"matmul {side}³ float32", f"softmax 4 × {side // 2}²")):
+        bench.ratio(name, harness.Pairs(*([pair[way][i] for pair in taken] for way in (0, 1))))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""What the benchmarks share: interleaved pairs, peak memory of a process of its own, bounds, one line of JSON per run.
+
+A script has `main(argv=None)`, measures two or more ways of doing one thing in one run, and says what came out:
+
+    def main(argv=None):
+        args = harness.parse(argv, __doc__)
+        bench = harness.Bench(args, "merge a checkpoint")
+        pairs = harness.pairs(args, baseline, ours)              # two callables that return seconds
+        bench.ratio("whole-model merge ÷ ours", pairs, at_least=5)
+        done = harness.in_child(args, ours_alone, folder)        # a fresh process: result, seconds, peak_bytes
+        bench.value("peak memory", done.peak_bytes / 1e6, "MB", at_most=400)
+        bench.finish()
+
+    if __name__ == "__main__":
+        main()
+
+Sizes: `normal` takes at most a few minutes, `large` is what an issue's big row says, `quick` only shows that the script
+runs: seconds, one pair, nothing in a child. A bound that is missed is shown, not an error: benchmarks measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+PAIRS = 5
+
+
+def parse(argv: Optional[Sequence[str]], doc: str) -> argparse.Namespace:
+    """The options of a benchmark: size ("quick", "normal" or "large"), pairs, json; and its file's name, script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="only see that it runs")
+    size.add_argument("--large", dest="size", action="store_const", const="large", help="the issue's full size")
+    parser.add_argument("--pairs", type=int, help=f"pairs of measurements (default: {PAIRS}; quick: 1)")
+    parser.add_argument("--json", metavar="FILE", help="append the result there, as one line of JSON")
+    parser.set_defaults(size="normal")
+    args = parser.parse_args(argv)
+    args.script = os.path.basename(inspect.stack()[1].filename)
+    args.pairs = args.pairs or (1 if args.size == "quick" else PAIRS)
+    return args
+
+
+class Pairs(NamedTuple):
+    """Seconds of both sides, taken in turns."""
+
+    baseline: List[float]
+    ours: List[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the pairs of baseline ÷ ours."""
+        return statistics.median(b / o for b, o in zip(self.baseline, self.ours))
+
+
+def timed(call: Callable[..., Any], *args: Any) -> Callable[[], float]:
+    """A callable that runs `call(*args)` and returns the seconds it took."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        call(*args)
+        return time.perf_counter() - start
+
+    return run
+
+
+def pairs(args: argparse.Namespace, baseline: Callable[[], float], ours: Callable[[], float]) -> Pairs:
+    """Call both in turns, each returning its seconds; every other pair the other way round. Warm them up before."""
+    taken = Pairs([], [])
+    for i in range(args.pairs):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            taken[side].append((baseline, ours)[side]())
+    return taken
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held at once, mapped files included (VmHWM)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+class Done(NamedTuple):
+    result: Any
+    seconds: float
+    peak_bytes: int
+
+
+def in_child(args: argparse.Namespace, call: Callable[..., Any], *arguments: Any) -> Done:
+    """Run a function of a module's top level in a fresh process: its result (picklable), seconds and peak memory.
+
+    Seconds are those of the call alone; peak memory is that of the process, Python included. A quick run does it here.
+
+    Raises:
+        RuntimeError: the process failed; its traceback is on stderr.
+    """
+    if args.size == "quick":
+        start = time.perf_counter()
+        result = call(*arguments)
+        return Done(result, time.perf_counter() - start, peak_bytes())
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, call, arguments))
+    process.start()
+    sender.close()
+    try:
+        done = receiver.recv()
+    except EOFError:
+        done = None
+    process.join()
+    if done is None:
+        raise RuntimeError(f"{call.__name__} failed in its process (status {process.exitcode})")
+    return done
+
+
+def _child(sender: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    start = time.perf_counter()
+    result = call(*arguments)
+    sender.send(Done(result, time.perf_counter() - start, peak_bytes()))
+
+
+class Bench:
+    """Collects what one script has measured; `finish` prints it and writes the line of JSON."""
+
+    def __init__(self, args: argparse.Namespace, title: str):
+        self.args, self.title = args, title
+        self.rows: List[dict] = []
+        self._start, self._load = time.time(), os.getloadavg()[0]
+
+    def ratio(self, name: str, taken: Pairs, at_least: Optional[float] = None, at_most: Optional[float] = None) -> None:
+        """Baseline ÷ ours of some pairs: how many times as fast ours is. With at_most: ours ÷ baseline."""
+        value = taken.ratio if at_most is None else Pairs(taken.ours, taken.baseline).ratio
+        times = {"baseline": statistics.median(taken.baseline), "ours": statistics.median(taken.ours)}
+        self.value(name, value, "×", at_least, at_most, **times, seconds=[list(side) for side in taken])
+
+    def value(
+        self, name: str, value: float, unit: str, at_least: Optional[float] = None, at_most: Optional[float] = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """A number with the bound it is held against, if any. `more` goes into the JSON; baseline, ours: seconds."""
+        row = {"name": name, "value": value, "unit": unit, **more}
+        if at_least is not None:
+            row.update(bound=f"≥ {at_least:g} {unit}", met=value >= at_least)
+        elif at_most is not None:
+            row.update(bound=f"≤ {at_most:g} {unit}", met=value <= at_most)
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        result = {
+            "script": self.args.script, "size": self.args.size, "title": self.title, "pairs": self.args.pairs,
+            "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(self._start)), "load": round(self._load, 1),
+            "took": round(time.time() - self._start), "rows": self.rows,
+        }  # fmt: skip
+        print("\n".join(table(result)))
+        if self.args.json:
+            with open(self.args.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def _seconds(value: Optional[float]) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def table(result: dict) -> List[str]:
+    """A result as lines of Markdown."""
+    lines = [f"{result['title']} ({result['size']})", ""]
+    lines += ["| | baseline | ours | | bound | |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        number = f"{row['value']:.4g}" if abs(row["value"]) < 1000 else f"{row['value']:,.0f}"
+        cells = (
+            row["name"], _seconds(row.get("baseline")), _seconds(row.get("ours")), f"{number} {row['unit']}",
+            row.get("bound", ""), {True: "met", False: "**missed**", None: ""}[row.get("met")],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,67 @@
+"""Every benchmark runs at its smallest size, and what the harness says of the measurements is true.
+
+    python -m pytest tests/test_benchmarks.py
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("harness", "run_all"))
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Import a module of benchmarks/ as its scripts do each other."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_runs(benchmarks, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "result.jsonl"
+    benchmarks(script).main(["--quick", "--json", str(out)])
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert (result["script"], result["size"], result["pairs"]) == (f"{script}.py", "quick", 1)
+    assert result["rows"] and all(row["value"] > 0 for row in result["rows"])
+    assert result["title"] in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["result.jsonl"], "left behind"
+
+
+def test_pairs_take_turns_and_are_compared_one_by_one(benchmarks):
+    harness, calls = benchmarks("harness"), []
+
+    def side(name, seconds):
+        return lambda: calls.append(name) or seconds.pop(0)
+
+    taken = harness.pairs(argparse.Namespace(pairs=3), side("b", [4.0, 30.0, 2.0]), side("o", [1.0, 10.0, 1.0]))
+    assert calls == list("boobbo")
+    assert taken == ([4.0, 30.0, 2.0], [1.0, 10.0, 1.0]) and taken.ratio == 3
+
+
+def test_bounds(benchmarks, capsys):
+    harness = benchmarks("harness")
+    args = harness.parse(["--quick"], "doc")
+    bench = harness.Bench(args, "title")
+    taken = harness.Pairs([4.0], [1.0])
+    bench.ratio("fast", taken, at_least=5)
+    bench.ratio("within", taken, at_most=0.25)
+    bench.value("much", 3e9, "B")
+    assert [row.get("met") for row in bench.rows] == [False, True, None]
+    bench.finish()
+    assert "| fast | 4.00 s | 1.00 s | 4 × | ≥ 5 × | **missed** |" in capsys.readouterr().out
+
+
+
+def test_a_child_reports_its_result_and_its_own_peak(benchmarks):
+    harness = benchmarks("harness")
+    ballast = b"x" * (300 << 20)
+    done = harness.in_child(argparse.Namespace(size="normal"), len, [1, 2, 3])
+    assert done.result == 3 and done.peak_bytes < len(ballast)
+    with pytest.raises(RuntimeError, match="failed in its process"):
+        harness.in_child(argparse.Namespace(size="normal"), int, "no number")
