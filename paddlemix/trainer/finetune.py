@@ -59,6 +59,7 @@ from paddlemix.trainer.arguments import (
 )
 from paddlemix.trainer.callbacks import LogLines, StopOnSignal
 from paddlemix.trainer.captions import CaptionEvaluator
+from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import describe_threads, resolve_device, resolve_dtype, seed_everything
@@ -215,7 +216,8 @@ class FinetuneTrainer(Trainer):
             logs["skipped_samples"] = skipped
         super().log(logs, **kwargs)
         self._history.append(dict(logs))
-        self.state.log_history = self._history
+        # A copy: PaddleNLP 2.8 appends to it by itself.
+        self.state.log_history = list(self._history)
 
     # ---- data
 
@@ -339,12 +341,13 @@ class FinetuneTrainer(Trainer):
     @contextlib.contextmanager
     def _writing_to(self, folder: str):
         """Let the base class write under another folder."""
-        kept = self.args.output_dir, self.args.output_signal_dir
+        # PaddleNLP 2.8 has no output_signal_dir; setting it there harms nothing.
+        kept = self.args.output_dir
         self.args.output_dir = self.args.output_signal_dir = folder
         try:
             yield
         finally:
-            self.args.output_dir, self.args.output_signal_dir = kept
+            self.args.output_dir = self.args.output_signal_dir = kept
 
     def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
         """Done by _save_checkpoint; the stock one runs too early, and only under a launcher."""
@@ -488,7 +491,11 @@ def base_of(model):
 def load_model(model_args: ModelArguments, dtype: str):
     """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
     folder = model_args.model_name_or_path
-    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=model_args.use_flash_attention)
+    flash = model_args.use_flash_attention
+    if flash and paddle.get_device() == "cpu" and not FUSED_ATTENTION_ON_CPU:
+        logger.warning(f"use_flash_attention: Paddle {paddle.__version__} has no such kernel for the CPU; left off")
+        flash = False
+    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
     if model_args.text_model_name_or_path is not None:
         load_language_part(model, model_args.text_model_name_or_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+import zlib
 from typing import List, NamedTuple, Optional
 
 # What set_cpu_defaults changed, for describe_threads.
@@ -53,6 +54,8 @@ def set_cpu_defaults() -> None:
             os.environ[name] = value
             _SET_BY_US.append(name)
     _keep_freed_memory()
+    # Paddle 2.6 exports zlib symbols of its own: whoever uses zlib for the first time after it is imported fails.
+    zlib.compress(b"")
     # Two notices that Paddle's import prints at every start and that concern nobody who runs this.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")

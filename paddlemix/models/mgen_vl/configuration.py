@@ -80,8 +80,10 @@ class MGenConfig(QWenConfig):
         self.llm_pretrained_model_name_or_path = llm_pretrained_model_name_or_path
         # A file of another family may say so; everything below this class is MGen-VL.
         kwargs.pop("model_type", None)
-        kwargs.setdefault("use_flash_attention", False)
+        flash = kwargs.pop("use_flash_attention", False)
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+        # PaddleNLP 2.8 sets it twice on the way, the second time to its default.
+        self.use_flash_attention = flash
         self._check()
 
     def _check(self) -> None:
