@@ -31,8 +31,10 @@ def _no_number(text: str) -> None:
     raise WeightsError(f"{printable(text)} is no number")
 
 
-def strict_json(data: bytes, path: str) -> Dict[str, Any]:
+def strict_json(data: bytes, path: str, constants: bool = False) -> Dict[str, Any]:
     """A JSON object without doubled keys or numbers of more than 20 digits.
+
+    constants: take NaN and Infinity, as a log of losses may hold them.
 
     Raises:
         WeightsError: it is not that; the message starts with `path`.
@@ -42,7 +44,7 @@ def strict_json(data: bytes, path: str) -> Dict[str, Any]:
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_int=_integer,
-            parse_constant=_no_number,
+            parse_constant=float if constants else _no_number,
         )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
@@ -53,7 +55,7 @@ def strict_json(data: bytes, path: str) -> Dict[str, Any]:
     return value
 
 
-def read_json_object(path: str) -> Dict[str, Any]:
+def read_json_object(path: str, constants: bool = False) -> Dict[str, Any]:
     """A JSON object from a file, as strict_json reads it.
 
     Raises:
@@ -63,7 +65,7 @@ def read_json_object(path: str) -> Dict[str, Any]:
     try:
         if file.size > MAX_JSON:
             raise WeightsError(f"{path} is too large for a JSON file beside weights")
-        return strict_json(bytes(file.view), path)
+        return strict_json(bytes(file.view), path, constants)
     finally:
         file.close()
 

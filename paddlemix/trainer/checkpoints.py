@@ -14,7 +14,8 @@ import re
 import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
-from paddlemix.utils.errors import ConfigError
+from paddlemix.checkpoint.shards import inside
+from paddlemix.utils.errors import ConfigError, WeightsError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
 
@@ -61,15 +62,15 @@ def seal(folder: str, state: Dict[str, Any]) -> None:
 
 
 def read_seal(folder: str) -> Optional[Dict[str, Any]]:
-    """The `state` a checkpoint was sealed with, or None when it is not whole."""
+    """The `state` a checkpoint was sealed with, or None when it is not whole or its seal names files elsewhere."""
     try:
         with open(os.path.join(folder, SEAL_NAME), encoding="utf-8") as file:
             content = json.load(file)
         for name, size in content["files"].items():
-            if os.path.getsize(os.path.join(folder, name)) != size:
+            if os.path.getsize(inside(folder, name)) != size:
                 return None
         return content["state"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, WeightsError):
         return None
 
 

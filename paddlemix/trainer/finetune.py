@@ -15,9 +15,9 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import json
 import math
 import os
+import re
 import shutil
 import time
 import types
@@ -33,9 +33,9 @@ from paddlenlp.trainer import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
+from paddlenlp.transformers.model_utils import _add_variant
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
@@ -49,7 +49,7 @@ from paddlemix.models.mgen_vl.modeling import check_weights
 from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
-from paddlemix.trainer import checkpoints, freeze
+from paddlemix.trainer import checkpoints, freeze, resume
 from paddlemix.trainer.arguments import (
     DataArguments,
     GenerationArguments,
@@ -180,6 +180,7 @@ class FinetuneTrainer(Trainer):
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
         self._tokens, self._tokens_since = 0, time.time()
         self._history: List[dict] = []
+        self._best: Tuple[Optional[float], Optional[str]] = (None, None)
         super().__init__(*args, **kwargs)
         self.output_dir = self.args.output_dir
         # The stock loop lowers it when an epoch holds fewer batches.
@@ -398,11 +399,29 @@ class FinetuneTrainer(Trainer):
             logger.info(f"Loading model from {resume_from_checkpoint}")
             self.load_weights(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        trained = [parameter for parameter in self.model.parameters() if not parameter.stop_gradient]
+        paths = [os.path.join(checkpoint, name) for name in self._optimizer_names()]
+        resume.load_optimizer(self.optimizer, trained, paths[max(self.args.sharding_parallel_rank, 0)], paths)
+        scheduler = os.path.join(checkpoint, resume.SCHEDULER_NAME)
+        resume.load_scheduler(self.lr_scheduler, scheduler, self._first_step)
+        if self.do_grad_scaling:
+            resume.load_scaler(self.scaler, os.path.join(checkpoint, resume.SCALER_NAME))
+
+    def _optimizer_names(self) -> List[str]:
+        """Files with the optimizer's state of this process's parameters: several under sharding."""
+        suffix = self.args.optimizer_name_suffix
+        shards = range(max(self.args.sharding_parallel_degree, 1))
+        variants = [re.sub(r"shard\d+", f"shard{rank:02d}", suffix) if suffix else None for rank in shards]
+        return [_add_variant(resume.OPTIMIZER_NAME, variant) for variant in variants]
+
     def _load_rng_state(self, checkpoint):
         # The stock loop calls this in every epoch after a resume; only the first is right.
-        if not self._rng_loaded:
+        if checkpoint is not None and not self._rng_loaded:
             self._rng_loaded = True
-            super()._load_rng_state(checkpoint)
+            resume.load_random_states(checkpoint, self.args.process_index, self.args.world_size)
 
     # ---- the run
 
@@ -416,22 +435,22 @@ class FinetuneTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
         if resume_from_checkpoint is not None:
-            state = checkpoints.read_seal(resume_from_checkpoint)
-            if state["order"] != self._order_settings():
+            progress, order = resume.read_progress(resume_from_checkpoint), self._order_settings()
+            if progress.order != order:
                 changed = ", ".join(
-                    f"{name} was {old}, is {self._order_settings()[name]}"
-                    for name, old in state["order"].items()
-                    if self._order_settings()[name] != old
+                    f"{name} was {progress.order.get(name)}, is {now}"
+                    for name, now in order.items()
+                    if progress.order.get(name) != now
                 )
                 raise ConfigError(f"{resume_from_checkpoint} is of another run: {changed}")
-            self._first_step, self._resumed_loss = state["global_step"], state["loss_sum"]
-            with open(os.path.join(resume_from_checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-                self._history = json.load(file)["log_history"]
-            if state["global_step"] >= self.planned_steps():
+            self._first_step, self._resumed_loss = progress.step, progress.loss_sum
+            state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
+            self._history, self._best = state.log_history, (state.best_metric, state.best_model_checkpoint)
+            if progress.step >= self.planned_steps():
                 logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
                 self.load_weights(resume_from_checkpoint)
-                self.state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-                return {"train_loss": state["loss_sum"] / state["global_step"], "epoch": self.state.epoch}
+                self.state = state
+                return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
         try:
             # The optimizer's states get running names too (see prepare).
             with paddle.utils.unique_name.guard():
@@ -459,6 +478,8 @@ class _Bookkeeping(TrainerCallback):
         return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # The stock loop reads trainer_state.json again, and takes the path in it as it stands.
+        state.best_metric, state.best_model_checkpoint = self.trainer._best
         # PaddleNLP 3 says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")

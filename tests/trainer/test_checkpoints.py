@@ -17,12 +17,6 @@ def make(folder, step, state=None, whole=True):
     return str(path)
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
 def prepare(folder, overwrite=False, resume=False, resume_from=None):
     """Check the folder and clear it; returns the checkpoint to resume from."""
     resume_from, old = checkpoints.check_output(
@@ -35,6 +29,16 @@ def prepare(folder, overwrite=False, resume=False, resume_from=None):
 def test_seal_holds_state_and_sizes(tmp_path):
     path = make(tmp_path, 3, {"loss_sum": 1.5})
     assert checkpoints.read_seal(path) == {"loss_sum": 1.5}
+
+
+@pytest.mark.parametrize("name", ["../outside", "sub/weights", "/etc/hostname", "..", ""])
+def test_a_seal_that_names_files_elsewhere_seals_nothing(tmp_path, name):
+    path = make(tmp_path, 3)
+    (tmp_path / "outside").write_bytes(b"www")
+    target = tmp_path / "checkpoint-3" / name
+    size = target.stat().st_size if target.exists() else 3
+    (tmp_path / "checkpoint-3" / checkpoints.SEAL_NAME).write_text(json.dumps({"files": {name: size}, "state": {}}))
+    assert checkpoints.read_seal(path) is None
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "seal cut", "no seal", "seal of another kind"])

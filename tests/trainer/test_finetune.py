@@ -4,8 +4,6 @@ Whole runs of a tiny model on a few coloured squares, in this process. What is i
 so a model that learns must have looked.
 """
 
-import base64
-import io
 import json
 import os
 import signal
@@ -16,81 +14,13 @@ import pytest
 
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
 from paddlemix.models.lora import load_lora
-from paddlemix.trainer import arguments, checkpoints
-from paddlemix.trainer.finetune import EpochSampler, add_neftune, finetune, prepare
+from paddlemix.trainer import checkpoints
+from paddlemix.trainer.finetune import EpochSampler, add_neftune
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError, WeightsError
 from tests.helpers import make_tiny_model, save_tiny_model
+from tests.trainer.runs import COLOURS, LORA, LORA_POOL, final_weights, run, start, write_data
 
-COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
 POOL = ["visual.attn_pool." + name for name in ("query", "kv_proj.weight", "attn.in_proj_weight", "ln_q.bias")]
-
-
-def square(colour) -> str:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("RGB", (24, 24), colour).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def write_data(path, captions, bad=()):
-    """A train.json whose record i shows the colour that captions[i] names; those in `bad` hold no image."""
-    records = []
-    for number, caption in enumerate(captions):
-        image = "AAAA" if number in bad else square(COLOURS[caption])
-        record = {"id": f"identity_{number}", "conversations": [["?", caption]], "image": image}
-        records.append(json.dumps(record))
-    path.write_text("[\n" + ",\n".join(records) + "\n]\n")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """(model folder, data file) for all runs."""
-    folder = tmp_path_factory.mktemp("world")
-    return save_tiny_model(folder / "model"), write_data(folder / "train.json", list(COLOURS) * 3)
-
-
-@pytest.fixture
-def run_keys(world, tmp_path):
-    """Keys of a run, with changes; `...` takes a key away."""
-
-    def keys(**changes):
-        entry = [{"name": "chatml_dataset", "data_files": world[1]}]
-        values = {
-            "model_name_or_path": world[0],
-            "output_dir": str(tmp_path / "out"),
-            "dataset": {"train": entry, "eval": entry},
-            "do_train": True,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-        }
-        values.update(changes)
-        return arguments.from_values({name: value for name, value in values.items() if value is not ...})
-
-    return keys
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
-def run(keys):
-    return finetune(*keys[:4])
-
-
-def start(keys):
-    return prepare(*keys[:4])[0]
-
-
-LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
-LORA_POOL = dict(LORA, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"])
 
 
 # ---- what trains
@@ -430,10 +360,6 @@ def test_progress_bar_and_no_reports(run_keys, tmp_path, capsys):
 
 
 # ---- resuming
-
-
-def final_weights(folder):
-    return paddle.load(str(folder / "lora_model_state.pdparams"), return_numpy=True)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])

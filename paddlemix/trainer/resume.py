@@ -1,0 +1,288 @@
+"""What a resumed run reads beside its weights: where it stood, optimizer, learning rate, loss scaler, generators.
+
+PaddleNLP reads these files with paddle.load, which runs any code that a pickle names. Here they are data: read by
+paddlemix.checkpoint, and every value is held against what this run expects before Paddle sees it. In a run of
+several processes each reads the checkpoint for itself, from a folder that all of them see. `training_args.bin`,
+which PaddleNLP leaves beside the weights, is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+import paddle
+from paddlenlp.trainer import TrainerState
+
+from paddlemix.checkpoint import GeneratorState, load_pdparams_object
+from paddlemix.checkpoint.json_files import read_json_object
+from paddlemix.checkpoint.tensors import printable
+from paddlemix.trainer import checkpoints
+from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.log import logger
+
+OPTIMIZER_NAME = "optimizer.pdopt"
+SCHEDULER_NAME = "scheduler.pdparams"
+SCALER_NAME = "scaler.pdparams"
+STATE_NAME = "trainer_state.json"
+
+# More steps than any run has; a larger number is a broken file.
+_MOST_STEPS = 10**12
+# AdamW's accumulators of one parameter; the beta powers are single numbers.
+_ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_STEPS
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+# ---- where the run stood
+
+
+class Progress(NamedTuple):
+    """step: optimizer steps done. loss_sum: of those steps. order: what the order of samples depended on."""
+
+    step: int
+    loss_sum: float
+    order: Dict[str, int]
+
+
+def read_progress(folder: str) -> Progress:
+    """What a whole checkpoint's seal says.
+
+    Raises:
+        WeightsError: the folder is no whole checkpoint, or its seal holds something else.
+    """
+    state = checkpoints.read_seal(folder)
+    if not isinstance(state, dict):
+        raise WeightsError(f"{folder} is not a whole checkpoint")
+    progress = Progress(*(state.get(name) for name in ("global_step", "loss_sum", "order")))
+    numbers = isinstance(progress.order, dict) and all(map(_count, progress.order.values()))
+    # A loss of float16 may have been no number for a step.
+    if not (_count(progress.step) and progress.step and type(progress.loss_sum) is float and numbers):
+        raise WeightsError(f"{os.path.join(folder, checkpoints.SEAL_NAME)} does not say where the run stood")
+    return progress
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _logs(value: Any) -> bool:
+    return type(value) is list and all(type(line) is dict for line in value)
+
+
+_STATE: Dict[str, Callable[[Any], bool]] = {
+    "epoch": _maybe(_number),
+    "global_step": _count,
+    "consumed_samples": _count,
+    "max_steps": _count,
+    "num_train_epochs": _count,
+    "total_flos": _number,
+    "log_history": _logs,
+    "best_metric": _maybe(_number),
+    "best_model_checkpoint": _maybe(_text),
+    "is_local_process_zero": lambda value: type(value) is bool,
+    "is_world_process_zero": lambda value: type(value) is bool,
+    "trial_name": lambda value: value is None,
+    "trial_params": lambda value: value is None,
+}
+
+
+def read_trainer_state(folder: str, step: int) -> TrainerState:
+    """The trainer_state.json of a checkpoint after `step` steps, each value of its kind.
+
+    best_model_checkpoint names a checkpoint beside this one, wherever the run's folder is now, or is None.
+
+    Raises:
+        WeightsError: the file is missing, is not JSON, or holds something else.
+    """
+    path = os.path.join(folder, STATE_NAME)
+    values = read_json_object(path, constants=True)
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    for name, value in values.items():
+        if name not in known or name not in _STATE or not _STATE[name](value):
+            raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}")
+    if values.get("global_step") != step:
+        raise WeightsError(f"{path} is not of step {step}")
+    state = TrainerState(**values)
+    best = state.best_model_checkpoint
+    if best is not None:
+        best = os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(os.path.normpath(best)))
+        whole = checkpoints.step_of(best) >= 0 and checkpoints.read_seal(best) is not None
+        state.best_model_checkpoint = best if whole else None
+        if not whole:
+            logger.warning(f"{path}: the best checkpoint, {printable(best)}, is gone; the next evaluation begins anew")
+            state.best_metric = None
+    return state
+
+
+# ---- optimizer, learning rate, loss scale
+
+
+def _read(path: str, what: type = dict) -> Any:
+    if not os.path.isfile(path):
+        raise WeightsError(f"{path} is missing")
+    value = load_pdparams_object(path)
+    if type(value) is not what:
+        raise WeightsError(f"{path} does not hold what it should")
+    return value
+
+
+def _tensor(array: np.ndarray) -> paddle.Tensor:
+    # uint16 is how bfloat16 is stored, and what Paddle takes it for. A copy: the array is a view of the file.
+    return paddle.to_tensor(np.array(array))
+
+
+def _accumulator(key: str, names: Sequence[str]) -> Tuple[str, str]:
+    """(parameter, accumulator) of a key like "linear_0.w_0_moment1_0", or two empty texts."""
+    for kind in _ACCUMULATORS:
+        name, found, number = key.rpartition(f"_{kind}_")
+        if found and number.isdecimal() and name in names:
+            return name, kind
+    return "", ""
+
+
+def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Sequence[str] = ()) -> None:
+    """Set AdamW's state from a file.
+
+    parameters: the tensors that train in this process. others: files of the processes that share the state with
+    this one (sharding); together they must hold every parameter.
+
+    Raises:
+        WeightsError: a file is missing or broken, or does not hold the state of these parameters.
+    """
+    shapes = {parameter.name: list(parameter.shape) for parameter in parameters}
+    held = set()
+    ours: Dict[str, Any] = {}
+    for file in dict.fromkeys([path, *others]):
+        state = _read(file)
+        schedule = state.pop("LR_Scheduler", None)
+        masters = state.pop("master_weights", {})
+        if type(masters) is not dict:
+            raise WeightsError(f"{file} does not hold what it should")
+        checked = {}
+        for key, value in state.items():
+            name, kind = _accumulator(key, shapes) if type(key) is str else ("", "")
+            if not name:
+                raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run")
+            fits = [shapes[name]] if kind.startswith("moment") else [[1], []]
+            if not isinstance(value, np.ndarray) or list(value.shape) not in fits:
+                raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}")
+            held.add((name, kind))
+            checked[key] = value
+        for name, value in masters.items():
+            if name not in shapes or not isinstance(value, np.ndarray) or list(value.shape) != shapes[name]:
+                raise WeightsError(f"{file}: the master weight {printable(str(name))} does not fit this run")
+        if file == path:
+            ours = {key: _tensor(value) for key, value in checked.items()}
+            if masters:
+                ours["master_weights"] = {name: _tensor(value) for name, value in masters.items()}
+            if schedule is not None:
+                ours["LR_Scheduler"] = _schedule(schedule, file, _MOST_STEPS)
+    lost = [name for name in shapes for kind in _ACCUMULATORS if (name, kind) not in held]
+    if lost:
+        raise WeightsError(f"{path} lacks the state of {len(set(lost))} parameters that train in this run")
+    optimizer.set_state_dict(ours)
+
+
+def _schedule(state: Any, path: str, most: int) -> Dict[str, Any]:
+    """A scheduler's state: steps done and the rate. float16 may have skipped steps, so `most` is a bound."""
+    if type(state) is dict and set(state) == {"last_epoch", "last_lr"}:
+        step, rate = state["last_epoch"], state["last_lr"]
+        rate = rate.item() if isinstance(rate, np.generic) else rate
+        if _count(step) and step <= most and _number(rate) and rate >= 0:
+            return {"last_epoch": step, "last_lr": float(rate)}
+    raise WeightsError(f"{path} does not hold a learning rate's state of at most {most} steps")
+
+
+def load_scheduler(scheduler: Any, path: str, step: int) -> None:
+    """Set the learning rate's state from a file of a checkpoint after `step` steps. Raises WeightsError."""
+    state = _schedule(_read(path), path, step)
+    scheduler.set_state_dict(state)
+
+
+def load_scaler(scaler: Any, path: str) -> None:
+    """Set float16's loss scaler from a file. Raises WeightsError."""
+    state = _read(path)
+    numbers = ("incr_ratio", "decr_ratio")
+    counts = ("incr_every_n_steps", "decr_every_n_nan_or_inf", "incr_count", "decr_count")
+    scale = state.get("scale")
+    fits = set(state) == {"scale", "use_dynamic_loss_scaling", *numbers, *counts}
+    fits = fits and isinstance(scale, np.ndarray) and scale.size == 1 and 0 < float(scale.reshape(-1)[0]) < math.inf
+    fits = fits and type(state["use_dynamic_loss_scaling"]) is bool
+    fits = fits and all(_number(state[name]) and state[name] > 0 for name in numbers)
+    if not fits or not all(_count(state[name]) for name in counts):
+        raise WeightsError(f"{path} does not hold a loss scaler's state")
+    scaler.load_state_dict(dict(state, scale=np.array(scale.reshape([1]), "float32")))
+
+
+# ---- random generators
+
+
+def _generator(value: Any) -> Any:
+    kind = paddle.framework.core.GeneratorState
+    state = kind.__new__(kind)
+    state.__setstate__(value.values)
+    return state
+
+
+def _generators(values: Any) -> List[Any]:
+    if type(values) is not list or not values or not all(isinstance(value, GeneratorState) for value in values):
+        raise ValueError
+    return [_generator(value) for value in values]
+
+
+def load_random_states(folder: str, process: int, processes: int) -> None:
+    """Set Python's, numpy's and Paddle's generators as they stood at the checkpoint.
+
+    A checkpoint of another number of processes, or of a machine with other devices, has none for this one; that is
+    said in the log, and the run goes on.
+
+    Raises:
+        WeightsError: the file is broken or holds something else.
+    """
+    path = os.path.join(folder, "rng_state.pth" if processes == 1 else f"rng_state_{processes}.pth")
+    if not os.path.isfile(path):
+        logger.warning(f"{path} is missing: dropout will not repeat that of the uninterrupted run")
+        return
+    state = _read(path, dict if processes == 1 else list)
+    broken = WeightsError(f"{path} does not hold the state of random generators")
+    if processes > 1:
+        if len(state) != processes or type(state[process]) is not dict:
+            raise broken
+        state = state[process]
+    tracker = paddle.distributed.fleet.meta_parallel.get_rng_state_tracker()
+    try:
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        keys = np.array(keys)
+        # Out of range it would read beyond the table.
+        if kind != "MT19937" or keys.shape != (624,) or keys.dtype.kind != "u" or not 0 <= position <= 624:
+            raise ValueError
+        device, cpu = _generators(state["cuda"]), _generators([state["cpu"]])[0]
+        named = state.get("hybrid_parallel_rng_state_tracker", {})
+        named = {name: _generators(values) for name, values in named.items()}
+        random.setstate(state["python"])
+        np.random.set_state((kind, keys, int(position), int(has_gauss), float(gauss)))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
+        raise broken from None
+    if len(device) == len(paddle.get_rng_state()):
+        paddle.set_rng_state(device)
+    else:
+        logger.warning(f"{path} is of a machine with {len(device)} devices: dropout will not repeat")
+    paddle.framework.core.default_cpu_generator().set_state(cpu)
+    known = {name: values for name, values in named.items() if name in tracker.states_}
+    if known:
+        tracker.set_states_tracker(known)

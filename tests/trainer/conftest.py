@@ -1,0 +1,52 @@
+"""Fixtures of the trainer's tests: a tiny world to train in, the keys of a run in it, its log."""
+
+import functools
+
+import pytest
+
+from paddlemix.trainer import arguments
+from tests.helpers import save_tiny_model
+from tests.trainer.runs import COLOURS, write_data
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """(model folder, data file) for all runs."""
+    folder = tmp_path_factory.mktemp("world")
+    return save_tiny_model(folder / "model"), write_data(folder / "train.json", list(COLOURS) * 3)
+
+
+@pytest.fixture(scope="session")
+def run_keys_in(world):
+    """Keys of a run that leaves its result in this folder, with changes; `...` takes a key away."""
+
+    def keys(folder, **changes):
+        entry = [{"name": "chatml_dataset", "data_files": world[1]}]
+        values = {
+            "model_name_or_path": world[0],
+            "output_dir": str(folder),
+            "dataset": {"train": entry, "eval": entry},
+            "do_train": True,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+        }
+        values.update(changes)
+        return arguments.from_values({name: value for name, value in values.items() if value is not ...})
+
+    return keys
+
+
+@pytest.fixture
+def run_keys(run_keys_in, tmp_path):
+    """The same with tmp_path/out as its folder."""
+    return functools.partial(run_keys_in, tmp_path / "out")
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level("INFO")
+    return caplog

@@ -1,0 +1,50 @@
+"""Whole runs of a tiny model on a few coloured squares, in this process: what the trainer's tests share.
+
+The fixtures `world` and `run_keys` are in conftest.py. What is in a picture decides its caption.
+"""
+
+import base64
+import io
+import json
+
+import paddle
+
+from paddlemix.trainer.finetune import finetune, prepare
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
+
+
+def square(colour) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), colour).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def write_data(path, captions, bad=()):
+    """A train.json whose record i shows the colour that captions[i] names; those in `bad` hold no image."""
+    records = []
+    for number, caption in enumerate(captions):
+        image = "AAAA" if number in bad else square(COLOURS[caption])
+        record = {"id": f"identity_{number}", "conversations": [["?", caption]], "image": image}
+        records.append(json.dumps(record))
+    path.write_text("[\n" + ",\n".join(records) + "\n]\n")
+    return str(path)
+
+
+def run(keys):
+    return finetune(*keys[:4])
+
+
+def start(keys):
+    return prepare(*keys[:4])[0]
+
+
+LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
+LORA_POOL = dict(LORA, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"])
+
+
+def final_weights(folder):
+    """What a LoRA run left in a folder, by name."""
+    return paddle.load(str(folder / "lora_model_state.pdparams"), return_numpy=True)
