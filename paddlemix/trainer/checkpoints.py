@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from paddlemix.checkpoint.shards import inside
 from paddlemix.utils.errors import ConfigError, WeightsError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, sync_folder
 from paddlemix.utils.log import logger
 
 SEAL_NAME = "checkpoint.json"
@@ -59,6 +59,15 @@ def seal(folder: str, state: Dict[str, Any]) -> None:
         files[name] = os.path.getsize(path)
     with atomic_write(os.path.join(folder, SEAL_NAME)) as file:
         json.dump({"files": files, "state": state}, file, indent=1)
+
+
+def publish(written: str, final: str) -> None:
+    """Give a sealed checkpoint its name, lastingly: older ones may be deleted after this."""
+    if os.path.isdir(final):
+        shutil.rmtree(final)
+    sync_folder(written)
+    os.rename(written, final)
+    sync_folder(os.path.dirname(final))
 
 
 def read_seal(folder: str) -> Optional[Dict[str, Any]]:

@@ -308,34 +308,26 @@ class FinetuneTrainer(Trainer):
         output_dir, step = self.args.output_dir, self.state.global_step
         final = os.path.join(output_dir, f"checkpoint-{step}")
         partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
-        try:
+        written = os.path.join(partial, f"checkpoint-{step}")
+        with disk_errors(f"checkpoint-{step}", partial):
             with self._writing_to(partial):
                 super()._save_checkpoint(model, metrics)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise JobFailed(
-                f"checkpoint-{step} could not be written ({error.strerror or error}); earlier ones are "
-                "intact: mend the disk and add --resume"
-            ) from error
-        written = os.path.join(partial, f"checkpoint-{step}")
-        if self.state.best_model_checkpoint == written:
-            self.state.best_model_checkpoint = final
-        if self.args.world_size > 1:
-            paddle.distributed.barrier()
-        if not self.args.should_save:
-            return
-        self.state.save_to_json(os.path.join(written, "trainer_state.json"))
-        checkpoints.seal(
-            written,
-            {
-                "global_step": step,
-                "loss_sum": self._total_loss_scalar + self._pending_loss,
-                "order": self._order_settings(),
-            },
-        )
-        if os.path.isdir(final):
-            shutil.rmtree(final)
-        os.rename(written, final)
+            if self.state.best_model_checkpoint == written:
+                self.state.best_model_checkpoint = final
+            if self.args.world_size > 1:
+                paddle.distributed.barrier()
+            if not self.args.should_save:
+                return
+            self.state.save_to_json(os.path.join(written, "trainer_state.json"))
+            checkpoints.seal(
+                written,
+                {
+                    "global_step": step,
+                    "loss_sum": self._total_loss_scalar + self._pending_loss,
+                    "order": self._order_settings(),
+                },
+            )
+            checkpoints.publish(written, final)
         shutil.rmtree(partial)
         checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -466,6 +458,19 @@ class FinetuneTrainer(Trainer):
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
             self.load_weights(best)
         return metrics
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, partial: str):
+    """Turn a failed write into one line that says what to do, and remove the partial folder, if there is one."""
+    try:
+        yield
+    except (OSError, JobFailed) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise JobFailed(
+            f"{what} could not be written ({reason}); earlier checkpoints are intact: mend the disk and add --resume"
+        ) from error
 
 
 class _Bookkeeping(TrainerCallback):
@@ -681,10 +686,12 @@ def finetune(
             logger.warning(f"stopped after step {trainer.state.global_step}: resume with --resume")
             return metrics
         if not training.benchmark:
-            trainer.save_model()
-            trainer.log_metrics("train", metrics)
-            trainer.save_metrics("train", metrics)
-            trainer.save_state()
+            partial = os.path.join(training.output_dir, checkpoints.PARTIAL_PREFIX + "files")
+            with disk_errors(f"the result in {training.output_dir}", partial):
+                trainer.save_model()
+                trainer.log_metrics("train", metrics)
+                trainer.save_metrics("train", metrics)
+                trainer.save_state()
     if training.do_eval and training.evaluation_strategy == "no":
         found = trainer.evaluate()
         metrics.update(found)

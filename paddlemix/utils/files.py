@@ -18,7 +18,7 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Make a rename inside `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -47,7 +47,7 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
             os.fsync(file.fileno())
         os.chmod(partial, 0o666 & ~_UMASK)
         os.replace(partial, path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
@@ -74,7 +74,7 @@ def atomic_folder(path: str) -> Iterator[str]:
             shutil.rmtree(old)
         else:
             os.rename(partial, path)
-        _sync_folder(parent)
+        sync_folder(parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

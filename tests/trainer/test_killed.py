@@ -1,0 +1,162 @@
+"""python -m pytest tests/trainer/test_killed.py
+
+Real runs of the script, killed from outside at moments of the machine's own choosing.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from paddlemix.trainer import checkpoints
+from tests.trainer.runs import LORA_POOL, final_weights
+
+STEPS = 14
+PATIENCE = 60  # seconds until a run that shows nothing fails the test
+
+
+class Run:
+    """One run of the script."""
+
+    def __init__(self, forker, folder, **changes):
+        keys = dict(LORA_POOL, **changes)
+        self.out, self.forker = folder / "out", forker
+        self.log = folder / "log"
+        (folder / "config.json").write_text(json.dumps(keys))
+        request = {"words": [str(folder / "config.json")], "log": str(self.log)}
+        forker.stdin.write(json.dumps(request) + "\n")
+        forker.stdin.flush()
+        self.pid = json.loads(forker.stdout.readline())["pid"]
+
+    def status(self) -> int:
+        return json.loads(self.forker.stdout.readline())["status"]
+
+    def kill(self) -> int:
+        os.kill(self.pid, signal.SIGKILL)
+        return self.status()
+
+    def wait_for(self, *names):
+        """Until one of these folders appears in output_dir."""
+        end = time.monotonic() + PATIENCE
+        while not any((self.out / name).exists() for name in names):
+            assert time.monotonic() < end and os.path.exists(f"/proc/{self.pid}/fd/0"), self.log.read_text()[-2000:]
+            time.sleep(0.001)
+
+    def stop_inside_saving(self, steps):
+        """Freeze the run in the middle of writing one of these checkpoints; returns which."""
+        for step in steps:
+            partial = self.out / f"{checkpoints.PARTIAL_PREFIX}{step}"
+            self.wait_for(partial.name, f"checkpoint-{step}")
+            os.kill(self.pid, signal.SIGSTOP)
+            if partial.exists() and not (self.out / f"checkpoint-{step}").exists():
+                return step
+            os.kill(self.pid, signal.SIGCONT)
+        raise AssertionError("no save was caught")
+
+
+@pytest.fixture(scope="module")
+def forker(root):
+    environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    with subprocess.Popen(
+        [sys.executable, str(root / "tests" / "trainer" / "forking.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def start(forker, world, tmp_path):
+    def begin(name="run", **changes):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        keys = {
+            "model_name_or_path": world[0],
+            "output_dir": str(folder / "out"),
+            "dataset": {"train": [{"data_files": world[1]}]},
+            "do_train": True,
+            "max_steps": STEPS,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "per_device_train_batch_size": 4,
+            "lora_dropout": 0.3,
+            "learning_rate": 1e-3,
+            "logging_steps": 5,
+            "report_to": ["none"],
+            "disable_tqdm": True,
+        }
+        return Run(forker, folder, **dict(keys, **changes))
+
+    return begin
+
+
+def test_killed_at_five_moments_ends_with_the_weights_of_one_go(start):
+    chance = random.Random(20240817)
+    whole = start("whole")
+    assert whole.status() == 0, whole.log.read_text()
+    run, caught = start(), []
+    for step in (2, 4, 6, 8, 10):
+        if chance.random() < 0.6 or step == 2:
+            caught.append(run.stop_inside_saving(range(step, step + 2)))
+        else:
+            run.wait_for(f"checkpoint-{step}")
+            time.sleep(chance.uniform(0, 0.1))
+        assert run.kill() == -signal.SIGKILL
+        last = checkpoints.last_whole(str(run.out))
+        assert last is not None and checkpoints.step_of(last) >= step - 1
+        run = start(resume=True)
+    assert run.status() == 0, run.log.read_text()
+    assert len(caught) >= 2
+    ours, theirs = final_weights(run.out), final_weights(whole.out)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    # Nothing of the broken saves is left.
+    assert not list(run.out.glob(".*"))
+    losses = [json.loads((one.out / "train_results.json").read_text())["train_loss"] for one in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_killed_while_the_first_checkpoint_is_written(start):
+    run = start()
+    run.stop_inside_saving([1])
+    run.kill()
+    assert checkpoints.last_whole(str(run.out)) is None
+    again = start(max_steps=1)
+    assert again.status() == 0, again.log.read_text()
+
+
+def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start):
+    run = start(max_steps=10**6, save_steps=10**6)
+    end = time.monotonic() + PATIENCE
+    while "global_step: 5" not in (run.log.read_text() if run.log.exists() else ""):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.status() == 0
+    last = checkpoints.step_of(checkpoints.last_whole(str(run.out)))
+    assert f"stopped after step {last}: resume with --resume" in run.log.read_text()
+    assert not (run.out / checkpoints.RESULT_NAME).exists()
+
+
+def test_no_room_on_the_disk_is_one_line_and_the_last_checkpoint_stands(start):
+    """The kernel refuses every write beyond 64 KB of a file from the third step on."""
+    run = start()
+    run.wait_for("checkpoint-2")
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (65536, 65536))
+    assert run.status() == 1
+    last = run.log.read_text().splitlines()[-1]
+    assert last.startswith("error: checkpoint-") and "mend the disk and add --resume" in last
+    assert "Traceback" not in run.log.read_text()
+    assert checkpoints.step_of(checkpoints.last_whole(str(run.out))) >= 2
+    assert not list(run.out.glob(".*"))
+    again = start(resume=True, max_steps=4)
+    assert again.status() == 0
