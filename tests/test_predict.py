@@ -188,7 +188,7 @@ def test_all_rows_bad_is_a_failed_job_with_a_whole_output(call):
         (None, (), "cannot read"),
         (b"\x1f\x8b\x08", (), "gunzip"),
         (b"a\tb\n", ("--fallback", "\t "), "--fallback must hold text"),
-        (b"a\tb\n", ("--device", "tpu"), "--device is cpu, gpu or gpu:N"),
+        (b"a\tb\n", ("--device", "tpu"), "the device is cpu, gpu or gpu:N, not 'tpu'"),
         (b"a\tb\n", ("--prompt", "<img>x</img>"), "must not hold"),
     ],
 )

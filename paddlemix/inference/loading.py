@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, NamedTuple, Optional
 
 from paddlemix.utils.errors import UserError
@@ -51,8 +50,6 @@ def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] =
     from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate
     from paddlemix.utils.runtime import describe_threads, resolve_device
 
-    if device is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", device):
-        raise UserError(f"--device is cpu, gpu or gpu:N, not {device!r}")
     chosen = resolve_device(device)
     if chosen.reason:
         logger.warning(chosen.reason)

@@ -59,10 +59,18 @@ from paddlemix.trainer.arguments import (
 )
 from paddlemix.trainer.callbacks import LogLines, StopOnSignal
 from paddlemix.trainer.captions import CaptionEvaluator
-from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
+from paddlemix.trainer.numerics import Numerics
 from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import describe_threads, resolve_device, resolve_dtype, seed_everything
+from paddlemix.utils.runtime import (
+    Precision,
+    decide_precision,
+    describe_threads,
+    resolve_device,
+    resolve_dtype,
+    resolve_flash,
+    seed_everything,
+)
 
 # Captions shown in the log at an evaluation.
 SHOWN_CAPTIONS = 4
@@ -77,10 +85,12 @@ class FinetuneArguments(TrainingArguments):
     benchmark: bool = False
     group_by_modality_length: bool = False
     mm_projector_lr: Optional[float] = None
+    # Not a key: the optimizer keeps float32 copies of half-precision weights.
+    master_weights: bool = False
 
 
-def paddlenlp_arguments(training: TrainingKeys, dtype: str) -> FinetuneArguments:
-    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what `dtype` became on this device.
+def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> FinetuneArguments:
+    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device.
 
     Raises:
         ConfigError: a key is set that the installed PaddleNLP does not have, or two do not fit together.
@@ -92,8 +102,9 @@ def paddlenlp_arguments(training: TrainingKeys, dtype: str) -> FinetuneArguments
         if field.name in known:
             values[field.name] = value
     values.update(
-        fp16=dtype == "float16",
-        bf16=dtype == "bfloat16",
+        fp16=precision.compute == "float16",
+        bf16=precision.compute == "bfloat16",
+        master_weights=precision.master_weights,
         device=paddle.get_device().split(":")[0],
         report_to=training.report_to or ["visualdl"],
         # Our own words for a device; PaddleNLP's flag would only repeat it.
@@ -176,6 +187,7 @@ class FinetuneTrainer(Trainer):
         self.save_captions = False
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
+        self.numerics = Numerics()
         self._rng_loaded = False
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
         self._tokens, self._tokens_since = 0, time.time()
@@ -192,6 +204,7 @@ class FinetuneTrainer(Trainer):
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
         self.add_callback(self.stop)
+        self.add_callback(self.numerics)
         self.add_callback(_Bookkeeping(self))
         self.callback_handler.callbacks.insert(0, LogLines())
 
@@ -205,6 +218,7 @@ class FinetuneTrainer(Trainer):
             tokens, seconds = (int(self._tokens) * self.args.dataset_world_size, time.time() - self._tokens_since)
             logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
             self._tokens, self._tokens_since = 0, time.time()
+            logs.update(self.numerics.scalars())
         if "train_runtime" in logs:
             # The stock rates take all planned steps for done in this session, which a resume or a signal
             # belies.
@@ -263,15 +277,12 @@ class FinetuneTrainer(Trainer):
 
     def training_step(self, model, inputs, **kwargs):
         self._tokens = self._tokens + inputs["attention_mask"].sum()
-        return super().training_step(model, inputs, **kwargs)
+        loss = super().training_step(model, inputs, **kwargs)
+        return self.numerics.finite_loss(loss) if self.do_grad_scaling else loss
 
     def _check_loss_valid(self, loss):
-        value = float(loss)
-        if not self.args.fp16 and not math.isfinite(value):
-            raise JobFailed(
-                f"the loss became {value} in step {self.state.global_step + 1}: lower learning_rate, or add "
-                "warmup_steps; the last checkpoint is intact"
-            )
+        if not self.do_grad_scaling:
+            self.numerics.check_loss(float(loss), self.state.global_step + 1)
 
     def create_optimizer(self, lr_scheduler=None):
         """AdamW over the parameters that train; weight decay on matrices only."""
@@ -290,7 +301,7 @@ class FinetuneTrainer(Trainer):
                 parameters=[parameter for _, parameter in named],
                 weight_decay=self.args.weight_decay,
                 grad_clip=clip,
-                multi_precision=self.args.fp16_opt_level == "O2",
+                multi_precision=self.args.master_weights,
                 **options,
             )
         return self.optimizer
@@ -438,6 +449,9 @@ class FinetuneTrainer(Trainer):
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
             state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
             self._history, self._best = state.log_history, (state.best_metric, state.best_model_checkpoint)
+            self.numerics.overflow.skipped = next(
+                (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
+            )
             if progress.step >= self.planned_steps():
                 logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
                 self.load_weights(resume_from_checkpoint)
@@ -514,13 +528,9 @@ def base_of(model):
     return model.model if isinstance(model, LoRAModel) else model
 
 
-def load_model(model_args: ModelArguments, dtype: str):
+def load_model(model_args: ModelArguments, dtype: str, flash: bool = False):
     """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
     folder = model_args.model_name_or_path
-    flash = model_args.use_flash_attention
-    if flash and paddle.get_device() == "cpu" and not FUSED_ATTENTION_ON_CPU:
-        logger.warning(f"use_flash_attention: Paddle {paddle.__version__} has no such kernel for the CPU; left off")
-        flash = False
     config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
     if model_args.text_model_name_or_path is not None:
@@ -621,7 +631,11 @@ def prepare(
             resume=training.resume,
             resume_from=training.resume_from_checkpoint,
         )
-    training_args = paddlenlp_arguments(training, dtype.value)
+    precision = decide_precision(dtype.value, training.fp16_opt_level)
+    flash, reason = resolve_flash(model_args.use_flash_attention, precision.compute, device.value)
+    if reason:
+        logger.warning(reason)
+    training_args = paddlenlp_arguments(training, precision)
     logger.warning(
         f"Process rank: {training_args.local_rank}, device: {device.value}, "
         f"world_size: {training_args.world_size}, distributed training: {training_args.world_size > 1}, "
@@ -632,7 +646,7 @@ def prepare(
     seed_everything(training.seed)
     # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
     with paddle.utils.unique_name.guard():
-        model = load_model(model_args, dtype.value if training.fp16_opt_level == "O2" else "float32")
+        model = load_model(model_args, precision.weights, flash)
         model = choose_trainable(model, model_args)
     counts = freeze.model_counts(base_of(model))
     logger.info(freeze.summary_line(counts))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import paddle
 import paddle.nn.functional as F
+from paddle.base import core, framework
 
 PADDLE_VERSION = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
 
@@ -29,3 +30,15 @@ def swiglu(gate, up):
     if _fused_swiglu is None or gate.place.is_cpu_place():
         return F.silu(gate) * up
     return _fused_swiglu(gate, up)
+
+
+def autocast_is_on() -> bool:
+    """Whether automatic mixed precision is casting. Paddle 2.6 has no public question for it."""
+    tracer = framework._dygraph_tracer()
+    return tracer is not None and tracer._amp_level != core.AmpLevel.O0
+
+
+def overflowed(scaler) -> bool:
+    """Whether a GradScaler skipped its last step. Paddle 2.6 spells the attribute otherwise."""
+    found = scaler._cache_founf_inf if hasattr(scaler, "_cache_founf_inf") else scaler._cache_found_inf
+    return bool(found)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import warnings
 import zlib
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
+
+from paddlemix.utils.errors import UserError
 
 # What set_cpu_defaults changed, for describe_threads.
 _SET_BY_US: List[str] = []
@@ -97,6 +100,35 @@ class Choice(NamedTuple):
     reason: Optional[str] = None
 
 
+def decide_device(requested: Optional[str], cuda_build: bool, cards: int, selected: str = "0") -> Choice:
+    """The rule behind resolve_device, without asking the machine.
+
+    cuda_build: whether the Paddle wheel has CUDA. cards: GPUs it sees. selected: this process's own card.
+
+    | requested | no card | a card |
+    |---|---|---|
+    | None | cpu | gpu:SELECTED |
+    | cpu | cpu | cpu |
+    | gpu | cpu, with a reason | gpu:SELECTED |
+    | gpu:N | cpu, with a reason | gpu:N, or an error if there is no such card |
+
+    Raises:
+        UserError: there are cards, but not this one; or it is no device's name.
+    """
+    if requested is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", requested):
+        raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}")
+    if requested == "cpu" or (requested is None and not cards):
+        return Choice("cpu")
+    if not cards:
+        why = "no GPU is visible" if cuda_build else "this Paddle wheel has no CUDA"
+        return Choice("cpu", f"{why}; running on the CPU")
+    if requested in (None, "gpu"):
+        return Choice(f"gpu:{selected}")
+    if int(requested.split(":")[1]) >= cards:
+        raise UserError(f"there is no {requested}: Paddle sees {cards} GPU{'s' if cards > 1 else ''}, from gpu:0 on")
+    return Choice(requested)
+
+
 def resolve_device(requested: Optional[str] = None) -> Choice:
     """The device to run on: "gpu:0" style where Paddle was built with CUDA and sees a card, else "cpu".
 
@@ -104,16 +136,11 @@ def resolve_device(requested: Optional[str] = None) -> Choice:
     """
     import paddle
 
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if requested in (None, "gpu"):
-        # A launcher gives each process one visible card, which is card FLAGS_selected_gpus.
-        card = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"
-        choice = Choice(f"gpu:{card}") if has_gpu else Choice("cpu")
-    else:
-        choice = Choice(requested)
-    if (requested or "").startswith("gpu") and not has_gpu:
-        why = "this Paddle wheel has no CUDA" if not paddle.is_compiled_with_cuda() else "no GPU is visible"
-        choice = Choice("cpu", f"{why}; running on the CPU")
+    cuda_build = paddle.is_compiled_with_cuda()
+    cards = paddle.device.cuda.device_count() if cuda_build else 0
+    # A launcher gives each process one card of its own.
+    selected = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"
+    choice = decide_device(requested, cuda_build, cards, selected)
     paddle.set_device(choice.value)
     if choice.value == "cpu" and "FLAGS_use_stride_kernel" not in os.environ:
         # A transpose that only relabels strides makes every kernel behind it walk memory in jumps: splitting c_attn's
@@ -125,7 +152,7 @@ def resolve_device(requested: Optional[str] = None) -> Choice:
 def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:
     """The rule behind resolve_dtype, without asking the machine.
 
-    | requested | cpu | gpu with bf16 | gpu without |
+    | requested | cpu | gpu with bf16 (A100) | gpu without (V100) |
     |---|---|---|---|
     | float32 | float32 | float32 | float32 |
     | float16 | float32 | float16 | float16 |
@@ -153,6 +180,81 @@ def resolve_dtype(requested: str, device: Optional[str] = None) -> Choice:
     # Compute capability 8.0 (A100) brought bf16; Paddle's own check covers the CUDA build too.
     bf16 = device.startswith("gpu") and paddle.amp.is_bfloat16_supported()
     return decide_dtype(requested, device, bf16)
+
+
+class Precision(NamedTuple):
+    """How a training run computes.
+
+    compute: dtype of the matmuls. weights: dtype of the parameters. master_weights: whether the optimizer keeps
+    float32 copies of them. loss_scaling: whether gradients need a loss scale (float16 alone: its smallest number is
+    6e-8; bfloat16 has float32's range).
+    """
+
+    compute: str
+    weights: str
+    master_weights: bool
+    loss_scaling: bool
+
+
+def decide_precision(compute: str, opt_level: str) -> Precision:
+    """What training in `compute` means (the value of resolve_dtype) at fp16_opt_level "O1" or "O2".
+
+    | compute | level | weights | master weights | loss scale |
+    |---|---|---|---|---|
+    | float32 | O1, O2 | float32 | no | no |
+    | float16 | O1 | float32 | no | yes |
+    | float16 | O2 | float16 | yes | yes |
+    | bfloat16 | O1 | float32 | no | no |
+    | bfloat16 | O2 | bfloat16 | yes | no |
+    """
+    half = compute != "float32" and opt_level == "O2"
+    return Precision(compute, compute if half else "float32", half, compute == "float16")
+
+
+def decide_flash(
+    requested: bool, compute: str, device: str, capability: Tuple[int, int], on_cpu: bool
+) -> Tuple[bool, Optional[str]]:
+    """(whether to use Paddle's fused attention, why not although it was requested).
+
+    Its kernel takes float16 and bfloat16, and cards of compute capability 8.0 on (A100, not V100: 7.0). On the CPU
+    Paddle answers the call with plain matmuls, if this version does (`on_cpu`).
+    """
+    if requested and device == "cpu" and not on_cpu:
+        return False, "use_flash_attention: this Paddle has no such kernel for the CPU; running without it"
+    if not requested or device == "cpu":
+        return requested, None
+    if compute == "float32":
+        return False, "use_flash_attention needs fp16 or bf16; running without it"
+    if capability < (8, 0):
+        card = ".".join(map(str, capability))
+        return False, f"use_flash_attention needs compute capability 8.0, this card has {card}; running without it"
+    return True, None
+
+
+def resolve_flash(requested: bool, compute: str, device: str) -> Tuple[bool, Optional[str]]:
+    """decide_flash on this machine's card."""
+    import paddle
+
+    from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
+
+    capability = paddle.device.cuda.get_device_capability(device) if device.startswith("gpu") else (0, 0)
+    return decide_flash(requested, compute, device, tuple(capability), FUSED_ATTENTION_ON_CPU)
+
+
+def full_precision():
+    """A context in which autocast leaves float32 computations alone.
+
+    At level O2, autocast turns the inputs of nearly every operator into half precision, also those that were made
+    float32 on purpose: a softmax, a mean of squares (float16 ends at 65504), rotary angles, the loss.
+    """
+    import contextlib
+
+    import paddle
+
+    from paddlemix.utils.compat import autocast_is_on
+
+    # Entering a context of Paddle's costs 36 µs, a hundred times per generated token.
+    return paddle.amp.auto_cast(False) if autocast_is_on() else contextlib.nullcontext()
 
 
 def seed_everything(seed: int) -> None:

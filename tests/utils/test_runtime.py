@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from paddlemix.utils import runtime
+from paddlemix.utils.errors import UserError
 
 # requested, device, bf16 supported → dtype, whether a reason is given
 DTYPES = [
@@ -32,6 +33,78 @@ def test_dtype_table(requested, device, bf16, expected, changed):
 def test_unknown_dtype():
     with pytest.raises(ValueError, match="float64"):
         runtime.decide_dtype("float64", "cpu", False)
+
+
+# requested, wheel with CUDA, cards, card of this process → device, a word of the reason
+DEVICES = [
+    (None, False, 0, "0", "cpu", None),
+    (None, True, 0, "0", "cpu", None),
+    (None, True, 1, "0", "gpu:0", None),
+    (None, True, 8, "5", "gpu:5", None),
+    ("cpu", True, 8, "0", "cpu", None),
+    ("gpu", False, 0, "0", "cpu", "no CUDA"),
+    ("gpu", True, 0, "0", "cpu", "no GPU is visible"),
+    ("gpu", True, 2, "1", "gpu:1", None),
+    ("gpu:1", False, 0, "0", "cpu", "no CUDA"),
+    ("gpu:1", True, 2, "0", "gpu:1", None),
+]
+
+
+@pytest.mark.parametrize("requested, cuda, cards, selected, expected, reason", DEVICES)
+def test_device_table(requested, cuda, cards, selected, expected, reason):
+    choice = runtime.decide_device(requested, cuda, cards, selected)
+    assert choice.value == expected
+    assert choice.reason is None if reason is None else reason in choice.reason
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(UserError, match="there is no gpu:2: Paddle sees 2 GPUs, from gpu:0 on"):
+        runtime.decide_device("gpu:2", True, 2)
+    for name in ("xpu", "gpu:", "gpu:x", "cpu:0", ""):
+        with pytest.raises(UserError, match="cpu, gpu or gpu:N"):
+            runtime.decide_device(name, True, 2)
+
+
+# what the run asks for, level, machine → compute, weights, master weights, loss scale
+CPU, V100, A100 = ("cpu", False), ("gpu:0", False), ("gpu:0", True)
+PRECISIONS = [
+    ("float32", "O1", V100, "float32", "float32", False, False),
+    ("float32", "O2", A100, "float32", "float32", False, False),
+    ("float16", "O1", V100, "float16", "float32", False, True),
+    ("float16", "O2", V100, "float16", "float16", True, True),
+    ("float16", "O2", A100, "float16", "float16", True, True),
+    ("bfloat16", "O1", A100, "bfloat16", "float32", False, False),
+    ("bfloat16", "O2", A100, "bfloat16", "bfloat16", True, False),
+    ("bfloat16", "O1", V100, "float16", "float32", False, True),
+    ("bfloat16", "O2", V100, "float16", "float16", True, True),
+    ("float16", "O2", CPU, "float32", "float32", False, False),
+    ("bfloat16", "O1", CPU, "float32", "float32", False, False),
+]
+
+
+@pytest.mark.parametrize("requested, level, machine, compute, weights, master, scale", PRECISIONS)
+def test_precision_table(requested, level, machine, compute, weights, master, scale):
+    choice = runtime.decide_dtype(requested, *machine)
+    assert runtime.decide_precision(choice.value, level) == (compute, weights, master, scale)
+
+
+# requested, compute, device, capability → used, a word of the reason
+FLASH = [
+    (False, "float16", "gpu:0", (8, 0), False, None),
+    (True, "float16", "gpu:0", (8, 0), True, None),
+    (True, "bfloat16", "gpu:0", (9, 0), True, None),
+    (True, "float16", "gpu:0", (7, 0), False, "this card has 7.0"),
+    (True, "float32", "gpu:0", (8, 0), False, "fp16 or bf16"),
+    (True, "float32", "cpu", (0, 0), True, None),
+    (True, "float32", "old cpu", (0, 0), False, "no such kernel for the CPU"),
+]
+
+
+@pytest.mark.parametrize("requested, compute, device, capability, used, reason", FLASH)
+def test_flash_table(requested, compute, device, capability, used, reason):
+    found, why = runtime.decide_flash(requested, compute, device.split()[-1], capability, device != "old cpu")
+    assert found == used
+    assert why is None if reason is None else reason in why
 
 
 def test_resolve_here():

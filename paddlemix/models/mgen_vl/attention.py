@@ -10,6 +10,8 @@ import math
 import paddle
 import paddle.nn.functional as F
 
+from paddlemix.utils.runtime import full_precision
+
 
 def spread(tensor, shape):
     """`tensor`, broadcast to `shape` by whoever adds it or multiplies with it; on the CPU already here, once.
@@ -42,9 +44,10 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
         return out.reshape([B, T, H * d])
     # Dividing q first keeps the products inside float16's range.
     scores = paddle.matmul(query * (1.0 / math.sqrt(d)), key, transpose_y=True).astype("float32")
-    if bias is not None:
-        scores = scores + bias
-    weights = F.softmax(scores, axis=-1).astype(value.dtype)
+    with full_precision():
+        if bias is not None:
+            scores = scores + bias
+        weights = F.softmax(scores, axis=-1).astype(value.dtype)
     if dropout:
         weights = F.dropout(weights, dropout, training=training)
     return paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape([B, T, H * d])

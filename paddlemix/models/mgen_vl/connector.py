@@ -14,6 +14,7 @@ from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.configuration import RESAMPLER_HEAD_DIM
+from paddlemix.utils.runtime import full_precision
 
 # Every LayerNorm of the visual part.
 EPSILON = 1e-6
@@ -29,7 +30,8 @@ def resize_positions(table, count):
         return table
     source, target = math.isqrt(length), math.isqrt(count)
     grid = table.astype("float32").reshape([1, source, source, channels]).transpose([0, 3, 1, 2])
-    grid = F.interpolate(grid, size=[target, target], mode="bicubic", align_corners=False)
+    with full_precision():
+        grid = F.interpolate(grid, size=[target, target], mode="bicubic", align_corners=False)
     return grid.transpose([0, 2, 3, 1]).reshape([count, channels]).astype(table.dtype)
 
 

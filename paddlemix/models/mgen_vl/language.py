@@ -19,6 +19,7 @@ from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPre
 from paddlemix.models.mgen_vl.attention import attend, spread
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.compat import swiglu
+from paddlemix.utils.runtime import full_precision
 
 # A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
 MASKED = -1e30
@@ -162,8 +163,9 @@ class MGenRMSNorm(QWenRMSNorm):
         if self.config.use_fused_rms_norm:
             return super().forward(x)
         wide = x.astype("float32")
-        # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
-        wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
+        with full_precision():
+            # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
+            wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
         return wide.astype(x.dtype) * self.weight
 
 
@@ -268,8 +270,9 @@ class MGenDecoder(MGenPretrainedModel):
                 position_ids = paddle.arange(past, past + T).unsqueeze(0).expand([B, T])
         if past:
             cache.reserve(past + T)
-        alphas, logn = self._scaling(position_ids, cache, T)
-        cos, sin = rotary_factors(position_ids, self.config.kv_channels, self.config.rotary_emb_base, alphas)
+        with full_precision():
+            alphas, logn = self._scaling(position_ids, cache, T)
+            cos, sin = rotary_factors(position_ids, self.config.kv_channels, self.config.rotary_emb_base, alphas)
         dtype = inputs_embeds.dtype
         heads = self.h[0].attn.num_heads
         # For queries and keys together.

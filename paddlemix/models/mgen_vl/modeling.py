@@ -27,7 +27,7 @@ from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import resolve_dtype
+from paddlemix.utils.runtime import full_precision, resolve_dtype
 
 IGNORE_INDEX = -100
 
@@ -158,7 +158,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             return hidden.astype("float32").sum() * 0.0
         states = paddle.gather(hidden[:, :-1].reshape([-1, hidden.shape[-1]]), chosen)
         logits = self._logits(states).astype("float32")
-        return F.cross_entropy(logits, paddle.gather(targets, chosen), reduction="mean")
+        with full_precision():
+            return F.cross_entropy(logits, paddle.gather(targets, chosen), reduction="mean")
 
     def forward(
         self,

@@ -1,0 +1,144 @@
+"""Numbers that went wrong: overflow under float16, a loss that is no number; and the gradient's norm for the log.
+
+Under float16 the loss is scaled up, so that small gradients survive; where one overflows, the step is skipped and the
+scale halved (Micikevicius et al. 2018, §3.2). A few skipped steps are normal. A run of them that no lower scale can
+end is not: the run stops and says what to change.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, Iterable, Optional
+
+import paddle
+from paddlenlp.trainer import TrainerCallback
+
+from paddlemix.utils.compat import overflowed
+from paddlemix.utils.errors import JobFailed
+from paddlemix.utils.log import logger
+
+# Steps in a row that were skipped although a lower loss scale could not have saved them.
+HOPELESS_STEPS = 5
+
+_INTACT = "the last checkpoint is intact"
+
+
+def gradient_norm(parameters: Iterable, scale: float = 1.0):
+    """Norm of all gradients together, float32 scalar tensor, or None without gradients. scale: what they are
+    multiplied with.
+    """
+    squares = []
+    for parameter in parameters:
+        gradient = getattr(parameter, "main_grad", None)
+        gradient = parameter.grad if gradient is None else gradient
+        if gradient is not None:
+            squares.append(gradient.astype("float32").square().sum())
+    return paddle.add_n(squares).sqrt() / scale if squares else None
+
+
+class OverflowCount:
+    """Counts skipped steps and decides when to give up.
+
+    skipped: steps skipped so far. hopeless: how many of the last ones in a row no lower scale could have saved,
+    because the loss itself was no number or the scale was at its lowest, 1.
+    """
+
+    def __init__(self, skipped: int = 0):
+        self.skipped = skipped
+        self.hopeless = 0
+
+    def step(self, number: int, skipped: bool, loss_is_finite: bool, scale: float) -> None:
+        """Take note of optimizer step `number`, which had this loss scale.
+
+        Raises:
+            JobFailed: the last HOPELESS_STEPS steps were all beyond saving; with advice.
+        """
+        if not skipped:
+            self.hopeless = 0
+            return
+        self.skipped += 1
+        self.hopeless = self.hopeless + 1 if not loss_is_finite or scale <= 1 else 0
+        if self.hopeless < HOPELESS_STEPS:
+            return
+        if loss_is_finite:
+            what = "gradients overflow float16 even at loss scale 1"
+        else:
+            what = "the loss is no number: activations overflow float16, or the weights have diverged"
+        raise JobFailed(
+            f"{self.hopeless} steps in a row were skipped, the last one step {number}: {what}. Try fp16_opt_level=O1 "
+            "(float32 weights; on a V100 the first thing to change), a lower learning_rate or more warmup_steps, or "
+            f"bf16 on an A100; {_INTACT}"
+        )
+
+
+class Numerics(TrainerCallback):
+    """Watches each step. The trainer asks it for a loss to add up and for the scalars of a log line."""
+
+    def __init__(self):
+        self.overflow = OverflowCount()
+        self._scale: Optional[float] = None
+        self._norm: Any = None
+        self._finite: Any = None
+        self._last_loss: Any = None
+
+    def finite_loss(self, loss):
+        """`loss`, or the last one that was a number in the place of one that is none.
+
+        The trainer adds losses up: one NaN of a skipped step would be all that the log shows from there on.
+        """
+        finite = paddle.isfinite(loss).all()
+        self._finite = finite if self._finite is None else paddle.logical_and(self._finite, finite)
+        before = paddle.zeros_like(loss) if self._last_loss is None else self._last_loss
+        self._last_loss = paddle.where(finite, loss, before)
+        return self._last_loss
+
+    @staticmethod
+    def check_loss(loss: float, step: int) -> None:
+        """Without a loss scale nothing is skipped, so the first bad loss ends the run before it spoils the weights.
+
+        Raises:
+            JobFailed: the loss is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise JobFailed(
+                f"the loss became {loss} in step {step}: lower learning_rate, or add warmup_steps; {_INTACT}"
+            )
+
+    def on_optimizer_begin(self, args, state, control, scaler=None, model=None, **kwargs):
+        self._scale = None if scaler is None else float(scaler._scale)
+        # Where parameters or optimizer states are split over cards, no process has all gradients.
+        whole = args.tensor_parallel_degree <= 1 and args.sharding_parallel_degree <= 1
+        if whole and ends_in_a_log(args, state.global_step + 1):
+            self._norm = gradient_norm(model.parameters(), self._scale or 1.0)
+
+    def on_optimizer_end(self, args, state, control, scaler=None, **kwargs):
+        if scaler is None:
+            return
+        finite, self._finite = self._finite is None or bool(self._finite), None
+        skipped = overflowed(scaler)
+        if skipped and self.overflow.skipped == 0:
+            logger.warning(
+                f"step {state.global_step + 1} overflowed float16 and was skipped; the loss scale falls from "
+                f"{self._scale:g} to {float(scaler._scale):g}. A few such steps are normal: the log counts them"
+            )
+        self.overflow.step(state.global_step + 1, skipped, finite, self._scale)
+
+    def scalars(self) -> Dict[str, float]:
+        """For a log line: grad_norm (before clipping), and with a loss scale loss_scale and skipped_steps."""
+        found: Dict[str, float] = {}
+        if self._norm is not None:
+            found["grad_norm"] = round(float(self._norm), 6)
+            self._norm = None
+        if self._scale is not None:
+            found["loss_scale"] = self._scale
+            found["skipped_steps"] = self.overflow.skipped
+        return found
+
+
+def ends_in_a_log(args, step: int) -> bool:
+    """Whether optimizer step `step` (from 1) may end in a log line."""
+    if args.logging_strategy.value == "no":
+        return False
+    if args.logging_strategy.value == "epoch":
+        return True
+    return step % args.logging_steps == 0 or (step == 1 and args.logging_first_step)
