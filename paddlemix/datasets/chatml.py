@@ -26,9 +26,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from paddlemix.datasets.json_index import record_bounds
+from paddlemix.datasets.lengths import cached_lengths, lengths_key
+from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
 from paddlemix.processors.images import decode_base64, open_image
-from paddlemix.processors.mgen_vl_processing import ChatTemplate, encode_example
+from paddlemix.processors.mgen_vl_processing import ChatTemplate, LengthCounter, encode_example
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.log import logger
 
@@ -108,6 +110,24 @@ def parse_record(text: bytes, folder: str = "") -> Record:
     if len(images) > MAX_IMAGES:
         raise SampleError(f"{len(images)} images; at most {MAX_IMAGES} are taken")
     return Record(str(record_id), turns, images)
+
+
+_IMAGE_TEXT = re.compile(rb'"image"\s*:\s*"')
+
+
+def _without_image(text: bytes) -> bytes:
+    """A record's text with the first bytes of its base64, which is nearly all of it and says nothing of its length.
+
+    Inside a JSON string a quote has a backslash before it, so what is looked for cannot stand in a caption.
+    """
+    found = _IMAGE_TEXT.search(text)
+    if found is None:
+        return text
+    begin = found.end()
+    end = text.find(b'"', begin)
+    if end < begin + 64 or b"\\" in text[begin:end]:
+        return text
+    return text[: begin + 4] + text[end:]
 
 
 def _turns(value: Any) -> List[Tuple[str, str]]:
@@ -355,6 +375,24 @@ class ChatmlDataset:
         """
         return parse_record(self.record_text(index), self._place(index)[0].folder)
 
+    def lengths(self) -> SampleLengths:
+        """The length in tokens of every sample, and whether it has an image, without a look at the image.
+
+        Counted once and kept beside each JSON file (see datasets.lengths). A record that cannot be used has length 0.
+        """
+        found, first = [], 0
+        for part in self._parts:
+            counter = LengthCounter(self.tokenizer, part.template, self.max_length)
+            key = lengths_key(self.tokenizer, part.template, self.max_length)
+
+            def measure(row: int, counter=counter, first=first, folder=part.folder) -> Tuple[int, bool]:
+                record = parse_record(_without_image(self.record_text(first + row)), folder)
+                return counter(record.turns, len(record.images)), bool(record.images)
+
+            found.append(cached_lengths(part.path, key, len(part.bounds), measure))
+            first += len(part.bounds)
+        return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*found)))
+
     def sample(self, index: int) -> Dict[str, np.ndarray]:
         """Exactly this sample: input_ids, labels int64 [t], images float32 [n, 3, S, S].
 
@@ -395,27 +433,25 @@ class ChatmlDataset:
             raise SampleError(f"{path} is not the file it was when the record was made; convert it again")
         return decode_base64(field)
 
-    def __getitem__(self, index: int) -> Dict[str, np.ndarray]:
+    def __getitem__(self, index: Union[int, Tuple[int, ...]]) -> Any:
         """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning).
+
+        A tuple of indices gives a list: their samples without those that fail, as another might not fit into their
+        room in a packed sequence; if all fail, one good sample.
 
         When MAX_FAILURES_IN_A_ROW records, or all there are, fail, the sample is empty and has "failure": the message
         as bytes. In Paddle's loader an error becomes another one or, without workers, an endless wait; so the message
         goes with the batch, and whoever takes that raises it (collator.raise_failure).
         """
+        if isinstance(index, tuple):
+            samples = [self._sample_or_reason(one, "left out")[0] for one in index]
+            return [sample for sample in samples if sample is not None] or [self[(index[-1] + 1) % len(self)]]
         self._place(index)
         tries = min(len(self), MAX_FAILURES_IN_A_ROW)
         for step in range(tries):
-            current = (index + step) % len(self)
-            try:
-                return self.sample(current)
-            except Exception as error:  # of whatever kind: one sample must not end a run of hours
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                skipped = self._tally.add()
-                if skipped == 1 or skipped % LOG_EVERY == 0:
-                    logger.warning(
-                        f"sample {self._name(current)} cannot be used: {reason}; the next good one takes its place "
-                        f"({skipped} so far)"
-                    )
+            sample, reason = self._sample_or_reason((index + step) % len(self), "the next good one takes its place")
+            if sample is not None:
+                return sample
         message = f"no good sample among {tries} in a row, from record {index} on; the last one: {reason}"
         nothing = np.zeros(0, dtype=np.int64)
         return {
@@ -424,6 +460,17 @@ class ChatmlDataset:
             "images": np.zeros((0, 3, 1, 1), dtype=np.float32),
             "failure": np.frombuffer(message.encode("utf-8", "replace"), dtype=np.uint8),
         }
+
+    def _sample_or_reason(self, index: int, consequence: str) -> Tuple[Optional[Dict[str, np.ndarray]], str]:
+        """The sample, or None and why not; a failure is counted, and logged with its consequence."""
+        try:
+            return self.sample(index), ""
+        except Exception as error:  # of whatever kind: one sample must not end a run of hours
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        skipped = self._tally.add()
+        if skipped == 1 or skipped % LOG_EVERY == 0:
+            logger.warning(f"sample {self._name(index)} cannot be used: {reason}; {consequence} ({skipped} so far)")
+        return None, reason
 
     def _name(self, index: int) -> str:
         """The id of a record, which may be unreadable, and where it stands."""

@@ -37,29 +37,45 @@ class MGenVLCollator:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, samples: Sequence[Dict[str, Any]]) -> Dict[str, np.ndarray]:
-        """samples: dicts with input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0).
+    def __call__(self, samples: Sequence[Any]) -> Dict[str, np.ndarray]:
+        """samples: per row a dict with input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0), or
+        a list of them, packed one behind the other.
 
         Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
-        left out when the batch has none. A failed sample's "failure" is handed on (see raise_failure).
+        left out when the batch has none. Packed rows have sample_lengths [B, K] int64 besides (0 where a row holds
+        fewer samples), and no label on a sample's first token, which the one before it would have to predict.
+        A failed sample's "failure" is handed on (see raise_failure).
         """
-        longest = max(1, *(len(sample["input_ids"]) for sample in samples))
+        packed = any(isinstance(row, list) for row in samples)
+        rows = samples if packed else [[sample] for sample in samples]
+        lengths = [[len(sample["input_ids"]) for sample in row] for row in rows]
+        longest = max(1, *map(sum, lengths))
         padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(samples), padded)
+        shape = (len(rows), padded)
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
             "attention_mask": np.zeros(shape, dtype=np.int64),
         }
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            batch["input_ids"][row, :length] = sample["input_ids"]
-            batch["labels"][row, :length] = sample["labels"]
-            batch["attention_mask"][row, :length] = 1
-        images: List[np.ndarray] = [sample["images"] for sample in samples if len(sample["images"])]
+        if packed:
+            batch["sample_lengths"] = np.zeros((len(rows), max(map(len, lengths))), dtype=np.int64)
+        images: List[np.ndarray] = []
+        for number, row in enumerate(rows):
+            begin = 0
+            for sample, length in zip(row, lengths[number]):
+                place = number, slice(begin, begin + length)
+                batch["input_ids"][place] = sample["input_ids"]
+                batch["labels"][place] = sample["labels"]
+                batch["attention_mask"][place] = 1
+                if packed and length:
+                    batch["labels"][number, begin] = IGNORE_INDEX
+                begin += length
+                if len(sample["images"]):
+                    images.append(sample["images"])
+                if "failure" in sample:
+                    batch["failure"] = sample["failure"]
+            if packed:
+                batch["sample_lengths"][number, : len(row)] = lengths[number]
         if images:
             batch["images"] = np.concatenate(images) if len(images) > 1 else images[0]
-        for sample in samples:
-            if "failure" in sample:
-                batch["failure"] = sample["failure"]
         return batch

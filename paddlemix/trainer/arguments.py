@@ -97,8 +97,8 @@ class DataArguments:
     lazy: bool = key(False, "Kept for older configs: samples are always read by index and decoded when needed.")
     mixtoken: bool = key(
         False,
-        "Pack several samples into one sequence.",
-        refused="packing is not built yet; samples are padded per batch",
+        "Pack samples into sequences of at most max_length tokens, each attending to itself alone. Batch sizes then "
+        "count sequences.",
     )
     eval_with_do_generation: bool = key(
         False, "At each evaluation, also generate the validation captions and score them (eval_cider)."
@@ -146,7 +146,7 @@ class TrainingKeys:
     )
     do_predict: bool = key(False, "Predict.", refused="predict.py does that")
     do_export: bool = key(False, "Export.", refused="merge_lora_params.py writes the folder that predict.py reads")
-    per_device_train_batch_size: int = key(8, "Samples per step and card.", at_least=1)
+    per_device_train_batch_size: int = key(8, "Samples (with mixtoken: sequences) per step and card.", at_least=1)
     per_device_eval_batch_size: int = key(8, "Samples per evaluation step and card.", at_least=1)
     gradient_accumulation_steps: int = key(
         1, "Batches per optimizer step; their losses are averaged batch by batch.", at_least=1
@@ -241,7 +241,7 @@ class TrainingKeys:
     unified_checkpoint_config: str = key("", "PaddleNLP's unified checkpoint.", refused=_UNIFIED)
     use_async_save: bool = key(False, "Save in the background.", refused="a checkpoint counts only when it is whole")
     group_by_modality_length: bool = key(
-        False, "Batches of like length.", refused="not built yet; batches are padded to their longest sample"
+        False, "Make batches of samples of like length, those with and without an image apart."
     )
     to_static: bool = key(False, "Static graph.", refused="the model runs in dynamic mode")
     use_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding or tensor_parallel_degree")
@@ -626,6 +626,10 @@ def find_problems(arguments: Arguments) -> List[str]:
     ):
         if wanted and not (data.dataset or {}).get(part):
             problems.append(f'{by} needs data: give dataset {{"{part}": [{{"data_files": …}}]}}')
+    if data.mixtoken and training.group_by_modality_length:
+        problems.append("set mixtoken or group_by_modality_length, not both: packed sequences are of like length")
+    if data.mixtoken and model.neftune:
+        problems.append("mixtoken cannot go with neftune, whose noise depends on the length of one sample")
     if training.fp16 and training.bf16:
         problems.append("set fp16 or bf16, not both")
     if model.lora_path is not None:

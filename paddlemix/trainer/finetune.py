@@ -44,6 +44,7 @@ from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator, raise_failure
+from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length, plan_packs
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.modeling import check_weights
 from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
@@ -144,16 +145,31 @@ class EpochSampler(DistributedBatchSampler):
     the next epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any
     step without reading a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
 
-    rank, processes: this process takes every `processes`-th batch.
+    rank, processes: this process takes every `processes`-th batch. packs: a batch holds these, each as a tuple of its
+    samples' indices. lengths: batches of samples of like length.
     """
 
-    def __init__(self, dataset, batch_size, *, seed, accumulation, drop_last=False, rank=0, processes=1):
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        *,
+        seed,
+        accumulation,
+        drop_last=False,
+        rank=0,
+        processes=1,
+        packs: Optional[Packs] = None,
+        lengths: Optional[SampleLengths] = None,
+    ):
         super().__init__(dataset, batch_size, num_replicas=processes, rank=rank, shuffle=True, drop_last=drop_last)
-        self.seed = seed
+        self.seed, self.packs, self.lengths = seed, packs, lengths
+        self.count = len(dataset) if packs is None else packs.count
         per_step = batch_size * processes
-        batches = len(dataset) // per_step if drop_last else math.ceil(len(dataset) / per_step)
+        batches = self.count // per_step if drop_last else math.ceil(self.count / per_step)
         if batches == 0:
-            raise ConfigError(f"{len(dataset)} samples do not fill one batch of {per_step}")
+            what = "samples" if packs is None else "packed sequences"
+            raise ConfigError(f"{self.count} {what} do not fill one batch of {per_step}")
         self.batches = batches - batches % accumulation if batches >= accumulation else batches
         self.first_batch = 0
 
@@ -165,14 +181,19 @@ class EpochSampler(DistributedBatchSampler):
         self.epoch, self.first_batch = epoch, batch
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.lengths is None:
+            order = rng.permutation(self.count)
+        else:
+            order = group_by_length(self.lengths, self.batch_size, self.nranks, rng)
         per_step = self.batch_size * self.nranks
         if self.nranks > 1:
             # Every process must get as many batches: the last ones begin again at the front.
             order = np.resize(order, max(len(order), self.batches * per_step))
-        for batch in range(self.first_batch, self.batches):
-            start = batch * per_step + self.local_rank * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
+        for number in range(self.first_batch, self.batches):
+            start = number * per_step + self.local_rank * self.batch_size
+            batch = order[start : start + self.batch_size].tolist()
+            yield batch if self.packs is None else [self.packs.samples(pack) for pack in batch]
 
     def __len__(self):
         return self.batches
@@ -181,8 +202,17 @@ class EpochSampler(DistributedBatchSampler):
 class FinetuneTrainer(Trainer):
     """PaddleNLP's Trainer with the changes that this module's head lists."""
 
-    def __init__(self, *args, chat_template: ChatTemplate, **kwargs):
+    def __init__(
+        self,
+        *args,
+        chat_template: ChatTemplate,
+        packs: Optional[Packs] = None,
+        lengths: Optional[SampleLengths] = None,
+        **kwargs,
+    ):
         self.chat_template = chat_template
+        # How the training samples share sequences, or batches; see datasets.packing.
+        self.packs, self.lengths = packs, lengths
         self.captions: Optional[CaptionEvaluator] = None
         self.save_captions = False
         self.sampler: Optional[EpochSampler] = None
@@ -190,7 +220,7 @@ class FinetuneTrainer(Trainer):
         self.numerics = Numerics()
         self._rng_loaded = False
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
-        self._tokens, self._tokens_since = 0, time.time()
+        self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
         self._history: List[dict] = []
         self._best: Tuple[Optional[float], Optional[str]] = (None, None)
         super().__init__(*args, **kwargs)
@@ -215,16 +245,18 @@ class FinetuneTrainer(Trainer):
 
     def log(self, logs: Dict[str, float], **kwargs) -> None:
         if "loss" in logs:
-            tokens, seconds = (int(self._tokens) * self.args.dataset_world_size, time.time() - self._tokens_since)
+            tokens, samples = self._take_counts()
+            seconds = time.time() - self._counted_since
+            logs["interval_samples_per_second"] = round(samples / seconds, 4)
             logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
-            self._tokens, self._tokens_since = 0, time.time()
+            self._counted_since = time.time()
             logs.update(self.numerics.scalars())
         if "train_runtime" in logs:
             # The stock rates take all planned steps for done in this session, which a resume or a signal
             # belies.
+            self._take_counts()
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
-            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.dataset_world_size
-            logs["train_samples_per_second"] = round(rate * per_step, 4)
+            logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
             logs["train_steps_per_second"] = round(rate, 4)
         skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
         if skipped:
@@ -233,6 +265,17 @@ class FinetuneTrainer(Trainer):
         self._history.append(dict(logs))
         # A copy: PaddleNLP 2.8 appends to it by itself.
         self.state.log_history = list(self._history)
+
+    def _take_counts(self) -> Tuple[int, int]:
+        """Tokens and samples trained on since the last call, by all processes."""
+        counts = paddle.to_tensor([int(self._tokens), int(self._samples)], dtype="int64")
+        if self.args.world_size > 1:
+            paddle.distributed.all_reduce(counts)
+        # Tensor-parallel processes work on the same samples.
+        copies = self.args.world_size // self.args.dataset_world_size
+        tokens, samples = (count // copies for count in counts.tolist())
+        self._tokens, self._samples, self._samples_seen = 0, 0, self._samples_seen + samples
+        return tokens, samples
 
     # ---- data
 
@@ -245,6 +288,8 @@ class FinetuneTrainer(Trainer):
             drop_last=self.args.dataloader_drop_last,
             rank=self.args.dataset_rank,
             processes=self.args.dataset_world_size,
+            packs=self.packs,
+            lengths=self.lengths,
         )
         return self.sampler
 
@@ -277,6 +322,8 @@ class FinetuneTrainer(Trainer):
 
     def training_step(self, model, inputs, **kwargs):
         self._tokens = self._tokens + inputs["attention_mask"].sum()
+        packed = inputs.get("sample_lengths")
+        self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else (packed > 0).sum())
         loss = super().training_step(model, inputs, **kwargs)
         return self.numerics.finite_loss(loss) if self.do_grad_scaling else loss
 
@@ -358,12 +405,19 @@ class FinetuneTrainer(Trainer):
 
     def _order_settings(self) -> Dict[str, int]:
         """What the order of samples depends on. A resumed run must agree in it."""
-        return {
+        settings = {
             "samples": len(self.train_dataset),
             "batch": self.args.per_device_train_batch_size * self.args.dataset_world_size,
             "accumulation": self.accumulation,
             "seed": self.args.seed,
         }
+        if self.packs is not None:
+            settings.update(
+                mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length
+            )
+        if self.lengths is not None:
+            settings["group_by_modality_length"] = self.lengths.digest()
+        return settings
 
     def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
         """Weights (adapters, or the whole model), configuration, tokenizer, chat template, arguments."""
@@ -441,9 +495,9 @@ class FinetuneTrainer(Trainer):
             progress, order = resume.read_progress(resume_from_checkpoint), self._order_settings()
             if progress.order != order:
                 changed = ", ".join(
-                    f"{name} was {progress.order.get(name)}, is {now}"
-                    for name, now in order.items()
-                    if progress.order.get(name) != now
+                    f"{name} was {progress.order.get(name, 'off')}, is {order.get(name, 'off')}"
+                    for name in {**order, **progress.order}
+                    if progress.order.get(name) != order.get(name)
                 )
                 raise ConfigError(f"{resume_from_checkpoint} is of another run: {changed}")
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
@@ -660,6 +714,19 @@ def prepare(
         for part in ("train", "eval")
         if dataset_entries(data_args, part)
     }
+    packs = lengths = None
+    if training.do_train and (data_args.mixtoken or training.group_by_modality_length):
+        # The first process counts and keeps the lengths; the others find them.
+        with training_args.main_process_first(desc="lengths of the training samples"):
+            lengths = datasets["train"].lengths()
+        if data_args.mixtoken:
+            packs = plan_packs(lengths.tokens, data_args.max_length, training.seed)
+            filled = lengths.tokens.sum() / (packs.count * data_args.max_length)
+            logger.info(
+                f"packed {len(lengths.tokens)} samples into {packs.count} sequences of at most "
+                f"{data_args.max_length} tokens, {filled:.1%} filled"
+            )
+            lengths = None
     template = dataset_entries(data_args, "train" if "train" in datasets else "eval")[0]["chat_template"]
     trainer = FinetuneTrainer(
         model=model,
@@ -669,6 +736,8 @@ def prepare(
         data_collator=MGenVLCollator(tokenizer.pad_token_id),
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
+        packs=packs,
+        lengths=lengths,
     )
     if data_args.eval_with_do_generation:
         size, most = training.per_device_eval_batch_size, training.max_evaluate_steps

@@ -266,7 +266,7 @@ def test_several_problems_are_said_at_once(parse):
 
 def test_values_from_code_are_checked_the_same_way(base):
     assert arguments.from_values(base).training.do_train is True
-    for change in ({"lora_rnak": 1}, {"lora_rank": "1"}, {"mixtoken": True}):
+    for change in ({"lora_rnak": 1}, {"lora_rank": "1"}, {"to_static": True}):
         with pytest.raises(ConfigError):
             arguments.from_values(dict(base, **change))
 

@@ -51,3 +51,27 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
     if dropout:
         weights = F.dropout(weights, dropout, training=training)
     return paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape([B, T, H * d])
+
+
+def attend_within(query, key, value, segments, **options):
+    """attend, in each segment of a row by itself.
+
+    query, key, value [B, H, T, d]. segments: a list per row of (length, bias), one behind the other from the row's
+    begin, bias as attend takes it for `length` tokens; what is behind the last one gets 0. options: as attend.
+    Returns [B, T, H × d].
+
+    Scores between segments are never computed: a row of 2048 tokens in 6 samples costs a sixth of one long sample,
+    and each goes through the same kernel, fused or not, as it does alone.
+    """
+    B, H, T, d = query.shape
+    rows = []
+    for row, parts in enumerate(segments):
+        pieces, begin = [], 0
+        for length, bias in parts:
+            own = [x[row : row + 1, :, begin : begin + length] for x in (query, key, value)]
+            pieces.append(attend(*own, bias, **options))
+            begin += length
+        if begin < T:
+            pieces.append(paddle.zeros([1, T - begin, H * d], pieces[0].dtype if pieces else value.dtype))
+        rows.append(paddle.concat(pieces, axis=1))
+    return paddle.concat(rows)

@@ -16,7 +16,7 @@ import paddle
 from paddle import nn
 from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPretrainedModel, QWenRMSNorm
 
-from paddlemix.models.mgen_vl.attention import attend, spread
+from paddlemix.models.mgen_vl.attention import attend, attend_within, spread
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.compat import swiglu
 from paddlemix.utils.runtime import full_precision
@@ -126,8 +126,9 @@ class MGenAttention(QWenAttention):
     def forward(self, x, bias, rotary, logn=None, cache=None, layer=0):
         """x [B, T, D] → [B, T, D].
 
-        bias: float32, broadcast to [B, H, T, keys]; rotary: (cos, sin), broadcast to [2, B, H, T, d/2]; logn:
-        [B, 1, T, 1] or None; cache: a KVCache to read and extend at `layer`, or None.
+        bias: float32, broadcast to [B, H, T, keys], or segments as attend_within takes them; rotary: (cos, sin),
+        broadcast to [2, B, H, T, d/2]; logn: [B, 1, T, 1] or None; cache: a KVCache to read and extend at `layer`, or
+        None.
         """
         B, T, _ = x.shape
         mixed = self.c_attn(x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
@@ -137,7 +138,7 @@ class MGenAttention(QWenAttention):
             query = query * logn
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        out = attend(
+        out = (attend_within if isinstance(bias, list) else attend)(
             query,
             key,
             value,
@@ -219,10 +220,32 @@ class MGenDecoder(MGenPretrainedModel):
     def get_input_embeddings(self):
         return self.wte
 
+    def _packed(self, lengths, T):
+        """Attention and positions within each of the samples of a row.
+
+        lengths: int64 numpy [B, K], 0 where a row has fewer samples. Returns segments as attend_within takes them, and
+        positions, int64 [B, T].
+        """
+        longest, scaled = int(lengths.max()), self.config.use_dynamic_ntk and not self.training
+        if lengths.sum(axis=1).max() > T:
+            raise ValueError(f"sample_lengths {lengths.tolist()} are more than {T} tokens")
+        if scaled and longest > self.config.seq_length:
+            raise ValueError(f"NTK scaling beyond {self.config.seq_length} tokens is per row, not per packed sample")
+        causal = self._bias(None, 1, longest, 0, longest)
+        causal = spread(causal, [1, self.h[0].attn.num_heads, longest, longest])
+        biases = {length: causal[:, :, :length, :length] for length in set(lengths[lengths > 0].tolist())}
+        positions = np.zeros([len(lengths), T], dtype=np.int64)
+        segments = []
+        for row, parts in zip(positions, lengths.tolist()):
+            restarts = [np.arange(length) for length in parts]
+            row[: sum(parts)] = np.concatenate(restarts)
+            segments.append([(length, biases[length]) for length in parts if length])
+        return segments, paddle.to_tensor(positions)
+
     def _bias(self, attention_mask, B, T, past, capacity):
         """Scores to add: 0 where token t may see key s, MASKED elsewhere. float32, broadcast to [B, 1, T, keys]."""
         if attention_mask is not None and attention_mask.ndim == 4:
-            # The caller's own pattern (packed samples), [B, 1, T, T].
+            # The caller's own pattern, [B, 1, T, T].
             allowed = attention_mask.astype("bool")
         else:
             keys = capacity if past else T
@@ -255,15 +278,22 @@ class MGenDecoder(MGenPretrainedModel):
             logn = logn.clip(min=1.0).unsqueeze([1, 3])
         return alphas, logn
 
-    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None):
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm.
 
         attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None (all seen).
         position_ids: int64 [B, T]; by default counted from the mask. cache: a KVCache, empty at prefill; extended.
+        sample_lengths: int64 [B, K], the tokens of the samples that lie one behind the other in each row (0 where a row
+        has fewer). Each is then computed as if it were alone; mask and positions follow from it.
         """
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
-        if position_ids is None:
+        segments = None
+        if sample_lengths is not None:
+            if cache is not None:
+                raise ValueError("packed samples have no cache")
+            segments, position_ids = self._packed(sample_lengths.numpy(), T)
+        elif position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = position_ids_from_mask(attention_mask)[:, past:]
             else:
@@ -278,8 +308,11 @@ class MGenDecoder(MGenPretrainedModel):
         # For queries and keys together.
         cos, sin = (spread(t.astype(dtype).unsqueeze(0), [2, B, heads, T, t.shape[-1]]) for t in (cos, sin))
         logn = None if logn is None else logn.astype(dtype)
-        bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
-        bias = spread(bias, [B, heads, T, bias.shape[-1]])
+        if segments is None:
+            bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
+            bias = spread(bias, [B, heads, T, bias.shape[-1]])
+        else:
+            bias = segments
 
         x = self.drop(inputs_embeds)
         for i, block in enumerate(self.h):

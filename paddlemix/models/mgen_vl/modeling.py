@@ -173,13 +173,16 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         past_key_values=None,
         use_cache=False,
         last_logits_only=False,
+        sample_lengths=None,
     ):
         """One pass.
 
         input_ids: int64 [B, T], image spans included. images: [N, 3, S, S], in row-major order of their spans
         (image_features [N, Q, D] in their place skip the vision tower). attention_mask: 0/1 [B, T] (with a cache
         [B, past + T]), or [B, 1, T, T] as a pattern of one's own. position_ids: int64 [B, T]. labels: int64 [B, T],
-        -100 where nothing is learned, not shifted. Returns MGenOutput, or (loss, logits) / (logits,) as a tuple.
+        -100 where nothing is learned, not shifted. sample_lengths: int64 [B, K] for rows of packed samples, see
+        MGenDecoder.forward; a sample's first label must be -100 then. Returns MGenOutput, or (loss, logits) / (logits,)
+        as a tuple.
 
         Raises:
             UserError: the spans in the text do not match the images.
@@ -192,7 +195,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         cache = past_key_values
         if use_cache and cache is None:
             cache = self.new_cache()
-        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache)
+        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, sample_lengths)
         loss = self._loss(hidden, labels) if labels is not None else None
         if not return_dict:
             logits = self._logits(hidden)

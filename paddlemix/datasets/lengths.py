@@ -1,0 +1,129 @@
+"""The lengths in tokens of all records of a JSON file: counted once, then kept in a file beside it.
+
+`.train.json.len` stands beside `.train.json.idx`. It is believed as long as the JSON keeps its size and modification
+time, and vocabulary, chat template and max_length are those it was made with; otherwise it is made anew, and written if
+the folder takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import struct
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Callable, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
+from paddlemix.utils.runtime import physical_cores
+
+# Magic with the format's number, size and mtime_ns of the JSON, number of records, key.
+_HEADER = struct.Struct("<8sqqq32s")
+_MAGIC = b"MGENLEN1"
+# Counting fewer records takes no time worth a bar, or processes of their own.
+_MANY_RECORDS = 20_000
+_CHUNK = 2_000
+# Beyond that, reading the file is the bound.
+_MOST_PROCESSES = 16
+
+# (row) → (tokens, whether there is an image). Raises what it likes for a record that cannot be used.
+Measure = Callable[[int], Tuple[int, bool]]
+
+
+def lengths_path(path: str) -> str:
+    """The lengths' file of a JSON file: hidden, beside it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.len")
+
+
+def lengths_key(tokenizer: Any, template: Any, max_length: int) -> bytes:
+    """32 bytes that differ when the lengths of the same records may."""
+    ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
+    digest = hashlib.sha256(b"\n".join(token for token, _ in ranks))
+    digest.update(repr((len(ranks), tokenizer.n_queries, tuple(template), max_length)).encode())
+    return digest.digest()
+
+
+def cached_lengths(path: str, key: bytes, count: int, measure: Measure) -> Tuple[np.ndarray, np.ndarray]:
+    """Tokens, int64 [count], and has_image, bool [count], of the records of a JSON file.
+
+    count: its records. measure: gives one of them; where it raises, the record has length 0.
+    """
+    stored = _load(path, key, count)
+    if stored is None:
+        stored = _measure_all(measure, count, os.path.basename(path))
+        try:
+            with atomic_write(lengths_path(path), "wb") as file:
+                file.write(_header(path, key, count))
+                file.write(stored.data)
+        except OSError as error:
+            logger.info(f"the lengths of {path} are kept in memory only: cannot write beside it ({error.strerror})")
+    bad = int((stored == 0).sum())
+    if bad:
+        logger.warning(f"{bad} of {count} records of {path} cannot be used; each is counted when its turn comes")
+    return (stored >> 1).astype(np.int64), (stored & 1).astype(bool)
+
+
+def _header(path: str, key: bytes, count: int) -> bytes:
+    found = os.stat(path)
+    return _HEADER.pack(_MAGIC, found.st_size, found.st_mtime_ns, count, key)
+
+
+def _load(path: str, key: bytes, count: int) -> Optional[np.ndarray]:
+    try:
+        with open(lengths_path(path), "rb") as file:
+            if file.read(_HEADER.size) != _header(path, key, count):
+                return None
+            stored = np.fromfile(file, dtype="<u4")
+    except OSError:
+        return None
+    return stored if len(stored) == count else None
+
+
+def _measure_range(measure: Measure, begin: int, end: int) -> np.ndarray:
+    """uint32 [end - begin]: twice the tokens, and one more with an image; 0 for a record that cannot be used."""
+    stored = np.zeros(end - begin, dtype="<u4")
+    for row in range(begin, end):
+        try:
+            tokens, has_image = measure(row)
+            stored[row - begin] = 2 * tokens + has_image
+        except Exception:  # of whatever kind; it is told when the record's turn comes
+            continue
+    return stored
+
+
+# What the processes of a count work with: inherited by forking, as functions cannot be sent.
+_shared: Optional[Tuple[Measure, int]] = None
+
+
+def _measure_chunk(begin: int) -> np.ndarray:
+    measure, count = _shared
+    return _measure_range(measure, begin, min(begin + _CHUNK, count))
+
+
+def _measure_all(measure: Measure, count: int, name: str) -> np.ndarray:
+    global _shared
+    _shared = measure, count
+    begins = range(0, count, _CHUNK)
+    small = count < _MANY_RECORDS
+    processes = min(physical_cores(), _MOST_PROCESSES)
+    pieces = [np.zeros(0, dtype="<u4")]
+    try:
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(Progress(total=count, desc=f"lengths of {name}", unit="record", disable=small))
+            if small or processes == 1:
+                results = map(_measure_chunk, begins)
+            else:
+                pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+                results = stack.enter_context(pool).map(_measure_chunk, begins)
+            for piece in results:
+                pieces.append(piece)
+                bar.update(len(piece))
+    finally:
+        _shared = None
+    return np.concatenate(pieces)
