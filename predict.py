@@ -6,13 +6,33 @@ import argparse
 import sys
 
 from paddlemix.inference.options import add_model_options
+from paddlemix.inference.shards import Shard
+from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils import cli
+
+MORE = """\
+examples:
+  python predict.py test.tsv results.txt weights/
+  python predict.py test.tsv results.txt weights/ --cut_repeats --end_mark --max_chars 200
+  # two machines, or two windows: each answers every second row; then one file of them
+  python predict.py test.tsv results.txt weights/ --shard 1/2
+  python predict.py test.tsv results.txt weights/ --shard 2/2
+  python tools/merge_results.py results.txt --input test.tsv
+  # the same with a process for each GPU of this machine
+  python -m paddle.distributed.launch predict.py test.tsv results.txt weights/
+
+Killed, or out of disk? Give the same command again: it goes on behind the last whole line, and refuses to if the
+input, the model or a setting has changed. What each kind of broken row gives is in docs/predict.md.
+
+exit status: 0 all done; 1 not one row could be captioned (OUTPUT is whole), or the job broke off; 2 bad usage
+"""
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order. "
-        "A killed run goes on where it stopped when the same command is given again.",
+        description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order.",
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", metavar="INPUT", help="rows of id and base64 image, tab-separated")
     parser.add_argument("output", metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial")
@@ -26,17 +46,30 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=cli.positive, help="images at a time (default: by memory, up to 32)")
     add_model_options(parser)
     parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT")
+    parser.add_argument(
+        "--shard",
+        metavar="i/n",
+        type=Shard.parse,
+        help="answer rows i, i + n, i + 2n, … only, into OUTPUT.shard-i-of-n; tools/merge_results.py joins the shards",
+    )
+    repairs = parser.add_argument_group("repairs of finished captions, made in this order; all are off unless given")
+    repairs.add_argument("--strip_echo", action="store_true", help="drop the question, 图片描述： and its like")
+    repairs.add_argument("--full_width", action="store_true", help="ASCII marks beside Chinese text become ，。 …")
+    repairs.add_argument("--cut_repeats", action="store_true", help="keep the first of clauses that are said again")
+    repairs.add_argument("--max_chars", type=cli.positive, help="cut behind a clause so that no more are left")
+    repairs.add_argument("--end_mark", action="store_true", help="drop a half last sentence, or add 。")
     return parser.parse_args(argv)
 
 
 def main() -> int:
     # Captions are Chinese; a platform's locale may be ASCII.
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    args = parse_args()
+    values = vars(parse_args())
+    values["postprocess"] = PostProcessing(**{name: values.pop(name) for name in PostProcessing._fields})
 
     from paddlemix.inference.prediction import predict_file
 
-    predict_file(**vars(args))
+    predict_file(**values)
     return 0
 
 

@@ -1,13 +1,14 @@
 #!/bin/sh
 # Caption the rows of a test file, as the contest's platform calls it:
 #
-#     sh run.sh INPUT OUTPUT WEIGHTS [PYTHON]
+#     sh run.sh INPUT OUTPUT WEIGHTS [PYTHON] [--FLAG …]
 #
 # INPUT    rows of `id \t base64 image`
 # OUTPUT   gets one line `id \t caption` per row
 # WEIGHTS  a model folder, or the folder that holds it
 # PYTHON   an interpreter, or the folder of an environment (with bin/python in it); by default the first of python,
 #          python3 and .venv/bin/python beside this file that has Paddle
+# --FLAG   and all behind it goes to predict.py as it is: --shard 1/4, --max_chars 200, … (see predict.py --help)
 #
 # It stands in a submission folder (with predict.py under src/) or in the project's top folder (with predict.py beside
 # it). Relative paths count from the caller's folder if INPUT exists there, else from the folder of predict.py. An
@@ -20,19 +21,28 @@ fail() {
     exit 2
 }
 
-usage='usage: sh run.sh INPUT OUTPUT WEIGHTS [PYTHON]'
+usage='usage: sh run.sh INPUT OUTPUT WEIGHTS [PYTHON] [--FLAG ...]'
 case ${1-} in
     -h | --help)
         printf '%s\n' "$usage"
         exit 0
         ;;
 esac
-if [ $# -lt 3 ] || [ $# -gt 4 ]; then
-    fail "$usage"
-fi
+[ $# -ge 3 ] || fail "$usage"
 for argument in "$1" "$2" "$3"; do
     [ -n "$argument" ] || fail "an empty argument; $usage"
 done
+wanted_python=''
+case ${4-} in
+    --*) ;;
+    *)
+        wanted_python=${4-}
+        case ${5---} in
+            --*) ;;
+            *) fail "$usage" ;;
+        esac
+        ;;
+esac
 
 caller=$(pwd) || exit 2
 # CDPATH would make cd print, and go somewhere else.
@@ -82,16 +92,16 @@ needed = ("paddle", "paddlenlp", "numpy", "PIL", "tiktoken", "tqdm")
 print(" ".join(name for name in needed if importlib.util.find_spec(name) is None))'
 }
 
-if [ -n "${4-}" ]; then
-    python=$4
-    case $4 in
+if [ -n "$wanted_python" ]; then
+    python=$wanted_python
+    case $wanted_python in
         /*) ;;
         *)
             # A name alone may also be a command on the PATH.
-            if [ -e "$caller/$4" ]; then
-                python=$caller/$4
-            elif [ -e "$source_folder/$4" ]; then
-                python=$source_folder/$4
+            if [ -e "$caller/$wanted_python" ]; then
+                python=$caller/$wanted_python
+            elif [ -e "$source_folder/$wanted_python" ]; then
+                python=$source_folder/$wanted_python
             fi
             ;;
     esac
@@ -99,7 +109,7 @@ if [ -n "${4-}" ]; then
         [ -x "$python/bin/python" ] || fail "no bin/python in the environment folder $python"
         python=$python/bin/python
     fi
-    command -v -- "$python" >/dev/null 2>&1 || fail "no Python interpreter $4"
+    command -v -- "$python" >/dev/null 2>&1 || fail "no Python interpreter $wanted_python"
     missing=$(missing_modules "$python") || fail "$python does not run as Python 3"
 else
     python=''
@@ -122,4 +132,9 @@ if [ -n "$missing" ]; then
     fail "$python lacks $missing: run \"$python\" -m pip install -r \"$here/requirements.txt\" (Paddle itself comes first: see README.md)"
 fi
 
-exec "$python" "$source_folder/predict.py" "$input" "$output" "$weights"
+shift 3
+case ${1---} in
+    --*) ;;
+    *) shift ;;
+esac
+exec "$python" "$source_folder/predict.py" "$input" "$output" "$weights" "$@"

@@ -4,12 +4,16 @@ import base64
 import io
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
+import numpy as np
 import pytest
 
 import predict
@@ -18,6 +22,7 @@ from paddlemix.inference.results import ResultsWriter
 from paddlemix.utils import cli
 from tests.helpers import image_base64, image_bytes
 from tests.inference.talking import save_talking_model
+from tools import merge_results
 
 STARTS, FINISHED = "------predicting starts------", "------predicting finished-----"
 FALLBACK = "一张广告图片。"
@@ -79,61 +84,118 @@ def test_batch_size_and_order_change_nothing(call):
     assert call(tsv(*rows[::-1]), "--batch_size", "3")[1] == alone[::-1]
 
 
-def picture(format, mode="RGB", size=(40, 30), **kwargs):
+def encoded(picture, format="PNG", **kwargs) -> str:
+    """A PIL image as base64 of a file."""
+    file = io.BytesIO()
+    picture.save(file, format, **kwargs)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def picture(seed=0, size=(40, 30)):
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.new(mode, size, 7 if mode in ("L", "P", "I;16") else None).save(file, format, **kwargs)
-    return base64.b64encode(file.getvalue())
+    return Image.open(io.BytesIO(image_bytes(seed, size=size, format="PNG")))
 
 
-GOOD = {
-    "caption column": (image(), "一只\t猫"),
-    "url-safe, no padding": (base64.urlsafe_b64encode(image_bytes(4)).rstrip(b"="),),
-    "wrapped with spaces": (" ".join(image()[i : i + 76] for i in range(0, len(image()), 76)),),
-    "data URI": ("data:image/jpeg;base64," + image(),),
-    "PNG": (picture("PNG"),),
-    "CMYK": (picture("JPEG", "CMYK"),),
-    "16 bit": (picture("PNG", "I;16"),),
-    "palette": (picture("PNG", "P", transparency=0),),
-    "GIF": (picture("GIF", "P"),),
-    "1 × 1": (picture("PNG", size=(1, 1)),),
-    "10000 × 1": (picture("PNG", size=(10000, 1)),),
-    "odd id “'\x01 \u2028%s": (image(),),
-    "doubled id": (image(1),),
-}
-BAD = {
-    "no base64": ("not base64!!",),
-    "text in base64": (base64.b64encode(b"just some words, no picture"),),
-    "empty image": ("",),
-    "empty image, caption": ("", "words"),
-    "no column": (),
-    "half a header": (base64.b64encode(image_bytes()[:20]),),
-    "too many pixels": (picture("PNG", "1", size=(20000, 20000)),),
-    "not ASCII": ("图片",),
-    "NUL": (b"\0\0\0\0",),
-}
+def kinds_of_rows():
+    """{kind: (columns, outcome, image)}: what docs/predict.md promises of each kind of row.
+
+    columns: all of the row; an id of None stands for the kind. outcome: "caption", "caption, truncated image", or the
+    reason why there is the fallback caption. image: base64 of an image that has the same caption, or None.
+    """
+    from PIL import Image
+
+    plain, jpeg = image(4), image_bytes(4)
+    first, second = picture(1), picture(2)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = np.zeros((30, 40), dtype=np.uint8)
+    alpha[:, :20] = 255
+    see_through = picture(3).convert("RGB")
+    see_through.putalpha(Image.fromarray(alpha))
+    palette = see_through.quantize(16)
+    over_white = Image.alpha_composite(Image.new("RGBA", (40, 30), "white"), palette.convert("RGBA")).convert("RGB")
+    grey = np.arange(40 * 30, dtype=np.uint16).reshape(30, 40) * 50
+    cmyk = first.convert("CMYK")
+    long_image = image_bytes(5, size=(300, 300))
+    # A JPEG with rubbish behind it is still a picture.
+    huge = base64.b64encode(jpeg + bytes((38 << 20) - len(jpeg))).decode()
+    good, cut = "caption", "caption, truncated image"
+    return {
+        "JPEG": ((None, plain), good, plain),
+        "a third column": ((None, plain, "一只\t猫"), good, plain),
+        "url-safe base64, no padding": (
+            (None, base64.urlsafe_b64encode(jpeg).decode().rstrip("=")), good, plain
+        ),
+        "base64 wrapped with blanks": ((None, " ".join(textwrap.wrap(plain, 76)) + " "), good, plain),
+        "data URI": ((None, "data:image/jpeg;base64," + plain), good, plain),
+        "50 MB line": ((None, huge), good, plain),
+        "truncated JPEG": ((None, base64.b64encode(long_image[: len(long_image) // 2])), cut, None),
+        "CMYK": ((None, encoded(cmyk, "TIFF")), good, encoded(cmyk.convert("RGB"))),
+        "16 bits per channel": (
+            (None, encoded(Image.fromarray(grey))), good, encoded(Image.fromarray((grey >> 8).astype(np.uint8)))
+        ),
+        "palette with alpha": ((None, encoded(palette)), good, encoded(over_white)),
+        "animated GIF": (
+            (None, encoded(first.quantize(), "GIF", save_all=True, append_images=[second.quantize()])),
+            good,
+            encoded(first.quantize()),
+        ),
+        "EXIF rotation": (
+            (None, encoded(first, exif=turned)), good, encoded(first.transpose(Image.ROTATE_270))
+        ),
+        "1 × 1": ((None, encoded(picture(1, size=(1, 1)))), good, None),
+        "10000 × 1": ((None, encoded(picture(1, size=(10000, 1)))), good, None),
+        "doubled id": (("JPEG", image(6)), good, image(6)),
+        "id with odd characters": (("a b“'\x01\u2028%s\\n/..", plain), good, plain),
+        "missing column": ((None,), "missing column", None),
+        "empty image": ((None, ""), "empty image", None),
+        "empty image, with a caption": ((None, "", "words"), "empty image", None),
+        "bad base64": ((None, "not base64!!"), "bad base64", None),
+        "non-ASCII in the image column": ((None, "图片"), "bad base64", None),
+        "non-image bytes": ((None, base64.b64encode(b"just some words, no picture")), "not an image", None),
+        "half a header": ((None, base64.b64encode(jpeg[:20])), "not an image", None),
+        "over the pixel cap": (
+            (None, encoded(Image.new("1", (20000, 20000)))), "too many pixels", None
+        ),
+        "line over 64 MB": ((None, huge, "x" * (14 << 20)), "line too long", None),
+    }  # fmt: skip
 
 
-def test_every_row_gives_its_line(call):
-    rows = [(name, *columns) for name, columns in {**GOOD, **BAD}.items()]
-    rows.insert(3, ("doubled id", image(2)))
-    status, lines, out, err = call(tsv(*rows), "--fallback", "没有 图片")
+def test_every_kind_of_row_has_its_outcome(call, tmp_path, root):
+    kinds = kinds_of_rows()
+    rows, wanted, alike = [], [], {}
+    for kind, ((name, *columns), outcome, same) in kinds.items():
+        name = kind if name is None else name
+        wanted.append((name, outcome))
+        rows.append((name, *columns))
+        if same is not None:
+            # Behind it, a plain row with what the model is to see of it.
+            alike[len(rows) - 1] = len(rows)
+            wanted.append((f"as {kind}", "caption"))
+            rows.append((f"as {kind}", same))
+    status, lines, _, err = call(tsv(*rows), "--fallback", "没有 图片", "--max_new_tokens", "24")
     assert status == 0
-    assert [name for name, _ in lines] == [name for name, *_ in rows]
-    for (name, *_), (_, caption) in zip(rows, lines):
-        assert (caption == "没有 图片") == (name in BAD), name
-    assert f"{len(BAD)} rows have the fallback caption 没有 图片" in err
-    assert "1 × too many pixels" in err and "2 × empty image" in err
+    assert [name for name, _ in lines] == [name for name, _ in wanted]
+    for (name, caption), (_, outcome) in zip(lines, wanted):
+        assert (caption == "没有 图片") == (not outcome.startswith("caption")), name
+    for i, j in alike.items():
+        assert lines[i][1] == lines[j][1], lines[i][0]
+    # One model that tells everything the same would pass so far.
+    assert len({lines[j][1] for j in alike.values()}) >= 6
 
+    reasons = [outcome.split(", ")[-1] for _, outcome in wanted if outcome != "caption"]
+    sidecar = json.loads((tmp_path / "out.tsv.run.json").read_text())
+    assert sidecar["notes"] == {reason: reasons.count(reason) for reason in reasons}
+    assert sidecar["rows"] == len(rows)
+    fallen = len(reasons) - reasons.count("truncated image")
+    assert f"{fallen} rows have the fallback caption 没有 图片" in err and "2 × empty image" in err
 
-def test_a_truncated_image_is_captioned_and_counted(call, tmp_path):
-    data = image_bytes(6, size=(300, 300))
-    status, lines, _, err = call(tsv(("cut", base64.b64encode(data[: len(data) // 2]))))
-    assert status == 0
-    assert lines[0][1] != FALLBACK
-    assert "1 × truncated image" in err and "fallback" not in err
-    assert json.loads((tmp_path / "out.tsv.run.json").read_text())["notes"] == {"truncated image": 1}
+    # The page for users promises the same.
+    page = (root / "docs" / "predict.md").read_text("utf-8")
+    table = re.findall(r"^\| ([^|]+) \| (caption[^|]*|fallback: [^|]+) \|", page, re.MULTILINE)
+    promised = {kind: outcome.replace("fallback: ", "") for kind, outcome in table}
+    assert promised == {kind: outcome for kind, (_, outcome, _) in kinds.items()}
 
 
 def test_line_endings_bom_and_blank_lines(call):
@@ -148,22 +210,6 @@ def test_rows_without_an_id_have_their_line_number(call):
     assert status == 0
     assert [name for name, _ in lines] == ["1", "2", "3", "id \ufffd"]
     assert [caption == FALLBACK for _, caption in lines] == [False, True, False, False]
-
-
-def test_a_row_of_50_mb_and_one_too_long(call, monkeypatch):
-    """A JPEG with 38 MB of rubbish behind it is 50 MB of base64, and still a picture."""
-    big = base64.b64encode(image_bytes(1) + bytes(38 << 20))
-    monkeypatch.setattr(prediction, "read_rows", lambda path, want_caption: _read(path, 60 << 20))
-    from paddlemix.datasets.tsv import read_rows as _whole
-
-    def _read(path, limit):
-        return _whole(path, want_caption=False, max_line_bytes=limit)
-
-    status, lines, _, err = call(tsv(("big", big), ("huge", big + big[: 12 << 20]), ("a", image(1))))
-    assert status == 0
-    assert lines[0][1] == lines[2][1] != FALLBACK
-    assert lines[1] == ("huge", FALLBACK)
-    assert "1 × line too long" in err
 
 
 def test_an_empty_file_gives_an_empty_file(call):
@@ -274,6 +320,105 @@ def test_a_journal_of_other_rows_is_refused(call, tmp_path, monkeypatch):
     assert call(content)[0] == 0
 
 
+def test_shards_joined_are_the_run_in_one(call, tmp_path):
+    """Three shards, each with other batches; the bytes are those of one run."""
+    rows = [(f"id {i % 5}", image(i) if i not in (2, 3) else "bad!") for i in range(8)]
+    content = tsv(*rows, (image(9),)) + b"\n"
+    assert call(content, output="whole.tsv")[0] == 0
+    for shard, batch in (("3/3", "4"), ("1/3", "1"), ("2/3", "2")):
+        status, lines, _, err = call(content, "--shard", shard, "--batch_size", batch)
+        assert (status, lines) == (0, None)
+        # The bar: rows done of those of the shard (a blank line is counted as one), and the time left.
+        assert re.search(r"captions: .*[34]/[34] \[\d+:\d+<\d+:\d+", err)
+    shard = tmp_path / "out.tsv.shard-2-of-3"
+    assert shard.read_text("utf-8").count("\n") == 3
+    merge = [str(tmp_path / "out.tsv"), "--input", str(tmp_path / "in.tsv")]
+    assert run_merge(merge) == 0
+    for ending in ("", ".run.json"):
+        assert (tmp_path / f"out.tsv{ending}").read_bytes() == (tmp_path / f"whole.tsv{ending}").read_bytes()
+
+
+def run_merge(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["merge_results.py", *arguments])
+        return cli.run(merge_results.main)
+
+
+def test_a_shard_goes_on_and_keeps_to_itself(call, tmp_path, monkeypatch):
+    content = tsv(*((str(i), image(i)) for i in range(8)))
+    _, whole, _, _ = call(content, output="whole.tsv")
+    wanted = ResultsWriter.write
+
+    def stop_at_2(self, *args):
+        if self.done == 2:
+            raise KeyboardInterrupt
+        wanted(self, *args)
+
+    monkeypatch.setattr(ResultsWriter, "write", stop_at_2)
+    assert call(content, "--shard", "2/2", "--batch_size", "1")[0] == 130
+    monkeypatch.setattr(ResultsWriter, "write", wanted)
+    # An unfinished shard is not joined.
+    assert call(content, "--shard", "1/2")[0] == 0
+    assert run_merge([str(tmp_path / "out.tsv")]) == 2
+    # The journal of a shard is of that shard only.
+    journal = tmp_path / "out.tsv.shard-2-of-2.partial"
+    (tmp_path / "out.tsv.shard-1-of-3.partial").write_bytes(journal.read_bytes())
+    status, _, _, err = call(content, "--shard", "1/3")
+    assert status == 2 and "shard.index is 2 there and 1 here" in err
+    (tmp_path / "out.tsv.shard-1-of-3.partial").unlink()
+    status, _, _, err = call(content, "--shard", "2/2")
+    assert status == 0 and "going on after the 2 rows" in err
+    assert run_merge([str(tmp_path / "out.tsv")]) == 0
+    assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+
+
+def test_shards_of_bad_rows(call, tmp_path, capfd):
+    content = tsv(("a", "!"), ("b", image(1)), ("c", "!"), ("d", "!"))
+    assert [call(content, "--shard", f"{i}/5")[0] for i in range(1, 6)] == [0] * 5
+    assert (tmp_path / "out.tsv.shard-5-of-5").read_bytes() == b""
+    assert run_merge([str(tmp_path / "out.tsv")]) == 0
+    for path in tmp_path.glob("out.tsv*"):
+        path.unlink()
+    content = tsv(("a", "!"), ("b", ""))
+    assert [call(content, "--shard", f"{i}/2")[0] for i in (1, 2)] == [0, 0]
+    assert run_merge([str(tmp_path / "out.tsv")]) == 1
+    assert (tmp_path / "out.tsv").read_text("utf-8") == f"a\t{FALLBACK}\nb\t{FALLBACK}\n"
+    assert "error: not one of the 2 rows could be captioned" in capfd.readouterr().err
+
+
+def test_a_launched_process_takes_its_share(call, tmp_path, monkeypatch):
+    content = tsv(("a", image(1)), ("b", image(2)), ("c", image(3)))
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    status, _, _, err = call(content, "--shard", "1/2")
+    assert status == 2 and "gives each process its shard" in err
+    assert call(content)[0] == 0
+    assert (tmp_path / "out.tsv.shard-2-of-2").read_text("utf-8").startswith("b\t")
+
+
+@pytest.mark.parametrize("bad", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_shards_that_are_none(call, bad):
+    status, _, _, err = call(b"a\tb\n", f"--shard={bad}")
+    assert status == 2 and "i/n with i from 1 to n" in err and err.count("\n") == 1
+
+
+def test_repairs_are_made_before_a_caption_is_written(call, tmp_path, monkeypatch):
+    says = "请描述图片内容:一只黑猫,一只黑猫,旁边有 盆花"
+    monkeypatch.setattr(prediction.Captioner, "generate", lambda self, samples: [says] * len(samples))
+    content = tsv(("a", image(1)), ("b", "!"))
+    assert call(content)[1] == [("a", says), ("b", FALLBACK)]
+    flags = ["--strip_echo", "--full_width", "--cut_repeats", "--max_chars", "8", "--end_mark"]
+    status, lines, out, _ = call(content, *flags)
+    assert lines == [("a", "一只黑猫。"), ("b", FALLBACK)]
+    assert "一只黑猫。" in out.split("\n")
+    # They are settings of the run, so a journal with others is not gone on with.
+    monkeypatch.setattr(ResultsWriter, "finish", lambda self, rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(content, *flags)
+    status, _, _, err = call(content, *flags[:-1])
+    assert status == 2 and "settings.postprocess.end_mark is True there and None here" in err
+
+
 def test_a_log_of_many_bad_rows_stays_short(call, monkeypatch):
     monkeypatch.setattr(prediction, "LOG_EVERY", 10)
     content = tsv(("good", image(1)), *((f"bad{i}", "!") for i in range(25)))
@@ -323,6 +468,72 @@ def test_sigkill_at_any_time_and_an_ascii_locale(model, root, tmp_path):
         str(tmp_path / "in.tsv"), str(tmp_path / "whole.tsv"), model, max_new_tokens=8, batch_size=8
     )
     assert (tmp_path / "whole.tsv").read_text("utf-8") == killed
+
+
+CHILD = """
+import sys, time, types
+import paddlemix
+from paddlemix.inference import prediction
+from paddlemix.inference.captioner import Answer
+
+class Captioner:
+    '''Takes a millisecond per row and knows it by its base64.'''
+    batch_size = 1
+    def __init__(self, *args, **kwargs): pass
+    def captions(self, images):
+        for image in images:
+            time.sleep(0.001)
+            yield image if isinstance(image, Answer) else Answer("一只" + bytes(image[:8]).decode())
+
+prediction.load_model = lambda *args: types.SimpleNamespace(
+    model=None, tokenizer=None, image_processor=None, system="")
+prediction.Captioner = Captioner
+prediction.predict_file(*sys.argv[1:4])
+"""
+
+
+def test_killed_again_and_again_at_random_moments(tmp_path, root):
+    """Without a model, so that only what is written counts; every kill leaves off somewhere else."""
+    chance = random.Random(20241123)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    rows = [(f"row {i}", f"{chance.getrandbits(64):016x}") if i % 7 else (f"row {i}",) for i in range(900)]
+    (tmp_path / "in.tsv").write_bytes(tsv(*rows))
+    command = [sys.executable, "-c", CHILD, "in.tsv", "out.tsv", "weights"]
+    environment = dict(os.environ, PYTHONPATH=str(root), PYTHONIOENCODING="utf-8")
+    starts = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    done = []
+    for _ in range(3):
+        child = subprocess.Popen(command, **starts)
+        for _ in range(chance.randint(20, 150)):
+            child.stdout.readline()
+        time.sleep(chance.random() / 100)
+        child.kill()
+        child.communicate()
+        journal = tmp_path / "out.tsv.partial"
+        done.append(journal.read_bytes().count(b"\n") - 1)
+        # A kill falls between two writes; a power cut may leave any part of the last one.
+        journal.write_bytes(journal.read_bytes()[: -chance.randint(0, 30) or None])
+    assert 0 < done[0] < done[1] < done[2] < len(rows)
+    assert subprocess.run(command, **starts).returncode == 0
+    captions = [FALLBACK if len(row) == 1 else "一只" + row[1][:8] for row in rows]
+    expected = "".join(f"{row[0]}\t{caption}\n" for row, caption in zip(rows, captions))
+    assert (tmp_path / "out.tsv").read_text("utf-8") == expected
+    assert json.loads((tmp_path / "out.tsv.run.json").read_text())["notes"] == {"missing column": 129}
+
+
+def test_launched_on_two_processes(root, model, tmp_path):
+    rows = [(str(i), image(i)) for i in range(5)]
+    (tmp_path / "in.tsv").write_bytes(tsv(*rows))
+    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", "log"]
+    command = [str(root / "predict.py"), "in.tsv", "out.tsv", model, "--max_new_tokens", "8", "--device", "cpu"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run([*launch, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_merge([str(tmp_path / "out.tsv"), "--input", str(tmp_path / "in.tsv")]) == 0
+    source, whole = str(tmp_path / "in.tsv"), tmp_path / "whole.tsv"
+    prediction.predict_file(source, str(whole), model, max_new_tokens=8, batch_size=8)
+    assert (tmp_path / "out.tsv").read_bytes() == whole.read_bytes()
 
 
 def test_help_is_quick(root):

@@ -181,6 +181,18 @@ def test_a_python_with_paddle_is_found(tmp_path, python):
     assert run(project, "input", "output", "w", env=environment).returncode == 7
 
 
+def test_flags_go_to_predict(tmp_path, python):
+    project = make_top(tmp_path / "top")
+    (project / "input").write_text("")
+    flags = ["--shard", "1/4", "--prompt", "two words; $HOME '\"", "--fallback", ""]
+    given = [str(project / name) for name in ("input", "output", "w")]
+    path = f"{python / 'bin'}:{os.environ['PATH']}"
+    for before in ([python], [""], []):
+        done = run(project, "input", "output", "w", *before, *flags, env=dict(os.environ, PATH=path))
+        assert done.returncode == 7, (before, done.stderr)
+        assert json.loads((project / "output").read_text())["argv"] == given + flags
+
+
 def test_missing_modules_are_named(tmp_path):
     project = make_top(tmp_path / "top")
     (project / "input").write_text("")
@@ -198,6 +210,7 @@ def test_missing_modules_are_named(tmp_path):
         ((), "usage: "),
         (("a", "b"), "usage: "),
         (("a", "b", "c", "d", "e"), "usage: "),
+        (("a", "b", "c", "d", "", "--e"), "usage: "),
         (("input", "", "c"), "empty argument"),
         (("missing", "b", "c"), "no input missing"),
         (("input", "b", "c", "no-such-python"), "no Python interpreter"),

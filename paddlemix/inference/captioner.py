@@ -16,6 +16,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from paddlemix.inference.results import TRUNCATED
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
 
@@ -24,8 +25,6 @@ MAX_BATCH = 32
 WINDOW_ROWS = 64
 WINDOW_BYTES = 128 << 20
 EMPTY_ANSWER = "empty answer"
-# The image file was cut short; the caption is of what there was.
-TRUNCATED = "truncated image"
 
 
 class Answer(NamedTuple):

@@ -5,45 +5,42 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from typing import Dict, Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
-from paddlemix.inference.captioner import TRUNCATED, Answer, Captioner
+from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
-from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder
+from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
+from paddlemix.inference.shards import Shard
+from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.runtime import rank, world_size
 
+_AS_IT_IS = PostProcessing()
 # A row without a caption of its own is logged when its reason is first met, and then each thousandth time.
 LOG_EVERY = 1000
 
 
-def row_id(row: TsvRow) -> str:
-    """The id in a row's output line: its own, or its line number where the row has none."""
-    return clean_id(row.id) or str(row.line_no)
-
-
-def describe_notes(notes: Dict[str, int]) -> str:
-    """For the log, the most frequent first: 7 × not an image, 1 × empty image."""
-    ranked = sorted(notes.items(), key=lambda pair: -pair[1])
-    return ", ".join(f"{count} × {note}" for note, count in ranked)
-
-
 class _Rows:
-    """The rows of a file, counted as they are read."""
+    """The rows of a shard. read: rows of the file that have passed; count: those of them that are the shard's."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, shard: Shard):
         self._rows = read_rows(path, want_caption=False)
-        self.count = 0
+        self._shard = shard
+        self.read = self.count = 0
 
     def __iter__(self) -> Iterator[TsvRow]:
         return self
 
     def __next__(self) -> TsvRow:
-        row = next(self._rows)
-        self.count += 1
-        return row
+        for row in self._rows:
+            self.read += 1
+            if (self.read - self._shard.index) % self._shard.of == 0:
+                self.count += 1
+                return row
+        raise StopIteration
 
 
 def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
@@ -52,7 +49,7 @@ def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
         row = next(rows, None)
         if row is None or row_id(row) != done_id:
             raise JobFailed(
-                f"line {number + 1} of {results.journal} is not of row {number} of the input; drop it with --restart"
+                f"line {number + 1} of {results.journal} is not of row {number} to answer; drop it with --restart"
             )
     if results.done:
         logger.info("going on after the %d rows of an earlier run", results.done)
@@ -69,6 +66,8 @@ def predict_file(
     dtype: Optional[str] = None,
     device: Optional[str] = None,
     restart: bool = False,
+    shard: Optional[Shard] = None,
+    postprocess: PostProcessing = _AS_IT_IS,
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption (SPEC §4).
 
@@ -77,15 +76,25 @@ def predict_file(
     and counted by what was wrong. Captions are greedy. A file without rows gives a file without lines. For the
     other arguments see predict.py --help; for how a run is resumed, results.py.
 
+    shard: answer that share of the rows only, into a file of its own (shards.py); one of several processes that
+    paddle.distributed.launch started takes the share of its rank. A share may lack a single good row without that
+    being an error; the whole may not, which merge_shards' caller sees.
+
     Raises:
         UserError: bad arguments, input or model.
         JobFailed: the disk is full, memory runs out, or no row got a caption (OUTPUT is whole then).
     """
-    from paddlemix.processors.mgen_vl_processing import clean_caption
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, clean_caption
 
+    if world_size() > 1:
+        if shard is not None:
+            raise UserError("paddle.distributed.launch gives each process its shard: give no --shard with it")
+        shard = Shard(rank() + 1, world_size())
     check_input(input)
     facts = file_facts(input)
     folder = find_model_folder(model)
+    if shard is not None:
+        output = shard.path(output)
     if os.path.exists(output) and os.path.samefile(input, output):
         raise UserError("INPUT and OUTPUT are the same file")
     fallback = clean_caption(fallback)
@@ -99,10 +108,18 @@ def predict_file(
             "max_new_tokens": max_new_tokens,
             "fallback": fallback,
             "dtype": dtype,
+            "postprocess": postprocess.settings(),
         },
     }
+    if shard is not None:
+        run["shard"] = shard._asdict()
+    share = shard or Shard(1, 1)
+
+    def repaired(caption: str) -> str:
+        return postprocess(caption, DEFAULT_PROMPT if prompt is None else prompt)
+
     with ResultsWriter(output, run, restart=restart) as results:
-        rows = _Rows(input)
+        rows = _Rows(input, share)
         _pass_over(rows, results)
         first = next(rows, None)
         captioner = None
@@ -120,23 +137,27 @@ def predict_file(
             logger.info("%d images at a time", captioner.batch_size)
         print("------predicting starts------", flush=True)
         if captioner is not None:
-            _caption_rows(captioner, first, rows, results, fallback, facts.lines)
-        results.finish(rows.count)
+            _caption_rows(captioner, first, rows, results, repaired, fallback, share.share(facts.lines))
+        results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
         print("------predicting finished-----", flush=True)
 
     if rows.count == 0:
         logger.warning("%s holds no rows, so %s holds no lines", input, output)
-    if results.notes:
-        logger.warning("of %d rows: %s", rows.count, describe_notes(results.notes))
-    failed = sum(results.notes.values()) - results.notes[TRUNCATED]
-    if failed:
-        logger.warning("%d rows have the fallback caption %s", failed, fallback)
-    if failed and failed == rows.count:
-        raise JobFailed(f"not one of the {failed} rows could be captioned: {describe_notes(results.notes)}")
+    failed = report_notes(rows.count, results.notes, fallback)
+    if failed and shard is None:
+        raise JobFailed(failed)
 
 
-def _caption_rows(captioner: Captioner, first: TsvRow, rows: _Rows, results, fallback: str, lines: int) -> None:
-    """Caption `first` and the rest of `rows`. lines: how many lines the input has, for the time left."""
+def _caption_rows(
+    captioner: Captioner,
+    first: TsvRow,
+    rows: _Rows,
+    results: ResultsWriter,
+    repaired: Callable[[str], str],
+    fallback: str,
+    lines: int,
+) -> None:
+    """Caption `first` and the rest of `rows`. lines: how many lines are to come at most, for the time left."""
     # Rows that were read, but not answered yet: (id, line number).
     waiting: deque = deque()
 
@@ -150,14 +171,15 @@ def _caption_rows(captioner: Captioner, first: TsvRow, rows: _Rows, results, fal
     with Progress(lines, desc="captions", unit="row", initial=results.done) as bar:
         for answer in captioner.captions(images()):
             name, line_no = waiting.popleft()
-            results.write(name, answer.caption or fallback, answer.note)
+            caption = repaired(answer.caption) if answer.caption else fallback
+            results.write(name, caption, answer.note)
             # What is printed is safe. A row costs the model far more than this call.
             results.flush()
             if answer.note:
                 met = results.notes[answer.note]
                 if met == 1 or met % LOG_EVERY == 0:
                     logger.warning("line %d, id %r: %s (number %d)", line_no, name, answer.note, met)
-            show(answer.caption or fallback)
+            show(caption)
             bar.update()
 
 

@@ -7,9 +7,10 @@ While a run lasts, its lines go to a journal, `OUTPUT.partial`:
                                                                    wrong with it, and is mostly empty
 
 When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
-renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows and the
-notes, counted. Then the journal goes. So OUTPUT is always a whole one, and one file, the journal, holds
-all that a resumed run needs. A million captions are some 200 MB, so the last copy takes a second.
+renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows, the notes,
+counted, and what OUTPUT's bytes were. Then the journal goes. So OUTPUT is always a whole one, and one
+file, the journal, holds all that a resumed run needs. A million captions are some 200 MB, so the last copy
+takes a second.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional
 
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
 
 FORMAT = 1
+# The note of a row whose image file was cut short: it has a caption, of what there was.
+TRUNCATED = "truncated image"
 PARTIAL = ".partial"
 SIDECAR = ".run.json"
 # Lines are handed to the system with every flush; to the disk itself this often.
@@ -103,12 +107,48 @@ def clean_id(row_id: str) -> str:
     return _UNFIT.sub(" ", row_id).encode("utf-8", "replace").decode("utf-8")
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+def row_id(row) -> str:
+    """The id in the output line of a TsvRow: its own, or its line number where the row has none."""
+    return clean_id(row.id) or str(row.line_no)
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """One sentence for each value in which two runs differ; a key that is missing counts as null."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(set(there) | set(here)):
-            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name} is {there!r} there and {here!r} here"
+
+
+def report_notes(rows: int, notes: Dict[str, int], fallback: str) -> Optional[str]:
+    """Log what was wrong with rows. Returns None, or what to say of a job in which no row got a caption."""
+    ranked = sorted(notes.items(), key=lambda pair: -pair[1])
+    described = ", ".join(f"{count} × {note}" for note, count in ranked)
+    if notes:
+        logger.warning("of %d rows: %s", rows, described)
+    failed = sum(notes.values()) - notes.get(TRUNCATED, 0)
+    if failed:
+        logger.warning("%d rows have the fallback caption %s", failed, fallback)
+    if failed and failed == rows:
+        return f"not one of the {failed} rows could be captioned: {described}"
+    return None
+
+
+def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, int], **facts) -> None:
+    """Write `path`.run.json for the results in `path`, whose lines are counted once more.
+
+    Raises:
+        JobFailed: there are more or fewer lines than rows.
+    """
+    written = file_facts(path)
+    if written.lines != rows:
+        raise JobFailed(f"{path} has {written.lines} lines for {rows} rows")
+    output = {"bytes": written.size, "sha256": written.sha256}
+    with atomic_write(path + SIDECAR) as file:
+        summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
+        json.dump(summary, file, ensure_ascii=False, indent=2)
+        file.write("\n")
 
 
 def _parse_line(line: bytes):
@@ -211,7 +251,7 @@ class ResultsWriter:
             there = None
         if not isinstance(there, dict) or there.get("format") != FORMAT:
             raise UserError(f"{self.journal} was not written by this program; move it away, or drop it with --restart")
-        different = "; ".join(_differences(there, self.run))
+        different = "; ".join(differences(there, self.run))
         if different:
             raise UserError(
                 f"{self.journal} is an unfinished run of another kind: {different}. "
@@ -253,10 +293,10 @@ class ResultsWriter:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
 
-    def finish(self, rows: int) -> None:
+    def finish(self, rows: int, **facts) -> None:
         """Write OUTPUT and OUTPUT.run.json, count OUTPUT's lines once more, and drop the journal.
 
-        rows: how many rows the input has.
+        rows: how many rows there are to answer. facts: further entries of OUTPUT.run.json.
 
         Raises:
             JobFailed: there are more or fewer lines than rows; OUTPUT is not touched.
@@ -277,13 +317,7 @@ class ResultsWriter:
                     lines += 1
                 if lines != rows:
                     raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
-            written = file_facts(self.path).lines
-            if written != rows:
-                raise JobFailed(f"{self.path} has {written} lines for {rows} rows")
-            with atomic_write(self.path + SIDECAR) as file:
-                summary = dict(self.run, rows=rows, notes=dict(sorted(self.notes.items())))
-                json.dump(summary, file, ensure_ascii=False, indent=2)
-                file.write("\n")
+            write_sidecar(self.path, self.run, rows, self.notes, **facts)
             os.unlink(self.journal)
         self.close()
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.runtime import world_size
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
@@ -587,11 +588,6 @@ def _within(path: str, folder: str) -> bool:
     """Whether a path is this folder or lies in it."""
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def world_size() -> int:
-    """Processes of this run, as the launcher set them; 1 without one."""
-    return max(int(os.environ.get("PADDLE_TRAINERS_NUM", "1") or "1"), 1)
 
 
 def find_problems(arguments: Arguments) -> List[str]:

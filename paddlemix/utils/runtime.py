@@ -93,6 +93,16 @@ def describe_threads() -> str:
     return "threads: " + ", ".join(parts)
 
 
+def world_size() -> int:
+    """Processes of this run, as paddle.distributed.launch set them; 1 without it."""
+    return max(int(os.environ.get("PADDLE_TRAINERS_NUM", "1") or "1"), 1)
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("PADDLE_TRAINER_ID", "0") or "0")
+
+
 class Choice(NamedTuple):
     """A setting that was decided here, and why it differs from what was asked (None when it does not)."""
 

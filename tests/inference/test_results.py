@@ -1,6 +1,7 @@
 """Results: whole when they appear, resumable, never mixed. `pytest tests/inference/test_results.py`"""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -36,7 +37,9 @@ def test_whole_output_and_its_sidecar(tmp_path):
     assert out.read_text("utf-8") == WHOLE
     assert sorted(os.listdir(out.parent)) == ["results.txt", "results.txt.run.json"]
     sidecar = json.loads((out.parent / "results.txt.run.json").read_text("utf-8"))
+    output = sidecar.pop("output")
     assert sidecar == dict(RUN, format=1, rows=4, notes={"not an image": 1})
+    assert output == {"bytes": len(WHOLE.encode()), "sha256": hashlib.sha256(WHOLE.encode()).hexdigest()}
 
 
 def test_nothing_at_the_output_until_it_is_whole(tmp_path):

@@ -1,0 +1,167 @@
+"""One input captioned by several processes or machines, each its share of the rows; and the shares made one file.
+
+Shard i of n answers the rows i, i + n, i + 2n, … (counted from 1) and writes them to `OUTPUT.shard-i-of-n`, with a
+journal and a sidecar of its own, so each is resumed by itself. Taking turns gives equal shares of any input, and the
+order of the rows back without another look at it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import re
+from collections import Counter
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+from paddlemix.datasets.tsv import read_rows
+from paddlemix.inference.results import (
+    FORMAT,
+    PARTIAL,
+    SIDECAR,
+    differences,
+    file_facts,
+    row_id,
+    write_sidecar,
+)
+from paddlemix.utils.errors import ConfigError, UserError
+from paddlemix.utils.files import atomic_write, read_config_object
+
+# How many rows of a broken shard an error names.
+_NAMED = 5
+
+
+class Shard(NamedTuple):
+    """Shard `index` (from 1) of `of`."""
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """An argument's type: i/n, such as 1/4 … 4/4."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or not 1 <= int(found.group(1)) <= int(found.group(2)):
+            raise argparse.ArgumentTypeError(f"is i/n with i from 1 to n, such as 1/4, not {text!r}")
+        return cls(int(found.group(1)), int(found.group(2)))
+
+    def path(self, output: str) -> str:
+        """Where this shard's lines go."""
+        return f"{output}.shard-{self.index}-of-{self.of}"
+
+    def share(self, rows: int) -> int:
+        """How many of `rows` rows are this shard's."""
+        return (rows - self.index + self.of) // self.of
+
+
+def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
+    """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as one run over all rows writes them.
+
+    input: the file that was captioned; then each line's id is also held against its row. Returns what OUTPUT.run.json
+    holds.
+
+    Raises:
+        UserError: no shards, some missing or unfinished, shards of different inputs, models or settings, or one that
+            was changed since it was written. OUTPUT is not touched then.
+    """
+    shards = _find(output)
+    sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
+    for shard, there in zip(shards[1:], sidecars[1:]):
+        different = "; ".join(differences(_common(there), _common(sidecars[0])))
+        if different:
+            raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}")
+    run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
+    if input is not None:
+        facts = file_facts(input)
+        if facts.sha256 != run["input"]["sha256"]:
+            raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}")
+    for shard, there in zip(shards, sidecars):
+        _check_lines(shard, shard.path(output), there, rows, input)
+
+    notes: Counter = Counter()
+    for there in sidecars:
+        notes.update(there["notes"])
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
+        out = opened.enter_context(atomic_write(output, "wb"))
+        for number, line in enumerate(_in_turn(files, rows), 1):
+            out.write(line)
+            if line.count(b"\t") != 1:
+                raise UserError(f"line {number} of the joined shards is not an id and a caption")
+    del run["input_rows"]
+    write_sidecar(output, run, rows, notes)
+    with open(output + SIDECAR, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _find(output: str) -> List[Shard]:
+    """The shards beside `output`, all of them, in order."""
+    name = re.compile(re.escape(os.path.basename(output)) + rf"\.shard-(\d+)-of-(\d+)(?:{re.escape(PARTIAL)})?")
+    found = set()
+    for path in glob.glob(glob.escape(output) + ".shard-*"):
+        match = name.fullmatch(os.path.basename(path))
+        if match:
+            found.add(Shard(int(match.group(1)), int(match.group(2))))
+    if not found:
+        raise UserError(f"no shards {output}.shard-i-of-n: give the OUTPUT that predict.py was given")
+    counts = sorted({shard.of for shard in found})
+    if len(counts) > 1:
+        raise UserError(f"beside {output} are shards of {' and of '.join(map(str, counts))}: move one kind away")
+    shards = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
+    for what, ending in (("unfinished", PARTIAL), ("missing", "")):
+        lacking = [shard for shard in shards if os.path.exists(shard.path(output) + ending) == bool(ending)]
+        if lacking:
+            listed = ", ".join(f"{shard.index}/{shard.of}" for shard in lacking)
+            raise UserError(f"{what}: --shard {listed}; the same predict.py command finishes it")
+    return shards
+
+
+def _read_sidecar(shard: Shard, path: str) -> Dict[str, Any]:
+    if not os.path.isfile(path + SIDECAR):
+        raise UserError(f"no {path}{SIDECAR}: it says what the shard was made of, and is copied along with it")
+    there = read_config_object(path + SIDECAR)
+    wanted = {"input": dict, "model": dict, "settings": dict, "output": dict, "notes": dict}
+    wanted.update(rows=int, input_rows=int)
+    sound = all(isinstance(there.get(key), kind) for key, kind in wanted.items())
+    sound = sound and all(type(count) is int for count in there["notes"].values())
+    if not sound or there.get("format") != FORMAT or there.get("shard") != shard._asdict():
+        raise ConfigError(f"{path}{SIDECAR} is not the sidecar of shard {shard.index} of {shard.of}")
+    return there
+
+
+def _common(sidecar: Dict[str, Any]) -> Dict[str, Any]:
+    """What the sidecars of one run's shards agree in."""
+    return {key: sidecar[key] for key in ("format", "input", "model", "settings", "input_rows")}
+
+
+def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, input: Optional[str]) -> None:
+    """Raise a UserError unless the shard is as it was written, and its ids are those of its rows."""
+    facts, share = file_facts(path), shard.share(rows)
+    changed = facts.sha256 != sidecar["output"].get("sha256")
+    if not changed and facts.lines != share:
+        raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share")
+    if input is not None:
+        wanted = (row_id(row) for i, row in enumerate(read_rows(input, False)) if i % shard.of == shard.index - 1)
+        with open(path, "rb") as file:
+            found = (line.split(b"\t", 1)[0].decode("utf-8", "replace").rstrip("\n") for line in file)
+            # The order is looked at too: a counter alone would not see two lines changed over.
+            wanted, found = list(wanted), list(found)
+        if wanted != found:
+            lacking, surplus = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
+            what = [f"missing: {_listed(lacking)}"] * bool(lacking) + [f"too many: {_listed(surplus)}"] * bool(surplus)
+            raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}")
+    if changed:
+        raise UserError(f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)")
+
+
+def _listed(ids: Counter) -> str:
+    names = [repr(name) for name in list(ids)[:_NAMED]]
+    return ", ".join(names) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+
+
+def _in_turn(files: List, rows: int) -> Iterator[bytes]:
+    """A line of each file in turn, `rows` in all."""
+    for number in range(rows):
+        yield files[number % len(files)].readline()
