@@ -1,0 +1,513 @@
+"""What the model's benchmarks share: config M, the baseline's way to caption and to tune, ours, a process for each.
+
+The baseline is our own rendering of how the public reference and the contest's notebook do it, on the same weights:
+PaddleNLP's QWen layers as they come (attention over a cache that grows by concatenation and is seen through a
+transpose), logits of all positions, one row at a time, training rows padded to max_length. Its vision tower is ours,
+which favours it. `check` compares both sides' logits and losses.
+
+Shapes: B rows, T tokens, S image side.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Dict, List
+
+import harness
+
+# Paddle as it comes: one thread, MKL's slow path on AMD, memory handed back. An empty value is a user's word, which
+# paddlemix leaves alone, and which the libraries read as not set.
+STOCK = {"OMP_NUM_THREADS": "1", "MKL_DEBUG_CPU_TYPE": "", "GLIBC_TUNABLES": ""}
+SETTINGS = ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "GLIBC_TUNABLES")
+
+# Tokens of a training row and of a prompt; what is left of the row behind image and question has labels.
+ROW_TOKENS = 300
+PADDED_TOKENS = 2048
+LABELLED = 36
+LORA = {
+    "rank": 64,
+    "alpha": 16,
+    "dropout": 0.05,
+    "target_modules": [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
+}
+
+
+def sizes(size: str) -> Dict[str, int]:
+    """Row lengths that fit the model of a size."""
+    if size == "quick":
+        return {"row": 40, "padded": 64, "labelled": 6}
+    return {"row": ROW_TOKENS, "padded": PADDED_TOKENS, "labelled": LABELLED}
+
+
+def model_config(size: str) -> dict:
+    """Config M (190 M parameters), or a tiny one of the same structure."""
+    if size == "quick":
+        visual = {"image_size": 56, "width": 32, "layers": 2, "heads": 2, "output_dim": 128, "n_queries": 4}
+        hidden, inner, layers, heads, ranks, vocab = 128, 256, 2, 4, 256, 480
+    else:
+        visual = {"image_size": 448, "width": 256, "layers": 8, "heads": 4, "output_dim": 512, "n_queries": 256}
+        hidden, inner, layers, heads, ranks, vocab = 512, 1376, 8, 4, 151643, 151936
+    visual.update(patch_size=14, image_start_id=ranks + 214)
+    return {
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "kv_channels": hidden // heads, "visual": visual,
+        "pad_token_id": ranks, "bos_token_id": ranks, "eos_token_id": ranks,
+    }  # fmt: skip
+
+
+def made_values(shapes):
+    """(name, float32 array) for each name: the same random weights wherever it is called."""
+    import numpy as np
+
+    from paddlemix.models.mgen_vl.connector import sincos_positions
+
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name.endswith("pos_embed"):
+            yield name, sincos_positions(shape[1], int(shape[0] ** 0.5))
+        elif len(shape) == 1:
+            yield name, np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        else:
+            spread = (3.0 / (shape[1] if "wte" in name or "embed" in name else shape[0])) ** 0.5
+            values = rng.random(shape, np.float32)
+            values -= 0.5
+            values *= 2 * spread
+            yield name, values
+
+
+def tokenizer(size: str):
+    """A tokenizer whose special ids stand where config M has them; its tokens are bytes, pairs and triples of them."""
+    from paddlemix.models.mgen_vl.tokenizer import MGenVLTokenizer
+
+    config = model_config(size)
+    lines = []
+    for rank in range(config["pad_token_id"]):
+        token = bytes([rank]) if rank < 256 else (rank - 256).to_bytes(2 if rank < 65792 else 3, "big")
+        lines.append(base64.b64encode(token) + b" %d\n" % rank)
+    with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+        file.writelines(lines)
+        file.flush()
+        return MGenVLTokenizer(file.name, n_queries=config["visual"]["n_queries"])
+
+
+def images(count: int, side: int = 512) -> List[bytes]:
+    """Base64 JPEGs of coloured blocks with some noise."""
+    import numpy as np
+    from PIL import Image
+
+    made = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        blocks = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
+        noisy = np.asarray(blocks).astype(np.int16) + rng.integers(-12, 13, (side, side, 3), dtype=np.int16)
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        made.append(base64.b64encode(file.getvalue()))
+    return made
+
+
+class Way:
+    """One way of doing it, in a process of its own. Subclasses: Baseline and Ours."""
+
+    def __init__(self, size: str):
+        import paddle
+
+        self.size = size
+        self.config = model_config(size)
+        self.lengths = sizes(size)
+        paddle.seed(0)
+
+    def batch(self, B: int, T: int, fill: int = 0):
+        """ids, mask, labels int64 [B, T + fill], images [B, 3, S, S]: image, question, labelled tokens, padding."""
+        import numpy as np
+        import paddle
+
+        start, queries = self.config["visual"]["image_start_id"], self.config["visual"]["n_queries"]
+        rng = np.random.default_rng(1)
+        ids = np.full((B, T + fill), self.config["pad_token_id"], np.int64)
+        ids[:, :T] = rng.integers(0, 256, (B, T))
+        ids[:, : queries + 2] = [start] + [start + 2] * queries + [start + 1]
+        mask = np.zeros_like(ids)
+        mask[:, :T] = 1
+        labels = np.full_like(ids, -100)
+        labels[:, T - self.lengths["labelled"] : T] = ids[:, T - self.lengths["labelled"] : T]
+        side = self.config["visual"]["image_size"]
+        pixels = rng.standard_normal((B, 3, side, side), np.float32)
+        return tuple(paddle.to_tensor(array) for array in (ids, mask, labels, pixels))
+
+    def settings(self) -> Dict[str, str]:
+        return {name: os.environ.get(name, "") for name in SETTINGS}
+
+    def prepare_training(self, dropout: float = LORA["dropout"]) -> None:
+        """Put adapters on; from here on the model trains."""
+        import paddle
+
+        from paddlemix.models.lora import apply_lora
+
+        self.tuned = apply_lora(self.model, **dict(LORA, dropout=dropout))
+        self.tuned.train()
+        parameters = [p for p in self.tuned.parameters() if not p.stop_gradient]
+        self.optimizer = paddle.optimizer.AdamW(1e-4, parameters=parameters)
+
+    def lora_step(self, B: int, padded: bool = False) -> float:
+        """Seconds of one optimizer step."""
+        T = self.lengths["row"]
+        batch = self.batch(B, T, self.lengths["padded"] - T if padded else 0)
+        start = time.perf_counter()
+        loss = self.loss(*batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.clear_grad()
+        float(loss)
+        return time.perf_counter() - start
+
+    def first_loss(self) -> float:
+        """The loss of one row, for comparison; call it before any step."""
+        import paddle
+
+        with paddle.no_grad():
+            return float(self.loss(*self.batch(1, self.lengths["row"])))
+
+    def prefill(self) -> float:
+        """Seconds from the pixels of one image to the logits of its prompt."""
+        ids, mask, _, pixels = self.batch(1, self.lengths["row"])
+        start = time.perf_counter()
+        self.first_logits(ids, mask, pixels)
+        return time.perf_counter() - start
+
+    def sample_logits(self):
+        """float32 [V]: logits behind a prompt, for comparison."""
+        ids, mask, _, pixels = self.batch(1, self.lengths["row"])
+        return self.first_logits(ids, mask, pixels)[0, -1].numpy()
+
+
+class Ours(Way):
+    """The project's own code."""
+
+    def __init__(self, size: str, layers: int = 0):
+        from paddlemix.models.mgen_vl.configuration import MGenConfig
+        from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
+        from paddlemix.models.mgen_vl.parameters import parameter_shapes
+        from paddlemix.utils.runtime import resolve_device
+
+        resolve_device("cpu")
+        super().__init__(size)
+        self.on_tick = None
+        self.config.update(num_hidden_layers=layers or self.config["num_hidden_layers"])
+        config = MGenConfig(**self.config)
+        self.model = MGenLMHeadModel.build_lazily(config)
+        tensors = self.model.state_dict()
+        for name, value in made_values(parameter_shapes(config)):
+            tensors[name].set_value(value)
+        self.model.eval()
+
+    def loss(self, ids, mask, labels, pixels):
+        return self.model(ids, images=pixels, attention_mask=mask, labels=labels).loss
+
+    def first_logits(self, ids, mask, pixels):
+        import paddle
+
+        with paddle.no_grad():
+            out = self.model(ids, images=pixels, attention_mask=mask, use_cache=True, last_logits_only=True)
+        return out.logits
+
+    def captioner(self, new_tokens: int):
+        from paddlemix.inference.captioner import Captioner
+        from paddlemix.processors.images import MGenVLImageProcessor
+
+        return Captioner(
+            self.model, tokenizer(self.size), MGenVLImageProcessor.from_config(self.model.config),
+            max_new_tokens=new_tokens,
+        )  # fmt: skip
+
+    def caption(self, pictures: List[bytes], new_tokens: int) -> Dict[str, Any]:
+        """Caption base64 images in batches of the program's choice."""
+        captioner = self.captioner(new_tokens)
+        start = time.perf_counter()
+        answers = list(captioner.captions(pictures))
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "captions": [answer.caption for answer in answers], "batch": captioner.batch_size}
+
+    def decode(self, B: int, tokens: int) -> List[float]:
+        """Seconds of each of `tokens` cached steps of `generate`, PaddleNLP's loop included."""
+        import paddle
+
+        class Clock:
+            ticks: List[float] = []
+
+            def put(clock, value):  # noqa: N805
+                clock.ticks.append(time.perf_counter())
+                if self.on_tick:
+                    self.on_tick(clock.ticks)
+
+            def end(clock):  # noqa: N805
+                pass
+
+        ids, mask, _, pixels = self.batch(B, self.lengths["row"])
+        with paddle.no_grad():
+            features = self.model.visual(pixels[:1]).expand([B, -1, -1])
+        clock = Clock()
+        self.model.generate(
+            ids, image_features=features, attention_mask=mask, max_new_tokens=tokens + 1, streamer=clock,
+            decode_strategy="greedy_search", eos_token_id=[self.config["eos_token_id"]],
+        )  # fmt: skip
+        return [after - before for before, after in zip(clock.ticks[-tokens - 1 :], clock.ticks[-tokens:])]
+
+
+    def decode_parts(self, B: int, tokens: int) -> Dict[str, float]:
+        """Seconds per step inside attention, the decoder's matmuls and lm_head, and in all of it (with the clocks)."""
+        from paddle import nn
+
+        spent = {"attention": 0.0, "matmul": 0.0, "lm_head": 0.0}
+
+        def clock(owner, method, part, inside=None):
+            call = getattr(owner, method)
+
+            def measured(*args, **kwargs):
+                start, nested = time.perf_counter(), spent[inside] if inside else 0.0
+                result = call(*args, **kwargs)
+                # What its projections took counts as theirs.
+                spent[part] += time.perf_counter() - start - (spent[inside] - nested if inside else 0.0)
+                return result
+
+            setattr(owner, method, measured)
+            patched.append((owner, method))
+
+        patched: List[Any] = []
+        for block in self.model.transformer.llm.h:
+            for layer in block.sublayers():
+                if isinstance(layer, nn.Linear):
+                    clock(layer, "forward", "matmul")
+            clock(block.attn, "forward", "attention", inside="matmul")
+        clock(self.model, "_logits", "lm_head")
+        self.on_tick = lambda ticks: spent.update(dict.fromkeys(spent, 0.0)) if len(ticks) == 2 else None
+        try:
+            steps = self.decode(B, tokens)
+        finally:
+            self.on_tick = None
+            for owner, method in patched:
+                delattr(owner, method)
+        return {"all": sum(steps) / tokens, **{part: seconds / tokens for part, seconds in spent.items()}}
+
+    def step_bytes(self, B: int) -> int:
+        """Bytes that one cached step must read: the decoder's weights, lm_head, the keys and values there are."""
+        cached = 2 * self.config["num_hidden_layers"] * B * self.lengths["row"] * self.config["hidden_size"]
+        layers = sum(p.size for p in self.model.transformer.llm.h.parameters())
+        return 4 * int(cached + layers + self.model.lm_head.weight.size)
+
+    def bandwidth(self) -> float:
+        """Bytes per second that this process reads at most: sums over half a gigabyte, by one thread and by two."""
+        import numpy as np
+
+        halves = np.split(np.ones((16 if self.size == "quick" else 512) << 18, np.float32), 2)
+        best = 0.0
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(5):
+                for run in (map, pool.map):
+                    start = time.perf_counter()
+                    list(run(np.sum, halves))
+                    best = max(best, 2 * halves[0].nbytes / (time.perf_counter() - start))
+        return best
+
+
+class Dispatch(Ours):
+    """Ours with as many layers as config M, but next to nothing to compute: what Python and Paddle's calls take."""
+
+    def __init__(self, size: str):
+        super().__init__("quick", layers=model_config(size)["num_hidden_layers"])
+
+
+class Baseline(Way):
+    """PaddleNLP's QWen layers as they come, full logits, concatenated cache, one row at a time."""
+
+    def __init__(self, size: str):
+        from paddlenlp.transformers import QWenConfig, QWenForCausalLM
+
+        from paddlemix.models.mgen_vl.configuration import MGenConfig
+        from paddlemix.models.mgen_vl.parameters import parameter_shapes
+        from paddlemix.models.mgen_vl.vision import Vision
+
+        super().__init__(size)
+        config = MGenConfig(**self.config)
+        stock = {key: value for key, value in self.config.items() if key != "visual"}
+        self.model = QWenForCausalLM(QWenConfig(seq_length=2048, use_flash_attention=False, **stock))
+        self.model.visual = Vision(config.visual)
+        tensors = self.model.state_dict()
+        for name, value in made_values(parameter_shapes(config)):
+            tensors[name.replace("transformer.llm.", "qwen.")].set_value(value)
+        self.model.eval()
+
+    def hidden(self, ids, mask, pixels=None, past=None, position=None):
+        """Hidden states of all positions, and the cache."""
+        import paddle
+
+        stock = self.model.qwen
+        embeds = stock.wte(ids)
+        if pixels is not None:
+            features = self.model.visual(pixels)
+            start = int((ids[0] == self.config["visual"]["image_start_id"]).nonzero()[0]) + 1
+            end = start + self.config["visual"]["n_queries"]
+            rows = [paddle.concat([e[:start], f, e[end:]]) for e, f in zip(embeds, features)]
+            embeds = paddle.stack(rows)
+        if position is None:
+            position = (mask.cumsum(-1) - 1).clip(min=0)
+        out = stock(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=past,
+            use_cache=not self.model.training, return_dict=True,
+        )  # fmt: skip
+        return out.last_hidden_state, out.past_key_values
+
+    def loss(self, ids, mask, labels, pixels):
+        import paddle.nn.functional as F
+
+        hidden, _ = self.hidden(ids, mask, pixels)
+        logits = self.model.lm_head(hidden)[:, :-1].astype("float32")
+        targets = labels[:, 1:].reshape([-1])
+        losses = F.cross_entropy(logits.reshape([-1, logits.shape[-1]]), targets, ignore_index=-100, reduction="none")
+        return losses.sum() / (targets != -100).sum().astype("float32")
+
+    def first_logits(self, ids, mask, pixels):
+        import paddle
+
+        with paddle.no_grad():
+            return self.model.lm_head(self.hidden(ids, mask, pixels)[0])
+
+    def _greedy(self, ids, mask, pixels, new_tokens: int):
+        """(new ids, seconds of each cached step) of rows of equal length."""
+        import paddle
+
+        seconds, new = [], []
+        with paddle.no_grad():
+            hidden, past = self.hidden(ids, mask, pixels)
+            logits = self.model.lm_head(hidden)
+            while True:
+                new.append(logits[:, -1].argmax(-1, keepdim=True))
+                if len(new) == new_tokens:
+                    return paddle.concat(new, axis=1), seconds
+                start = time.perf_counter()
+                mask = paddle.concat([mask, paddle.ones([mask.shape[0], 1], mask.dtype)], axis=1)
+                position = mask.sum(axis=1, keepdim=True) - 1
+                hidden, past = self.hidden(new[-1], mask, past=past, position=position)
+                logits = self.model.lm_head(hidden)
+                seconds.append(time.perf_counter() - start)
+
+    def decode(self, B: int, tokens: int) -> List[float]:
+        ids, mask, _, pixels = self.batch(B, self.lengths["row"])
+        return self._greedy(ids, mask, pixels, tokens + 1)[1]
+
+    def caption(self, pictures: List[bytes], new_tokens: int) -> Dict[str, Any]:
+        """Caption base64 images one by one."""
+        import paddle
+
+        from paddlemix.inference.captioner import caption_prompt_ids
+        from paddlemix.models.mgen_vl.generation import decode_response
+        from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
+        from paddlemix.processors.mgen_vl_processing import clean_caption
+
+        words = tokenizer(self.size)
+        processor = MGenVLImageProcessor(self.config["visual"]["image_size"])
+        ids = paddle.to_tensor([caption_prompt_ids(words, None, None, 6144)])
+        stop = [words.eod_id, words.im_end_id, words.im_start_id]
+        captions = []
+        start = time.perf_counter()
+        for picture in pictures:
+            pixels = paddle.to_tensor(processor(open_image(decode_base64(picture)))).unsqueeze(0)
+            new, _ = self._greedy(ids, paddle.ones_like(ids), pixels, new_tokens)
+            captions.append(clean_caption(decode_response(words, new[0].tolist(), stop)))
+        return {"seconds": time.perf_counter() - start, "captions": captions, "batch": 1}
+
+
+class Side:
+    """A Way in a process of its own, with the project's CPU settings or Paddle's: `side("prefill")` calls a method.
+
+    A quick run calls it here. As a context manager it ends the process; `peak` is its peak memory in bytes by then.
+    """
+
+    def __init__(self, args, make: Callable[[str], Way], stock: bool = False):
+        self.peak = 0
+        self._here = None
+        if args.size == "quick":
+            self._here = make(args.size)
+            return
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args.size), daemon=True)
+        with _environment(STOCK if stock else {}):
+            self._process.start()
+        theirs.close()
+
+    def __call__(self, method: str, *arguments) -> Any:
+        if self._here is not None:
+            return getattr(self._here, method)(*arguments)
+        self._pipe.send((method, arguments))
+        fine, result = self._pipe.recv()
+        if not fine:
+            raise RuntimeError(result)
+        return result
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._here is not None:
+            self.peak = harness.peak_bytes()
+        elif exc_info[0] is None:
+            self._pipe.send(None)
+            self.peak = self._pipe.recv()
+            self._process.join()
+        else:
+            self._process.terminate()
+
+
+@contextlib.contextmanager
+def _environment(values: Dict[str, str]):
+    """Exactly these of the CPU settings, for a process that is started meanwhile."""
+    before = {name: os.environ.pop(name, None) for name in SETTINGS}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _serve(pipe, make, size) -> None:
+    import paddlemix  # noqa: F401
+
+    way = None
+    while True:
+        asked = pipe.recv()
+        if asked is None:
+            pipe.send(harness.peak_bytes())
+            return
+        try:
+            way = way or make(size)
+            pipe.send((True, getattr(way, asked[0])(*asked[1])))
+        except Exception:  # noqa: BLE001
+            pipe.send((False, traceback.format_exc()))
+
+
+def check(name: str, one, other, tolerance: float) -> None:
+    """Both sides must compute the same before they are compared in speed.
+
+    Raises:
+        SystemExit: they differ by more than `tolerance`, relative to the largest value.
+    """
+    import numpy as np
+
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    difference = np.abs(one - other).max() / np.abs(other).max()
+    if not difference <= tolerance:
+        sys.exit(f"error: {name} of the two sides differ by {difference:.1e} of the largest value")
+

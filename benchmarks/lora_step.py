@@ -1,0 +1,42 @@
+"""One LoRA step (rank 64, config M) per sample of 300 tokens and one image: `python benchmarks/lora_step.py`
+
+Ours takes four rows at a time; the baseline one, with PaddleNLP's layers and logits of all positions, once as it is
+and once padded to 2048 tokens as the notebook does. Peak memory is that of each process, Python and weights included.
+"""
+
+from __future__ import annotations
+
+import baseline_model
+import harness
+from baseline_model import Baseline, Ours, Side
+
+BATCH = 4
+
+
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    bench = harness.Bench(args, "LoRA step, config M")
+    with Side(args, Ours) as ours, Side(args, Baseline) as baseline:
+        for side in (ours, baseline):
+            side("prepare_training", 0.0)
+        baseline_model.check("losses", ours("first_loss"), baseline("first_loss"), 1e-4)
+    with Side(args, Ours) as ours, Side(args, Baseline) as baseline, Side(args, Baseline) as padded:
+        for side in (ours, baseline, padded):
+            side("prepare_training")
+        per_sample = lambda: ours("lora_step", BATCH) / BATCH  # noqa: E731
+        per_sample()
+        baseline("lora_step", 1)
+        taken = harness.pairs(args, lambda: baseline("lora_step", 1), per_sample)
+        if args.size != "large":
+            args.pairs = 1  # a padded step is some 35 s
+        far = harness.pairs(args, lambda: padded("lora_step", 1, True), per_sample)
+    bench.ratio("300 tokens, one at a time ÷ ours, per sample", taken, at_least=2.5)
+    bench.ratio(f"padded to 2048 ÷ ours, per sample ({args.pairs} pairs)", far, at_least=20)
+    bench.value("peak memory, batch of 4", ours.peak / 1e6, "MB")
+    bench.value("peak memory, padded, batch of 1", padded.peak / 1e6, "MB")
+    bench.value("ours ÷ padded, peak memory", ours.peak / padded.peak, "×", at_most=1 / 3)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Pixels of one image to the first logits of its prompt of 300 tokens, config M: `python benchmarks/prefill.py`
+
+Baseline: the same vision tower, PaddleNLP's decoder layers, logits of all positions. Ours: lm_head at the last
+position only, masks and rotary tables made once. Both with the project's CPU settings; bound: 0.6 s for ours.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import baseline_model
+import harness
+from baseline_model import Baseline, Ours, Side
+
+
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    bench = harness.Bench(args, "prefill of one image and its prompt")
+    with Side(args, Ours) as ours, Side(args, Baseline) as baseline:
+        baseline_model.check("logits", ours("sample_logits"), baseline("sample_logits"), 1e-4)
+        for side in (ours, baseline):
+            side("prefill")
+        taken = harness.pairs(args, lambda: baseline("prefill"), lambda: ours("prefill"))
+    bench.value("prefill per image, vision included", statistics.median(taken.ours), "s", at_most=0.6)
+    bench.ratio("the reference's way ÷ ours", taken)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
