@@ -1,4 +1,4 @@
-"""Merge a LoRA checkpoint into its base model (SPEC §4):
+"""Merge a LoRA checkpoint, or one of a part that was trained whole, into its base model (SPEC §4):
 
 python merge_lora_params.py --model_name_or_path BASE --lora_path LORA --merge_model_path OUT
 """
@@ -13,15 +13,20 @@ from paddlemix.utils import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write the base model with a LoRA checkpoint merged into it, W + (alpha / r) · A @ B, as "
-        "a whole model folder. Works tensor by tensor, so memory is that of a few tensors. OUT appears when it "
-        "is whole.",
+        description="Write the base model with a checkpoint merged into it as a whole model folder: adapters as "
+        "W + (alpha / r) · A @ B, tensors that were trained whole in place of the base's. Works tensor by tensor, so "
+        "memory is that of a few tensors. OUT appears when it is whole.",
     )
     parser.add_argument(
         "--model_name_or_path", required=True, metavar="BASE", help="folder of the base model"
     )
     parser.add_argument("--lora_path", required=True, metavar="LORA", help="folder that the tuning run wrote")
     parser.add_argument("--merge_model_path", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--text_model_name_or_path",
+        metavar="TEXT",
+        help="where the LLM that the run took from another model is now (default: where it was)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -53,6 +58,7 @@ def main() -> int:
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
         progress=not args.disable_tqdm,
+        text_folder=args.text_model_name_or_path,
     )
     logger.info(
         f"{result.merged} tensors merged, {result.replaced} replaced, {result.copied} copied into "

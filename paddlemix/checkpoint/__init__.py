@@ -6,6 +6,7 @@ Nothing here imports Paddle or PyTorch.
 from paddlemix.checkpoint.pdparams import GeneratorState, load_pdparams_object, read_pdparams
 from paddlemix.checkpoint.shards import (
     LORA_WEIGHTS_NAME,
+    PARTIAL_WEIGHTS_NAME,
     PDPARAMS_NAME,
     WeightsReader,
     find_weights,
@@ -18,6 +19,7 @@ from paddlemix.checkpoint.tensors import TensorInfo, convert_dtype
 __all__ = [
     "GeneratorState",
     "LORA_WEIGHTS_NAME",
+    "PARTIAL_WEIGHTS_NAME",
     "PDPARAMS_NAME",
     "TensorInfo",
     "WeightsReader",

@@ -1,17 +1,17 @@
-"""Merge a LoRA checkpoint into its base model, a tensor at a time.
+"""Merge what a run trained into its base model, a tensor at a time.
 
-A LoRA checkpoint holds two kinds of entries, and every one is accounted for:
+A checkpoint (LoRA, or a part of the model trained whole) holds two kinds of entries; every one is accounted for:
 
-    adapter pairs       NAME.lora_A [in, r] and NAME.lora_B [r, out]: NAME.weight becomes W + (alpha / r) · A
-    @ B whole tensors       under a base tensor's own name (attn_pool trained beside the adapters): it takes
-    its place
+    adapter pairs   NAME.lora_A [in, r] and NAME.lora_B [r, out]: NAME.weight becomes W + (alpha / r) · A @ B
+    whole tensors   under a base tensor's own name: it takes its place
 
-All other tensors of the base are copied as they are. The arithmetic is float32, whatever the tensors are
-stored in.
+All other tensors are copied as they are: from the base, or the LLM's from the model that it was taken from
+(text_model_name_or_path). The arithmetic is float32, whatever the tensors are stored in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -26,6 +26,7 @@ from paddlemix.checkpoint.lora_config import LORA_CONFIG_NAME, read_lora_config
 from paddlemix.checkpoint.shards import (
     FORMATS,
     LORA_WEIGHTS_NAME,
+    PARTIAL_WEIGHTS_NAME,
     Item,
     WeightsReader,
     find_weights,
@@ -33,7 +34,8 @@ from paddlemix.checkpoint.shards import (
     open_weights,
     write_sharded,
 )
-from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, convert_dtype, printable
+from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, FileBytes, TensorInfo, convert_dtype, printable
+from paddlemix.checkpoint.tuned_from import TUNED_FROM_NAME, read_tuned_from
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder
 from paddlemix.utils.log import logger
@@ -55,6 +57,7 @@ _FROM_EITHER = (
 )
 _FROM_LORA = (
     LORA_CONFIG_NAME,
+    TUNED_FROM_NAME,
     "train_results.json",
     "eval_results.json",
     "all_results.json",
@@ -62,6 +65,9 @@ _FROM_LORA = (
     "training_args.bin",
 )
 _VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
+
+# Parameters outside the LLM.
+_NOT_LANGUAGE = "visual."
 
 # Rows of a weight that are added and rounded at a time; the scratch memory stays small beside the weight.
 _ROWS = 256
@@ -83,19 +89,64 @@ def _list(names: List[str], limit: int = 10) -> str:
     )
 
 
-def _open_lora(folder: str) -> WeightsReader:
-    path = os.path.join(folder, LORA_WEIGHTS_NAME)
+def _open_tuned(folder: str) -> WeightsReader:
     if not os.path.isdir(folder):
         raise WeightsError(f"there is no folder {folder}")
-    if not os.path.lexists(path):
-        try:
-            full = find_weights(folder)
-        except WeightsError:
-            raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}: give the folder of a LoRA run") from None
+    for name in (LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
+        if os.path.lexists(os.path.join(folder, name)):
+            return open_weights(inside(folder, name))
+    try:
+        full = find_weights(folder)
+    except WeightsError:
         raise WeightsError(
-            f"{folder} holds {full}: a whole model, tuned in full. Nothing is left to merge; use it as it is"
+            f"neither {LORA_WEIGHTS_NAME} nor {PARTIAL_WEIGHTS_NAME} in {folder}: give the folder of a tuning run"
+        ) from None
+    raise WeightsError(
+        f"{folder} holds {full}: a whole model, tuned in full. Nothing is left to merge; use it as it is"
+    )
+
+
+class _TwoModels:
+    """The base with the LLM of another model, for one reader: `text` has the language tensors, `base` the others."""
+
+    def __init__(self, base: WeightsReader, text: WeightsReader):
+        ours = [name for name in base.keys() if not name.startswith(_NOT_LANGUAGE)]
+        lost = [name for name in ours if name not in text or text.info(name).shape != base.info(name).shape]
+        if lost:
+            raise WeightsError(f"{text.files[0]} has another LLM than {base.files[0]}: {_list(lost)}")
+        self._base, self._text = base, text
+        self.keys, self.files = base.keys, base.files
+        self.total_bytes = base.total_bytes
+
+    def _reader(self, name: str) -> WeightsReader:
+        return self._base if name.startswith(_NOT_LANGUAGE) else self._text
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._reader(name).info(name)
+
+    def read(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
+        return self._reader(name).read(name, dtype)
+
+    def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
+        return self._reader(name).raw(name)
+
+
+def _text_folder(lora_folder: str, given: Optional[str]) -> Optional[str]:
+    """Where the LLM came from, if not from the base: as given, else as the run noted it."""
+    noted = read_tuned_from(lora_folder).text
+    if given is None and noted is not None and not os.path.isdir(noted):
+        raise UserError(
+            f"the run took its LLM from {noted}, which is not there: give --text_model_name_or_path, where it is now"
         )
-    return open_weights(inside(folder, LORA_WEIGHTS_NAME))
+    if given is not None and noted is None:
+        raise UserError(f"the run in {lora_folder} took its LLM from the base: leave --text_model_name_or_path out")
+    return given or noted
 
 
 def _scaling(folder: str) -> Tuple[int, float]:
@@ -213,8 +264,11 @@ def merge(
     max_shard_size: Union[int, str] = "10GB",
     overwrite: bool = False,
     progress: bool = True,
+    text_folder: Optional[str] = None,
 ) -> MergeResult:
-    """Write the base model with the LoRA checkpoint merged into it as a whole model folder (SPEC §3).
+    """Write the base model with the checkpoint merged into it as a whole model folder (SPEC §3).
+
+    text_folder: where the LLM that the run took from another model is now (default: where it was).
 
     dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or
     "safetensors" (default: the base's). The folder appears when it is whole; an existing one that is not
@@ -226,10 +280,15 @@ def merge(
         not fit.
         JobFailed: the disk is full.
     """
-    check_output(out_folder, [base_folder, lora_folder], overwrite)
+    text_folder = _text_folder(lora_folder, text_folder)
+    check_output(out_folder, [folder for folder in (base_folder, lora_folder, text_folder) if folder], overwrite)
     if dtype is not None and dtype not in FLOATS[1:]:
         raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-    with open_weights(base_folder) as base, _open_lora(lora_folder) as lora:
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(open_weights(base_folder))
+        lora = stack.enter_context(_open_tuned(lora_folder))
+        if text_folder is not None:
+            base = _TwoModels(base, stack.enter_context(open_weights(text_folder)))
         adapters = any(key.endswith((".lora_A", ".lora_B")) for key in lora.keys())
         rank, scaling = _scaling(lora_folder) if adapters else (None, 0.0)
         merged, replaced = plan_merge(base, lora, rank)

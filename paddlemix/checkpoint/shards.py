@@ -38,6 +38,8 @@ PDPARAMS_NAME = "model_state.pdparams"
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
+# What a run that trains a part of the model whole leaves: the tensors that trained.
+PARTIAL_WEIGHTS_NAME = "partial_model_state.pdparams"
 INDEX_SUFFIX = ".index.json"
 
 # Base name and extension of each format that is written.
@@ -122,6 +124,10 @@ def find_weights(folder: str) -> str:
     if LORA_WEIGHTS_NAME in names:
         raise WeightsError(
             f"{folder} is a LoRA checkpoint, not a model: merge it first (merge_lora_params.py)"
+        )
+    if PARTIAL_WEIGHTS_NAME in names:
+        raise WeightsError(
+            f"{folder} holds the tensors that a run trained, not a model: merge it first (merge_lora_params.py)"
         )
     raise WeightsError(f"no weights in {folder} (looked for {', '.join(_SINGLE)} and their shards)")
 

@@ -30,6 +30,8 @@ _RESULTS = (
     "training_args.bin",
     "lora_config.json",
     "lora_model_state.pdparams",
+    "partial_model_state.pdparams",
+    "tuned_from.json",
     "model_state*.pdparams",
     "model_state.pdparams.index.json",
     "model*.safetensors",

@@ -27,7 +27,6 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 import paddle
 import paddlenlp
-from paddlenlp.peft import LoRAModel
 from paddlenlp.trainer import (
     PrinterCallback,
     ProgressCallback,
@@ -39,15 +38,11 @@ from paddlenlp.transformers.model_utils import _add_variant
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
-from paddlemix.checkpoint import open_weights
-from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.auto import AutoTokenizerMIX
 from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator, raise_failure
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length, plan_packs
-from paddlemix.models.lora import apply_lora, load_lora_weights
-from paddlemix.models.mgen_vl.modeling import check_weights
-from paddlemix.models.mgen_vl.parameters import group_of, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze, resume
@@ -60,8 +55,10 @@ from paddlemix.trainer.arguments import (
 )
 from paddlemix.trainer.callbacks import LogLines, StopOnSignal
 from paddlemix.trainer.captions import CaptionEvaluator
+from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
-from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
+from paddlemix.trainer.tuned_model import Origin, base_of, choose_trainable, load_model, load_tuned, save_tuned
+from paddlemix.utils.errors import ConfigError, JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import (
     Precision,
@@ -206,11 +203,14 @@ class FinetuneTrainer(Trainer):
         self,
         *args,
         chat_template: ChatTemplate,
+        origin: Origin,
+        guard: LanguageGuard,
         packs: Optional[Packs] = None,
         lengths: Optional[SampleLengths] = None,
         **kwargs,
     ):
         self.chat_template = chat_template
+        self.origin, self.guard = origin, guard
         # How the training samples share sequences, or batches; see datasets.packing.
         self.packs, self.lengths = packs, lengths
         self.captions: Optional[CaptionEvaluator] = None
@@ -420,20 +420,13 @@ class FinetuneTrainer(Trainer):
         return settings
 
     def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
-        """Weights (adapters, or the whole model), configuration, tokenizer, chat template, arguments."""
+        """Weights (see save_tuned), configuration, tokenizer, chat template, arguments."""
         folder = output_dir or self.args.output_dir
         logger.info(f"Saving model checkpoint to {folder}")
         partial = os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")
         os.makedirs(partial, exist_ok=True)
-        config = base_of(self.model).config
-        flash, config.use_flash_attention = config.use_flash_attention, False  # of this run, not of the model
-        if isinstance(self.model, LoRAModel):
-            self.model.save_pretrained(
-                partial, merge_tensor_parallel=merge_tensor_parallel, is_main_process=self.args.should_save
-            )
-        else:
-            self.model.save_pretrained(partial)
-        config.use_flash_attention = flash
+        self.guard.check(base_of(self.model))
+        save_tuned(self.model, partial, self.origin, self.args.should_save, merge_tensor_parallel)
         if self.args.should_save:
             self.tokenizer.save_pretrained(partial)
             self.chat_template.save(partial)
@@ -446,10 +439,7 @@ class FinetuneTrainer(Trainer):
 
     def load_weights(self, checkpoint: str) -> None:
         """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
-        if isinstance(self.model, LoRAModel):
-            load_lora_weights(self.model, checkpoint)
-        else:
-            load_full_weights(self.model, checkpoint)
+        load_tuned(self.model, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint=None):
         if resume_from_checkpoint is not None:
@@ -568,99 +558,6 @@ class _Bookkeeping(TrainerCallback):
         state.epoch = state.global_step / self._steps_per_epoch(args)
 
 
-def load_full_weights(model, folder: str) -> None:
-    """Set every parameter of `model` from a model folder with the safe reader."""
-    with open_weights(folder) as reader:
-        check_weights(reader, parameter_shapes(model.config), folder)
-        for name, tensor in model.state_dict().items():
-            dtype = str(tensor.dtype).replace("paddle.", "")
-            tensor.set_value(np.ascontiguousarray(reader.read(name, dtype)))
-
-
-def base_of(model):
-    """The MGenLMHeadModel inside a LoRAModel, or the model itself."""
-    return model.model if isinstance(model, LoRAModel) else model
-
-
-def load_model(model_args: ModelArguments, dtype: str, flash: bool = False):
-    """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
-    folder = model_args.model_name_or_path
-    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
-    model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
-    if model_args.text_model_name_or_path is not None:
-        load_language_part(model, model_args.text_model_name_or_path)
-    if model_args.neftune:
-        add_neftune(model, model_args.neftune_noise_alpha)
-    model.train()
-    return model
-
-
-def load_language_part(model, folder: str) -> None:
-    """Replace transformer.llm.* and lm_head by those of another model folder.
-
-    Raises:
-        WeightsError: a tensor is missing or of another shape; the language model's structure must not change.
-    """
-    with open_weights(folder) as reader:
-        stored = set(reader.keys())
-        for name, tensor in model.state_dict().items():
-            if name.startswith("visual."):
-                continue
-            if name not in stored or tuple(reader.info(name).shape) != tuple(tensor.shape):
-                found = list(reader.info(name).shape) if name in stored else "missing"
-                raise WeightsError(f"text_model_name_or_path: {name} is {found} in {folder}, not {list(tensor.shape)}")
-            tensor.set_value(np.ascontiguousarray(reader.read(name, str(tensor.dtype).replace("paddle.", ""))))
-
-
-def add_neftune(model, alpha: float) -> None:
-    """NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T · D) on embeddings [B, T, D]."""
-
-    def add_noise(layer, inputs, output):
-        if not layer.training:
-            return output
-        bound = alpha / math.sqrt(output.shape[1] * output.shape[2])
-        return output + paddle.uniform(output.shape, "float32", -bound, bound).astype(output.dtype)
-
-    model.get_input_embeddings().register_forward_post_hook(add_noise)
-
-
-def choose_trainable(model, model_args: ModelArguments):
-    """Freeze what the patterns say and put adapters on; returns the model to train, a LoRAModel with lora."""
-    names = list(model.state_dict())
-    include, exclude = model_args.freeze_include, model_args.freeze_exclude
-    plan = freeze.plan_freeze(names, include, exclude, model_args.lora)
-    if include or exclude:
-        logger.info(f"Freeze parameters: {include} and exclude parameters: {exclude}")
-    freeze.apply_freeze(model, plan)
-    if include or exclude:
-        logger.info("Freeze parameters successfully.")
-    if not model_args.lora:
-        return model
-    if model_args.lora_path is not None:
-        stored = read_lora_config(model_args.lora_path)
-        wanted = {
-            "lora_rank": (model_args.lora_rank, stored["r"]),
-            "lora_alpha": (model_args.lora_alpha, stored["lora_alpha"]),
-            "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
-        }
-        for name, (ours, theirs) in wanted.items():
-            if ours != theirs:
-                raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
-    model = apply_lora(
-        model,
-        rank=model_args.lora_rank,
-        alpha=model_args.lora_alpha,
-        dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        trainable=plan.trainable,
-        base_model_name_or_path=model_args.model_name_or_path,
-    )
-    if model_args.lora_path is not None:
-        load_lora_weights(model, model_args.lora_path)
-        logger.info(f"Adapters loaded from {model_args.lora_path}")
-    return model
-
-
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, generate_args: GenerationArguments, training: TrainingKeys
 ) -> Tuple[FinetuneTrainer, Optional[str]]:
@@ -699,8 +596,10 @@ def prepare(
         logger.info(describe_threads())
     seed_everything(training.seed)
     # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
+    guard = LanguageGuard(model_args.model_name_or_path)
     with paddle.utils.unique_name.guard():
         model = load_model(model_args, precision.weights, flash)
+        guard.check(model)
         model = choose_trainable(model, model_args)
     counts = freeze.model_counts(base_of(model))
     logger.info(freeze.summary_line(counts))
@@ -708,6 +607,7 @@ def prepare(
         logger.info(line)
 
     tokenizer = AutoTokenizerMIX.from_pretrained(model_args.model_name_or_path)
+    check_vocabulary(tokenizer, base_of(model).config)
     image_processor = MGenVLImageProcessor.from_config(base_of(model).config)
     datasets = {
         part: build_dataset(dataset_entries(data_args, part), tokenizer, image_processor, data_args)
@@ -738,6 +638,8 @@ def prepare(
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
         packs=packs,
         lengths=lengths,
+        origin=Origin(model_args.model_name_or_path, model_args.text_model_name_or_path),
+        guard=guard,
     )
     if data_args.eval_with_do_generation:
         size, most = training.per_device_eval_batch_size, training.max_evaluate_steps

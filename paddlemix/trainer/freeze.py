@@ -1,7 +1,7 @@
 """What trains: patterns on parameter names, worked out before any tensor exists, and their counts.
 
-A pattern is matched as in a shell (`*` any text, `?` one character, `[abc]`) against a whole parameter
-name, as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
+A pattern is matched as in a shell (`*` any text, `?` one character, `[abc]`, `{16..31}` the numbers from 16 to 31)
+against a whole parameter name, as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,36 @@ class GroupCount(NamedTuple):
     trainable: int
 
 
+_RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
+
+
+def _spelled_out(pattern: str) -> List[str]:
+    """The pattern once per number of its {FIRST..LAST}, as a shell does it."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = map(int, found.groups())
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [one for number in range(first, last + 1) for one in _spelled_out(f"{before}{number}{after}")]
+
+
 def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> set:
-    """Names matched by any of the patterns. Raises ConfigError for a pattern without a match."""
+    """Names matched by any of the patterns. Raises ConfigError for a pattern, or one of its range, without a match."""
     found = set()
     for pattern in patterns or ():
-        # fnmatch.filter would fold case on some systems.
-        compiled = re.compile(fnmatch.translate(pattern))
-        matches = [name for name in names if compiled.match(name)]
-        if not matches:
-            raise ConfigError(f'{key}: "{pattern}" matches no parameter (names are like {names[0]} and {names[-1]})')
-        found.update(matches)
+        spelled = _spelled_out(pattern)
+        if not spelled:
+            raise ConfigError(f'{key}: "{pattern}" holds an empty range')
+        for one in spelled:
+            # fnmatch.filter would fold case on some systems.
+            compiled = re.compile(fnmatch.translate(one))
+            matches = [name for name in names if compiled.match(name)]
+            if not matches:
+                within = "" if one == pattern else f' (of "{pattern}")'
+                raise ConfigError(
+                    f'{key}: "{one}"{within} matches no parameter (names are like {names[0]} and {names[-1]})'
+                )
+            found.update(matches)
     return found
 
 

@@ -293,7 +293,7 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     refused("whole model, tuned in full", base_folder, full, out / "o", kind=WeightsError)
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused("give the folder of a LoRA run", base_folder, empty, out / "o", kind=WeightsError)
+    refused("give the folder of a tuning run", base_folder, empty, out / "o", kind=WeightsError)
     write_lora(empty, {})
     refused("holds no tensors", base_folder, empty, out / "o", kind=WeightsError)
     (base_folder / "config.json").write_text("[]")
@@ -330,3 +330,23 @@ def test_the_script(folders, root):
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.splitlines()[-1].startswith("error: ") and "--overwrite" in again.stderr
     assert script(root, *command, "--overwrite", "--disable_tqdm").returncode == 0
+
+
+def test_a_part_that_was_trained_whole(folders):
+    base_folder, part, out = folders
+    base = write_base(base_folder)
+    part.mkdir()
+    trained = {"llm.wte.weight": ("float32", np.full((30, 16), 7, np.float32))}
+    write_pdparams(str(part / "partial_model_state.pdparams"), trained)
+    (part / "tuned_from.json").write_text(json.dumps({"model_name_or_path": "base"}))
+    result = merge(str(base_folder), str(part), str(out), progress=False)
+    assert (result.merged, result.replaced, result.copied) == (0, 1, len(SHAPES) - 1)
+    with open_weights(str(out)) as reader:
+        for name in SHAPES:
+            expected = trained.get(name, base[name])[1]
+            np.testing.assert_array_equal(reader.read(name), expected, name)
+    with pytest.raises(WeightsError, match="holds the tensors that a run trained, not a model: merge it first"):
+        open_weights(str(part))
+    (part / "tuned_from.json").write_text(json.dumps({"text_model_name_or_path": 3}))
+    with pytest.raises(WeightsError, match="must be folders"):
+        merge(str(base_folder), str(part), str(out / "again"), progress=False)

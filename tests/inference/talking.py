@@ -7,14 +7,14 @@ import numpy as np
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model
 
 
-def save_talking_model(folder, seed=0) -> str:
+def save_talking_model(folder, seed=0, **overrides) -> str:
     """A model folder like save_tiny_model's, whose answers are of visible ASCII characters only and never end early.
 
     A plain random model also says line breaks, half characters and nothing at all.
     """
     folder = str(folder)
     os.makedirs(folder)
-    model = make_tiny_model(seed)
+    model = make_tiny_model(seed, **overrides)
     weight = model.lm_head.weight.numpy()
     spoken = np.zeros(weight.shape[1], dtype=bool)
     spoken[ord("!") : ord("~") + 1] = True

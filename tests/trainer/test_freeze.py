@@ -78,6 +78,30 @@ def test_full_tuning_with_patterns():
     assert plan.frozen == [*NAMES[:3], NAMES[4]]
 
 
+def test_a_range_of_layers(shapes_7b):
+    names = list(shapes_7b)
+    plan = freeze.plan_freeze(names, ["*"], ["transformer.llm.h.{16..31}.*", "visual.attn_pool.*"])
+    layers = {int(name.split(".")[3]) for name in plan.trainable if name.startswith("transformer.llm.h.")}
+    assert layers == set(range(16, 32))
+    found = counts(shapes_7b, plan)
+    # Half of the layers: c_attn, c_proj, three matrices of the MLP and two norms each.
+    assert found["llm layers"].trainable == 16 * (4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096 + 2 * 4096)
+    assert found["attn_pool"].trainable == 75_005_952 and found["lm_head"].trainable == 0
+    assert freeze.plan_freeze(names, ["*"], ["*.h.{0..0}.attn.c_attn.bias"]).trainable == [
+        "transformer.llm.h.0.attn.c_attn.bias"
+    ]
+    two = freeze.plan_freeze(names, ["*"], ["visual.vit.transformer.resblocks.{1..2}{0..1}.ln_1.bias"]).trainable
+    assert [int(name.split(".")[4]) for name in two] == [10, 11, 20, 21]
+
+
+def test_a_range_beyond_the_layers_is_an_error(shapes_7b):
+    names = list(shapes_7b)
+    with pytest.raises(ConfigError, match=r'"\*.h.32.\*" .of "\*.h.{16..40}.\*". matches no parameter'):
+        freeze.plan_freeze(names, ["*"], ["*.h.{16..40}.*"])
+    with pytest.raises(ConfigError, match="holds an empty range"):
+        freeze.plan_freeze(names, ["*"], ["*.h.{31..16}.*"])
+
+
 def test_without_patterns_everything_but_the_constant_trains():
     plan = freeze.plan_freeze(NAMES)
     assert plan.frozen == ["visual.attn_pool.pos_embed"]

@@ -230,17 +230,25 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             if reason:
                 logger.warning(reason)
             model = cls.build_lazily(config, dtype)
-            split = {}
-            if config.tensor_parallel_degree > 1:
-                split = cls._get_tensor_parallel_mappings(config, is_split=True)
-            for name, tensor in model.state_dict().items():
-                array = reader.read(name, dtype)
-                if name in split:
-                    array = split[name](array)
-                tensor.set_value(np.ascontiguousarray(array))
+            model.fill(reader)
         model.generation_config = load_generation_config(folder, config)
         model.eval()
         return model
+
+    def fill(self, reader, names=None) -> None:
+        """Set parameters, all or those in `names`, from an open_weights reader that has been checked.
+
+        Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part.
+        """
+        split = {}
+        if self.config.tensor_parallel_degree > 1:
+            split = self._get_tensor_parallel_mappings(self.config, is_split=True)
+        for name, tensor in self.state_dict().items():
+            if names is None or name in names:
+                array = reader.read(name, str(tensor.dtype).replace("paddle.", ""))
+                if name in split:
+                    array = split[name](array)
+                tensor.set_value(np.ascontiguousarray(array))
 
     @classmethod
     def build_lazily(cls, config, dtype="float32"):

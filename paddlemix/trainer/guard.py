@@ -1,0 +1,108 @@
+"""The contest's rule on the LLM: its weights may be tuned, its structure and parameter count must not change (SPEC §1).
+
+A run that would change them is refused: before it starts, and again whenever it saves.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List
+
+from paddlemix.auto import AutoConfigMIX
+from paddlemix.checkpoint import open_weights
+from paddlemix.models.mgen_vl.parameters import Shape, is_language, parameter_shapes
+from paddlemix.utils.errors import ConfigError
+
+_RULE = "the language model's structure must not change"
+# What decides how the LLM computes beside its shapes: weights mean something else under another value.
+_LANGUAGE_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_channels",
+    "intermediate_size",
+    "vocab_size",
+    "rotary_emb_base",
+    "layer_norm_epsilon",
+    "no_bias",
+    "seq_length",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+)
+
+
+def _differences(found: Dict[str, Shape], expected: Dict[str, Shape]) -> List[str]:
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is new" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name in found and tuple(found[name]) != tuple(shape):
+            lines.append(f"{name} is {list(found[name])}, not {list(shape)}")
+    return lines
+
+
+def _refuse(where: str, lines: List[str]) -> None:
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ConfigError(f"{where}: {_RULE}: {'; '.join(lines[:3])}{more}")
+
+
+class LanguageGuard:
+    """Names and shapes of the LLM as the base model's weights hold them. Reads headers only.
+
+    Raises:
+        ConfigError: config.json promises another LLM than the weights are.
+    """
+
+    def __init__(self, base_folder: str):
+        config = AutoConfigMIX.from_pretrained(base_folder)
+        with open_weights(base_folder) as reader:
+            stored = {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+        promised = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
+        _refuse(f"config.json and weights of {base_folder}", _differences(promised, stored))
+        self.shapes = stored
+
+    def check(self, model) -> None:
+        """Compare a MGenLMHeadModel, with or without adapters (under tensor parallelism its names: a card holds parts).
+
+        Raises:
+            ConfigError: it has other LLM parameters than the base model, or of other shapes.
+        """
+        found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_language(name)}
+        if model.config.tensor_parallel_degree > 1:
+            found = {name: self.shapes.get(name, shape) for name, shape in found.items()}
+        _refuse("the model to train", _differences(found, self.shapes))
+
+
+def check_text_model(config, folder: str) -> None:
+    """Whether the LLM of another model folder can take the place of that in a model with this MGenConfig.
+
+    Raises:
+        ConfigError: it is of another structure, or computes otherwise.
+    """
+    other = AutoConfigMIX.from_pretrained(folder)
+    lines = []
+    for key in _LANGUAGE_KEYS:
+        ours, theirs = getattr(config, key), getattr(other, key)
+        if ours != theirs:
+            lines.append(f"{key} is {theirs}, not {ours}")
+    expected = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
+    with open_weights(folder) as reader:
+        stored = {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+    _refuse(f"text_model_name_or_path {folder}", lines + _differences(stored, expected))
+
+
+def check_vocabulary(tokenizer, config) -> None:
+    """Whether every id of the tokenizer has its row in the embeddings, and the image tags are the model's.
+
+    Raises:
+        ConfigError: the tokenizer has more ids (the embeddings would have to grow), or other ids for images.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} rows of embeddings: {_RULE}, so no "
+            "rows are added; use the tokenizer that belongs to the model"
+        )
+    if tokenizer.img_start_id != config.image_start_id:
+        raise ConfigError(
+            f"<img> is {tokenizer.img_start_id} in the tokenizer and {config.image_start_id} in config.json "
+            "(visual.image_start_id): use the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,162 @@
+"""The model of a run: loaded, frozen where the patterns say so, given its adapters, saved and set again.
+
+What is saved depends on what trains:
+  adapters        PaddleNLP's LoRA files; what trains whole beside them is in there too
+  a part          partial_model_state.pdparams with the tensors that train, tuned_from.json with their base
+  everything      a model folder
+merge_lora_params.py makes a model folder of the first two and their base.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple, Optional
+
+import paddle
+from paddlenlp.peft import LoRAModel
+
+from paddlemix.auto import AutoConfigMIX, AutoModelMIX
+from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_sharded
+from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.checkpoint.tuned_from import write_tuned_from
+from paddlemix.models.lora import apply_lora, load_lora_weights
+from paddlemix.models.mgen_vl.modeling import check_weights
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, is_language, parameter_shapes
+from paddlemix.trainer import freeze
+from paddlemix.trainer.arguments import ModelArguments
+from paddlemix.trainer.guard import check_text_model
+from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.log import logger
+
+
+class Origin(NamedTuple):
+    """The folders a run started from: the base model, and the one whose LLM took the place of the base's."""
+
+    base: str
+    text: Optional[str] = None
+
+
+def base_of(model):
+    """The MGenLMHeadModel inside a LoRAModel, or the model itself."""
+    return model.model if isinstance(model, LoRAModel) else model
+
+
+def load_model(model_args: ModelArguments, dtype: str, flash: bool = False):
+    """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
+    folder = model_args.model_name_or_path
+    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
+    model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
+    if model_args.text_model_name_or_path is not None:
+        load_language_part(model, model_args.text_model_name_or_path)
+    if model_args.neftune:
+        add_neftune(model, model_args.neftune_noise_alpha)
+    model.train()
+    return model
+
+
+def load_language_part(model, folder: str) -> None:
+    """Replace transformer.llm.* and lm_head by those of another model folder.
+
+    Raises:
+        ConfigError: that LLM is of another structure.
+    """
+    check_text_model(model.config, folder)
+    with open_weights(folder) as reader:
+        model.fill(reader, {name for name in reader.keys() if is_language(name)})
+
+
+def add_neftune(model, alpha: float) -> None:
+    """NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(T · D) on embeddings [B, T, D]."""
+
+    def add_noise(layer, inputs, output):
+        if not layer.training:
+            return output
+        bound = alpha / math.sqrt(output.shape[1] * output.shape[2])
+        return output + paddle.uniform(output.shape, "float32", -bound, bound).astype(output.dtype)
+
+    model.get_input_embeddings().register_forward_post_hook(add_noise)
+
+
+def choose_trainable(model, model_args: ModelArguments):
+    """Freeze what the patterns say and put adapters on; returns the model to train, a LoRAModel with lora."""
+    names = list(model.state_dict())
+    include, exclude = model_args.freeze_include, model_args.freeze_exclude
+    plan = freeze.plan_freeze(names, include, exclude, model_args.lora)
+    if include or exclude:
+        logger.info(f"Freeze parameters: {include} and exclude parameters: {exclude}")
+    freeze.apply_freeze(model, plan)
+    if include or exclude:
+        logger.info("Freeze parameters successfully.")
+    if not model_args.lora:
+        return model
+    if model_args.lora_path is not None:
+        stored = read_lora_config(model_args.lora_path)
+        wanted = {
+            "lora_rank": (model_args.lora_rank, stored["r"]),
+            "lora_alpha": (model_args.lora_alpha, stored["lora_alpha"]),
+            "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
+        }
+        for name, (ours, theirs) in wanted.items():
+            if ours != theirs:
+                raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
+    model = apply_lora(
+        model,
+        rank=model_args.lora_rank,
+        alpha=model_args.lora_alpha,
+        dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        trainable=plan.trainable,
+        base_model_name_or_path=model_args.model_name_or_path,
+    )
+    if model_args.lora_path is not None:
+        load_lora_weights(model, model_args.lora_path)
+        logger.info(f"Adapters loaded from {model_args.lora_path}")
+    return model
+
+
+def _trained(model) -> Optional[dict]:
+    """Shapes of the tensors that train in a MGenLMHeadModel; None when that is all of them."""
+    trained = {name: tuple(t.shape) for name, t in model.state_dict().items() if not t.stop_gradient}
+    return None if len(trained) == len(model.state_dict()) - len(CONSTANTS) else trained
+
+
+def save_tuned(model, folder: str, origin: Origin, is_main_process: bool, merge_tensor_parallel: bool = False) -> None:
+    """Write what this run changes into `folder` (see the module's head), with the model's configuration."""
+    config = base_of(model).config
+    flash, config.use_flash_attention = config.use_flash_attention, False  # of this run, not of the model
+    adapters = isinstance(model, LoRAModel)
+    trained = None if adapters else _trained(model)
+    if adapters:
+        model.save_pretrained(folder, merge_tensor_parallel=merge_tensor_parallel, is_main_process=is_main_process)
+    elif trained is None:
+        model.save_pretrained(folder)
+    else:
+        tensors = model.state_dict()
+        items = [
+            (name, str(tensors[name].dtype).replace("paddle.", ""), shape, tensors[name].numpy)
+            for name, shape in trained.items()
+        ]
+        # One file, as the adapters are.
+        write_sharded(folder, items, base=PARTIAL_WEIGHTS_NAME[: -len(".pdparams")], max_shard_size="100000GB")
+        config.save_pretrained(folder)
+    # A LoRA folder names its base in lora_config.json, but has no word for an LLM from elsewhere.
+    if is_main_process and (trained is not None or (adapters and origin.text is not None)):
+        write_tuned_from(folder, origin.base, origin.text)
+    config.use_flash_attention = flash
+
+
+def load_tuned(model, folder: str) -> None:
+    """Set the parameters from what save_tuned wrote in a run of the same kind, without executing anything it holds.
+
+    Raises:
+        WeightsError: the folder is of a run of another kind, or broken.
+    """
+    if isinstance(model, LoRAModel):
+        load_lora_weights(model, folder)
+        return
+    trained = _trained(model)
+    path = folder if trained is None else os.path.join(folder, PARTIAL_WEIGHTS_NAME)
+    with open_weights(path) as reader:
+        check_weights(reader, parameter_shapes(model.config) if trained is None else trained, folder)
+        model.fill(reader, trained)
