@@ -65,13 +65,14 @@ def attend_within(query, key, value, segments, **options):
     """
     B, H, T, d = query.shape
     rows = []
-    for row, parts in enumerate(segments):
-        pieces, begin = [], 0
-        for length, bias in parts:
-            own = [x[row : row + 1, :, begin : begin + length] for x in (query, key, value)]
-            pieces.append(attend(*own, bias, **options))
-            begin += length
-        if begin < T:
-            pieces.append(paddle.zeros([1, T - begin, H * d], pieces[0].dtype if pieces else value.dtype))
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    whole = [paddle.split(x, B, axis=0) if B > 1 else [x] for x in (query, key, value)]
+    for parts, *row in zip(segments, *whole):
+        lengths = [length for length, _ in parts]
+        behind = T - sum(lengths)
+        own = [paddle.split(x, lengths + [behind] * (behind > 0), axis=2) for x in row]
+        pieces = [attend(*qkv, bias, **options) for (_, bias), *qkv in zip(parts, *own)]
+        if behind:
+            pieces.append(paddle.zeros([1, behind, H * d], pieces[0].dtype if pieces else value.dtype))
         rows.append(paddle.concat(pieces, axis=1))
-    return paddle.concat(rows)
+    return paddle.concat(rows) if B > 1 else rows[0]
