@@ -147,14 +147,16 @@ class Way:
     def settings(self) -> Dict[str, str]:
         return {name: os.environ.get(name, "") for name in SETTINGS}
 
-    def prepare_training(self, dropout: float = LORA["dropout"]) -> None:
-        """Put adapters on; from here on the model trains."""
+    def prepare_training(self, dropout: float = LORA["dropout"], recompute: bool = False) -> None:
+        """Put adapters on; from here on the model trains. recompute: the layers' activations are computed twice."""
         import paddle
 
         from paddlemix.models.lora import apply_lora
 
         self.tuned = apply_lora(self.model, **dict(LORA, dropout=dropout))
         self.tuned.train()
+        if recompute:
+            self.model.recompute_enable()
         parameters = [p for p in self.tuned.parameters() if not p.stop_gradient]
         self.optimizer = paddle.optimizer.AdamW(1e-4, parameters=parameters)
 
