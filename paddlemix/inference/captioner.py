@@ -10,7 +10,6 @@ Shapes: B rows of a batch, T prompt tokens, S image side.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from paddlemix.inference.results import TRUNCATED
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
+from paddlemix.utils.runtime import decode_threads
 
 MAX_BATCH = 32
 # A window is a few batches, but no more rows or bytes of undecoded images than this (a row may hold 50 MB).
@@ -142,7 +142,7 @@ class Captioner:
         self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size)
         self.max_new_tokens = max_new_tokens or generation.max_new_tokens
         self.stop_ids = model.stop_ids(tokenizer)
-        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.workers = workers or decode_threads()
         if batch_size is None:
             device, dtype = paddle.get_device(), str(model.config.dtype)
             length = len(self.prompt_ids)

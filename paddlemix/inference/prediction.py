@@ -134,7 +134,7 @@ def predict_file(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
             )
-            logger.info("%d images at a time", captioner.batch_size)
+            logger.info("%d images at a time, decoded by %d threads", captioner.batch_size, captioner.workers)
         print("------predicting starts------", flush=True)
         if captioner is not None:
             _caption_rows(captioner, first, rows, results, repaired, fallback, share.share(facts.lines))

@@ -82,6 +82,11 @@ def _keep_freed_memory() -> None:
         _SET_BY_US.append("malloc")
 
 
+def decode_threads() -> int:
+    """Threads that decode the next images while the model answers: one per core, eight at most. PIL uses one each."""
+    return min(8, physical_cores())
+
+
 def describe_threads() -> str:
     """One line for the log: the CPU settings and who chose them."""
     parts = []
