@@ -13,6 +13,11 @@ def main() -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(arguments.help_text())
         return 0 if argv else 2
+    dry_run, cards, argv = arguments.split_dry_run(argv)
+    if dry_run:
+        from paddlemix.trainer import plan
+
+        return plan.dry_run(argv, cards)
     parsed = arguments.parse(argv)
 
     from paddlemix.trainer.finetune import finetune

@@ -399,6 +399,19 @@ class ChatmlDataset:
         Raises:
             UserError: it cannot be used (a SampleError, ImageError, …).
         """
+        encoded, images = self.encoded(index)
+        size = self.image_processor.image_size
+        pixels = np.empty((len(images), 3, size, size), dtype=np.float32)
+        for number, data in enumerate(images):
+            pixels[number] = self.image_processor(open_image(data))
+        return {"input_ids": encoded["input_ids"], "labels": encoded["labels"], "images": pixels}
+
+    def encoded(self, index: int) -> Tuple[Dict[str, np.ndarray], List[bytes]]:
+        """This sample before its images are decoded: input_ids and labels int64 [t], and each image's file as bytes.
+
+        Raises:
+            UserError: it cannot be used (a SampleError, ImageError, …).
+        """
         part, _ = self._place(index)
         record = self.record(index)
         encoded = encode_example(
@@ -409,11 +422,7 @@ class ChatmlDataset:
             max_length=self.max_length,
             label_all_turn_markers=self.label_all_turn_markers,
         )
-        size = self.image_processor.image_size
-        pixels = np.empty((len(record.images), 3, size, size), dtype=np.float32)
-        for number, source in enumerate(record.images):
-            pixels[number] = self.image_processor(open_image(self._image_bytes(source, part.folder)))
-        return {"input_ids": encoded["input_ids"], "labels": encoded["labels"], "images": pixels}
+        return encoded, [self._image_bytes(source, part.folder) for source in record.images]
 
     def _image_bytes(self, source: Any, folder: str) -> bytes:
         if isinstance(source, str):

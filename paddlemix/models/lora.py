@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -52,6 +52,14 @@ def adapter_shapes(
     return found
 
 
+def check_claims(adapters: Iterable[str], trainable: Iterable[str]) -> None:
+    """Raise ConfigError when a weight would both train whole and carry an adapter. adapters: their names."""
+    weights = {name.rpartition(".")[0] + ".weight" for name in adapters}
+    both = sorted(set(trainable) & weights)
+    if both:
+        raise ConfigError(f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them")
+
+
 def apply_lora(
     model,
     *,
@@ -80,9 +88,7 @@ def apply_lora(
     for module in modules:
         if not isinstance(layers[module], nn.Linear) and "Parallel" not in type(layers[module]).__name__:
             raise ConfigError(f"lora_target_modules: {module} is no Linear layer but a {type(layers[module]).__name__}")
-    both = sorted(set(trainable) & {module + ".weight" for module in modules})
-    if both:
-        raise ConfigError(f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them")
+    check_claims([module + ".lora_A" for module in modules], trainable)
     config = LoRAConfig(
         r=rank,
         lora_alpha=alpha,

@@ -19,7 +19,7 @@ import json
 import os
 import typing
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.runtime import world_size
@@ -491,29 +491,70 @@ def _split_words(argv: Sequence[str]) -> tuple:
     return path, pairs
 
 
+def split_dry_run(argv: Sequence[str]) -> Tuple[bool, Optional[str], List[str]]:
+    """(whether `--dry_run` is asked, the value of `--plan_for` or None, the other words).
+
+    They are no keys of a run, so they stand on the command line only.
+    """
+    dry_run, cards, rest = False, None, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if name == "__dry_run":
+            if equals or (words and words[0] in _TRUE + _FALSE):
+                raise ConfigError("--dry_run takes no value")
+            dry_run = True
+        elif name == "__plan_for":
+            if not equals and (not words or words[0].startswith("--")):
+                raise ConfigError("--plan_for needs cards, such as 8xA100-80GB")
+            cards = value if equals else words.pop(0)
+        else:
+            rest.append(word)
+    if cards is not None and not dry_run:
+        raise ConfigError("--plan_for goes with --dry_run")
+    return dry_run, cards, rest
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """Read `[CONFIG.json] [--key value …]` into checked arguments.
 
     Raises ConfigError, in one line that says what to mend, on anything that cannot work.
     """
+    values, problems = read_values(argv)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return from_values(values)
+
+
+def read_values(argv: Sequence[str]) -> Tuple[Dict[str, Any], List[str]]:
+    """The keys that `[CONFIG.json] [--key value …]` sets, and a sentence for each that cannot be taken.
+
+    Raises:
+        ConfigError: there is no such config file, it is not JSON, or a word stands where none can.
+    """
     known = known_keys()
     path, pairs = _split_words(argv)
     values: Dict[str, Any] = {}
-    if path is not None:
-        for name, value in read_config(path).items():
-            try:
-                if name not in known:
-                    raise _unknown(name, known)
-                values[name] = _from_json(known[name], value)
-                _check_rules(known[name], values[name])
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from None
+    problems: List[str] = []
+
+    def take(name: str, read: Callable[[KnownKey, Any], Any], raw: Any, where: str) -> None:
+        try:
+            if name not in known:
+                raise _unknown(name, known)
+            value = read(known[name], raw)
+            _check_rules(known[name], value)
+        except ConfigError as error:
+            problems.append(f"{where}{error}")
+        else:
+            values[name] = value
+
+    for name, raw in (read_config(path) if path is not None else {}).items():
+        take(name, _from_json, raw, f"{path}: ")
     for name, words in pairs.items():
-        if name not in known:
-            raise _unknown(name, known)
-        values[name] = _from_text(known[name], words)
-        _check_rules(known[name], values[name])
-    return from_values(values)
+        take(name, _from_text, words, "")
+    return values, problems
 
 
 def from_values(values: Dict[str, Any]) -> Arguments:
@@ -523,15 +564,20 @@ def from_values(values: Dict[str, Any]) -> Arguments:
         if name not in known:
             raise _unknown(name, known)
         _check_rules(known[name], _from_json(known[name], value))
-    blocks = [
-        arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments) if field.name in values})
-        for _, arguments in BLOCKS
-    ]
-    arguments = Arguments(*blocks, given=frozenset(values))
+    arguments = blocks_of(values)
     problems = find_problems(arguments)
     if problems:
         raise ConfigError("; ".join(problems))
     return arguments
+
+
+def blocks_of(values: Dict[str, Any]) -> Arguments:
+    """Arguments with these values, each of the right type, and not checked against each other."""
+    blocks = [
+        arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments) if field.name in values})
+        for _, arguments in BLOCKS
+    ]
+    return Arguments(*blocks, given=frozenset(values))
 
 
 def dataset_entries(data: DataArguments, part: str) -> List[Dict[str, Any]]:
@@ -590,8 +636,11 @@ def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def find_problems(arguments: Arguments) -> List[str]:
-    """What cannot work together, or is missing, one sentence each. Files are looked for, none is read."""
+def find_problems(arguments: Arguments, processes: Optional[int] = None) -> List[str]:
+    """What cannot work together, or is missing, one sentence each. Files are looked for, none is read.
+
+    processes: cards of the run, as `world_size` by default.
+    """
     model, data, _, training, given = arguments
     problems = []
     if not training.do_train and not training.do_eval:
@@ -660,12 +709,11 @@ def find_problems(arguments: Arguments) -> List[str]:
         problems.append(f"resume_from_checkpoint: there is no folder {training.resume_from_checkpoint}")
     if (training.resume or training.resume_from_checkpoint) and not training.do_train:
         problems.append("resume needs do_train")
-    problems += _parallel_problems(training)
+    problems += _parallel_problems(training, world_size() if processes is None else processes)
     return problems
 
 
-def _parallel_problems(training: TrainingKeys) -> List[str]:
-    processes = world_size()
+def _parallel_problems(training: TrainingKeys, processes: int) -> List[str]:
     launch = "start it with python -m paddle.distributed.launch"
     problems = []
     tensor, shards = max(training.tensor_parallel_degree, 1), max(training.sharding_parallel_degree, 1)
@@ -739,6 +787,12 @@ def help_text(program: str = "supervised_finetune.py") -> str:
         f"  python {program} config/mgen_vl/lora_sft_argument.json",
         f"  python {program} config/mgen_vl/lora_sft_argument.json --max_steps 100 --learning_rate 2e-5",
         f"  python {program} config/mgen_vl/lora_sft_argument.json --resume",
+        f"  python {program} config/mgen_vl/lora_sft_argument.json --dry_run",
+        f"  python {program} config/mgen_vl/lora_sft_argument.json --dry_run --plan_for 8xA100-80GB",
+        "",
+        "--dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory and",
+        "disk, and every problem it finds; status 0 when the run can start, 2 when not. --plan_for names other",
+        "cards to plan for than this machine's.",
         "",
         "lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON.",
     ]

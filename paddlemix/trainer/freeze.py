@@ -11,7 +11,9 @@ import math
 import re
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, GROUPS, group_of
+from paddlemix.trainer.arguments import ModelArguments
 from paddlemix.utils.errors import ConfigError
 
 # In the order of the data flow.
@@ -91,6 +93,19 @@ def plan_freeze(
     if not trainable and not lora:
         raise ConfigError("freeze_include leaves nothing to train; name what trains in freeze_exclude")
     return FreezePlan(trainable, frozen)
+
+
+def check_lora_path(model_args: ModelArguments) -> None:
+    """Raise ConfigError when the adapters in lora_path are not of the kind that the other keys ask for."""
+    stored = read_lora_config(model_args.lora_path)
+    wanted = {
+        "lora_rank": (model_args.lora_rank, stored["r"]),
+        "lora_alpha": (model_args.lora_alpha, stored["lora_alpha"]),
+        "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
+    }
+    for name, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
 
 
 def apply_freeze(model, plan: FreezePlan) -> None:

@@ -18,7 +18,6 @@ from paddlenlp.peft import LoRAModel
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX
 from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_sharded
-from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.checkpoint.tuned_from import write_tuned_from
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.modeling import check_weights
@@ -26,7 +25,6 @@ from paddlemix.models.mgen_vl.parameters import CONSTANTS, is_language, paramete
 from paddlemix.trainer import freeze
 from paddlemix.trainer.arguments import ModelArguments
 from paddlemix.trainer.guard import check_text_model
-from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
 
 
@@ -91,15 +89,7 @@ def choose_trainable(model, model_args: ModelArguments):
     if not model_args.lora:
         return model
     if model_args.lora_path is not None:
-        stored = read_lora_config(model_args.lora_path)
-        wanted = {
-            "lora_rank": (model_args.lora_rank, stored["r"]),
-            "lora_alpha": (model_args.lora_alpha, stored["lora_alpha"]),
-            "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
-        }
-        for name, (ours, theirs) in wanted.items():
-            if ours != theirs:
-                raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
+        freeze.check_lora_path(model_args)
     model = apply_lora(
         model,
         rank=model_args.lora_rank,

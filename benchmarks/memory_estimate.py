@@ -1,0 +1,153 @@
+"""The dry run's memory estimate against the measured peak of a training step: `python benchmarks/memory_estimate.py`
+
+Runs two steps of the real trainer on small models in float32 on the CPU, large enough that activations outweigh the
+rest, and reads the most bytes that Paddle's allocator had handed out at once, less what it had before the model was
+built. Each row is estimate ÷ measured; it is held within 15 %. docs/memory.md has the formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import tempfile
+from typing import Any, Dict, NamedTuple
+
+import harness
+import numpy as np
+
+
+class Case(NamedTuple):
+    """keys: of the run. model: changes to MODEL. tokens, labels: of each sample."""
+
+    keys: Dict[str, Any]
+    model: Dict[str, Any] = {}
+    tokens: int = 192
+    labels: int = 32
+
+
+MODEL = {
+    "hidden_size": 256, "num_attention_heads": 4, "kv_channels": 64, "intermediate_size": 1280, "num_hidden_layers": 4,
+    "vocab_size": 2000, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+VISUAL = {
+    "image_size": 112, "patch_size": 14, "width": 128, "layers": 4, "heads": 4, "output_dim": 256, "n_queries": 16,
+    "image_start_id": 1990,
+}  # fmt: skip
+LORA = {"lora": True, "lora_rank": 16, "per_device_train_batch_size": 4}
+CONNECTOR = {"freeze_include": ["*visual*"], "freeze_exclude": ["*visual.attn_pool*"]}
+FULL = {"per_device_train_batch_size": 4}
+UPPER = {"freeze_include": ["*"], "freeze_exclude": ["transformer.llm.h.2.*", "transformer.llm.h.3.*"]}
+CASES = {
+    "LoRA": Case(LORA),
+    "LoRA, without dropout": Case(dict(LORA, lora_dropout=0.0)),
+    "LoRA and attn_pool": Case({**LORA, **CONNECTOR}),
+    "LoRA, recompute": Case(dict(LORA, recompute=True)),
+    "LoRA and attn_pool, recompute": Case({**LORA, **CONNECTOR, "recompute": True}),
+    "LoRA, one row of 512": Case(dict(LORA, per_device_train_batch_size=1), tokens=512),
+    "LoRA, vocabulary of 20,000": Case(LORA, {"vocab_size": 20_000}, tokens=64, labels=60),
+    "full": Case(FULL),
+    "full, recompute": Case(dict(FULL, recompute=True)),
+    "full but the ViT": Case({**FULL, **CONNECTOR}),
+    "the two upper layers": Case({**FULL, **UPPER}),
+    "full, unclipped, accumulation 2": Case(dict(FULL, max_grad_norm=0.0, gradient_accumulation_steps=2)),
+}
+QUICK = ("LoRA and attn_pool, recompute",)
+
+
+class _Samples:
+    """Random samples of one shape, an image each."""
+
+    n_skipped = 0
+
+    def __init__(self, config: Any, case: Case):
+        self.config, self.case = config, case
+
+    def raise_failure(self) -> None:
+        """Nothing here fails."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Dict[str, np.ndarray]:
+        start, side = self.config.image_start_id, self.config.visual["image_size"]
+        span = [start] + [start + 2] * self.config.n_queries + [start + 1]
+        ids = np.array(span + [5] * (self.case.tokens - len(span)), dtype=np.int64)
+        labels = np.where(np.arange(len(ids)) >= len(ids) - self.case.labels, ids, -100)
+        pixels = np.random.default_rng(index).random((1, 3, side, side), dtype=np.float32)
+        return {"input_ids": ids, "labels": labels, "images": pixels}
+
+
+class _Tokenizer:
+    pad_token_id = 0
+
+
+def measure(case: Case) -> Dict[str, int]:
+    """Bytes {"measured": …, "estimated": …} of two steps, the second with the optimizer's states in place."""
+    import paddle
+    from paddle.base import core
+
+    from paddlemix.datasets.collator import MGenVLCollator
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+    from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
+    from paddlemix.processors.mgen_vl_processing import ChatTemplate
+    from paddlemix.trainer import arguments, finetune, memory
+    from paddlemix.utils.log import logger
+    from paddlemix.utils.runtime import decide_precision, resolve_device
+
+    resolve_device("cpu")
+    logger.setLevel("ERROR")
+    config = MGenConfig(**{**MODEL, **case.model}, visual=VISUAL)
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "output_dir": folder, "do_train": True, "max_steps": 2, "logging_steps": 100, "save_strategy": "no",
+            "disable_tqdm": True, "report_to": ["none"], **case.keys,
+        }  # fmt: skip
+        model_keys, _, _, training = arguments.blocks_of(values)[:4]
+        gc.collect()
+        before = core.host_memory_stat_current_value("Allocated", 0)
+        with paddle.utils.unique_name.guard():
+            model = MGenLMHeadModel(config)
+            model.train()
+            model = finetune.choose_trainable(model, model_keys)
+        trainer = finetune.FinetuneTrainer(
+            model=model,
+            args=finetune.paddlenlp_arguments(training, decide_precision("float32", "O1")),
+            train_dataset=_Samples(config, case),
+            data_collator=MGenVLCollator(0),
+            tokenizer=_Tokenizer(),
+            chat_template=ChatTemplate.default(),
+        )
+        tensors = finetune.base_of(model).state_dict()
+        trained = memory.Trained(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            [name for name, tensor in tensors.items() if not tensor.stop_gradient],
+        )
+        del tensors
+        gc.collect()
+        if hasattr(core, "host_memory_stat_reset_peak_value"):  # Paddle 2.6 has none: there the child is fresh
+            core.host_memory_stat_reset_peak_value("Allocated", 0)
+        trainer.train()
+        measured = core.host_memory_stat_peak_value("Allocated", 0) - before
+    setting = memory.Setting(
+        recompute=training.recompute,
+        lora_dropout=model_keys.lora_dropout if model_keys.lora else 0.0,
+        clip=training.max_grad_norm > 0,
+    )
+    rows = training.per_device_train_batch_size
+    batch = memory.Batch(rows, case.tokens, rows, rows * case.labels)
+    return {"measured": measured, "estimated": memory.estimate(memory.plain(config), trained, batch, setting).peak}
+
+
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    bench = harness.Bench(args, "estimated ÷ measured peak memory of a training step")
+    for name in QUICK if args.size == "quick" else CASES:
+        bytes_ = harness.in_child(args, measure, CASES[name]).result
+        ratio = bytes_["estimated"] / bytes_["measured"]
+        shown = f"{name}: {bytes_['estimated'] / 1e6:.0f} of {bytes_['measured'] / 1e6:.0f} MB"
+        bench.value(shown, ratio, "×", at_most=1.15, **bytes_)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

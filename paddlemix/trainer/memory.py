@@ -1,0 +1,293 @@
+"""Memory of a training step on one card, by part, worked out from shapes alone. docs/memory.md explains each term.
+
+The activations are counted from the layers as they are written (language.py, vision.py, connector.py, PaddleNLP's
+LoRALinear): what each operation keeps for its gradient. benchmarks/memory_estimate.py holds the sum against measured
+peaks in float32 on the CPU; half precision and several cards are counted by the same rules and were never measured.
+Pure Python: nothing is allocated and Paddle is not imported.
+
+Shapes: B rows, T tokens, N = B × T, n images, P patches, Q queries, D hidden, F inner width of the MLP, H heads,
+V vocabulary, w ViT width, m ViT MLP width, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Dict, Iterable, NamedTuple, Sequence, Tuple
+
+from paddlemix.models.mgen_vl.parameters import CONSTANTS
+
+# head width of the connector (configuration.RESAMPLER_HEAD_DIM, which Paddle would come with).
+_POOL_HEAD = 128
+GPU_ALLOWANCE = 1 << 30
+
+Shapes = Dict[str, Tuple[int, ...]]
+
+
+class Setting(NamedTuple):
+    """How a step runs.
+
+    precision: "float32", "O1" (float32 weights, half-precision products) or "O2" (half-precision weights). gpu: on a
+    GPU some operations are fused and nothing is spread out for the CPU's kernels. recompute, flash: the keys recompute
+    and use_flash_attention. tensor, sharding: cards that share matrices, and optimizer states (stage 1) or gradients
+    too (stage 2). clip: gradients are clipped to a norm. master_grad: O2 with float32 gradients.
+    """
+
+    precision: str = "float32"
+    gpu: bool = False
+    recompute: bool = False
+    flash: bool = False
+    lora_dropout: float = 0.0
+    clip: bool = True
+    master_grad: bool = False
+    tensor: int = 1
+    sharding: int = 1
+    stage: int = 1
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 if self.precision == "O2" else 4
+
+
+class Batch(NamedTuple):
+    """What goes through the model at once on a card: rows, tokens per row (padded), images and labelled positions."""
+
+    rows: int
+    tokens: int
+    images: int
+    labels: int
+
+
+class Trained(NamedTuple):
+    """Which parameters there are and which train. shapes: base and adapters; trainable: names among them."""
+
+    shapes: Shapes
+    trainable: Sequence[str]
+
+
+class Estimate(NamedTuple):
+    """Bytes on one card.
+
+    held: what stays from step to step (weights, gradients, optimizer states). stored: what the forward keeps for the
+    backward, by part. working: the most that comes on top of held and stored while forward and backward run.
+    clipped: the second set of gradients that clipping makes when activations are gone. allowance: what a GPU's driver
+    and libraries take besides.
+    """
+
+    held: Dict[str, int]
+    stored: Dict[str, int]
+    working: int
+    clipped: int
+    allowance: int
+
+    @property
+    def peak(self) -> int:
+        step = sum(self.stored.values()) + self.working
+        return sum(self.held.values()) + max(step, self.clipped) + self.allowance
+
+
+# ---- parameters and what an optimizer keeps for them
+
+_COLUMNS = re.compile(r".*(attn\.c_attn|mlp\.w1|mlp\.w2|lm_head)\.(weight|bias|lora_B)")
+_ROWS = re.compile(r".*(attn\.c_proj|h\.\d+\.mlp\.c_proj|wte)\.(weight|lora_A)")
+
+
+def share(name: str, tensor: int) -> int:
+    """Into how many pieces tensor parallelism of this degree cuts a parameter; 1: each card has it whole."""
+    if tensor == 1 or name.startswith("visual."):
+        return 1
+    return tensor if _COLUMNS.fullmatch(name) or _ROWS.fullmatch(name) else 1
+
+
+def elements(shapes: Shapes, names: Iterable[str], tensor: int = 1) -> int:
+    """Elements on one card."""
+    return sum(math.prod(shapes[name]) // share(name, tensor) for name in names)
+
+
+def checkpoint_bytes(trained: Trained, setting: Setting, saved: Iterable[str]) -> Tuple[int, int]:
+    """(bytes of the saved weights, bytes of the optimizer's states beside them in a checkpoint)."""
+    per_element = 12 if setting.precision == "O2" else 8
+    states = elements(trained.shapes, trained.trainable) * per_element
+    return elements(trained.shapes, saved) * setting.weight_bytes, states
+
+
+def _held(trained: Trained, setting: Setting) -> Dict[str, int]:
+    weight = setting.weight_bytes
+    count = elements(trained.shapes, trained.shapes, setting.tensor)
+    trains = elements(trained.shapes, trained.trainable, setting.tensor)
+    gradient = 4 if setting.master_grad else weight
+    held = {
+        "weights": count * weight,
+        "gradients": trains * gradient // (setting.sharding if setting.stage == 2 else 1),
+        "optimizer moments": trains * 8 // setting.sharding,
+    }
+    if setting.precision == "O2":
+        held["master weights"] = trains * 4 // setting.sharding
+    return held
+
+
+# ---- activations: bytes kept for the backward
+
+
+def _first_layer(names: Iterable[str], prefix: str, before: Sequence[str], layers: int) -> int:
+    """The first layer of a stack that a gradient passes; `layers` when none does. before: prefixes in front of it."""
+    first = layers
+    for name in names:
+        if any(name.startswith(one) for one in before):
+            return 0
+        if name.startswith(prefix):
+            first = min(first, int(name[len(prefix) :].split(".")[0]))
+    return first
+
+
+class _Counts(NamedTuple):
+    """Bytes of one layer: kept for its backward, and needed at most on top of that while its backward runs."""
+
+    kept: int
+    working: int
+
+
+def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
+    """Bytes that the adapters in `block` keep: x·A, and with dropout its mask and the dropped input."""
+    half = setting.precision != "float32"
+    total = 0
+    for name, shape in shapes.items():
+        if name.startswith(block) and name.endswith(".lora_A"):
+            width = shape[0] // share(name, setting.tensor)
+            total += N * shape[1] * (2 if half else 4)
+            if setting.lora_dropout:
+                total += N * width * (3 if half else 5)
+    return total
+
+
+def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, setting: Setting) -> _Counts:
+    D, F = config["hidden_size"], config["intermediate_size"] // 2 // setting.tensor
+    T, B = batch.tokens, batch.rows
+    N, H = B * T, config["num_attention_heads"] // setting.tensor
+    A = D // setting.tensor  # width of this card's heads
+    act = 4 if setting.precision == "float32" else 2
+    wide = 4 if setting.precision != "O2" else 2  # residual stream
+    # RMSNorm: the normalised x and the product with the weight, which the Linear behind it keeps; in half precision
+    # also x in float32. O1: normalised in float32, the product in half precision.
+    norm = {"float32": 8, "O1": 6, "O2": 8}[setting.precision]
+    # Halves of queries and keys before the rotation (2 A), scaled queries, keys, values, the result: A each.
+    turned = {"float32": 8, "O1": 8, "O2": 4}[setting.precision]
+    heads = N * A * (turned + 4 * act)
+    # Softmax in float32, and its copy in half precision.
+    scores = B * H * T * T * (4 if act == 4 else 6)
+    if setting.flash:
+        # No scores; the mask in the queries' dtype, log-sums in float32.
+        scores = B * T * T * act + B * H * T * 4
+    # w1, w2, their product; the CPU's SwiGLU is not fused and keeps silu too.
+    mlp = N * F * act * (3 if setting.gpu else 4)
+    residual = 2 * N * D * wide
+    kept = 2 * N * D * norm + heads + scores + mlp + residual
+    kept += _adapters(shapes, f"transformer.llm.h.{layer}.", N, setting)
+    in_mlp = N * F * act * 2 + N * D * wide
+    in_attention = 2 * (0 if setting.flash else B * H * T * T * 4) + 4 * N * A * act + N * D * wide
+    in_attention -= mlp + N * D * (norm + wide)  # freed before the attention's turn
+    return _Counts(kept, max(in_mlp, in_attention))
+
+
+def _vision_layer(visual: Dict[str, Any], images: int, setting: Setting) -> _Counts:
+    w, P = visual["width"], (visual["image_size"] // visual["patch_size"]) ** 2
+    m = int(w * visual["mlp_ratio"])
+    act = 2 if setting.precision != "float32" else 4
+    wide = 2 if setting.precision == "O2" else 4
+    x = images * P * w
+    scores = images * visual["heads"] * P * P * (4 if act == 4 else 6)
+    if setting.flash:
+        scores = images * visual["heads"] * P * 4
+    # Two norms' inputs and outputs, scaled queries, keys, values, result; both sides of the GELU.
+    kept = x * (2 * wide + 2 * act + 4 * act) + scores + 2 * images * P * m * act
+    return _Counts(kept, images * P * m * act + x * wide)
+
+
+def _connector(config: Any, batch: Batch, setting: Setting) -> int:
+    visual = config["visual"]
+    n, D, w, Q = batch.images, visual["output_dim"], visual["width"], visual["n_queries"]
+    P = (visual["image_size"] // visual["patch_size"]) ** 2
+    act = 2 if setting.precision != "float32" else 4
+    # The ViT's output; input and output of ln_kv, keys with positions, projected keys and values; scaled queries,
+    # result, input and output of ln_post; the three parts of in_proj_weight.
+    kept = n * P * w * act + 5 * n * P * D * act + 4 * n * Q * D * act + 3 * D * D * act
+    heads = D // _POOL_HEAD
+    if not setting.flash:
+        kept += n * heads * Q * P * (4 if act == 4 else 6)
+    return kept
+
+
+def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> Estimate:
+    """The memory of a training step on one card.
+
+    config: what config.json holds, complete (visual with all its keys).
+    """
+    shapes = trained.shapes
+    trainable = [name for name in trained.trainable if name not in CONSTANTS]
+    visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"]
+    B, T, n = batch.rows, batch.tokens, batch.images
+    N, layers = B * T, config["num_hidden_layers"]
+    half = setting.precision != "float32"
+    act = 2 if half else 4
+    wide = 2 if setting.precision == "O2" else 4
+
+    stored: Dict[str, int] = {}
+    working = [0]
+    # Vision. A gradient passes from the first part that trains on.
+    blocks = "visual.vit.transformer.resblocks."
+    in_front = ("visual.vit.conv1", "visual.vit.ln_pre", "visual.vit.positional")
+    first = _first_layer(trainable, blocks, in_front, visual["layers"]) if n else visual["layers"]
+    layer = _vision_layer(visual, n, setting)
+    P = (visual["image_size"] // visual["patch_size"]) ** 2
+    vision_trains = n > 0 and any(name.startswith("visual.") for name in trainable)
+    stored["images"] = n * 3 * visual["image_size"] ** 2 * 4
+    with_graph = visual["layers"] - first
+    if with_graph:
+        if setting.recompute:
+            stored["vision activations"] = with_graph * n * P * visual["width"] * wide
+            working.append(layer.kept + layer.working)
+        else:
+            stored["vision activations"] = with_graph * layer.kept
+    if vision_trains:
+        stored["connector activations"] = _connector(config, batch, setting)
+
+    # Decoder.
+    embeds = vision_trains or "transformer.llm.wte.weight" in trainable
+    first = 0 if embeds else _first_layer(trainable, "transformer.llm.h.", (), layers)
+    counts = [_decoder_layer(config, shapes, i, batch, setting) for i in range(first, layers)]
+    if counts:
+        kept = sum(one.kept for one in counts)
+        stored["decoder activations"] = kept
+        if setting.recompute:
+            # The block where the gradient begins has an input without one, and is not recomputed then.
+            whole = 0 if embeds else counts[0].kept
+            stored["decoder activations"] = whole + (len(counts) - (not embeds)) * N * D * wide
+            working.append(counts[-1].kept + counts[-1].working)
+        else:
+            working.append(max(one.working for one in counts))
+    # Masks and rotary tables, once for all layers; on the CPU as large as what they are added to.
+    H = config["num_attention_heads"] // setting.tensor
+    if setting.gpu:
+        stored["masks and tables"] = B * T * T * 4 + 2 * N * config["kv_channels"] * wide
+    else:
+        stored["masks and tables"] = B * H * T * T * 4 + 2 * N * D * wide
+    # Final norm, the states of labelled positions, and their logits: float32 softmax kept, its gradient on top.
+    stored["logits and loss"] = N * D * (8 if not half else 6) + batch.labels * D * act + batch.labels * V * 4
+    working.append(batch.labels * V * (4 if not half else 6))
+    if setting.precision == "O1":
+        stored["half-precision copies of weights"] = 2 * elements(
+            shapes, [name for name in shapes if len(shapes[name]) == 2 and name.startswith("transformer.llm.h.")],
+            setting.tensor,
+        )  # fmt: skip
+
+    held = _held(trained, setting)
+    clipped = held["gradients"] if setting.clip else 0
+    return Estimate(held, stored, max(working), clipped, GPU_ALLOWANCE if setting.gpu else 0)
+
+
+def plain(config: Any) -> Dict[str, Any]:
+    """A configuration (an MGenConfig) as the plain values that `estimate` reads."""
+    keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size",
+    )  # fmt: skip
+    return dict({key: getattr(config, key) for key in keys}, visual=dict(config.visual))
