@@ -7,7 +7,6 @@ built. Each row is estimate ÷ measured; it is held within 15 %. docs/memory.md 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import tempfile
 from typing import Any, Dict, NamedTuple

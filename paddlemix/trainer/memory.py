@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Dict, Iterable, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.models.mgen_vl.parameters import CONSTANTS
 
@@ -50,12 +50,27 @@ class Setting(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What goes through the model at once on a card: rows, tokens per row (padded), images and labelled positions."""
+    """What goes through the model at once on a card: rows, tokens per row (padded), images and labelled positions.
+
+    packed: with packed samples, the sum of the squares of their lengths, over all rows, and the longest of them;
+    attention is computed inside each alone.
+    """
 
     rows: int
     tokens: int
     images: int
     labels: int
+    packed: Optional[Tuple[int, int]] = None
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key, per head."""
+        return self.rows * self.tokens**2 if self.packed is None else self.packed[0]
+
+    @property
+    def masked(self) -> int:
+        """Elements of the attention mask, which heads share."""
+        return self.rows * self.tokens**2 if self.packed is None else self.packed[1] ** 2
 
 
 class Trained(NamedTuple):
@@ -69,21 +84,22 @@ class Estimate(NamedTuple):
     """Bytes on one card.
 
     held: what stays from step to step (weights, gradients, optimizer states). stored: what the forward keeps for the
-    backward, by part. working: the most that comes on top of held and stored while forward and backward run.
-    clipped: the second set of gradients that clipping makes when activations are gone. allowance: what a GPU's driver
-    and libraries take besides.
+    backward, by part. working: the most that comes on top of held and stored while forward and backward run. vision:
+    what the ViT's forward needs before anything else is stored. clipped: the second set of gradients that clipping
+    makes when activations are gone. allowance: what a GPU's driver and libraries take besides.
     """
 
     held: Dict[str, int]
     stored: Dict[str, int]
     working: int
+    vision: int
     clipped: int
     allowance: int
 
     @property
     def peak(self) -> int:
         step = sum(self.stored.values()) + self.working
-        return sum(self.held.values()) + max(step, self.clipped) + self.allowance
+        return sum(self.held.values()) + max(step, self.vision, self.clipped) + self.allowance
 
 
 # ---- parameters and what an optimizer keeps for them
@@ -162,8 +178,7 @@ def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
 
 def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, setting: Setting) -> _Counts:
     D, F = config["hidden_size"], config["intermediate_size"] // 2 // setting.tensor
-    T, B = batch.tokens, batch.rows
-    N, H = B * T, config["num_attention_heads"] // setting.tensor
+    N, H = batch.rows * batch.tokens, config["num_attention_heads"] // setting.tensor
     A = D // setting.tensor  # width of this card's heads
     act = 4 if setting.precision == "float32" else 2
     wide = 4 if setting.precision != "O2" else 2  # residual stream
@@ -174,17 +189,17 @@ def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, settin
     turned = {"float32": 8, "O1": 8, "O2": 4}[setting.precision]
     heads = N * A * (turned + 4 * act)
     # Softmax in float32, and its copy in half precision.
-    scores = B * H * T * T * (4 if act == 4 else 6)
+    scores = batch.pairs * H * (4 if act == 4 else 6)
     if setting.flash:
         # No scores; the mask in the queries' dtype, log-sums in float32.
-        scores = B * T * T * act + B * H * T * 4
+        scores = batch.masked * act + N * H * 4
     # w1, w2, their product; the CPU's SwiGLU is not fused and keeps silu too.
     mlp = N * F * act * (3 if setting.gpu else 4)
     residual = 2 * N * D * wide
     kept = 2 * N * D * norm + heads + scores + mlp + residual
     kept += _adapters(shapes, f"transformer.llm.h.{layer}.", N, setting)
     in_mlp = N * F * act * 2 + N * D * wide
-    in_attention = 2 * (0 if setting.flash else B * H * T * T * 4) + 4 * N * A * act + N * D * wide
+    in_attention = 2 * (0 if setting.flash else batch.pairs * H * 4) + 4 * N * A * act + N * D * wide
     in_attention -= mlp + N * D * (norm + wide)  # freed before the attention's turn
     return _Counts(kept, max(in_mlp, in_attention))
 
@@ -225,8 +240,8 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
     shapes = trained.shapes
     trainable = [name for name in trained.trainable if name not in CONSTANTS]
     visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"]
-    B, T, n = batch.rows, batch.tokens, batch.images
-    N, layers = B * T, config["num_hidden_layers"]
+    n = batch.images
+    N, layers = batch.rows * batch.tokens, config["num_hidden_layers"]
     half = setting.precision != "float32"
     act = 2 if half else 4
     wide = 2 if setting.precision == "O2" else 4
@@ -268,9 +283,9 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
     # Masks and rotary tables, once for all layers; on the CPU as large as what they are added to.
     H = config["num_attention_heads"] // setting.tensor
     if setting.gpu:
-        stored["masks and tables"] = B * T * T * 4 + 2 * N * config["kv_channels"] * wide
+        stored["masks and tables"] = batch.masked * 4 + 2 * N * config["kv_channels"] * wide
     else:
-        stored["masks and tables"] = B * H * T * T * 4 + 2 * N * D * wide
+        stored["masks and tables"] = batch.masked * H * 4 + 2 * N * D * wide
     # Final norm, the states of labelled positions, and their logits: float32 softmax kept, its gradient on top.
     stored["logits and loss"] = N * D * (8 if not half else 6) + batch.labels * D * act + batch.labels * V * 4
     working.append(batch.labels * V * (4 if not half else 6))
@@ -282,7 +297,8 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
 
     held = _held(trained, setting)
     clipped = held["gradients"] if setting.clip else 0
-    return Estimate(held, stored, max(working), clipped, GPU_ALLOWANCE if setting.gpu else 0)
+    in_vision = stored["images"] + stored.get("vision activations", 0) + (layer.kept + layer.working if n else 0)
+    return Estimate(held, stored, max(working), in_vision, clipped, GPU_ALLOWANCE if setting.gpu else 0)
 
 
 def plain(config: Any) -> Dict[str, Any]:

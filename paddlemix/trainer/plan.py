@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory
@@ -31,6 +32,8 @@ from paddlemix.utils.runtime import decide_dtype, decide_flash, resolve_device, 
 
 # Records looked at; a percentile of 400 is good to a few hundredths of the range, and they take about a second.
 SAMPLE = 400
+# Lengths of so many records are counted exactly for packing; that takes two seconds.
+EXACT_UP_TO = 20_000
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
 _PAD_TO = 8
@@ -92,6 +95,37 @@ def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
     return Machine("cpu", "CPU", total // world_size(), (0, 0), False, world_size()), choice.reason
 
 
+class Packing(NamedTuple):
+    """How samples share sequences (mixtoken).
+
+    count: sequences, estimated from the sample when not exact. filled: part of their room that holds tokens. longest:
+    tokens in the fullest; most: samples in one; squares: the largest sum of squared lengths in one.
+    """
+
+    count: int
+    exact: bool
+    max_length: int
+    filled: float
+    longest: int
+    most: int
+    squares: int
+
+
+def packing(tokens: np.ndarray, records: int, max_length: int, seed: int) -> Packing:
+    """The packing of `records` samples of which these lengths are known, all or a sample of them."""
+    exact = len(tokens) == records
+    if not exact:
+        # A window of the planner holds a few hundred samples; a few dozen windows show what all would.
+        tokens = np.random.default_rng(seed).choice(tokens, min(records, EXACT_UP_TO))
+    packs = plan_packs(tokens, max_length, seed)
+    begins = packs.starts[:-1]
+    held = tokens[packs.members]
+    longest, squares = (int(np.add.reduceat(values, begins).max()) for values in (held, held**2))
+    filled = float(tokens.sum() / (packs.count * max_length))
+    count = math.ceil(packs.count * records / len(tokens))
+    return Packing(count, exact, max_length, filled, longest, int(np.diff(packs.starts).max()), squares)
+
+
 class DataStatistics(NamedTuple):
     """What the records looked at are like.
 
@@ -110,10 +144,11 @@ class DataStatistics(NamedTuple):
     padding: float
 
 
-def data_statistics(dataset: Any, batch_size: int, seed: int = 0) -> Tuple[DataStatistics, List[str]]:
+def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tuple[DataStatistics, List[str]]:
     """Statistics of records spread evenly over a ChatmlDataset, and what is wrong with them.
 
-    Images are opened as far as their headers say their size; no pixel is decoded.
+    grouped: batches hold samples of like length. Images are opened as far as their headers say their size; no pixel is
+    decoded.
     """
     from paddlemix.processors.images import read_header
 
@@ -139,7 +174,9 @@ def data_statistics(dataset: Any, batch_size: int, seed: int = 0) -> Tuple[DataS
     lengths, labels, images = (np.array([row[i] for row in rows], dtype=np.int64) for i in range(3))
     padding = 0.0
     if len(rows):
-        order = np.random.default_rng(seed).permutation(np.resize(np.arange(len(rows)), max(len(rows), batch_size * 64)))
+        rng = np.random.default_rng(0)
+        order = rng.permutation(np.resize(np.arange(len(rows)), max(len(rows), batch_size * 64)))
+        order = order[np.argsort(lengths[order], kind="stable")] if grouped else order
         batches = lengths[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size)
         padded = -(-batches.max(axis=1) // _PAD_TO) * _PAD_TO
         padding = 1 - batches.sum() / (padded.sum() * batch_size)
@@ -173,6 +210,7 @@ class Plan:
     counts: Optional[Dict[str, freeze.GroupCount]] = None
     weights: str = ""
     data: Dict[str, DataStatistics] = field(default_factory=dict)
+    packs: Optional[Packing] = None
     batch: Optional[memory.Batch] = None
     per_step: int = 0
     steps_per_epoch: int = 0
@@ -359,6 +397,11 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
     tokenizer = plan.attempt(MGenVLTokenizer.from_pretrained, folder)
     if tokenizer is None:
         return
+    if tokenizer.img_start_id != plan.config.image_start_id or tokenizer.n_queries != plan.config.n_queries:
+        plan.problem(
+            f"the tokenizer in {folder} has <img> = {tokenizer.img_start_id} and {tokenizer.n_queries} ids a span, "
+            f"config.json image_start_id = {plan.config.image_start_id} and n_queries = {plan.config.n_queries}"
+        )
     training = arguments.training
     for part, size in (
         ("train", training.per_device_train_batch_size),
@@ -373,7 +416,8 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
         dataset = plan.attempt(build_dataset, entries, tokenizer, None, arguments.data)
         if dataset is None:
             continue
-        plan.data[part], problems = data_statistics(dataset, size)
+        grouped = part == "train" and training.group_by_modality_length
+        plan.data[part], problems = data_statistics(dataset, size, grouped)
         for problem in problems:
             plan.problem(f"dataset.{part}: {problem}")
         if plan.data[part].failed and len(plan.data[part].lengths):
@@ -381,6 +425,9 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
                 f"dataset.{part}: {plan.data[part].failed} of {plan.data[part].looked_at} records looked at cannot be "
                 "used; the next good one takes the place of each"
             )
+        if part == "train" and arguments.data.mixtoken and len(plan.data[part].lengths):
+            known = dataset.lengths().tokens if len(dataset) <= EXACT_UP_TO else plan.data[part].lengths
+            plan.packs = packing(known, len(dataset), arguments.data.max_length, training.seed)
 
 
 def _plan_steps(plan: Plan, arguments: Arguments) -> None:
@@ -390,22 +437,24 @@ def _plan_steps(plan: Plan, arguments: Arguments) -> None:
     if "train" not in plan.data:
         plan.steps = max(training.max_steps, 0)
         return
-    samples = plan.data["train"].records
+    unit, count = "samples", plan.data["train"].records
+    if plan.packs is not None:
+        unit, count = "packed sequences", plan.packs.count
     per_batch = size * plan.data_parallel
-    batches = samples // per_batch if training.dataloader_drop_last else math.ceil(samples / per_batch)
+    batches = count // per_batch if training.dataloader_drop_last else math.ceil(count / per_batch)
     if batches == 0:
-        plan.problem(f"{samples} samples do not fill one batch of {size} on each of {plan.data_parallel} cards")
+        plan.problem(f"{count} {unit} do not fill one batch of {size} on each of {plan.data_parallel} cards")
     elif batches < accumulation:
         plan.problem(
-            f"an epoch has {batches} batches ({samples} samples, {size} × {plan.data_parallel} at a time), fewer than "
+            f"an epoch has {batches} batches ({count} {unit}, {size} × {plan.data_parallel} at a time), fewer than "
             f"gradient_accumulation_steps={accumulation}: lower that to {batches}"
         )
     plan.steps_per_epoch = max(batches // accumulation, 1)
-    plan.left_over = max(samples - plan.steps_per_epoch * plan.per_step, 0)
+    plan.left_over = max(count - plan.steps_per_epoch * plan.per_step, 0)
     plan.steps = training.max_steps if training.max_steps > 0 else int(plan.steps_per_epoch * training.num_train_epochs)
     if plan.left_over:
         plan.notes.append(
-            f"{samples} samples are not a multiple of the {plan.per_step} of an optimizer step: each epoch leaves out "
+            f"{count:,} {unit} are not a multiple of the {plan.per_step} of an optimizer step: each epoch leaves out "
             f"{plan.left_over}, others each time"
         )
 
@@ -422,6 +471,13 @@ def _plan_memory(plan: Plan, arguments: Arguments) -> None:
     else:
         longest, images, labels = arguments.data.max_length, 1, arguments.data.max_length
     plan.batch = memory.Batch(rows, longest, rows * images, rows * labels)
+    if plan.packs is not None:
+        packs = plan.packs
+        longest = min(-(-packs.longest // _PAD_TO) * _PAD_TO, -(-packs.max_length // _PAD_TO) * _PAD_TO)
+        held = rows * packs.most
+        mean = math.ceil(statistics.labels.mean())
+        squares = (rows * packs.squares, int(statistics.lengths.max()))
+        plan.batch = memory.Batch(rows, longest, held * images, held * mean, squares)
     needed = estimate(plan).peak
     if needed > plan.machine.memory:
         lower = estimate(plan, recompute=True).peak
@@ -482,7 +538,8 @@ def _size(count: float) -> str:
 
 def _percentiles(values: np.ndarray) -> str:
     points = np.percentile(values, (0, 5, 25, 50, 75, 95, 100), method="nearest").astype(int)
-    return "  ".join(f"{name} {value:,}" for name, value in zip(("min", "5%", "25%", "50%", "75%", "95%", "max"), points))
+    names = ("min", "5%", "25%", "50%", "75%", "95%", "max")
+    return "  ".join(f"{name} {value:,}" for name, value in zip(names, points))
 
 
 def memory_lines(plan: Plan) -> List[str]:
@@ -542,16 +599,26 @@ def render(plan: Plan) -> List[str]:
             lines.append(f"image width      {_percentiles(data.sizes[:, 0])}")
             lines.append(f"image height     {_percentiles(data.sizes[:, 1])}")
             lines.append(f"image formats    {formats}")
-    lines += ["", "==== steps", f"{plan.per_step:,} samples in an optimizer step"]
+    unit, packs = "samples", plan.packs
+    if packs is not None:
+        unit = "packed sequences"
+        lines += ["", "==== packing (mixtoken)"]
+        lines.append(
+            f"{'' if packs.exact else 'about '}{packs.count:,} sequences of at most {packs.max_length:,} tokens, "
+            f"{packs.filled:.1%} filled; {plan.data['train'].records / packs.count:.2f} samples in each, at most "
+            f"{packs.most}"
+        )
+    lines += ["", "==== steps", f"{plan.per_step:,} {unit} in an optimizer step"]
     if plan.steps_per_epoch:
         epochs = plan.steps / plan.steps_per_epoch
-        lines.append(f"{plan.steps_per_epoch:,} steps in an epoch; {plan.left_over:,} samples left out of each epoch")
-        lines.append(f"{plan.steps:,} steps, {plan.steps * plan.per_step:,} samples, {epochs:.2f} epochs")
+        lines.append(f"{plan.steps_per_epoch:,} steps in an epoch; {plan.left_over:,} {unit} left out of each epoch")
+        lines.append(f"{plan.steps:,} steps, {plan.steps * plan.per_step:,} {unit}, {epochs:.2f} epochs")
     elif plan.steps:
         lines.append(f"{plan.steps:,} steps")
     if plan.batch is not None:
         lines += ["", "==== memory on each card, estimated"]
         seen = "the longest sample seen" if plan.data.get("train") else "max_length, without data to look at"
+        seen = seen if packs is None else "the fullest sequence"
         lines.append(
             f"a batch of {plan.batch.rows} × {plan.batch.tokens:,} tokens ({seen}), {plan.batch.images} images, "
             f"{plan.batch.labels:,} labelled positions"

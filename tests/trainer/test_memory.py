@@ -51,7 +51,10 @@ def lora_7b(config_7b):
     return memory.Trained({**shapes, **adapters}, list(adapters))
 
 
-def needed(config, trained, batch=memory.Batch(1, 512, 1, 128), **setting):
+BATCH = memory.Batch(1, 512, 1, 128)
+
+
+def needed(config, trained, batch=BATCH, **setting):
     return memory.estimate(memory.plain(config), trained, batch, memory.Setting(gpu=True, **setting))
 
 
@@ -113,3 +116,10 @@ def test_nothing_in_front_of_what_trains_is_stored(config_7b):
     assert stored("visual.attn_pool.")["decoder activations"] == every["decoder activations"]
     half = stored("visual.vit.transformer.resblocks.24.")["vision activations"]
     assert half * 2 == stored("visual.vit.conv1")["vision activations"]
+
+
+def test_packed_samples_need_scores_for_themselves_only(config_7b, lora_7b):
+    whole = needed(config_7b, lora_7b, memory.Batch(1, 2048, 6, 600), precision="O2")
+    packed = needed(config_7b, lora_7b, memory.Batch(1, 2048, 6, 600, (6 * 341**2, 341)), precision="O2")
+    scores = 32 * 32 * 6 * (2048**2 - 6 * 341**2)
+    assert whole.stored["decoder activations"] - packed.stored["decoder activations"] == scores

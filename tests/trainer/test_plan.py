@@ -1,0 +1,268 @@
+"""python -m pytest tests/trainer/test_plan.py
+
+The dry run: what it counts, what it finds, and that it reads nothing it need not.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from paddlemix.checkpoint.shards import WeightsReader
+from paddlemix.models.mgen_vl.configuration import MGenConfig
+from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.trainer import arguments, checkpoints, plan
+from paddlemix.utils.errors import ConfigError
+from tests.helpers import IMAGE_START_ID, byte_vocab_tokenizer
+from tests.trainer.runs import LORA_POOL, write_data
+
+NOTEBOOK = "config/mgen_vl/lora_sft_argument.json"
+
+
+@pytest.fixture
+def words(world, tmp_path):
+    """The command line of a run in the tiny world, with changes; `...` takes a key away."""
+
+    def make(**changes):
+        entry = [{"name": "chatml_dataset", "data_files": world[1]}]
+        values = {
+            "model_name_or_path": world[0], "output_dir": str(tmp_path / "out"), "dataset": {"train": entry},
+            "do_train": True, "per_device_train_batch_size": 2, "max_length": 256, **changes,
+        }  # fmt: skip
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+        return [str(path)]
+
+    return make
+
+
+def make_7b_folder(folder):
+    """The 7B's config.json and a vocabulary, without weights."""
+    folder.mkdir(parents=True)
+    MGenConfig(visual={"image_start_id": IMAGE_START_ID}).save_pretrained(str(folder))
+    byte_vocab_tokenizer(str(folder), n_queries=256)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_7b(tmp_path_factory):
+    return make_7b_folder(tmp_path_factory.mktemp("7b") / "model")
+
+
+def test_a_run_that_can_start(words, capsys, monkeypatch):
+    def never(self, name, *more):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(WeightsReader, "read", never)
+    monkeypatch.setattr(WeightsReader, "raw", never)
+    assert plan.dry_run(words(**LORA_POOL, save_steps=2, save_total_limit=1)) == 0
+    out = capsys.readouterr().out
+    assert "problems: none" in out and "6 steps, 12 samples, 1.00 epochs" in out
+    assert "12 samples; 12 looked at, 0 cannot be used" in out
+    assert "image width      min 24" in out and "image formats    PNG 12" in out
+
+
+def test_what_is_planned_is_what_runs(words):
+    """Steps, lengths and counts of the plan are those of the trainer."""
+    from paddlemix.trainer.finetune import base_of
+    from paddlemix.trainer.freeze import model_counts
+    from tests.trainer.runs import start
+
+    command = words(**LORA_POOL, gradient_accumulation_steps=4, num_train_epochs=3, disable_tqdm=True)
+    found = plan.make_plan(command)
+    trainer = start(arguments.parse(command))
+    assert found.steps == trainer.planned_steps() == 3 and found.left_over == 4
+    assert found.counts == model_counts(base_of(trainer.model))
+    lengths = [len(trainer.train_dataset[i]["input_ids"]) for i in range(12)]
+    assert sorted(found.data["train"].lengths.tolist()) == sorted(lengths)
+
+
+def test_packing_is_planned_by_the_planner(words):
+    from tests.trainer.runs import start
+
+    command = words(mixtoken=True, disable_tqdm=True)
+    found = plan.make_plan(command)
+    trainer = start(arguments.parse(command))
+    assert found.problems == [] and found.packs.exact
+    assert found.packs.count == trainer.packs.count < 12 and found.steps == trainer.planned_steps()
+    text = "\n".join(plan.render(found))
+    assert f"{found.packs.count} sequences of at most 256 tokens" in text and "packed sequences in an optimizer" in text
+    # A sample of the lengths gives nearly the same.
+    lengths = trainer.train_dataset.lengths().tokens
+    about = plan.packing(lengths, 120_000, 256, 42)
+    assert not about.exact and abs(about.count / 120_000 * 12 / found.packs.count - 1) < 0.2
+
+
+def test_the_notebooks_run_at_7b_without_weights(folder_7b, words, root, capsys):
+    config = json.loads((root / NOTEBOOK).read_text())
+    kept = {name: config[name] for name in config if name not in ("dataset", "model_name_or_path", "output_dir")}
+    command = words(**{**kept, "model_name_or_path": str(folder_7b), "evaluation_strategy": "no"})
+    assert plan.dry_run(command, "V100-32GB") == 2
+    out = capsys.readouterr().out
+    for text in (
+        "9,656,935,168 in the model, 187,203,584 trainable",
+        "lora                 112,197,632     112,197,632",
+        "attn_pool             76,054,528      75,005,952",
+        "computes in float16, O2",
+        "10 steps, 160 samples",
+        "master weights",
+        "no weights in",
+        "recompute off *",
+    ):
+        assert text in out, text
+    # 12 samples are no 16, and the weights are missing: nothing else is wrong.
+    assert "==== problems: 2" in out and "an epoch has 12 batches" in out
+
+
+def test_7b_weights_are_headers_only_within_1_gb(words, tmp_path, root):
+    """19 GB of weights, which are a hole in a file, take no time and no memory."""
+    folder = make_7b_folder(tmp_path / "model")
+    header, offset = {}, 0
+    for name, shape in parameter_shapes(MGenConfig()).items():
+        size = 2
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    keys = dict(LORA_POOL, bf16=True, fp16_opt_level="O2", max_length=2048)
+    config = words(**keys, model_name_or_path=str(folder))
+    command = [sys.executable, str(root / "supervised_finetune.py"), *config, "--dry_run", "--plan_for", "2xA100-80GB"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=str(root)))
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.WEXITSTATUS(status)
+    process.stdout.close()
+    assert process.returncode == 0 and "problems: none" in out, out
+    assert "853 tensors in 1 files, 17.99 GiB, bfloat16 (853)" in out and "2 × A100-80GB" in out
+    assert usage.ru_maxrss < 1e6, "kilobytes"
+
+
+def test_every_problem_is_found_at_once(words, tmp_path):
+    data = write_data(tmp_path / "texts.json", ["red"] * 3)
+    records = json.loads((tmp_path / "texts.json").read_text())
+    (tmp_path / "texts.json").write_text(json.dumps([dict(record, image="") for record in records]))
+    command = words(
+        lora_rnak=3, learning_rate="fast", fp16=True, freeze_include=["*visaul*"], lora=True,
+        lora_target_modules=["nothing.*"], gradient_accumulation_steps=9, tensor_parallel_degree=3, max_steps=5,
+        dataset={"train": [{"data_files": data}], "eval": [{"data_files": "/no/such.json"}]},
+        resume_from_checkpoint="/no/checkpoint", evaluation_strategy="steps", load_best_model_at_end=True,
+        save_strategy="epoch",
+    )  # fmt: skip
+    found = "\n".join(plan.make_plan(command).problems)
+    for text in (
+        'did you mean "lora_rank"',
+        "learning_rate must be a number",
+        "float16 is not supported on the CPU",
+        '"*visaul*" matches no parameter',
+        '"nothing.*" matches no module',
+        "an epoch has 2 batches",
+        "tensor_parallel_degree=3 needs 3 processes",
+        "tensor_parallel_degree=3 does not divide num_attention_heads (4)",
+        "no file matches /no/such.json",
+        "resume_from_checkpoint",
+        "load_best_model_at_end needs",
+        "no image in any of the 3 records",
+    ):
+        assert text in found, text
+
+
+def test_missing_model_and_output(words):
+    found = plan.make_plan(words(model_name_or_path="/no/model", output_dir=...))
+    assert found.trained is None and found.steps_per_epoch == 0
+    assert any("/no/model is no folder" in problem for problem in found.problems)
+    assert any("output_dir is missing" in problem for problem in found.problems)
+    assert "problems: 2" in "\n".join(plan.render(found))
+
+
+def test_a_template_that_says_nothing_of_the_user_is_a_problem(words, tmp_path, world):
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"conversation": ["no place for the prompt", "{{bot}}"]}))
+    entry = [{"data_files": world[1], "chat_template": str(template)}]
+    assert any("template" in problem for problem in plan.make_plan(words(dataset={"train": entry})).problems)
+
+
+def test_a_tokenizer_of_another_model_is_a_problem(words, tmp_path, world):
+    folder = tmp_path / "model"
+    shutil.copytree(world[0], folder)
+    byte_vocab_tokenizer(str(folder), n_queries=16)
+    problems = plan.make_plan(words(model_name_or_path=str(folder))).problems
+    assert any("16 ids a span" in problem for problem in problems)
+
+
+def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
+    folder = tmp_path / "model"
+    shutil.copytree(world[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(config, num_hidden_layers=3)))
+    problems = plan.make_plan(words(model_name_or_path=str(folder))).problems
+    assert len(problems) == 1 and "transformer.llm.h.2.ln_1.weight is missing, not [128]" in problems[0]
+
+
+def test_an_unfinished_run_in_output_dir(words, tmp_path):
+    folder = tmp_path / "out" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    checkpoints.seal(str(folder), {"global_step": 3})
+    assert any("holds an unfinished run" in problem for problem in plan.make_plan(words()).problems)
+    resumed = plan.make_plan(words(resume=True))
+    assert resumed.problems == [] and resumed.notes == [f"goes on from {folder}"]
+
+
+def test_a_disk_that_is_too_small(words, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 3_000_000))
+    found = plan.make_plan(words(save_steps=1))
+    assert any("the disk has 2.9 MiB left" in problem for problem in found.problems)
+    assert found.disk_needed > 6 * found.checkpoint
+    assert plan.make_plan(words(save_steps=1, save_total_limit=1)).disk_needed < found.disk_needed / 2
+
+
+def test_more_than_the_card_has(folder_7b, words):
+    keys = dict(LORA_POOL, fp16=True, fp16_opt_level="O2", max_length=2048, model_name_or_path=str(folder_7b))
+    problems = plan.make_plan(words(**keys), "V100-16GB").problems
+    assert any("V100-16GB has 16.00 GiB" in problem for problem in problems)
+    assert not any("V100" in problem for problem in plan.make_plan(words(**keys), "V100-32GB").problems)
+
+
+def test_cards_share_the_work(words):
+    found = plan.make_plan(words(sharding="stage2", gradient_accumulation_steps=1), "3xA100-80GB")
+    assert (found.data_parallel, found.per_step, found.steps) == (3, 6, 2)
+    assert found.setting.sharding == 3 and found.setting.stage == 2 and found.problems == []
+    found = plan.make_plan(words(tensor_parallel_degree=2), "4xA100-80GB")
+    assert (found.data_parallel, found.per_step, found.setting.tensor) == (2, 4, 2)
+    problems = plan.make_plan(words(tensor_parallel_degree=2), "3xA100-80GB").problems
+    assert any("3 processes cannot be divided" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "card", "why"),
+    [
+        ("bf16", "V100-32GB", "bfloat16 is not supported on your device"),
+        ("use_flash_attention", "V100-32GB", "compute capability 8.0"),
+        ("no_cuda", "A100-80GB", "asks for the CPU"),
+    ],
+)
+def test_what_a_card_cannot_do(words, key, card, why):
+    changes = {key: True, **({"fp16": True} if key == "use_flash_attention" else {})}
+    assert any(why in problem for problem in plan.make_plan(words(**changes), card).problems)
+    assert not any(why in problem for problem in plan.make_plan(words(**changes)).problems if card != "V100-32GB")
+
+
+def test_the_dry_runs_own_words():
+    assert arguments.split_dry_run(["c.json", "--dry_run"]) == (True, None, ["c.json"])
+    assert arguments.split_dry_run(["c.json", "--plan-for=A100-80GB", "--dry-run", "--max_steps", "3"]) == (
+        True, "A100-80GB", ["c.json", "--max_steps", "3"],
+    )  # fmt: skip
+    for bad in (["--dry_run=true"], ["--dry_run", "true"], ["--dry_run", "--plan_for"], ["--plan_for", "A100-80GB"]):
+        with pytest.raises(ConfigError):
+            arguments.split_dry_run(bad)
+    for bad in ("A100", "0xA100-80GB", "8 A100-80GB"):
+        with pytest.raises(ConfigError, match="is not"):
+            plan.card(bad)
+    assert plan.card("8xa100-80gb").cards == 8
