@@ -89,7 +89,7 @@ def measure(case: Case) -> Dict[str, int]:
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
     from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.trainer import arguments, finetune, memory
+    from paddlemix.trainer import arguments, finetune, memory, tuned_model
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import decide_precision, resolve_device
 
@@ -107,7 +107,7 @@ def measure(case: Case) -> Dict[str, int]:
         with paddle.utils.unique_name.guard():
             model = MGenLMHeadModel(config)
             model.train()
-            model = finetune.choose_trainable(model, model_keys)
+            model = tuned_model.choose_trainable(model, model_keys)
         trainer = finetune.FinetuneTrainer(
             model=model,
             args=finetune.paddlenlp_arguments(training, decide_precision("float32", "O1")),
@@ -115,8 +115,10 @@ def measure(case: Case) -> Dict[str, int]:
             data_collator=MGenVLCollator(0),
             tokenizer=_Tokenizer(),
             chat_template=ChatTemplate.default(),
+            origin=tuned_model.Origin(folder),
+            guard=None,  # nothing is saved
         )
-        tensors = finetune.base_of(model).state_dict()
+        tensors = tuned_model.base_of(model).state_dict()
         trained = memory.Trained(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             [name for name, tensor in tensors.items() if not tensor.stop_gradient],

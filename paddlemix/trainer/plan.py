@@ -18,7 +18,7 @@ import numpy as np
 
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims
-from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory
 from paddlemix.trainer.arguments import (
     Arguments,
@@ -302,6 +302,7 @@ def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) 
 def _plan_model(plan: Plan, arguments: Arguments) -> None:
     """Configuration, shapes, what trains, and whether the weights' headers fit."""
     from paddlemix.models.mgen_vl.configuration import MGenConfig
+    from paddlemix.trainer.guard import check_text_model
 
     model = arguments.model
     folder = model.model_name_or_path
@@ -312,9 +313,8 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
         return
     shapes = parameter_shapes(plan.config)
     plan.weights = _weights_line(plan, folder, shapes) or ""
-    if model.text_model_name_or_path is not None and os.path.isdir(model.text_model_name_or_path):
-        language = {name: shape for name, shape in shapes.items() if not name.startswith("visual.")}
-        _weights_line(plan, model.text_model_name_or_path, language, "text_model_name_or_path: ")
+    if model.text_model_name_or_path is not None:
+        plan.attempt(check_text_model, plan.config, model.text_model_name_or_path)
     tensor = plan.setting.tensor
     for what, count in (
         ("num_attention_heads", plan.config.num_attention_heads),
@@ -342,7 +342,7 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
     plan.counts = freeze.count_groups((name, shape, name in trained) for name, shape in plan.trained.shapes.items())
 
 
-def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes, where: str = "") -> Optional[str]:
+def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[str]:
     """Check the headers of a folder's weights against shapes; a line that describes them."""
     from paddlemix.checkpoint import open_weights
 
@@ -353,16 +353,15 @@ def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes, where: str = "
                 for name, shape in shapes.items()
                 if name not in reader or tuple(reader.info(name).shape) != tuple(shape)
             ]
-            extra = [] if where else sorted(set(reader.keys()) - set(shapes))
-            wrong += [f"{name} is not the model's" for name in extra]
+            wrong += [f"{name} is not the model's" for name in sorted(set(reader.keys()) - set(shapes))]
             if wrong:
                 more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                plan.problem(f"{where}the weights in {folder} do not fit config.json: {'; '.join(wrong[:3])}{more}")
+                plan.problem(f"the weights in {folder} do not fit config.json: {'; '.join(wrong[:3])}{more}")
             dtypes = Counter(reader.info(name).dtype for name in reader.keys())
             stored = ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())
             return f"{len(reader)} tensors in {len(reader.files)} files, {_size(reader.total_bytes)}, {stored}"
     except UserError as error:
-        plan.problem(f"{where}{error}")
+        plan.problem(str(error))
     return None
 
 
@@ -390,6 +389,7 @@ def _plan_output(plan: Plan, arguments: Arguments) -> None:
 def _plan_data(plan: Plan, arguments: Arguments) -> None:
     from paddlemix.datasets.chatml import build_dataset
     from paddlemix.models.mgen_vl.tokenizer import MGenVLTokenizer
+    from paddlemix.trainer.guard import check_vocabulary
 
     folder = arguments.model.model_name_or_path
     if plan.config is None:
@@ -397,10 +397,11 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
     tokenizer = plan.attempt(MGenVLTokenizer.from_pretrained, folder)
     if tokenizer is None:
         return
-    if tokenizer.img_start_id != plan.config.image_start_id or tokenizer.n_queries != plan.config.n_queries:
+    plan.attempt(check_vocabulary, tokenizer, plan.config)
+    if tokenizer.n_queries != plan.config.n_queries:
         plan.problem(
-            f"the tokenizer in {folder} has <img> = {tokenizer.img_start_id} and {tokenizer.n_queries} ids a span, "
-            f"config.json image_start_id = {plan.config.image_start_id} and n_queries = {plan.config.n_queries}"
+            f"an image span has {tokenizer.n_queries} ids in the tokenizer and {plan.config.n_queries} in config.json "
+            "(visual.n_queries): use the tokenizer that belongs to the model"
         )
     training = arguments.training
     for part, size in (
@@ -501,7 +502,10 @@ def _plan_disk(plan: Plan, arguments: Arguments) -> None:
     training = arguments.training
     if plan.trained is None or training.output_dir is None or not training.do_train:
         return
-    saved = plan.trained.trainable if arguments.model.lora else list(plan.trained.shapes)
+    # What changed alone, unless that is everything (tuned_model.save_tuned).
+    shapes, saved = plan.trained.shapes, plan.trained.trainable
+    if not arguments.model.lora and len(saved) == len(shapes) - len(CONSTANTS):
+        saved = list(shapes)
     weights, states = memory.checkpoint_bytes(plan.trained, plan.setting, saved)
     plan.checkpoint = weights + states + _SIDE_FILES
     if training.save_strategy == "steps":

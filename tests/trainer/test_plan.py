@@ -67,8 +67,8 @@ def test_a_run_that_can_start(words, capsys, monkeypatch):
 
 def test_what_is_planned_is_what_runs(words):
     """Steps, lengths and counts of the plan are those of the trainer."""
-    from paddlemix.trainer.finetune import base_of
     from paddlemix.trainer.freeze import model_counts
+    from paddlemix.trainer.tuned_model import base_of
     from tests.trainer.runs import start
 
     command = words(**LORA_POOL, gradient_accumulation_steps=4, num_train_epochs=3, disable_tqdm=True)
@@ -194,7 +194,7 @@ def test_a_tokenizer_of_another_model_is_a_problem(words, tmp_path, world):
     shutil.copytree(world[0], folder)
     byte_vocab_tokenizer(str(folder), n_queries=16)
     problems = plan.make_plan(words(model_name_or_path=str(folder))).problems
-    assert any("16 ids a span" in problem for problem in problems)
+    assert any("an image span has 16 ids" in problem for problem in problems)
 
 
 def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
