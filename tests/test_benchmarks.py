@@ -11,7 +11,7 @@ import pathlib
 import pytest
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
-NO_SCRIPTS = ("harness", "run_all", "baseline_model")
+NO_SCRIPTS = ("harness", "run_all", "scratch", "checkpoints", "baseline_model")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_SCRIPTS)
 
 

@@ -94,29 +94,15 @@ def clean_caption(text: str) -> str:
 # --- base64 ---
 
 
-def _is_plain_base64(row: TsvRow) -> bool:
-    """Whether the image of a row is standard base64 on one line, every byte looked at.
-
-    The bytes that are not of the alphabet are counted in the row's whole line, which takes no copy of the image.
-    """
-    line, length = row.image.obj, row.image_length
-    begin = row.image_offset - row.next_offset + len(line)
-    others = len(line.translate(None, _ALPHABET))
-    others -= len(line[:begin].translate(None, _ALPHABET)) + len(line[begin + length :].translate(None, _ALPHABET))
-    if others == 0:
-        return length % 4 != 1
-    return others <= 2 and length % 4 == 0 and row.image[-others:] == b"=" * others
-
-
-def _seems_plain_base64(row: TsvRow) -> bool:
-    """As _is_plain_base64, but of long text only both ends are looked at."""
-    if row.image_length <= _EXACT_BYTES:
-        return _is_plain_base64(row)
-    head, tail = bytes(row.image[:_ENDS_BYTES]), bytes(row.image[-_ENDS_BYTES:])
-    padding = len(tail.translate(None, _ALPHABET))
-    if head.translate(None, _ALPHABET) or padding > 2:
+def _is_plain_base64(text: Union[bytes, memoryview], all_of_it: bool) -> bool:
+    """Whether text is standard base64 on one line. Not all_of_it: of a long one only both ends are looked at."""
+    padding = 2 if text[-2:] == b"==" else 1 if text[-1:] == b"=" else 0
+    if len(text) % 4 == 1 or (padding and len(text) % 4):
         return False
-    return row.image_length % 4 != 1 if padding == 0 else row.image_length % 4 == 0 and tail.endswith(b"=" * padding)
+    body = text[: len(text) - padding]
+    if not all_of_it and len(body) > _EXACT_BYTES:
+        body = bytes(body[:_ENDS_BYTES]) + bytes(body[-_ENDS_BYTES:])
+    return not bytes(body).translate(None, _ALPHABET)
 
 
 def header_problem(text: bytes) -> Optional[str]:
@@ -177,7 +163,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
         return Checked(row, b"", "", row.error)
     image: Union[bytes, memoryview] = row.image
     inline = options.images == "inline"
-    if not (_is_plain_base64(row) if inline else _seems_plain_base64(row)):
+    if not _is_plain_base64(image, all_of_it=inline):
         try:
             data = decode_base64(row.image)
         except ImageError:

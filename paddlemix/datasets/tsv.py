@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import Iterator, NamedTuple, Optional, Tuple, Union
+from typing import BinaryIO, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from paddlemix.utils.errors import UserError
 
@@ -48,7 +48,7 @@ class TsvRow(NamedTuple):
 
     line_no: physical line, from 1.
     id: "" where the row has none; bytes that are not UTF-8 become U+FFFD.
-    image: the base64 text, a view into this row's own memory.
+    image: the base64 text, a view into the memory that it was read into.
     image_offset, image_length: where it stands in the file, in bytes; length 0 where there is none.
     caption: None unless asked for, and when its column is missing, empty or not UTF-8.
     error: None or one of this module's reasons.
@@ -111,10 +111,11 @@ def _columns(line: bytes, begin: int, end: int) -> Tuple[int, int, int, int]:
     return tab, tab + 1, end, -1
 
 
-def _parse(line: bytes, begin: int, line_no: int, offset: int, want_caption: bool) -> Optional[TsvRow]:
-    """The row in `line`, which starts at `offset` in the file; None for an empty line."""
-    end = len(line)
-    if line.endswith(b"\n"):
+def _parse(line: bytes, start: int, stop: int, line_no: int, offset: int, want_caption: bool) -> Optional[TsvRow]:
+    """The row in `line[start:stop]`, where start stands at `offset` in the file; None for an empty line."""
+    begin = start + 3 if line_no == 1 and line.startswith(_BOM, start, stop) else start
+    end = stop
+    if end > begin and line[end - 1] == 10:
         end -= 1
     while end > begin and line[end - 1] == 13:
         end -= 1
@@ -133,17 +134,53 @@ def _parse(line: bytes, begin: int, line_no: int, offset: int, want_caption: boo
     elif want_caption:
         try:
             caption = line[caption_begin:end].decode("utf-8")
-            if not caption.strip():
+            if not caption or caption.isspace():
                 caption, error = None, EMPTY_CAPTION
         except UnicodeDecodeError:
             error = CAPTION_NOT_UTF8
     image = memoryview(line)[image_begin:image_end]
-    length = image_end - image_begin
-    return TsvRow(line_no, row_id, image, offset + image_begin, length, caption, error, offset + len(line))
+    image_offset = offset + image_begin - start
+    return TsvRow(
+        line_no, row_id, image, image_offset, image_end - image_begin, caption, error, offset + stop - start
+    )
+
+
+def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
+    """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
+    max_line_bytes and a buffer, memory may hold the first part only.
+
+    Lines are left where they were read, many in one piece of memory; only one that crosses a border is put together.
+    """
+    held: List[bytes] = []
+    length = 0
+    while True:
+        block = file.read(BUFFER_BYTES)
+        if not block:
+            break
+        begin, end = 0, block.find(b"\n") + 1
+        if held:
+            length += end or len(block)
+            if length <= max_line_bytes:
+                held.append(block[:end] if end else block)
+            if not end:
+                continue
+            line = b"".join(held)
+            held = []
+            yield line, 0, len(line), length
+            begin, end = end, block.find(b"\n", end) + 1
+        while end:
+            yield block, begin, end, end - begin
+            begin, end = end, block.find(b"\n", end) + 1
+        if begin < len(block):
+            held = [block[begin:]]
+            length = len(block) - begin
+    if held:
+        line = b"".join(held)
+        yield line, 0, len(line), length
 
 
 def read_rows(path: str, want_caption: bool, max_line_bytes: int = MAX_ROW_BYTES) -> Iterator[TsvRow]:
-    """The rows of a TSV in order, one line in memory at a time (a row that is kept keeps its own line).
+    """The rows of a TSV in order, a buffer of them in memory at a time (a row that is kept keeps its buffer).
 
     want_caption: training rows; a row without a caption then has an error. Otherwise the third column is
     not looked at. A line over `max_line_bytes` is passed over without being held; its row has the error
@@ -153,26 +190,16 @@ def read_rows(path: str, want_caption: bool, max_line_bytes: int = MAX_ROW_BYTES
         UserError: as check_input.
     """
     check_input(path)
-    with open(path, "rb", buffering=BUFFER_BYTES) as file:
-        offset = line_no = 0
-        while True:
-            line = file.readline(max_line_bytes + 1)
-            if not line:
-                return
-            line_no += 1
-            begin = 3 if line_no == 1 and line.startswith(_BOM) else 0
-            if len(line) > max_line_bytes:
-                length, tail = len(line), line
-                # The rest in pieces of a buffer, until one holds the end of the line.
-                while tail and not tail.endswith(b"\n"):
-                    tail = file.readline(BUFFER_BYTES)
-                    length += len(tail)
+    with open(path, "rb", buffering=0) as file:
+        offset = 0
+        for line_no, (line, begin, end, length) in enumerate(_lines(file, max_line_bytes), 1):
+            if length > max_line_bytes:
+                begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
                 id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)
                 row_id = line[begin : max(begin, id_end)].decode("utf-8", "replace")
-                offset += length
-                yield TsvRow(line_no, row_id, b"", offset - length, 0, None, LINE_TOO_LONG, offset)
-                continue
-            row = _parse(line, begin, line_no, offset, want_caption)
-            offset += len(line)
+                row = TsvRow(line_no, row_id, b"", offset, 0, None, LINE_TOO_LONG, offset + length)
+            else:
+                row = _parse(line, begin, end, line_no, offset, want_caption)
+            offset += length
             if row is not None:
                 yield row

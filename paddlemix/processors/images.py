@@ -251,8 +251,9 @@ class MGenVLImageProcessor:
         size = (self.image_size, self.image_size)
         if image.size != size:
             image = image.resize(size, Image.BICUBIC)
-        # Channels first while they are bytes: a quarter of the traffic of doing it in float32.
-        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
+        # Channels first while they are bytes, by Pillow, which does it faster than numpy turns an array.
+        planes = b"".join(channel.tobytes() for channel in image.split())
+        pixels = np.frombuffer(planes, np.uint8).reshape(3, *size).astype(np.float32)
         pixels *= self._scale
         pixels -= self._shift
         return pixels

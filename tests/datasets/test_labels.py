@@ -393,3 +393,23 @@ def test_every_row_is_a_record_or_rejected(tmp_path_factory, rows, images):
     captions = [record["conversations"][0][1] for record in train + val]
     assert all(caption.strip() for caption in captions)
     assert result.n_val == -(-(result.n_train + result.n_val) // 2)
+
+
+@pytest.mark.parametrize("byte", range(256))
+def test_every_byte_is_a_letter_of_base64_or_not(byte):
+    text = base64.b64encode(bytes(range(256)))[:-4]
+    letter = bytes([byte]).isalnum() or byte in b"+/"
+    for place in (0, 100, len(text) - 1):
+        spoilt = text[:place] + bytes([byte]) + text[place + 1 :]
+        padded = byte == ord("=") and place == len(text) - 1
+        assert labels._is_plain_base64(spoilt, all_of_it=True) == (letter or padded)
+
+
+def test_a_bad_image_among_many_costs_itself_alone(run):
+    text = base64.b64encode(bytes(300)).decode()
+    images = [text] * 20
+    images[7] = text[:50] + "*" + text[51:]
+    images[9] = text[:-1] + "=" + text[1:4]
+    train, val, rejected, _ = run(f"i{n}\t{image}\tcaption\n" for n, image in enumerate(images))
+    assert rejected == [("8", "i7", "bad base64"), ("10", "i9", "bad base64")]
+    assert {record["image"] for record in train + val} == {text}

@@ -1,0 +1,69 @@
+"""Checkpoints with the 7B's shapes and fewer layers, made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Dict
+
+# (decoder layers, vision layers, vocabulary); quick is narrower too. "float32" is large in what fits a memory twice.
+SIZES = {"quick": (1, 1, 1024), "normal": (1, 1, 32000), "large": (4, 4, 151936), "float32": (4, 4, 32000)}
+RANK, ALPHA = 64, 32
+
+
+def config(size: str) -> Dict[str, Any]:
+    layers, vision_layers, vocabulary = SIZES[size]
+    visual = {
+        "image_size": 448, "patch_size": 14, "width": 1664, "layers": vision_layers, "heads": 16, "mlp_ratio": 4.9231,
+        "output_dim": 4096, "image_start_id": vocabulary - 3,
+    }  # fmt: skip
+    values = {
+        "model_type": "mgen", "hidden_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 32,
+        "kv_channels": 128, "intermediate_size": 22016, "vocab_size": vocabulary, "seq_length": 2048,
+        "max_position_embeddings": 8192, "dtype": "bfloat16", "visual": visual,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    if size == "quick":
+        values.update(hidden_size=256, num_attention_heads=2, intermediate_size=512)
+        visual.update(width=64, heads=2, output_dim=256)
+    return values
+
+
+def write(folder: str, size: str, format: str, dtype: str = "bfloat16") -> int:
+    """A model folder with random weights in bfloat16 or float32; the bytes of its tensors."""
+    import numpy as np
+
+    from paddlemix.checkpoint.shards import write_sharded
+    from paddlemix.models.mgen_vl.parameters import parameter_shapes
+
+    values = dict(config(size), dtype=dtype)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(values, file)
+    noise = np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32) * np.float32(0.02)
+    if dtype == "bfloat16":
+        noise = (noise.view(np.uint32) >> 16).astype(np.uint16)
+    shapes = parameter_shapes(values)
+    items = [(name, dtype, shape, lambda shape=shape: np.resize(noise, shape)) for name, shape in shapes.items()]
+    write_sharded(folder, items, format=format)
+    return sum(noise.itemsize * int(np.prod(shape)) for shape in shapes.values())
+
+
+def write_lora(folder: str, size: str) -> None:
+    """Adapters of rank 64 on the four matrices of each decoder layer that the shipped config tunes."""
+    import numpy as np
+
+    from paddlemix.checkpoint.shards import LORA_WEIGHTS_NAME, write_pdparams
+    from paddlemix.models.mgen_vl.parameters import parameter_shapes
+
+    os.makedirs(folder, exist_ok=True)
+    rng, tensors = np.random.default_rng(1), {}
+    for name, shape in parameter_shapes(config(size)).items():
+        if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.w1.weight", ".mlp.w2.weight")):
+            module = name[: -len(".weight")]
+            for part, sizes in (("lora_A", (shape[0], RANK)), ("lora_B", (RANK, shape[1]))):
+                tensors[f"{module}.{part}"] = ("float32", rng.standard_normal(sizes, dtype=np.float32) * 0.01)
+    tensors = {name: (dtype, array.astype(np.float32)) for name, (dtype, array) in tensors.items()}
+    write_pdparams(os.path.join(folder, LORA_WEIGHTS_NAME), tensors)
+    with open(os.path.join(folder, "lora_config.json"), "w") as file:
+        json.dump({"r": RANK, "lora_alpha": ALPHA, "target_modules": [".*attn.c_attn.*"]}, file)

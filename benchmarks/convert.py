@@ -1,0 +1,104 @@
+"""tools/convert_labels.py against `cat IN > COPY`: `python benchmarks/convert.py [--large]`
+
+Both start from a file in the cache and write beside it, each as a command of its own, start-up included. The input has
+5 GB with --large. Ours flushes its files to disk before they get their names (fsync), cat does not; where the folder is
+in memory, as it is if there is room, that costs nothing. In the normal size also the baseline's way: all rows in a
+list, written by json.dump.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import harness
+import scratch
+
+BYTES = {"quick": 300_000, "normal": 1_000_000_000, "large": 5_000_000_000}
+DECODE_BYTES = {"quick": 100_000, "normal": 150_000_000, "large": 150_000_000}
+TOOL = os.path.join(harness.ROOT, "tools", "convert_labels.py")
+
+
+def load_all_dump_all(path: str, out: str) -> None:
+    """The original tool's way."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for n, line in enumerate(file):
+            _, image, caption = line.rstrip("\n").split("\t", 2)
+            turns = [["请描述图片内容", caption]]
+            records.append({"id": f"identity_{n}", "conversations": turns, "image": image})
+    for name, part in (("train.json", records[:]), ("val.json", records[::20])):
+        with open(os.path.join(out, name), "w", encoding="utf-8") as file:
+            json.dump(part, file, ensure_ascii=False, indent=2)
+
+
+def convert(path: str, out: str, images: str, verify: str, workers: int) -> None:
+    from paddlemix.datasets import labels
+
+    labels.convert(path, out, labels.Options(images=images, verify=verify, workers=workers), disable_progress=True)
+
+
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    size = BYTES[args.size]
+    bench = harness.Bench(args, f"convert_labels on a TSV of {size / 1e9:g} GB")
+    with scratch.folder(2 * size + size // 10) as folder:
+        path, out = os.path.join(folder, "in.tsv"), os.path.join(folder, "out")
+        images = scratch.jpegs(2 if args.size == "quick" else 48)
+        scratch.write_tsv(path, size, images)
+
+        def cleared(call):
+            def run() -> float:
+                os.makedirs(out)
+                seconds = harness.timed(call)()
+                shutil.rmtree(out)
+                return seconds
+
+            return run
+
+        def cat() -> None:
+            subprocess.run(f"cat '{path}' > '{out}/copy'", shell=True, check=True)
+
+        def ours(images: str, verify: str = "none"):
+            def call() -> None:
+                options = ["--images", images, "--verify", verify, "--quiet"]
+                if args.size == "quick":
+                    convert(path, out, images, verify, 1)
+                else:
+                    command = [sys.executable, TOOL, path, out, *options]
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+            return cleared(call)
+
+        for _ in range(2):
+            cleared(cat)()
+        for kind, reach in (("inline", 0.4), ("reference", 1.0)):
+            taken = harness.pairs(args, cleared(cat), ours(kind))
+            bench.ratio(f"rate against cat, --images {kind}", taken, at_least=reach)
+        taken = harness.pairs(args, ours("reference"), ours("reference", "header"))
+        bench.ratio("rate of --verify header against none (reference)", taken, at_least=0.5)
+        for kind in ("inline", "reference"):
+            os.makedirs(out)
+            done = harness.in_child(args, convert, path, out, kind, "none", 1)
+            shutil.rmtree(out)
+            bench.value(f"peak memory, --images {kind}", done.peak_bytes / 1e6, "MB", at_most=300)
+        if args.size == "normal":
+            os.makedirs(out)
+            done = harness.in_child(args, load_all_dump_all, path, out)
+            shutil.rmtree(out)
+            bench.value("the baseline's way: all rows in a list", done.seconds, "s")
+            bench.value("peak memory of that", done.peak_bytes / 1e6, "MB")
+        os.truncate(path, 0)
+        scratch.write_tsv(path, DECODE_BYTES[args.size], images)
+        one, two = (
+            cleared(lambda workers=workers: convert(path, out, "reference", "decode", workers)) for workers in (1, 2)
+        )
+        bench.ratio("--verify decode, two workers against one", harness.pairs(args, one, two))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
