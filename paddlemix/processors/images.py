@@ -258,6 +258,11 @@ class MGenVLImageProcessor:
         pixels -= self._shift
         return pixels
 
+    def picture(self, pixels: np.ndarray) -> np.ndarray:
+        """The way back: float32 [3, S, S] → uint8 [S, S, 3]."""
+        values = (pixels + self._shift) / self._scale
+        return values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
 
 # ---- sources that a person types
 

@@ -107,6 +107,12 @@ class DataArguments:
     save_generation_output: bool = key(
         False, "Write those captions to output_dir/generation-<step>.tsv: id, caption, reference."
     )
+    shown_captions: int = key(
+        4,
+        "Validation captions generated and shown at each evaluation, in the log and in report_to; 0: none. With "
+        "eval_with_do_generation they are the first of those.",
+        at_least=0,
+    )
     src_length: int = key(1024, "Longest prompt of generation at evaluation.", refused="max_length bounds a sample")
     splits: Optional[str] = key(None, "Dataset splits.", refused=_ONE_TASK)
     task_name: Optional[str] = key(None, "Dataset task.", refused=_ONE_TASK)
@@ -198,10 +204,12 @@ class TrainingKeys:
     logging_strategy: str = key("steps", "When to log.", choices=_STRATEGIES)
     logging_steps: int = key(500, "Steps between log lines.", at_least=1)
     logging_first_step: bool = key(False, "Log the first step too.")
-    logging_dir: Optional[str] = key(None, "VisualDL folder (default: output_dir/runs/DATE_HOST).")
+    logging_dir: Optional[str] = key(None, "Folder of report_to (default: output_dir/runs/DATE_HOST).")
     run_name: Optional[str] = key(None, "Name of the run in the logs (default: output_dir).")
     report_to: Optional[List[str]] = key(
-        None, "Where scalars go (default: visualdl).", choices=("visualdl", "tensorboard", "none")
+        None,
+        "Where scalars and captions go (default: visualdl and tensorboard).",
+        choices=("visualdl", "tensorboard", "none"),
     )
     disable_tqdm: bool = key(False, "No progress bar, log lines only.")
     skip_memory_metrics: bool = key(

@@ -42,7 +42,9 @@ class LogLines(TrainerCallback):
         if "progress_or_epoch" in logs:
             logs["epoch"] = logs.pop("progress_or_epoch")
         if "loss" in logs and self._bar is not None:
-            self._bar.note(f"loss {logs['loss']:.4f}")
+            rates = ("interval_samples_per_second", "samples/s"), ("interval_tokens_per_second", "tokens/s")
+            shown = [f"{logs[name]:.4g} {unit}" for name, unit in rates if name in logs]
+            self._bar.note(", ".join([f"loss {logs['loss']:.4f}", *shown]))
         if state.is_world_process_zero:
             logger.info(format_logs(logs))
 

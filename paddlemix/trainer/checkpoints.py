@@ -32,6 +32,7 @@ _RESULTS = (
     "lora_model_state.pdparams",
     "partial_model_state.pdparams",
     "tuned_from.json",
+    "loss_curve.png",
     "model_state*.pdparams",
     "model_state.pdparams.index.json",
     "model*.safetensors",

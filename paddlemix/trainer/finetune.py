@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from paddlenlp.trainer import (
     TrainerCallback,
     TrainingArguments,
 )
+from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
 from paddlenlp.transformers.model_utils import _add_variant
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from paddlenlp.utils.log import logger as paddlenlp_logger
@@ -54,9 +54,10 @@ from paddlemix.trainer.arguments import (
     dataset_entries,
 )
 from paddlemix.trainer.callbacks import LogLines, StopOnSignal
-from paddlemix.trainer.captions import CaptionEvaluator
+from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
+from paddlemix.trainer.reports import CURVE_NAME, EventFiles, caption_table, choose_reports, draw_loss
 from paddlemix.trainer.tuned_model import Origin, base_of, choose_trainable, load_model, load_tuned, save_tuned
 from paddlemix.utils.errors import ConfigError, JobFailed
 from paddlemix.utils.log import logger
@@ -70,8 +71,6 @@ from paddlemix.utils.runtime import (
     seed_everything,
 )
 
-# Captions shown in the log at an evaluation.
-SHOWN_CAPTIONS = 4
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
@@ -104,7 +103,7 @@ def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> Finetun
         bf16=precision.compute == "bfloat16",
         master_weights=precision.master_weights,
         device=paddle.get_device().split(":")[0],
-        report_to=training.report_to or ["visualdl"],
+        report_to=choose_reports(training.report_to),
         # Our own words for a device; PaddleNLP's flag would only repeat it.
         no_cuda=False,
         # Resuming and "evaluate once at the end" are decided here, not there.
@@ -113,8 +112,6 @@ def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> Finetun
     )
     if training.benchmark:
         values["save_strategy"] = "no"
-    if "tensorboard" in values["report_to"] and importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigError("report_to tensorboard needs the package tensorboardX; install it or leave it out")
     try:
         return FinetuneArguments(**values)
     except (ValueError, AssertionError) as error:
@@ -214,7 +211,8 @@ class FinetuneTrainer(Trainer):
         # How the training samples share sequences, or batches; see datasets.packing.
         self.packs, self.lengths = packs, lengths
         self.captions: Optional[CaptionEvaluator] = None
-        self.save_captions = False
+        self.score_captions = self.save_captions = False
+        self.shown_captions, self._images_shown = 0, False
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
@@ -231,12 +229,14 @@ class FinetuneTrainer(Trainer):
         # reader.
         self.load_best = self.args.load_best_model_at_end
         self.args.load_best_model_at_end = False
-        for stock in (PrinterCallback, ProgressCallback):
+        for stock in (PrinterCallback, ProgressCallback, VisualDLCallback, TensorBoardCallback):
             self.remove_callback(stock)
         self.add_callback(self.stop)
         self.add_callback(self.numerics)
         self.add_callback(_Bookkeeping(self))
         self.callback_handler.callbacks.insert(0, LogLines())
+        self.events = EventFiles(self.args.logging_dir, self.args.report_to if self.is_world_process_zero() else [])
+        self.add_callback(self.events)
 
     # ---- what is printed
 
@@ -259,10 +259,10 @@ class FinetuneTrainer(Trainer):
             logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
             logs["train_steps_per_second"] = round(rate, 4)
         skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
-        if skipped:
+        if skipped or "loss" in logs:
             logs["skipped_samples"] = skipped
         super().log(logs, **kwargs)
-        self._history.append(dict(logs))
+        self._history.append(dict(logs, global_step=self.state.global_step))
         # A copy: PaddleNLP 2.8 appends to it by itself.
         self.state.log_history = list(self._history)
 
@@ -296,17 +296,31 @@ class FinetuneTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss, and with `captions` set the generated captions' CIDEr; a few of them go to the log."""
+        """The loss, and with `captions` set what the model says: scored if `score_captions`, and a few of it shown."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.captions is not None:
+        if self.captions is not None and not self.score_captions:
+            self.show_captions(self.captions.captions(base_of(self.model)))
+        elif self.captions is not None:
             path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
             write = self.save_captions and self.args.should_save
             scores, found = self.captions.evaluate(base_of(self.model), path if write else None)
-            for one in found[:SHOWN_CAPTIONS]:
-                logger.info(f"{one.id}: {one.text} | reference: {one.reference}")
+            self.show_captions(found[: self.shown_captions])
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)
         return metrics
+
+    def show_captions(self, found: List[Caption]) -> None:
+        """Captions as lines of the log and as a table in the event files, their images there too, once."""
+        if not found or not self.is_world_process_zero():
+            return
+        for one in found:
+            logger.info(f"{one.id}: {one.text} | reference: {one.reference}")
+        step = self.state.global_step
+        self.events.text("eval/captions", caption_table(found), step)
+        if not self._images_shown and self.events.kinds:
+            for one in found:
+                self.events.image("eval/" + one.id.replace("#", "_"), self.captions.thumbnail(one.id), step)
+        self._images_shown = True
 
     # ---- a step
 
@@ -641,11 +655,16 @@ def prepare(
         origin=Origin(model_args.model_name_or_path, model_args.text_model_name_or_path),
         guard=guard,
     )
-    if data_args.eval_with_do_generation:
+    evaluates = training.do_eval or training.evaluation_strategy != "no"
+    if evaluates and (data_args.eval_with_do_generation or (data_args.shown_captions and not training.benchmark)):
         size, most = training.per_device_eval_batch_size, training.max_evaluate_steps
         limit = size * most if most > 0 else None
+        if not data_args.eval_with_do_generation:
+            limit = data_args.shown_captions
         trainer.captions = CaptionEvaluator(datasets["eval"], tokenizer, generate_args, size, limit)
+        trainer.score_captions = data_args.eval_with_do_generation
         trainer.save_captions = data_args.save_generation_output
+        trainer.shown_captions = data_args.shown_captions
     # Only now, when everything a wrong config could break has been read.
     if paddle.distributed.get_rank() == 0:
         checkpoints.clear_output(training.output_dir, old_files)
@@ -677,10 +696,13 @@ def finetune(
                 trainer.log_metrics("train", metrics)
                 trainer.save_metrics("train", metrics)
                 trainer.save_state()
+                if trainer.is_world_process_zero():
+                    draw_loss(trainer.state.log_history, os.path.join(training.output_dir, CURVE_NAME))
     if training.do_eval and training.evaluation_strategy == "no":
         found = trainer.evaluate()
         metrics.update(found)
         if not training.benchmark:
             trainer.log_metrics("eval", found)
             trainer.save_metrics("eval", found)
+    trainer.events.close()
     return metrics

@@ -458,3 +458,9 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "open", refuse, raising=False)
     with pytest.raises(ImageError, match="Permission denied"):
         load_image_source(str(path))
+
+
+def test_pixel_values_turn_back_into_the_picture():
+    processor = MGenVLImageProcessor(28)
+    picture = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(processor.picture(processor(picture)), picture)

@@ -102,6 +102,7 @@ def test_lora_run_leaves_the_files_of_the_spec_and_loads_again(run_keys, world, 
         "all_results.json",
         "trainer_state.json",
         "training_args.bin",
+        "loss_curve.png",
         "runs",
     }
     assert list((out / "runs").rglob("vdlrecords*"))

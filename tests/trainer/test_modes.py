@@ -158,6 +158,7 @@ def test_a_part_is_saved_with_its_base_and_without_the_rest(run_keys, world, tmp
         "all_results.json",
         "trainer_state.json",
         "training_args.bin",
+        "loss_curve.png",
         "runs",
     }
     origin = json.loads((out / "tuned_from.json").read_text())
