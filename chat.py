@@ -1,4 +1,4 @@
-"""Ask a model about an image: `python chat.py MODEL [IMAGE] [PROMPT]`. See --help."""
+"""Ask a model about images: `python chat.py MODEL [IMAGE] [PROMPT]`. See --help."""
 
 from __future__ import annotations
 
@@ -7,59 +7,97 @@ import os
 import sys
 import time
 
-from paddlemix.inference.options import add_model_options
+from paddlemix.inference.boxes import check_boxes_path
+from paddlemix.inference.options import add_model_options, add_sampling_options, sampling_options
 from paddlemix.utils import cli
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
 EXAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example.jpg")
 
+MORE = """\
+examples:
+  python chat.py weights/ cup.jpg 图中的价格是多少？
+  python chat.py weights/ before.jpg 这两张图有什么不同？ --image after.jpg
+  python chat.py weights/ cup.jpg --stream --temperature 0.8 --top_p 0.9 --seed 7
+  python chat.py weights/ --interactive --stream
+  python chat.py weights/ cup.jpg 框出图中的杯子 --boxes cup-boxes.png
+
+An image is a path, an http(s) URL (up to 64 MB, 20 seconds) or base64. When an answer points at things, with
+<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>, they are drawn on the newest image and written to the file of --boxes; a
+font for Chinese names comes from the model folder (SimSun.ttf) or from Debian's packages (fonts-noto-cjk).
+"""
+
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = cli.Parser(description="Print what a model says about an image.")
+    parser = cli.Parser(
+        description="Print what a model says about an image, or several; or talk with it (--interactive).",
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", metavar="MODEL", help="a model folder, or the one that holds it")
     parser.add_argument(
-        "image", metavar="IMAGE", nargs="?", default=EXAMPLE, help="a path, a URL or base64 (default: a red cup)"
+        "image", metavar="IMAGE", nargs="?", help="a path, a URL or base64 (default: a red cup; none if interactive)"
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question (default: 请描述图片内容)")
+    parser.add_argument("--image", dest="images", metavar="IMAGE", action="append", default=[], help="one more image")
+    parser.add_argument("--interactive", action="store_true", help="several turns; /help there lists the commands")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--boxes", metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)")
     add_model_options(parser)
+    add_sampling_options(parser)
     parser.add_argument("--allow_private_urls", action="store_true", help="fetch images from private addresses too")
     # Intermixed: IMAGE may stand behind an option, too.
     return parser.parse_intermixed_args(argv)
 
 
 def main() -> int:
-    # Answers are Chinese; a locale may be ASCII.
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    # Questions and answers are Chinese; a locale may be ASCII.
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
+    options = sampling_options(args.temperature, args.top_p, args.top_k, args.seed, args.num_beams, args.stream)
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    check_boxes_path(args.boxes)
 
+    from paddlemix.inference.boxes import save_boxes
+    from paddlemix.inference.conversation import Conversation, converse, write_piece
     from paddlemix.inference.loading import find_model_folder, load_model
     from paddlemix.processors.images import load_image_source, read_header
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
+    from paddlemix.utils.runtime import seed_everything
+
+    def fetch(source: str) -> bytes:
+        data = load_image_source(source, allow_private_urls=args.allow_private_urls)
+        read_header(data)
+        return data
 
     # Before the model, which takes a minute to load.
     folder = find_model_folder(args.model)
-    image = load_image_source(args.image, allow_private_urls=args.allow_private_urls)
-    read_header(image)
-    loaded = load_model(folder, args.dtype, args.device)
-    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
-    options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    sources = ([] if args.image is None else [args.image]) + args.images
+    if not sources and not args.interactive:
+        sources = [EXAMPLE]
+    images = [fetch(source) for source in sources]
+    conversation = Conversation(load_model(folder, args.dtype, args.device), **options)
+    for image in images:
+        conversation.add_image(image)
+    if args.seed is not None:
+        seed_everything(args.seed)
+    if args.interactive:
+        converse(conversation, fetch, folder, args.boxes, args.stream, args.prompt)
+        return 0
 
     start = time.time()
-    query = [{"image": image}, {"text": prompt}]
-    inputs = loaded.processor(query=query, return_tensors="pd")
-    response, _ = loaded.model.chat(
-        loaded.tokenizer,
-        query=loaded.tokenizer.from_list_format(query),
-        history=None,
-        images=inputs["images"],
-        system=loaded.system,
-        **options,
-    )
-    response = " ".join(response.split())
+    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     print(f"prompt: {prompt}")
-    print(f"response: {response}")
+    if args.stream:
+        print("response: ", end="", flush=True)
+    response = conversation.ask(prompt, write_piece if args.stream else None)
+    print("" if args.stream else f"response: {' '.join(response.split())}")
     print("------------------")
     print("It took", time.time() - start, "seconds!")
+    save_boxes(response, conversation.picture, args.boxes, folder)
     return 0
 
 

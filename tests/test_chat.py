@@ -1,8 +1,11 @@
 """chat.py about one image. `pytest tests/test_chat.py`"""
 
+import http.server
 import re
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -91,6 +94,216 @@ def test_bad_options(call, tmp_path):
         status, _, _, err = call(*bad)
         assert status == 2
         assert err.startswith("error: ") and err.count("\n") == 1 and "chat.py --help" in err
+
+
+def test_streamed_is_what_is_said(call):
+    _, response, plain, _ = call()
+    status, streamed, out, _ = call("--stream")
+    assert status == 0 and streamed == response
+    assert out.split("\n")[:3] == plain.split("\n")[:3]
+
+
+def test_several_images(call, tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.jpg").write_bytes(image_bytes(seed))
+    first, second = tmp_path / "1.jpg", tmp_path / "2.jpg"
+    both = call(first, "what?", "--image", second)[1]
+    assert both not in (call(first, "what?")[1], call(second, "what?")[1])
+    # The first of --image needs no IMAGE in front, and then no red cup is shown.
+    assert call("--image", first)[1] == call(first)[1]
+
+
+def test_sampling_is_seeded(call):
+    hot = ["--temperature", "1.5", "--top_p", "0.95", "--top_k", "50"]
+    once = call(*hot, "--seed", "3")[1]
+    assert call(*hot, "--seed", "3")[1] == once
+    assert {call(*hot, "--seed", str(seed))[1] for seed in range(4, 8)} != {once}
+    greedy = call()[1]
+    assert call("--top_k", "1")[1] == call("--num_beams", "1")[1] == greedy
+    assert call("--num_beams", "3")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--num_beams=2", "--top_p=0.5", "--seed=1"], "--num_beams searches, --top_p, --seed samples"),
+        (["--num_beams=2", "--stream"], "--stream does not go with --num_beams"),
+        (["--seed=1"], "--seed without sampling changes nothing"),
+        (["--seed=-1", "--top_k=3"], "--seed is a whole number"),
+        (["--temperature=0"], "--temperature: must be above 0"),
+        (["--temperature=nan"], "must be above 0"),
+        (["--top_p=1.5"], "--top_p: must be above 0 and at most 1"),
+        (["--top_k=0"], "--top_k"),
+        (["--boxes=boxes.txt"], "ending in .png"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_before_the_model_is_loaded(call, flags, says, monkeypatch):
+    monkeypatch.setattr("paddlemix.inference.loading.load_model", None)
+    status, _, _, err = call(*flags)
+    assert status == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_boxes_of_an_answer_are_drawn(call, tmp_path, monkeypatch):
+    from PIL import Image
+
+    from paddlemix.models.mgen_vl import generation
+
+    says = "<ref>杯子</ref><box>(100,100),(900,900)</box>"
+    monkeypatch.setattr(generation, "decode_response", lambda *args: says)
+    status, response, out, err = call("--boxes", tmp_path / "cup.png")
+    assert status == 0 and response == says and "1 boxes drawn in" in err
+    assert len(out.split("\n")) == 5
+    with Image.open(tmp_path / "cup.png") as drawn, Image.open(chat.EXAMPLE) as original:
+        assert drawn.size == original.size
+        assert drawn.getpixel((45, 200)) != original.convert("RGB").getpixel((45, 200))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """http://127.0.0.1:…/ gives an image; /hop redirects to it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302 if self.path == "/hop" else 200)
+            if self.path == "/hop":
+                self.send_header("Location", "/")
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/hop" else image_bytes(3))
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/"
+    httpd.shutdown()
+
+
+def test_images_of_this_machine_need_leave(call, server):
+    status, _, _, err = call(server)
+    assert status == 2 and "--allow_private_urls allows it" in err
+    wanted = call(image_base64(3))[1]
+    assert call(server, "--allow_private_urls")[1] == call(server + "hop", "--allow_private_urls")[1] == wanted
+
+
+# ---- --interactive
+
+
+@pytest.fixture
+def talk(call, monkeypatch):
+    """talk(lines, *flags) → (exit status, stdout, stderr). A line may be an exception, raised at the prompt."""
+
+    def run(lines, *flags):
+        lines = iter(lines)
+
+        def read(prompt):
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        status, _, out, err = call("--interactive", *flags)
+        return status, out, err
+
+    return run
+
+
+def test_several_turns(talk, call, tmp_path, server):
+    path = tmp_path / "a b.jpg"
+    path.write_bytes(image_bytes(3))
+    alone = call(path, "what?")[1]
+    lines = [f"/image {path}", "what?", "", "and now?", "/reset", f"/image '{path}'", "what?", "/quit", "x"]
+    status, out, err = talk(lines)
+    assert status == 0, err
+    taken, first, second, forgotten, again, anew = out.rstrip("\n").split("\n")
+    assert (taken, forgotten, again) == ("image taken; ask about it", "all forgotten", taken)
+    assert first == anew == alone
+    # History counts: the second turn is not what the question alone gets.
+    assert talk(["and now?"])[1].rstrip("\n") != second
+    # The same turns with the answers streamed, the image given in front, and a first question.
+    status, out, _ = talk(["and now?"], "--stream", path, "what?")
+    assert out == f"> what?\n{first}\n{second}\n\n"
+    # URLs keep their rule.
+    _, out, err = talk([f"/image {server}"])
+    assert "private address" in err
+    _, out, err = talk([f"/image {server}", "what?"], "--allow_private_urls")
+    assert out == f"image taken; ask about it\n{alone}\n\n"
+
+
+def test_a_mistake_costs_its_own_turn(talk, call):
+    lines = ["/image no/such.jpg", "/image", "/what", "is <img> a tag?", KeyboardInterrupt(), "/help", "what?"]
+    status, out, err = talk(lines, "--image", image_base64(3))
+    assert status == 0
+    errors = [line for line in err.split("\n") if line.startswith("error: ")]
+    assert len(errors) == 4 and "/help lists them" in errors[2] and "must not hold" in errors[3]
+    assert "/quit leaves" in out and "/image PATH" in out
+    assert out.split("\n")[-3] == call(image_base64(3), "what?")[1]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, call, monkeypatch):
+    """A real SIGINT in the middle of a streamed answer."""
+    from paddlemix.inference import conversation
+
+    pieces, write = [], conversation.write_piece
+
+    def stop_at_3(piece):
+        write(piece)
+        pieces.append(piece)
+        if len(pieces) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(conversation, "write_piece", stop_at_3)
+    status, out, _ = talk(["what?", "what?"], "--stream", "--image", image_base64(3))
+    assert status == 0
+    stopped, told = "".join(pieces[:3]), "".join(pieces[3:])
+    assert out == f"{stopped}\nstopped; this question is forgotten\n{told}\n\n"
+    # Nothing of the stopped turn is left, and the image is still shown.
+    assert told.startswith(stopped) and told == call(image_base64(3), "what?")[1]
+
+
+def test_an_image_is_seen_once_and_out_of_memory_is_a_line(model, monkeypatch):
+    from paddlemix.inference.conversation import Conversation
+    from paddlemix.inference.loading import load_model
+    from paddlemix.utils.errors import JobFailed
+
+    loaded = load_model(model)
+    conversation = Conversation(loaded, max_new_tokens=4)
+    seen, visual = [], type(loaded.model.visual).forward
+    monkeypatch.setattr(
+        type(loaded.model.visual), "forward", lambda self, images: seen.append(images.shape[0]) or visual(self, images)
+    )
+    conversation.add_image(image_bytes(1))
+    conversation.ask("what?")
+    conversation.add_image(image_bytes(2))
+    conversation.add_image(image_bytes(3))
+    conversation.ask("and these?")
+    conversation.ask("well?")
+    assert seen == [1, 2]
+    assert [query for query, _ in conversation.history] == [
+        "Picture 1: <img></img>\nwhat?",
+        "Picture 2: <img></img>\nPicture 3: <img></img>\nand these?",
+        "well?",
+    ]
+    before = list(conversation.history)
+
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(type(loaded.model), "generate", full)
+    with pytest.raises(JobFailed, match="out of memory"):
+        conversation.ask("more?")
+    assert conversation.history == before
+
+
+def test_drawings_of_a_conversation_have_numbers(talk, tmp_path, monkeypatch):
+    from paddlemix.models.mgen_vl import generation
+
+    monkeypatch.setattr(generation, "decode_response", lambda *args: "<box>(1,1),(9,9)</box><img>")
+    # A tag that the model made up is no image of the next turn.
+    status, _, err = talk(["a", "b"], "--image", image_base64(1), "--boxes", tmp_path / "x.png")
+    assert status == 0 and "error" not in err
+    assert sorted(path.name for path in tmp_path.glob("x*")) == ["x-2.png", "x.png"]
 
 
 def test_as_a_user_runs_it(model, root, tmp_path):

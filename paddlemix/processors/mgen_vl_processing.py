@@ -81,9 +81,9 @@ class ChatTemplate(NamedTuple):
 # ---- training
 
 
-def with_images(prompt: str, n_images: int) -> str:
-    """`Picture k: <img></img>\\n` for each image in front of a prompt."""
-    return "".join(f"Picture {k}: <img></img>\n" for k in range(1, n_images + 1)) + prompt
+def with_images(prompt: str, n_images: int, first: int = 1) -> str:
+    """`Picture k: <img></img>\\n` for each image in front of a prompt, numbered from `first`."""
+    return "".join(f"Picture {k}: <img></img>\n" for k in range(first, first + n_images)) + prompt
 
 
 def _drop_image_data(text: str, n_queries: int) -> str:

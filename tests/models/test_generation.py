@@ -7,7 +7,13 @@ import paddle
 import pytest
 
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.models.mgen_vl.generation import decode_response, generation_values, load_generation_config
+from paddlemix.models.mgen_vl.generation import (
+    CaptionGeneration,
+    TextStreamer,
+    decode_response,
+    generation_values,
+    load_generation_config,
+)
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
 
@@ -240,3 +246,49 @@ def test_generation_config_survives_saving(tmp_path, model):
 def test_hostile_generation_config(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
         config_file(tmp_path, values)
+
+
+def streamed(tokenizer, ids, stop_ids):
+    """The pieces that a TextStreamer writes of ids that come one by one."""
+    pieces = []
+    streamer = TextStreamer(tokenizer, stop_ids, pieces.append)
+    for i in ids:
+        streamer.put(paddle.to_tensor([[i]]))
+    streamer.end()
+    return pieces
+
+
+def test_streamed_pieces_are_whole_characters_and_add_up(tmp_path):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    stop = CaptionGeneration.stop_ids(tokenizer)
+    # A token per byte: every character comes in two to four parts.
+    text = " 一只é🙂猫 <ref>杯</ref>\n在这里 "
+    ids = tokenizer.text_to_ids(text)
+    pieces = streamed(tokenizer, ids + [tokenizer.im_end_id, 65], stop)
+    assert "".join(pieces) == text.strip()
+    assert len(pieces) > 8 and "\ufffd" not in "".join(pieces)
+    chance = np.random.default_rng(0)
+    span = tokenizer.image_span()
+    for _ in range(200):
+        # Any bytes, half of an image span, blanks at the end, special ids.
+        choice = [*range(0, 256, 5), *tokenizer.text_to_ids("猫好 "), tokenizer.eod_id + 100, tokenizer.img_start_id]
+        ids = chance.choice(choice, chance.integers(0, 12)).tolist()
+        ids += chance.choice([0, 1]) * span[: chance.integers(len(span) + 1)] + [97, 32]
+        pieces = streamed(tokenizer, ids, stop)
+        assert "".join(pieces) == decode_response(tokenizer, ids, stop)
+
+
+def test_streaming_changes_nothing_and_features_stand_for_images(tmp_path):
+    model, tokenizer = make_tiny_model(seed=4), byte_vocab_tokenizer(str(tmp_path))
+    images = pixels(2)
+    history = [("Picture 1: <img></img>\nwhat?", "a cup")]
+    query = "Picture 2: <img></img>\nand this?"
+    pieces = []
+    streamer = TextStreamer(tokenizer, model.stop_ids(tokenizer), pieces.append)
+    plain, _ = model.chat(tokenizer, query, history=history, images=images, max_new_tokens=12)
+    features = model.visual(images)
+    told, _ = model.chat(
+        tokenizer, query, history=history, image_features=features, max_new_tokens=12, streamer=streamer
+    )
+    assert told == plain == "".join(pieces)
+    assert model.chat(tokenizer, query, history, images=images.flip(0), max_new_tokens=12)[0] != plain

@@ -401,6 +401,31 @@ def test_a_redirect_is_checked_like_the_first_address(server, monkeypatch):
     assert len(checked) == 2
 
 
+def test_a_name_cannot_change_its_mind(monkeypatch):
+    """DNS rebinding: what was checked is what is connected to; and one private address of several is enough."""
+    import socket
+
+    answers = [["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "10.0.0.1"]]
+    connected = []
+
+    def resolve(host, port, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answers.pop(0)]
+
+    def connect(address, timeout):
+        connected.append(address)
+        raise OSError("not from a test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(ImageError, match="not from a test"):
+        load_image_source("http://rebinding.example/a.jpg")
+    assert connected == [("93.184.216.34", 80)] and len(answers) == 2
+    for address in ("127.0.0.1", "10.0.0.1"):
+        with pytest.raises(ImageError, match=f"private address {address}"):
+            load_image_source("http://rebinding.example/a.jpg")
+    assert len(connected) == 1
+
+
 @pytest.mark.parametrize(
     "address, public",
     [

@@ -162,11 +162,12 @@ class CaptionGeneration:
         model_kwargs["attention_mask"] = paddle.gather(attention_mask, rows)
         return paddle.gather(input_ids, rows), model_kwargs
 
-    def chat(self, tokenizer, query, history=None, images=None, system=None, **kwargs):
+    def chat(self, tokenizer, query, history=None, images=None, system=None, image_features=None, **kwargs):
         """One turn of a conversation, as in the baseline's chat.py.
 
         query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it). history: earlier (query,
-        response) pairs. images: [N, 3, S, S] for all spans of history and query in order. kwargs: see generate.
+        response) pairs. images [N, 3, S, S] or image_features [N, Q, D]: for all spans of history and query in order.
+        kwargs: see generate.
 
         Returns:
             (response, history with this turn appended).
@@ -181,12 +182,17 @@ class CaptionGeneration:
             system=DEFAULT_SYSTEM if system is None else system,
             max_window_size=self.generation_config.max_window_size,
         )
+        # Turns that fell out of the window took their images with them.
+        given = sum(text.count("<img>") for turn in history for text in turn) + query.count("<img>")
+        spans = ids.count(tokenizer.img_start_id)
         if images is not None:
-            # Turns that fell out of the window took their images with them.
-            given = sum(text.count("<img>") for turn in history for text in turn) + query.count("<img>")
-            images = images[given - ids.count(tokenizer.img_start_id) :]
+            images = images[given - spans :]
+        if image_features is not None:
+            image_features = image_features[given - spans :] if spans else None
         kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer))
-        new_ids, _ = self.generate(paddle.to_tensor([list(ids)], dtype="int64"), images=images, **kwargs)
+        new_ids, _ = self.generate(
+            paddle.to_tensor([list(ids)], dtype="int64"), images=images, image_features=image_features, **kwargs
+        )
         response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"])
         history.append((query, response))
         return response, history
@@ -202,3 +208,29 @@ def decode_response(tokenizer, ids, stop_ids) -> str:
     stop = set(stop_ids)
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     return tokenizer.decode(ids[:end]).strip()
+
+
+class TextStreamer:
+    """generate's `streamer` for one row: an answer's text, in pieces, as soon as they are certain.
+
+    tokenizer, stop_ids: as for decode_response, whose result the pieces add up to. write: called with each piece, a
+    str. Held back until more is known: bytes of an unfinished character, blanks that may be the last, an image tag.
+    """
+
+    def __init__(self, tokenizer, stop_ids, write):
+        self._tokenizer, self._stop_ids, self._write = tokenizer, stop_ids, write
+        self._ids, self._shown = [], ""
+
+    def put(self, token_ids) -> None:
+        """token_ids: the next id, int64 [1, 1] or [1]."""
+        self._ids += token_ids.flatten().tolist()
+        text = decode_response(self._tokenizer, self._ids, self._stop_ids)
+        self._show(text[: text.find("<img>")] if "<img>" in text else text.rstrip("\ufffd").rstrip())
+
+    def end(self) -> None:
+        self._show(decode_response(self._tokenizer, self._ids, self._stop_ids))
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self._shown):
+            self._write(text[len(self._shown) :])
+            self._shown = text

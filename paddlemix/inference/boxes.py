@@ -1,0 +1,135 @@
+"""What a grounding answer points at: `<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>`, found in text and drawn.
+
+Coordinates are thousandths of the image's width and height, as Qwen-VL writes them, whatever its size in pixels.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from typing import List, NamedTuple, Optional, Tuple
+
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
+
+# File ending → Pillow's name of the format.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+_CORNER = r"\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*"
+_MARK = re.compile(rf"<ref>(?P<ref>.*?)</ref>|<box>{_CORNER},{_CORNER}</box>", re.DOTALL)
+# Where Debian puts fonts with Chinese characters: noto-cjk, wqy, arphic, droid-fallback.
+_FONTS = "/usr/share/fonts/"
+_FONT_FILES = (
+    "opentype/noto/NotoSansCJK-Regular.ttc",
+    "truetype/wqy/*.ttc",
+    "truetype/arphic/*.ttc",
+    "truetype/droid/DroidSansFallback*.ttf",
+    "opentype/noto/*CJK*.ttc",
+)
+_MAX_FONT_BYTES = 64 << 20
+_MAX_LABEL = 40
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+
+
+class Box(NamedTuple):
+    """label: the `<ref>` in front of it, or "". corners: (left, top, right, bottom) in 0 … 1000."""
+
+    label: str
+    corners: Tuple[int, int, int, int]
+
+
+def parse_boxes(text: str) -> List[Box]:
+    """The boxes of an answer, in order. Corners the wrong way round are turned, those outside are moved to the edge;
+    what is not quite a box is none."""
+    boxes, label, end = [], "", 0
+    for found in _MARK.finditer(text):
+        # Several boxes may follow one name; other text in between ends that.
+        if text[end : found.start()].strip():
+            label = ""
+        end = found.end()
+        if found.group("ref") is not None:
+            label = " ".join(found.group("ref").split())
+            continue
+        x1, y1, x2, y2 = (min(1000, int(number)) for number in found.groups()[1:])
+        boxes.append(Box(label, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))))
+    return boxes
+
+
+def check_boxes_path(path: str) -> str:
+    """`path` if an image can be written under that name.
+
+    Raises:
+        UserError: another ending than those of FORMATS.
+    """
+    if os.path.splitext(path)[1].lower() not in FORMATS:
+        raise UserError(f"boxes are drawn to a file ending in {', '.join(FORMATS)}, not {path}")
+    return path
+
+
+def find_font(folder: str, size: int):
+    """A Pillow font with Chinese characters in `size` pixels: of the model folder (Qwen-VL ships SimSun.ttf), else of
+    Debian's packages; None if there is none that opens."""
+    from PIL import ImageFont
+
+    own = [path for ending in ("ttf", "ttc", "otf") for path in glob.glob(f"{glob.escape(folder)}/*.{ending}")]
+    own.sort(key=lambda path: (not os.path.basename(path).lower().startswith("simsun"), path))
+    debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
+    for path in own + debian:
+        try:
+            if os.path.getsize(path) <= _MAX_FONT_BYTES:
+                return ImageFont.truetype(path, size)
+        except (OSError, ValueError) as error:
+            logger.warning("the font %s cannot be used: %s", path, error)
+    return None
+
+
+def draw_boxes(image, boxes: List[Box], font=None):
+    """A copy of a PIL image (mode RGB) with the boxes and their labels on it.
+
+    font: see find_font. Without one a label that is not plain ASCII is drawn as the box's number.
+    """
+    from PIL import ImageDraw, ImageFont
+
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    line = max(2, min(image.size) // 200)
+    for number, box in enumerate(boxes, 1):
+        colour = _COLOURS[(number - 1) % len(_COLOURS)]
+        left, top, right, bottom = (
+            round(value / 1000 * (side - 1)) for value, side in zip(box.corners, image.size + image.size)
+        )
+        draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+        label = box.label[:_MAX_LABEL] if font is not None or box.label.isascii() else str(number)
+        if label:
+            used = font or ImageFont.load_default()
+            # Above the box, or inside it where there is no room above.
+            x0, y0, x1, y1 = used.getbbox(label)
+            top = top - (y1 - y0) - 2 * line if top >= (y1 - y0) + 2 * line else top
+            draw.rectangle((left, top, left + x1 - x0 + 2 * line, top + y1 - y0 + 2 * line), fill=colour)
+            draw.text((left + line - x0, top + line - y0), label, fill="white", font=used)
+    return image
+
+
+def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
+    """Draw the boxes of an answer to the file `path` and log that. Returns how many there were.
+
+    image: the PIL image that was asked about (RGB), or None. folder: the model's, for its font. A file that cannot be
+    written is logged, and is no reason to end a conversation.
+    """
+    boxes = parse_boxes(answer)
+    if not boxes or image is None:
+        return 0
+    font = find_font(folder, max(12, min(image.size) // 30))
+    if font is None:
+        unnamed = [f"{i} is {box.label}" for i, box in enumerate(boxes, 1) if not box.label.isascii()]
+        if unnamed:
+            logger.warning("no font with Chinese characters (apt install fonts-noto-cjk): %s", ", ".join(unnamed))
+    try:
+        with atomic_write(path, "wb") as file:
+            draw_boxes(image, boxes, font).save(file, FORMATS[os.path.splitext(path)[1].lower()])
+    except OSError as error:
+        logger.warning("the boxes could not be written to %s: %s", path, error.strerror or error)
+    else:
+        logger.info("%d boxes drawn in %s", len(boxes), path)
+    return len(boxes)

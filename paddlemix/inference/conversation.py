@@ -1,0 +1,177 @@
+"""Talking with a model: turns with their images, answers as they come, and a prompt to type at.
+
+Shapes: N images, S image side, Q queries, D hidden.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from paddlemix.inference.boxes import save_boxes
+from paddlemix.inference.captioner import is_out_of_memory
+from paddlemix.inference.loading import Loaded
+from paddlemix.utils.errors import JobFailed, UserError
+
+_TAGS = ("<img>", "</img>", "<imgpad>")
+HELP = """\
+/image PATH   show the model an image with the next question: a path, a URL or base64; may be given several times
+/reset        forget all turns and images
+/quit         leave (so does Ctrl-D); Ctrl-C stops an answer, and what was asked is forgotten
+"""
+
+
+class Conversation:
+    """A model, what was said so far, and the images that were shown.
+
+    options: of generate (max_new_tokens, decode_strategy, temperature, …). Images are seen by the vision tower once,
+    whatever number of turns follows. They are numbered through the conversation, `Picture 1`, `Picture 2`, …
+
+    Attributes: history: (query, answer) pairs as the model sees them. picture: the newest image (PIL, RGB) that was
+    asked about, or None.
+    """
+
+    def __init__(self, loaded: Loaded, **options):
+        self.loaded = loaded
+        self.options: Dict[str, Any] = options
+        self.reset()
+
+    def reset(self) -> None:
+        self.history: List[Tuple[str, str]] = []
+        self.picture = None
+        self._pending: List = []
+        self._features = None
+
+    def add_image(self, data: bytes) -> None:
+        """Show an image file with the next question.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        from paddlemix.processors.images import open_image
+
+        self._pending.append(open_image(data))
+
+    def ask(self, text: str, write: Optional[Callable[[str], Any]] = None) -> str:
+        """The answer to `text`. write: called with each piece of it as soon as it is known, whole characters only.
+
+        An answer that is broken off by an exception leaves the conversation as it was, its images still to be shown.
+
+        Raises:
+            UserError: image tags in the text, or beam search with `write`. JobFailed: out of memory.
+        """
+        import numpy as np
+        import paddle
+
+        from paddlemix.models.mgen_vl.generation import TextStreamer
+        from paddlemix.processors.mgen_vl_processing import with_images
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        if any(tag in text for tag in _TAGS):
+            raise UserError("a question must not hold <img>, </img> or <imgpad>: images are given beside it")
+        options = dict(self.options)
+        if write is not None:
+            strategy = options.get("decode_strategy", model.generation_config.decode_strategy)
+            if strategy == "beam_search":
+                raise UserError("--stream does not go with beam search: its answer is only known at the end")
+            options["streamer"] = TextStreamer(tokenizer, model.stop_ids(tokenizer), write)
+        try:
+            features = self._features
+            if self._pending:
+                pixels = np.stack([self.loaded.image_processor(image) for image in self._pending])
+                with paddle.no_grad():
+                    new = model.visual(paddle.to_tensor(pixels))
+                features = new if features is None else paddle.concat([features, new])
+            shown = 0 if self._features is None else self._features.shape[0]
+            query = with_images(text, len(self._pending), first=shown + 1)
+            answer, history = model.chat(
+                tokenizer, query, history=self.history, image_features=features, system=self.loaded.system, **options
+            )
+        except (MemoryError, RuntimeError, SystemError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise JobFailed("out of memory; /reset, fewer images or --max_new_tokens need less") from error
+        # A tag that the model made up would be taken for an image in the next turn.
+        kept = answer
+        for tag in _TAGS:
+            kept = kept.replace(tag, "")
+        self.history = history[:-1] + [(query, kept)]
+        self._features = features
+        if self._pending:
+            self.picture = self._pending[-1]
+            self._pending = []
+        return answer
+
+
+def write_piece(piece: str) -> None:
+    """Print a piece of an answer at once."""
+    print(piece, end="", flush=True)
+
+
+def numbered(path: str, number: int) -> str:
+    """boxes.png, boxes-2.png, boxes-3.png, …"""
+    stem, ending = os.path.splitext(path)
+    return path if number == 1 else f"{stem}-{number}{ending}"
+
+
+def converse(
+    conversation: Conversation,
+    fetch: Callable[[str], bytes],
+    folder: str,
+    boxes: str,
+    stream: bool = False,
+    first: Optional[str] = None,
+) -> None:
+    """Questions typed on the terminal, answers printed, until /quit or the end of input.
+
+    fetch: an image's bytes from what stands behind /image. folder: the model's. boxes: the file for boxes in answers;
+    the second drawing gets the name with -2. first: a question to begin with. A mistake costs its own turn only.
+    """
+    try:
+        import readline  # noqa: F401  arrow keys and earlier lines at input()
+    except ImportError:  # a Python without it: plain lines
+        pass
+    print("/help lists the commands", file=sys.stderr)
+    drawn = 0
+    while True:
+        try:
+            if first is not None:
+                line, first = first, None
+                print(f"> {line}")
+            else:
+                line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/quit leaves")
+            continue
+        command, _, argument = line.partition(" ")
+        try:
+            if command in ("/quit", "/exit"):
+                return
+            elif command == "/help":
+                print(HELP, end="")
+            elif command == "/reset":
+                conversation.reset()
+                print("all forgotten")
+            elif command == "/image":
+                path = argument.strip()
+                if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
+                    path = path[1:-1]
+                if not path:
+                    raise UserError("/image PATH: a path, a URL or base64")
+                conversation.add_image(fetch(os.path.expanduser(path)))
+                print("image taken; ask about it")
+            elif command.startswith("/"):
+                raise UserError(f"no command {command}; /help lists them")
+            elif line:
+                answer = conversation.ask(line, write_piece if stream else None)
+                print("" if stream else answer)
+                if save_boxes(answer, conversation.picture, numbered(boxes, drawn + 1), folder):
+                    drawn += 1
+        except KeyboardInterrupt:
+            print("\nstopped; this question is forgotten")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
