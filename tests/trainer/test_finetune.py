@@ -256,6 +256,7 @@ def test_captions_at_evaluation_are_scored_and_decide_the_best(run_keys, log, tm
         logging_steps=30,
         eval_with_do_generation=True,
         save_generation_output=True,
+        shown_captions=4,
         max_new_tokens=8,
         metric_for_best_model="cider",
         load_best_model_at_end=True,
