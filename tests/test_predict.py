@@ -478,7 +478,7 @@ from paddlemix.inference.captioner import Answer
 
 class Captioner:
     '''Takes a millisecond per row and knows it by its base64.'''
-    batch_size = 1
+    batch_size = workers = 1
     def __init__(self, *args, **kwargs): pass
     def captions(self, images):
         for image in images:
