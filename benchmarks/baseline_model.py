@@ -487,15 +487,18 @@ def _environment(values: Dict[str, str]):
 def _serve(pipe, make, size) -> None:
     import paddlemix  # noqa: F401
 
-    way = None
+    try:
+        # At once, so that the sides of a script load at the same time.
+        way, failed = make(size), None
+    except Exception:  # noqa: BLE001
+        way, failed = None, traceback.format_exc()
     while True:
         asked = pipe.recv()
         if asked is None:
             pipe.send(harness.peak_bytes())
             return
         try:
-            way = way or make(size)
-            pipe.send((True, getattr(way, asked[0])(*asked[1])))
+            pipe.send((False, failed) if failed else (True, getattr(way, asked[0])(*asked[1])))
         except Exception:  # noqa: BLE001
             pipe.send((False, traceback.format_exc()))
 

@@ -19,7 +19,7 @@ BATCH = 8
 def main(argv=None) -> None:
     args = harness.parse(argv, __doc__)
     bench = harness.Bench(args, "one decoded token at batch 8, config M")
-    steps, few = (2, 2) if args.size == "quick" else (40, 8)
+    steps, few = (2, 2) if args.size == "quick" else (30, 5)
     with Side(args, Ours) as ours, Side(args, Baseline) as baseline, Side(args, Dispatch) as dispatch:
         taken = harness.pairs(
             args,
