@@ -45,7 +45,7 @@ from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length, pl
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
-from paddlemix.trainer import checkpoints, freeze, resume
+from paddlemix.trainer import checkpoints, freeze, parallel, resume
 from paddlemix.trainer.arguments import (
     DataArguments,
     GenerationArguments,
@@ -584,6 +584,7 @@ def prepare(
     device = resolve_device("cpu" if training.no_cuda else training.device)
     if device.reason:
         logger.warning(device.reason)
+    parallel.check_device(training, device.value)
     asked = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
     dtype = resolve_dtype(asked, device.value)
     if dtype.reason:
@@ -665,7 +666,9 @@ def prepare(
         trainer.score_captions = data_args.eval_with_do_generation
         trainer.save_captions = data_args.save_generation_output
         trainer.shown_captions = data_args.shown_captions
-    # Only now, when everything a wrong config could break has been read.
+    # Only now, when everything a wrong config could break has been read, and every process has seen the folder.
+    if training_args.world_size > 1:
+        paddle.distributed.barrier()
     if paddle.distributed.get_rank() == 0:
         checkpoints.clear_output(training.output_dir, old_files)
     return trainer, resume_from

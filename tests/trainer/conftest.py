@@ -1,12 +1,16 @@
 """Fixtures of the trainer's tests: a tiny world to train in, the keys of a run in it, its log."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 
 from paddlemix.trainer import arguments
 from tests.helpers import save_tiny_model
-from tests.trainer.runs import COLOURS, write_data
+from tests.trainer.forked import Run
+from tests.trainer.runs import COLOURS, LORA_POOL, write_data
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +56,42 @@ def run_keys(run_keys_in, tmp_path):
 def log(caplog):
     caplog.set_level("INFO")
     return caplog
+
+
+@pytest.fixture(scope="session")
+def forker(root):
+    """The process that has imported all and forks the runs of start_run."""
+    environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    with subprocess.Popen(
+        [sys.executable, str(root / "tests" / "trainer" / "forking.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def start_run(forker, world, tmp_path):
+    """Start the script on a LoRA run in tmp_path/name, with changes; `...` takes a key away. Returns the Run."""
+
+    def begin(name="run", processes=1, **changes):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        keys = {
+            "model_name_or_path": world[0],
+            "dataset": {"train": [{"data_files": world[1]}]},
+            "do_train": True,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": ["none"],
+            "disable_tqdm": True,
+            **LORA_POOL,
+        }
+        keys.update(changes)
+        return Run(forker, folder, processes, **{name: value for name, value in keys.items() if value is not ...})
+
+    return begin

@@ -3,101 +3,28 @@
 Real runs of the script, killed from outside at moments of the machine's own choosing.
 """
 
+import functools
 import json
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 from paddlemix.trainer import checkpoints
-from tests.trainer.runs import LORA_POOL, final_weights
+from tests.trainer.forked import PATIENCE
+from tests.trainer.runs import final_weights
 
 STEPS = 14
-PATIENCE = 60  # seconds until a run that shows nothing fails the test
-
-
-class Run:
-    """One run of the script."""
-
-    def __init__(self, forker, folder, **changes):
-        keys = dict(LORA_POOL, **changes)
-        self.out, self.forker = folder / "out", forker
-        self.log = folder / "log"
-        (folder / "config.json").write_text(json.dumps(keys))
-        request = {"words": [str(folder / "config.json")], "log": str(self.log)}
-        forker.stdin.write(json.dumps(request) + "\n")
-        forker.stdin.flush()
-        self.pid = json.loads(forker.stdout.readline())["pid"]
-
-    def status(self) -> int:
-        return json.loads(self.forker.stdout.readline())["status"]
-
-    def kill(self) -> int:
-        os.kill(self.pid, signal.SIGKILL)
-        return self.status()
-
-    def wait_for(self, *names):
-        """Until one of these folders appears in output_dir."""
-        end = time.monotonic() + PATIENCE
-        while not any((self.out / name).exists() for name in names):
-            assert time.monotonic() < end and os.path.exists(f"/proc/{self.pid}/fd/0"), self.log.read_text()[-2000:]
-            time.sleep(0.001)
-
-    def stop_inside_saving(self, steps):
-        """Freeze the run in the middle of writing one of these checkpoints; returns which."""
-        for step in steps:
-            partial = self.out / f"{checkpoints.PARTIAL_PREFIX}{step}"
-            self.wait_for(partial.name, f"checkpoint-{step}")
-            os.kill(self.pid, signal.SIGSTOP)
-            if partial.exists() and not (self.out / f"checkpoint-{step}").exists():
-                return step
-            os.kill(self.pid, signal.SIGCONT)
-        raise AssertionError("no save was caught")
-
-
-@pytest.fixture(scope="module")
-def forker(root):
-    environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1")
-    with subprocess.Popen(
-        [sys.executable, str(root / "tests" / "trainer" / "forking.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        yield process
-        process.stdin.close()
-
 
 @pytest.fixture
-def start(forker, world, tmp_path):
-    def begin(name="run", **changes):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        keys = {
-            "model_name_or_path": world[0],
-            "output_dir": str(folder / "out"),
-            "dataset": {"train": [{"data_files": world[1]}]},
-            "do_train": True,
-            "max_steps": STEPS,
-            "save_steps": 1,
-            "save_total_limit": 3,
-            "per_device_train_batch_size": 4,
-            "lora_dropout": 0.3,
-            "learning_rate": 1e-3,
-            "logging_steps": 5,
-            "report_to": ["none"],
-            "disable_tqdm": True,
-        }
-        return Run(forker, folder, **dict(keys, **changes))
-
-    return begin
+def start(start_run):
+    return functools.partial(
+        start_run, max_steps=STEPS, save_steps=1, save_total_limit=3, lora_dropout=0.3, logging_steps=5
+    )
 
 
 def test_killed_at_five_moments_ends_with_the_weights_of_one_go(start):
