@@ -49,12 +49,12 @@ def roundings_apart(base: str, lora: str, out: str) -> int:
     """The largest difference between merged weights and W + scaling · A @ B in float32, in steps of bfloat16."""
     import numpy as np
 
-    from paddlemix.checkpoint.lora_merge import _open_lora
-    from paddlemix.checkpoint.shards import open_weights
+    from paddlemix.checkpoint.shards import LORA_WEIGHTS_NAME, open_weights
     from paddlemix.checkpoint.tensors import convert_dtype
 
     apart = 0
-    with open_weights(base) as before, _open_lora(lora) as adapters, open_weights(out) as after:
+    lora_file = os.path.join(lora, LORA_WEIGHTS_NAME)
+    with open_weights(base) as before, open_weights(lora_file) as adapters, open_weights(out) as after:
         for key in adapters.keys():
             module, _, part = key.rpartition(".")
             if part == "lora_A":
