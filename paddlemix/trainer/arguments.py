@@ -130,7 +130,11 @@ class GenerationArguments:
 _STRATEGIES = ("no", "steps", "epoch")
 _PIPELINE = (
     "pipeline parallelism needs the model as a PipelineLayer, which it is not; use "
-    "sharding_parallel_degree or tensor_parallel_degree"
+    "sharding"
+)
+_TENSOR = (
+    "training with matrices split over cards is not supported: adapters on the fused c_attn would be split and merged "
+    "wrongly by PaddleNLP; use sharding, and recompute"
 )
 _SEQUENCE = "one sample is a single short sequence with its image span, which is not split over cards"
 _EXPERT = "the model has no experts"
@@ -235,8 +239,10 @@ class TrainingKeys:
     )
     sharding_parallel_degree: int = key(-1, "Cards that share them.", at_least=-1)
     sharding_parallel_config: str = key("", "PaddleNLP's sharding options, separated by spaces.")
-    tensor_parallel_degree: int = key(-1, "Cards that share each matrix of the language model.", at_least=-1)
-    tensor_parallel_config: str = key("", "PaddleNLP's tensor-parallel options, separated by spaces.")
+    tensor_parallel_degree: int = key(
+        -1, "Cards that share each matrix of the LLM: for --dry_run's estimate; no run takes it.", at_least=-1
+    )
+    tensor_parallel_config: str = key("", "Tensor parallel.", refused=_TENSOR)
     hybrid_parallel_topo_order: Optional[str] = key(
         None, "Order of the parallel groups.", choices=("pp_first", "sharding_first")
     )
@@ -253,8 +259,8 @@ class TrainingKeys:
         False, "Make batches of samples of like length, those with and without an image apart."
     )
     to_static: bool = key(False, "Static graph.", refused="the model runs in dynamic mode")
-    use_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding or tensor_parallel_degree")
-    enable_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding or tensor_parallel_degree")
+    use_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding")
+    enable_auto_parallel: bool = key(False, "Auto parallel.", refused="use sharding")
     distributed_dataloader: bool = key(False, "One loader for all cards.", refused="each card reads its own samples")
     flatten_param_grads: bool = key(False, "NPU.", refused="it works on NPUs only")
     prediction_loss_only: bool = key(False, "Kept for older configs: evaluation reports the loss.")
@@ -725,6 +731,8 @@ def _parallel_problems(training: TrainingKeys, processes: int) -> List[str]:
     launch = "start it with python -m paddle.distributed.launch"
     problems = []
     tensor, shards = max(training.tensor_parallel_degree, 1), max(training.sharding_parallel_degree, 1)
+    if tensor > 1:
+        problems.append(f"tensor_parallel_degree={tensor}: {_TENSOR}")
     if processes == 1:
         if tensor > 1:
             problems.append(f"tensor_parallel_degree={tensor} needs {tensor} processes: {launch}")

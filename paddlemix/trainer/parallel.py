@@ -1,6 +1,6 @@
 """Several cards: what runs where, and why the rest is refused before anything is loaded.
 
-Data parallel and sharding stage 1 run on GPUs and on the CPU. Sharding stage 2 and tensor parallel need GPUs.
+Data parallel and sharding stage 1 run on GPUs and on the CPU; sharding stage 2 needs GPUs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,5 @@ def check_device(training: TrainingKeys, device: str) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    if not device.startswith("cpu"):
-        return
-    if training.sharding == "stage2":
+    if device.startswith("cpu") and training.sharding == "stage2":
         raise ConfigError("sharding=stage2 needs GPUs (Paddle's group_sharded_parallel has no CPU form); use stage1")
-    if training.tensor_parallel_degree > 1:
-        raise ConfigError("tensor_parallel_degree needs GPUs (Paddle has no c_identity and c_concat kernels for CPUs)")

@@ -233,6 +233,7 @@ def test_broken_config_files(tmp_path):
         ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
         ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
         ({"tensor_parallel_degree": 2}, "needs 2 processes"),
+        ({"tensor_parallel_degree": 2}, "training with matrices split over cards is not supported"),
         ({"sharding": "stage1"}, "sharding needs several processes"),
         ({"chat_template": "/no.json"}, "no file at /no.json"),
     ],
@@ -253,9 +254,9 @@ def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
 def test_degrees_must_divide_the_processes(parse, monkeypatch):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
     with pytest.raises(ConfigError, match="3 processes cannot be divided"):
-        parse({"tensor_parallel_degree": 2})
+        parse({"sharding": "stage1", "sharding_parallel_degree": 2})
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
-    assert parse({"tensor_parallel_degree": 2}).training.tensor_parallel_degree == 2
+    assert parse({"sharding": "stage1", "sharding_parallel_degree": 2}).training.sharding_parallel_degree == 2
 
 
 def test_several_problems_are_said_at_once(parse):
