@@ -1,0 +1,42 @@
+"""The figures of docs/performance.md and docs/scale.md are those of the script. Run: pytest tests/tools"""
+
+import importlib
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def tool(root):
+    sys.path.insert(0, str(root / "tools"))
+    try:
+        return importlib.import_module("cost_7b")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def model(tool):
+    return tool.Model()
+
+
+@pytest.mark.parametrize(
+    ("document", "name"),
+    [("performance", name) for name in ("training", "generation", "merging", "public")]
+    + [("scale", name) for name in ("scale", "data")],
+)
+def test_the_docs_hold_the_scripts_tables(tool, model, root, document, name):
+    text = (root / "docs" / f"{document}.md").read_text(encoding="utf-8")
+    printed = "\n".join(tool.TABLES[document][name](model))
+    assert printed in text, f"python tools/cost_7b.py {document} prints another table:\n{printed}"
+
+
+def test_counts_are_those_of_the_matrices(tool, model):
+    assert model.parameters == 9_656_935_168 and model.adapters == 112_197_632
+    assert model.cache_per_token() == 512 << 10
+    # Two operations for each weight and token: all of the ViT's weights lie in matrices but a few.
+    assert model.vit() == pytest.approx(2 * 1024 * 1.8427e9, rel=0.1)
+    assert model.decoder(1, 0) == 2 * (6_476_664_832 - 32 * (2 * 4096 + 3 * 4096))
+    plain, recompute = model.step(336, 50), model.step(336, 50, recompute=True)
+    assert recompute - plain == model.decoder(336, 336)
+    assert model.step(336, 50, full=True) > 1.4 * model.step(336, 50)

@@ -1,0 +1,263 @@
+"""Time and memory of the 7B on GPUs, counted on paper: `python tools/cost_7b.py [performance|scale]`
+
+Prints the tables of docs/performance.md and docs/scale.md from counted floating-point operations and bytes, the cards'
+published peaks, and the shares of them that FLOPS_SHARE and BANDWIDTH_SHARE assume. Nothing here was run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.models.lora import adapter_shapes  # noqa: E402
+from paddlemix.models.mgen_vl.parameters import count, parameter_shapes  # noqa: E402
+from paddlemix.trainer import freeze, memory  # noqa: E402
+from paddlemix.utils import cli  # noqa: E402
+
+
+class Card(NamedTuple):
+    """Published peaks: dense half-precision FLOP/s of the tensor cores, bytes/s of memory, GiB of it."""
+
+    flops: float
+    bandwidth: float
+    memory: int
+
+
+CARDS = {
+    "V100-32GB": Card(125e12, 0.90e12, 32),
+    "A100-80GB": Card(312e12, 2.04e12, 80),
+    "H100-80GB": Card(989e12, 3.35e12, 80),
+}
+# Assumed shares of the peaks; the published training figure in the tables comes to 30 % of the FLOPs.
+FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.6
+# Bytes/s for merging: reading and writing one disk at the same time.
+DISK = 1.0e9
+# All-reduce as a ring, bytes/s of its slowest link: NVLink inside a machine, 200 Gbit/s from machine to machine, which a
+# ring ordered by machines crosses once.
+INSIDE, BETWEEN = 200e9, 200e9 / 8
+# Measured on a core of an AMD EPYC (Python 3.11), 512 px JPEGs of the demo test set, inline base64: see docs/scale.md.
+SAMPLES_PER_CORE, INDEXED_PER_SECOND, LENGTHS_PER_SECOND, BYTES_PER_SAMPLE = 110, 38_000, 9_500, 37_800
+TOKENS, LABELS = 330, 50
+TARGETS = (".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*")
+GIB = 1 << 30
+
+
+class Model:
+    """The 7B with the notebook's LoRA (rank 64) and attn_pool, as the baseline's config has it."""
+
+    def __init__(self) -> None:
+        from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+        config = MGenConfig()
+        self.config = memory.plain(config)
+        shapes = parameter_shapes(config)
+        adapters = adapter_shapes(shapes, TARGETS, 64)
+        pool = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], lora=True).trainable
+        self.lora = memory.Trained({**shapes, **adapters}, [*pool, *adapters])
+        trainable = freeze.plan_freeze(list(shapes)).trainable
+        self.full = memory.Trained(shapes, trainable)
+        self.adapters = count(adapters)
+        self.parameters = count(shapes)
+        self.layers = count({name: s for name, s in shapes.items() if ".h." in name and len(s) == 2})
+        self.head = math.prod(shapes["lm_head.weight"])
+
+    # ---- floating-point operations
+
+    def vit(self) -> float:
+        """Of one image's forward through the ViT."""
+        v = self.config["visual"]
+        w, P = v["width"], (v["image_size"] // v["patch_size"]) ** 2
+        m = int(w * v["mlp_ratio"])
+        layer = 2 * P * (4 * w * w + 2 * w * m) + 4 * P * P * w
+        return 2 * P * 3 * v["patch_size"] ** 2 * w + v["layers"] * layer
+
+    def connector(self) -> float:
+        """Of one image's forward through attn_pool and proj."""
+        v = self.config["visual"]
+        w, D, Q, P = v["width"], v["output_dim"], v["n_queries"], (v["image_size"] // v["patch_size"]) ** 2
+        return 2 * P * w * D + 4 * P * D * D + 2 * Q * D * D + 4 * Q * P * D + 4 * Q * D * D
+
+    def decoder(self, tokens: int, keys: int) -> float:
+        """Of `tokens` new ones through the layers, each looking at `keys`; lm_head not counted."""
+        return tokens * (2 * self.layers + 4 * keys * self.config["hidden_size"] * self.config["num_hidden_layers"])
+
+    def step(self, tokens: int, labels: int, recompute: bool = False, full: bool = False, image: bool = True) -> float:
+        """Of forward and backward of one sample.
+
+        LoRA: a frozen matrix costs its forward and the gradient of its input, what trains also that of itself; a frozen
+        ViT its forward alone.
+        """
+        forward = self.decoder(tokens, tokens)
+        attention = tokens * 4 * tokens * self.config["hidden_size"] * self.config["num_hidden_layers"]
+        times = 3 if full else 2
+        total = times * (forward - attention) + 3 * attention + recompute * forward
+        total += 2 * (0 if full else 3) * tokens * self.adapters + times * 2 * labels * self.head
+        if image:
+            total += (3 + recompute if full else 1) * self.vit() + 3 * self.connector()
+        return total
+
+    # ---- bytes
+
+    def decode_bytes(self, batch: int, context: int) -> float:
+        """Read from memory for one token of each of `batch` rows, in half precision."""
+        return 2 * (self.layers + self.head) + batch * context * self.cache_per_token()
+
+    def cache_per_token(self) -> int:
+        return 2 * 2 * self.config["hidden_size"] * self.config["num_hidden_layers"]
+
+    def peak(self, trained: memory.Trained, rows: int, tokens: int, **setting: Any) -> float:
+        batch = memory.Batch(rows, tokens, rows, rows * LABELS)
+        return memory.estimate(self.config, trained, batch, memory.Setting("O2", True, **setting)).peak
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def seconds(value: float) -> str:
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:.2f} s" if value < 120 else f"{value / 3600:.1f} h" if value > 5400 else f"{value / 60:.1f} min"
+
+
+def training(model: Model) -> List[str]:
+    """Time and memory of an optimizer step of 16 samples."""
+    rows = []
+    for name, card in CARDS.items():
+        for words, tokens, recompute in (("as it is here", 336, False), ("padded to 2048", 2048, True)):
+            flops = 16 * model.step(tokens, LABELS if tokens < 2048 else tokens, recompute)
+            peak = model.peak(model.lora, 1, tokens, recompute=recompute, lora_dropout=0.05)
+            rows.append(
+                (name, f"{words}, {tokens} tokens{', recompute' * recompute}", f"{flops / 1e12:,.0f}",
+                 seconds(flops / card.flops), seconds(flops / card.flops / FLOPS_SHARE), f"{peak / GIB:.1f} GiB",
+                 "yes" if peak < card.memory * GIB else "no")
+            )  # fmt: skip
+    head = ("card", "16 samples", "TFLOP", "at the peak", f"at {FLOPS_SHARE:.0%}", "memory", "fits")
+    return table(head, rows)
+
+
+def generation(model: Model) -> List[str]:
+    """Prefill of 300 tokens with an image, and one decoded token."""
+    rows = []
+    weights = 2 * model.parameters
+    for name, card in CARDS.items():
+        for batch in (1, 8, 32):
+            prefill = batch * (model.vit() + model.connector() + model.decoder(300, 300) + 2 * model.head)
+            read = model.decode_bytes(batch, 320)
+            compute = batch * model.decoder(1, 320) / card.flops / FLOPS_SHARE
+            step = max(read / card.bandwidth / BANDWIDTH_SHARE, compute)
+            first = prefill / card.flops / FLOPS_SHARE
+            cache = batch * 340 * model.cache_per_token()
+            rows.append(
+                (name, str(batch), f"{prefill / 1e12:.1f}", seconds(first), f"{read / 1e9:.1f} GB",
+                 seconds(read / card.bandwidth), seconds(step), seconds((first + 40 * step) / batch),
+                 f"{cache / GIB:.2f} GiB", f"{(weights + cache) / GIB:.1f} GiB")
+            )  # fmt: skip
+    head = ("card", "batch", "prefill TFLOP", f"prefill at {FLOPS_SHARE:.0%}", "read a token", "at the peak",
+            f"at {BANDWIDTH_SHARE:.0%}", "a caption of 40 tokens", "cache", "weights and cache")  # fmt: skip
+    return table(head, rows)
+
+
+def merging(model: Model) -> List[str]:
+    size = 2 * model.parameters
+    largest = 2 * model.head
+    rows = [
+        (f"{size / 1e9:.1f} GB", f"{size / 1e9:.1f} GB", seconds(2 * size / DISK),
+         f"{2 * model.adapters * 64 / 1e12:.2f} TFLOP", f"{2 * largest / 1e9:.1f} GB")
+    ]  # fmt: skip
+    return table(("read", "written", f"at {DISK / 1e9:.0f} GB/s together", "A·B", "two tensors in memory"), rows)
+
+
+def public(model: Model) -> List[str]:
+    """What the figures of others say about the share of the peak they reach."""
+    qwen = 8 * model.step(512, 512, recompute=True)
+    notebook = 16 * model.step(2048, 2048, image=False)
+    peak = model.peak(model.lora, 1, 512, recompute=True, flash=True)
+    token = model.decode_bytes(1, 1024)
+    rows = [
+        ("Qwen-VL README: LoRA, 8 samples of 512 tokens, A100-80GB", "2.3 s",
+         f"{qwen / 1e12:,.0f} TFLOP with recompute",
+         f"{qwen / 2.3 / CARDS['A100-80GB'].flops:.0%} of the peak"),
+        ("the same, memory", "23.6 GB", f"{peak / 1e9:.1f} GB by the formula of memory.md", f"{peak / 23.6e9:.2f} ×"),
+        ("Qwen-VL README: BF16, one token, A100-80GB", f"{1e3 / 28.87:.1f} ms",
+         f"{token / 1e9:.1f} GB", f"{token * 28.87 / CARDS['A100-80GB'].bandwidth:.0%} of the bandwidth"),
+        ("notebook: 16 samples padded to 2048, card not named", "32.7 s", f"{notebook / 1e12:,.0f} TFLOP, no images",
+         f"{notebook / 32.7 / 1e12:.0f} TFLOP/s"),
+        ("notebook: merge", "4.5 min", f"{4 * model.parameters / 1e9:.0f} GB read and written",
+         f"{4 * model.parameters / 270 / 1e6:.0f} MB/s"),
+    ]  # fmt: skip
+    return table(("published", "", "counted here", "so"), rows)
+
+
+MILLION = 1_000_000
+
+
+def scale(model: Model) -> List[str]:
+    """One million images once over, on 8 and on 64 A100."""
+    card = CARDS["A100-80GB"]
+    rows: Dict[str, List[str]] = {}
+    for cards in (8, 64):
+        for full in (False, True):
+            mode, trained = ("full, sharding stage 2", model.full) if full else ("LoRA + attn_pool", model.lora)
+            sharing = {"sharding": cards, "stage": 2} if full else {}
+            batch = 4
+            sample = model.step(336, LABELS, recompute=full, full=full)
+            compute = sample / card.flops / FLOPS_SHARE
+            epoch = MILLION * compute / cards
+            peak = model.peak(trained, batch, 336, recompute=full, **sharing)
+            gradients = 2 * memory.elements(trained.shapes, trained.trainable)
+            # A ring moves every byte twice, less one share; between machines at the slower rate.
+            speed = INSIDE if cards <= 8 else BETWEEN
+            reduce = 2 * (cards - 1) / cards * gradients / speed
+            per_step = 4 * batch * compute
+            workers = math.ceil(1 / compute / SAMPLES_PER_CORE)
+            saved = trained.trainable if not full else list(trained.shapes)
+            weights, states = memory.checkpoint_bytes(trained, memory.Setting("O2", True), saved)
+            rows[f"{cards} × A100, {mode}"] = [
+                f"{sample / 1e12:.1f}", seconds(epoch), f"{cards / compute:,.0f}", f"{peak / GIB:.0f} GiB",
+                seconds(per_step), seconds(reduce), f"{reduce / per_step:.0%}", f"{workers}", f"{cards * workers}",
+                f"{(weights + states) / 1e9:.1f} GB",
+            ]  # fmt: skip
+    head = ("run", "TFLOP a sample", "an epoch", "samples/s", "memory", "step of 16 a card", "all-reduce", "of it",
+            "workers a card", "in all", "checkpoint")  # fmt: skip
+    return table(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def data(model: Model) -> List[str]:
+    """Files and counts of a million samples."""
+    rows = [
+        ("TSV, and as much again for train.json with inline images", f"{2 * MILLION * BYTES_PER_SAMPLE / 1e9:.0f} GB"),
+        ("the same with references into the TSV", f"{MILLION * (BYTES_PER_SAMPLE + 400) / 1e9:.0f} GB"),
+        ("index of the records (16 bytes each)", f"{16 * MILLION / 1e6:.0f} MB"),
+        ("building it, one core", seconds(MILLION / INDEXED_PER_SECOND)),
+        ("counting lengths for mixtoken, one core, once", seconds(MILLION / LENGTHS_PER_SECOND)),
+        ("decoding all images, one core", seconds(MILLION / SAMPLES_PER_CORE)),
+        ("reading them in an hour", f"{MILLION * BYTES_PER_SAMPLE / 3600 / 1e6:.1f} MB/s"),
+    ]
+    return table(("", "one million images"), rows)
+
+
+TABLES = {
+    "performance": {"training": training, "generation": generation, "merging": merging, "public": public},
+    "scale": {"scale": scale, "data": data},
+}
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", nargs="?", choices=sorted(TABLES), help="the tables of one document (default: all)")
+    args = parser.parse_args()
+    model = Model()
+    for document, tables in TABLES.items():
+        if args.document in (None, document):
+            for name, build in tables.items():
+                print("\n".join([f"{document}: {name}", "", *build(model), ""]))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
