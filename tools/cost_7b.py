@@ -37,7 +37,7 @@ CARDS = {
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.6
 # Bytes/s for merging: reading and writing one disk at the same time.
 DISK = 1.0e9
-# All-reduce as a ring, bytes/s of its slowest link: NVLink inside a machine, 200 Gbit/s from machine to machine, which a
+# All-reduce as a ring, bytes/s of its slowest link: NVLink inside a machine, 200 Gbit/s between machines, which a
 # ring ordered by machines crosses once.
 INSIDE, BETWEEN = 200e9, 200e9 / 8
 # Measured on a core of an AMD EPYC (Python 3.11), 512 px JPEGs of the demo test set, inline base64: see docs/scale.md.
