@@ -727,6 +727,15 @@ def find_problems(arguments: Arguments, processes: Optional[int] = None) -> List
     return problems
 
 
+# Options that keep optimizer states by pieces of fused buffers, and not by parameter.
+_CUT_STATES = {
+    "split_param",
+    "enable_stage1_tensor_fusion",
+    "enable_stage1_allgather_overlap",
+    "enable_fuse_optimizer_states",
+}
+
+
 def _parallel_problems(training: TrainingKeys, processes: int) -> List[str]:
     launch = "start it with python -m paddle.distributed.launch"
     problems = []
@@ -744,6 +753,9 @@ def _parallel_problems(training: TrainingKeys, processes: int) -> List[str]:
                 f"{processes} processes cannot be divided by tensor_parallel_degree × "
                 f"sharding_parallel_degree = {tensor * shards}"
             )
+        cut = sorted(_CUT_STATES & set(training.sharding_parallel_config.replace(",", " ").split()))
+        if cut:
+            problems.append(f"sharding_parallel_config: with {cut[0]} a checkpoint could not be resumed; leave it out")
         if shards > 1 and not training.sharding:
             problems.append("sharding_parallel_degree needs sharding=stage1 or stage2")
     return problems

@@ -257,6 +257,8 @@ def test_degrees_must_divide_the_processes(parse, monkeypatch):
         parse({"sharding": "stage1", "sharding_parallel_degree": 2})
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     assert parse({"sharding": "stage1", "sharding_parallel_degree": 2}).training.sharding_parallel_degree == 2
+    with pytest.raises(ConfigError, match="with split_param a checkpoint could not be resumed"):
+        parse({"sharding": "stage1", "sharding_parallel_config": "enable_stage1_overlap split_param"})
 
 
 def test_several_problems_are_said_at_once(parse):
