@@ -47,8 +47,8 @@ DECODER_DIED = "image decoder died"
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _EXACT_BYTES = 16 << 10
 _ENDS_BYTES = 1 << 10
-# Enough of most images for the size to be known.
-_HEADER_BASE64_BYTES = 8 << 10
+# Enough of most images for the size to be known, and of nearly all others.
+_HEADER_BASE64_BYTES = (1 << 10, 8 << 10)
 # More at a time would only leave the cache before it is written.
 _WRITE_BYTES = 512 << 10
 # What has been written goes to disk in such portions while rows are read, so that there is no long wait at the end.
@@ -108,12 +108,13 @@ def _is_plain_base64(text: Union[bytes, memoryview], all_of_it: bool) -> bool:
 def header_problem(text: bytes) -> Optional[str]:
     """Why the image in base64 `text` cannot be used, as far as its header tells; None if nothing is wrong."""
     try:
-        if len(text) > _HEADER_BASE64_BYTES:
-            try:
-                read_header(decode_base64(text[:_HEADER_BASE64_BYTES]))
-                return None
-            except ImageError:
-                pass  # The size may stand behind a long preview or colour profile: look at all of it.
+        for enough in _HEADER_BASE64_BYTES:
+            if len(text) > enough:
+                try:
+                    read_header(decode_base64(text[:enough]))
+                    return None
+                except ImageError:
+                    pass  # The size may stand behind a long preview or colour profile: look at more, then all of it.
         read_header(decode_base64(text))
         return None
     except ImageError as error:
