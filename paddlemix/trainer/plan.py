@@ -19,7 +19,7 @@ import numpy as np
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, parameter_shapes
-from paddlemix.trainer import checkpoints, freeze, memory
+from paddlemix.trainer import checkpoints, freeze, memory, parallel
 from paddlemix.trainer.arguments import (
     Arguments,
     blocks_of,
@@ -279,6 +279,7 @@ def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) 
     if reason:
         plan.problem(reason)
     plan.machine, plan.dtype = machine, dtype.value
+    plan.attempt(parallel.check_device, training, machine.device)
     tensor = max(training.tensor_parallel_degree, 1)
     sharding = max(training.sharding_parallel_degree, 1)
     if training.sharding and sharding == 1:

@@ -165,6 +165,7 @@ def test_every_problem_is_found_at_once(words, tmp_path):
         '"nothing.*" matches no module',
         "an epoch has 2 batches",
         "tensor_parallel_degree=3 needs 3 processes",
+        "tensor_parallel_degree needs GPUs",
         "tensor_parallel_degree=3 does not divide num_attention_heads (4)",
         "no file matches /no/such.json",
         "resume_from_checkpoint",
