@@ -234,12 +234,6 @@ def run_all(args: argparse.Namespace) -> Dict[str, float]:
 # --- the table ---
 
 
-def read_results(path: str) -> Dict[str, str]:
-    """`id \\t caption` lines by id."""
-    with open(path, encoding="utf-8") as file:
-        return dict(line.rstrip("\n").split("\t", 1) for line in file)
-
-
 def _pad(text: str, columns: int) -> str:
     """Left-justified on a terminal, where a Chinese character takes two columns."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
@@ -250,13 +244,14 @@ def evaluate(out: str) -> Dict[str, Dict[str, float]]:
     """Score name → value for each of "base", "tuned" and "blank"."""
     from make_demo_data import parse_caption
 
+    from paddlemix.datasets.caption_files import read_captions
     from paddlemix.metrics.captions import attribute_accuracy, score_captions
 
-    references = read_results(os.path.join(out, "data", "held_out_captions.tsv"))
+    references = read_captions(os.path.join(out, "data", "held_out_captions.tsv"))
     truth = [parse_caption(caption) for caption in references.values()]
     scores = {}
     for name in ("base", "tuned", "blank"):
-        captions = read_results(os.path.join(out, f"{name}.txt"))
+        captions = read_captions(os.path.join(out, f"{name}.txt"))
         attributes = attribute_accuracy([parse_caption(captions[key]) for key in references], truth)
         scored = score_captions(captions, {key: [caption] for key, caption in references.items()})
         scores[name] = {
@@ -270,7 +265,9 @@ def evaluate(out: str) -> Dict[str, Dict[str, float]]:
 
 def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, float], target: float) -> str:
     """The table, a few captions, and the times, as text."""
-    references = read_results(os.path.join(out, "data", "held_out_captions.tsv"))
+    from paddlemix.datasets.caption_files import read_captions
+
+    references = read_captions(os.path.join(out, "data", "held_out_captions.tsv"))
     columns = {"base": "pretrained", "tuned": "tuned", "blank": "tuned, blank images"}
     lines = [f"{len(references)} held-out ads, captions tokenized by character", ""]
     lines.append(_pad("", 24) + "".join(f"{title:>22}" for title in columns.values()))
@@ -278,7 +275,7 @@ def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, flo
         form = ">22.3f" if name in CAPTION_SCORES else ">22.1%"
         lines.append(_pad(name, 24) + "".join(format(scores[column][name], form) for column in columns))
     lines.append("")
-    captions = {name: read_results(os.path.join(out, f"{name}.txt")) for name in columns}
+    captions = {name: read_captions(os.path.join(out, f"{name}.txt")) for name in columns}
     for key in list(references)[:SHOWN]:
         lines.append(f"{key}  {_pad('reference', 20)} {references[key]}")
         for name, title in columns.items():

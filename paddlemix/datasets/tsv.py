@@ -93,6 +93,11 @@ def _is_image(line: bytes, begin: int, end: int) -> bool:
     return _IMAGE_START.match(line, begin, end) is not None or _LONG_BASE64.match(line, begin, end) is not None
 
 
+def is_image(field: bytes) -> bool:
+    """Whether a column is surely an image, from how its base64 begins. (A short one of a rare format may not be.)"""
+    return _is_image(field, 0, len(field))
+
+
 def _columns(line: bytes, begin: int, end: int) -> Tuple[int, int, int, int]:
     """Where the columns stand: (id_end, image_begin, image_end, caption_begin), -1 where there is none.
 

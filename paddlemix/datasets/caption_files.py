@@ -1,0 +1,140 @@
+"""Captions by id from files: what a model wrote (`id \\t caption`), and references in any of the project's formats."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Mapping, NamedTuple
+
+from paddlemix.datasets.chatml import SampleError, parse_record
+from paddlemix.datasets.json_index import record_bounds
+from paddlemix.datasets.tsv import (
+    CAPTION_NOT_UTF8,
+    EMPTY_CAPTION,
+    EMPTY_IMAGE,
+    NO_CAPTION,
+    NO_IMAGE,
+    check_input,
+    is_image,
+    read_rows,
+)
+from paddlemix.utils.errors import UserError
+
+SHOWN = 10
+
+
+class References(NamedTuple):
+    """texts: id → its references, in the order of the file. has_images: the file is a TSV with images."""
+
+    texts: Dict[str, List[str]]
+    has_images: bool
+
+
+def _listed(things: List[str]) -> str:
+    return ", ".join(things[:SHOWN]) + (f" and {len(things) - SHOWN} more" if len(things) > SHOWN else "")
+
+
+def read_captions(path: str) -> Dict[str, str]:
+    """`id \\t caption` lines (SPEC §3) by id, in the order of the file; a caption may be empty.
+
+    Raises:
+        UserError: the file cannot be read, a line is not two columns of UTF-8, or an id comes twice; lines and ids
+        are listed (the first ten and the number).
+    """
+    check_input(path)
+    found: Dict[str, str] = {}
+    doubled: Dict[str, int] = {}
+    bad: List[str] = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                line = line[3:]
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
+                continue
+            try:
+                fields = line.decode("utf-8").split("\t")
+            except UnicodeDecodeError:
+                fields = []
+            if len(fields) != 2:
+                bad.append(str(number))
+            elif fields[0] in found:
+                doubled[fields[0]] = doubled.get(fields[0], 1) + 1
+            else:
+                found[fields[0]] = fields[1]
+    if bad:
+        raise UserError(f"{path}: {len(bad)} lines are not id, tab, caption in UTF-8: lines {_listed(bad)}")
+    if doubled:
+        raise UserError(f"{path}: {len(doubled)} ids come more than once: {_listed(list(doubled))}")
+    if not found:
+        raise UserError(f"{path} has no captions")
+    return found
+
+
+def read_references(path: str) -> References:
+    """References by id. An id may come several times, each time with a further reference.
+
+    A JSON file holds chatml records (SPEC §3), whose first answer is the reference. In any other file a line is
+    `id \\t base64 \\t caption`, or `id \\t caption`; behind the latter each further column is one more reference.
+
+    Raises:
+        UserError: the file cannot be read, or a row has no reference; the lines are listed.
+    """
+    check_input(path)
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    found = _of_json(path) if head in (b"[", b"{") else _of_rows(path)
+    if not found.texts:
+        raise UserError(f"{path} has no references")
+    return found
+
+
+def _of_json(path: str) -> References:
+    texts: Dict[str, List[str]] = {}
+    bad = []
+    with open(path, "rb") as file:
+        for number, (begin, end) in enumerate(record_bounds(path).tolist(), 1):
+            file.seek(begin)
+            try:
+                record = parse_record(file.read(end - begin))
+            except SampleError as error:
+                bad.append(f"{number} ({error})")
+                continue
+            texts.setdefault(record.id, []).append(record.turns[0][1])
+    if bad:
+        raise UserError(f"{path}: {len(bad)} records cannot be used: {_listed(bad)}")
+    return References(texts, False)
+
+
+def _of_rows(path: str) -> References:
+    texts: Dict[str, List[str]] = {}
+    bad: List[str] = []
+    has_images = False
+    for row in read_rows(path, want_caption=True):
+        second = bytes(row.image)
+        reason = row.error
+        if is_image(second):
+            has_images = True
+            captions = [row.caption]
+        else:
+            # A line of text; TsvRow says what it lacks as a row with an image.
+            if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION):
+                reason = None
+            elif reason == EMPTY_IMAGE and row.caption is None:
+                reason = EMPTY_CAPTION
+            try:
+                captions = [second.decode("utf-8"), *(row.caption or "").split("\t")]
+            except UnicodeDecodeError:
+                reason = CAPTION_NOT_UTF8
+        if reason is None and not row.id:
+            reason = "no id"
+        if reason in (None, EMPTY_IMAGE):
+            texts.setdefault(row.id, []).extend(caption for caption in captions if caption.strip())
+        else:
+            bad.append(f"{row.line_no} ({reason})")
+    if bad:
+        raise UserError(f"{path}: {len(bad)} lines have no reference: {_listed(bad)}")
+    return References(texts, has_images)
+
+
+def common_ids(*sides: Mapping[str, object]) -> List[str]:
+    """The ids that all sides have, in the order of the first."""
+    return [key for key in sides[0] if all(key in side for side in sides[1:])]

@@ -1,0 +1,59 @@
+"""Small pictures of the rows of a TSV, for pages that show many of them."""
+
+from __future__ import annotations
+
+import io
+from typing import Collection, Dict, NamedTuple
+
+from paddlemix.datasets.tsv import check_input, read_rows
+from paddlemix.processors.images import decode_base64, open_image
+from paddlemix.utils.errors import ImageError
+from paddlemix.utils.progress import Progress
+
+QUALITY = 60
+
+
+class Thumbnail(NamedTuple):
+    """webp: the file's bytes, b"" where there is no picture; problem: why there is none, else ""."""
+
+    webp: bytes
+    problem: str
+
+
+def shrink(data: bytes, side: int) -> bytes:
+    """An image file as WebP of at most side × side pixels, its proportions kept.
+
+    Raises:
+        ImageError: as open_image.
+    """
+    from PIL import Image
+
+    image = open_image(data)
+    image.thumbnail((side, side), Image.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = True) -> Dict[str, Thumbnail]:
+    """The first picture of each of `ids` that the TSV has a row of (SPEC §3). A picture that cannot be used says why.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    wanted = set(ids)
+    found: Dict[str, Thumbnail] = {}
+    size = check_input(path)
+    with Progress(size, "images", unit="B", unit_scale=True, disable=quiet) as bar:
+        position = 0
+        for row in read_rows(path, want_caption=False):
+            if row.id in wanted and row.id not in found:
+                try:
+                    if row.error:
+                        raise ImageError(row.error)
+                    found[row.id] = Thumbnail(shrink(decode_base64(row.image), side), "")
+                except ImageError as error:
+                    found[row.id] = Thumbnail(b"", error.reason)
+            bar.update(row.next_offset - position)
+            position = row.next_offset
+    return found

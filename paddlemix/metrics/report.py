@@ -1,0 +1,122 @@
+"""The evaluation as a page: one HTML file that asks for nothing from anywhere, see report.html.
+
+The page's data stand in two blocks that are text to the browser: JSON with all but the pictures, and the pictures, one
+base64 line after the other. A picture becomes an element only while its row is near the screen. Everything of the data
+goes into the page as text nodes; the policy in its head allows the file's own script and style by their hashes and
+no request at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from paddlemix.metrics.captions import SCORES
+from paddlemix.metrics.evaluation import MEASURES, RATES, Evaluation, System
+from paddlemix.metrics.wording import EMPTY, REPEATED, TOKENS
+from paddlemix.utils.files import atomic_write
+
+TEMPLATE = os.path.join(os.path.dirname(__file__), "report.html")
+# What the page sorts by and shows of each row.
+COLUMNS = (*SCORES, TOKENS)
+# JSON inside HTML: nothing that could end the block or begin a tag, and no line ends of JavaScript.
+_UNFIT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+# Half characters, which a UTF-8 file cannot hold.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PLACES = re.compile(r"\{\{(policy|data|pictures)\}\}")
+_OWN = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+def choose_rows(evaluation: Evaluation, limit: int) -> List[int]:
+    """Which rows the page shows, in the order of the references: all, or the `limit` of least CIDEr."""
+    worst = np.argsort(evaluation.results.scores.rows["CIDEr"], kind="stable")[:limit]
+    return sorted(worst.tolist())
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _SURROGATE.sub("\ufffd", text)
+    return "".join(_UNFIT.get(letter, letter) for letter in text) if re.search("[<>&\u2028\u2029]", text) else text
+
+
+def _policy(template: str) -> str:
+    """The content security policy: the template's own script and style by hash, pictures from data, nothing else."""
+    allowed: Dict[str, List[str]] = {"script": [], "style": []}
+    for tag, text in _OWN.findall(template):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        allowed[tag].append(f"'sha256-{digest}'")
+    return (
+        f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _row(system: System, row: int) -> List[Any]:
+    """What the page needs of one row of one file: caption, scores by COLUMNS, words not in references, flags."""
+    values = {**system.scores.rows, **system.wording.rows}
+    flags = [name for name in (REPEATED, EMPTY) if values[name][row]]
+    return [
+        system.captions[row],
+        [round(float(values[name][row]), 4) for name in COLUMNS],
+        [word for _, word in system.wording.unsupported[row]],
+        flags,
+    ]
+
+
+def write_report(
+    path: str,
+    evaluation: Evaluation,
+    rows: Sequence[int],
+    pictures: Optional[Mapping[str, Tuple[bytes, str]]],
+) -> None:
+    """Write the page of `rows` of an evaluation, whole or not at all.
+
+    pictures: id → (a WebP file's bytes, or b"" and why there is none); None for a page without pictures.
+    """
+    with open(TEMPLATE, encoding="utf-8", newline="") as file:
+        template = file.read()
+    found = evaluation.to_json()
+    places: List[Any] = []
+    begin = 0
+    shown = []
+    for row in rows:
+        key = evaluation.ids[row]
+        place: Any = None
+        if pictures is not None:
+            webp, problem = pictures.get(key, (b"", "no picture in the file"))
+            place = problem
+            if webp:
+                length = (len(webp) + 2) // 3 * 4
+                place, begin = [begin, length], begin + length + 1
+                places.append(webp)
+        systems = [_row(evaluation.results, row)]
+        if evaluation.other:
+            systems.append(_row(evaluation.other, row))
+        shown.append([key, evaluation.references[row], place, systems])
+    data = {
+        "summary": found,
+        "measures": MEASURES,
+        "rates": RATES,
+        "columns": COLUMNS,
+        "has_pictures": pictures is not None,
+        "rows": shown,
+    }
+    with atomic_write(path) as file:
+        position = 0
+        for match in _PLACES.finditer(template):
+            file.write(template[position : match.start()])
+            position = match.end()
+            if match.group(1) == "policy":
+                file.write(_policy(template))
+            elif match.group(1) == "data":
+                file.write(_json(data))
+            else:
+                for webp in places:
+                    file.write(base64.b64encode(webp).decode() + "\n")
+        file.write(template[position:])

@@ -1,0 +1,153 @@
+"""What can be told of captions without knowing the language model: length, variety, repetition, emptiness, and words
+that no reference has.
+
+The last is a cheap signal of hallucination and no more: words.json lists colours, counts and objects of ads in
+Chinese, and a caption is marked when it names one that none of its references names. A caption may be right where its
+references say nothing, and it may be wrong with words that are not in the list.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from typing import Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
+
+import numpy as np
+
+WORDS_FILE = os.path.join(os.path.dirname(__file__), "words.json")
+KINDS = ("colour", "count", "object")
+DISTINCT = (1, 2)
+
+_MARKS = re.compile(r"[^\w\s]+|\s+")
+# A phrase of two tokens or more, three times running. (Tokens are single characters here, see repeats_itself.)
+_STUCK = re.compile(r"(.{2,}?)\1\1", re.DOTALL)
+_LEAST_CLAUSE_TOKENS = 3
+
+
+def repeats_itself(tokens: Sequence[str]) -> bool:
+    """Whether a clause of three tokens or more comes twice, or two tokens or more come three times running.
+
+    Clauses are what stands between punctuation marks. Ordinary doubling (干干净净, 哈哈哈) does not count.
+    """
+    letters: Dict[str, str] = {}
+    text = "".join(letters.setdefault(token, chr(0x100000 + len(letters))) for token in tokens)
+    seen: Set[Tuple[str, ...]] = set()
+    clause: List[str] = []
+    for token in [*tokens, "。"]:
+        if not _MARKS.fullmatch(token):
+            clause.append(token)
+            continue
+        said = tuple(clause)
+        if len(said) >= _LEAST_CLAUSE_TOKENS and said in seen:
+            return True
+        seen.add(said)
+        clause = []
+    return _STUCK.search(text) is not None
+
+
+def distinct(rows: Iterable[Sequence[str]], n: int) -> float:
+    """distinct-n: different n-grams over all n-grams of all captions (Li et al. 2016, arXiv 1510.03055); 0 of none."""
+    found: Set[Tuple[str, ...]] = set()
+    total = 0
+    for tokens in rows:
+        for begin in range(len(tokens) - n + 1):
+            found.add(tuple(tokens[begin : begin + n]))
+            total += 1
+    return len(found) / total if total else 0.0
+
+
+class WordList:
+    """The word lists of words.json, and what a caption claims with them.
+
+    A group's words of two characters or more are claims when a caption has them; each of its words, the single
+    characters too, in any reference supports the claim. One (一个) is never a claim: it is said of everything.
+    """
+
+    def __init__(self, path: str = WORDS_FILE):
+        with open(path, encoding="utf-8") as file:
+            lists = json.load(file)
+        # Word → (kind, the words that support it); a word in several groups is supported by each.
+        self._support: Dict[str, Tuple[str, Set[str]]] = {}
+        for kind, groups in (("colour", lists["colours"]), ("object", lists["objects"])):
+            for group in groups:
+                for word in group:
+                    if len(word) > 1:
+                        self._support.setdefault(word.lower(), (kind, set()))[1].update(map(str.lower, group))
+        self._by_first: Dict[str, List[str]] = defaultdict(list)
+        for word in sorted(self._support, key=len, reverse=True):
+            self._by_first[word[0]].append(word)
+        self._number = {name: number for number, names in lists["numerals"].items() for name in names}
+        numerals = "|".join(sorted(map(re.escape, self._number), key=len, reverse=True))
+        measures = "|".join(map(re.escape, lists["measure_words"]))
+        # No part of a longer number, and no ordinal (第二个).
+        self._count = re.compile(rf"(?<![第\d.〇零一二两三四五六七八九十百千万])({numerals})(?:{measures})")
+
+    def _named(self, text: str) -> Iterable[str]:
+        """Words of the list in a text, the longest at each place."""
+        position = 0
+        while position < len(text):
+            for word in self._by_first.get(text[position], ()):
+                if text.startswith(word, position):
+                    yield word
+                    position += len(word)
+                    break
+            else:
+                position += 1
+
+    def unsupported(self, caption: str, references: Sequence[str]) -> List[Tuple[str, str]]:
+        """(kind, word as said) of each claim in a caption that none of its references supports, in order, once each."""
+        caption, said = caption.lower(), "\n".join(references).lower()
+        found = {}
+        for word in self._named(caption):
+            kind, support = self._support[word]
+            if not any(other in said for other in support):
+                found[word] = kind
+        claims = list(self._count.finditer(caption))
+        if claims:
+            numbers = {self._number[match.group(1)] for match in self._count.finditer(said)}
+            for match in claims:
+                if self._number[match.group(1)] not in numbers:
+                    found[match.group()] = "count"
+        return [(kind, word) for word, kind in found.items()]
+
+
+class Wording(NamedTuple):
+    """rows: measure → float64 [n]; a rate's mean is the rate. distinct: n → value.
+    unsupported: per row (kind, word). most: kind → [(word, rows)], the most frequent first."""
+
+    rows: Dict[str, np.ndarray]
+    distinct: Dict[int, float]
+    unsupported: List[List[Tuple[str, str]]]
+    most: Dict[str, List[Tuple[str, int]]]
+
+
+TOKENS, REPEATED, EMPTY = "tokens", "repeated phrase", "empty"
+UNSUPPORTED = {kind: f"{kind} not in references" for kind in KINDS}
+
+
+def describe(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    split,
+    words: WordList,
+    top: int = 10,
+) -> Wording:
+    """Look at captions; references: those of each row. split: a tokenizer of metrics.captions.TOKENIZERS."""
+    tokens = [split(caption) for caption in captions]
+    unsupported = [words.unsupported(caption, row) for caption, row in zip(captions, references)]
+    kinds = [{kind for kind, _ in row} for row in unsupported]
+    rows: Dict[str, List] = {
+        TOKENS: [len(row) for row in tokens],
+        REPEATED: [repeats_itself(row) for row in tokens],
+        EMPTY: [not row for row in tokens],
+        **{name: [kind in row for row in kinds] for kind, name in UNSUPPORTED.items()},
+    }
+    tally = {kind: Counter(word for row in unsupported for found, word in row if found == kind) for kind in KINDS}
+    return Wording(
+        {name: np.array(values, dtype=np.float64) for name, values in rows.items()},
+        {n: distinct(tokens, n) for n in DISTINCT},
+        unsupported,
+        {kind: counts.most_common(top) for kind, counts in tally.items()},
+    )

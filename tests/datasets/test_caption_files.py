@@ -1,0 +1,96 @@
+"""Captions and references from files. Run: pytest tests/datasets"""
+
+import base64
+import json
+
+import pytest
+
+from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+from paddlemix.datasets.thumbnails import read_thumbnails
+from paddlemix.utils.errors import UserError
+from tests.helpers import image_base64, image_bytes
+
+IMAGE = image_base64()
+
+
+def write(tmp_path, text, name="file.txt"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_captions_by_id(tmp_path):
+    path = write(tmp_path, "\ufeffa\t红杯\r\n\nb\t\r\nc\t末行没有换行")
+    assert read_captions(path) == {"a": "红杯", "b": "", "c": "末行没有换行"}
+
+
+def test_lines_that_are_no_captions_are_listed(tmp_path):
+    bad = b"".join(b"%d\tx\ty\n" % i for i in range(11))
+    with pytest.raises(UserError, match=r"13 lines are not .* lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 3 more$"):
+        read_captions(write(tmp_path, b"a\tx\n" + bad + b"alone\n" + b"\xff\t\n"))
+    with pytest.raises(UserError, match="2 ids come more than once: a, b"):
+        read_captions(write(tmp_path, "a\tx\nb\tx\na\ty\nb\tx\na\tz\n"))
+    with pytest.raises(UserError, match="has no captions"):
+        read_captions(write(tmp_path, "\n \n"))
+    with pytest.raises(UserError, match="cannot read"):
+        read_captions(str(tmp_path / "none"))
+
+
+def test_references_as_lines_of_text(tmp_path):
+    path = write(tmp_path, "\ufeffa\t红杯\nb\t蓝瓶\t一只瓶\t\na\t杯子\nc\t灯\t\n")
+    found = read_references(path)
+    assert found.texts == {"a": ["红杯", "杯子"], "b": ["蓝瓶", "一只瓶"], "c": ["灯"]}
+    assert not found.has_images
+
+
+def test_references_as_training_rows(tmp_path):
+    path = write(tmp_path, f"a\t{IMAGE}\t红杯\tmore\nb\t{IMAGE}\t蓝瓶\na\t{IMAGE}\t杯子\n")
+    found = read_references(path)
+    assert found.texts == {"a": ["红杯\tmore", "杯子"], "b": ["蓝瓶"]} and found.has_images
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_references_as_records(tmp_path, indent):
+    records = [
+        {"id": f"identity_{i}", "conversations": [["问", f"答{i}"], ["再问", "再答"]], "image": IMAGE} for i in range(3)
+    ]
+    path = write(tmp_path, json.dumps(records, indent=indent, ensure_ascii=False), "val.json")
+    assert read_references(path).texts == {f"identity_{i}": [f"答{i}"] for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("a\t红杯\nalone\n", r"1 lines have no reference: 2 \(missing column\)"),
+        ("a\t\n", r"1 \(empty caption\)"),
+        (f"a\t{IMAGE}\n", r"1 \(no caption\)"),
+        (f"{IMAGE}\t红杯\n", r"1 \(no id\)"),
+        (b"a\t\xff\xfe\n", r"1 \(caption is not UTF-8\)"),
+        ("[{]", r"1 records cannot be used: 1 \(not JSON"),
+        ("", "has no references"),
+    ],
+)
+def test_references_that_are_none(tmp_path, text, why):
+    with pytest.raises(UserError, match=why):
+        read_references(write(tmp_path, text))
+
+
+def test_ids_of_all_sides_in_the_order_of_the_first():
+    assert common_ids({"c": 1, "a": 1, "b": 1}, {"a": 1, "c": 1}, {"c": 1, "a": 1, "d": 1}) == ["c", "a"]
+
+
+def test_thumbnails(tmp_path):
+    from io import BytesIO
+
+    from PIL import Image
+
+    wide = image_base64(size=(400, 100))
+    cut = base64.b64encode(image_bytes(size=(64, 64))[:-40]).decode()
+    text = f"a\t{wide}\nb\t!!!\nc\tZm9v\nunwanted\t{IMAGE}\na\t{IMAGE}\nalone\nd\t{cut}\n"
+    found = read_thumbnails(write(tmp_path, text), ["a", "b", "c", "d", "alone", "absent"], side=50)
+    with Image.open(BytesIO(found["a"].webp)) as image:
+        assert (image.format, image.size) == ("WEBP", (50, 13))
+    assert {key: one.problem for key, one in found.items()} == {
+        "a": "", "b": "bad base64", "c": "not an image", "d": "", "alone": "missing column",
+    }  # fmt: skip
+    assert not found["b"].webp and found["d"].webp

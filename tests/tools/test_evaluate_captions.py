@@ -1,0 +1,97 @@
+"""tools/evaluate_captions.py as a user runs it, but in this process. Run: pytest tests/tools"""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from paddlemix.utils import cli
+from tests.helpers import image_base64
+
+
+@pytest.fixture
+def run(root, tmp_path, monkeypatch, capsys):
+    """Run the tool in tmp_path with some files; its exit status, stdout and last line of stderr."""
+    path = root / "tools" / "evaluate_captions.py"
+    spec = importlib.util.spec_from_file_location("evaluate_captions", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--workers", "0", "--quiet"])
+        status = cli.run(tool.main)
+        out, err = capsys.readouterr()
+        return status, out, (err.splitlines() or [""])[-1]
+
+    (tmp_path / "refs.txt").write_text("a\t红杯在左\nb\t两只蓝瓶\nc\t黑猫\n", encoding="utf-8")
+    (tmp_path / "good.txt").write_text("a\t红杯在左\nb\t两只蓝瓶\nc\t黑猫\n", encoding="utf-8")
+    (tmp_path / "bad.txt").write_text("a\t红杯在右\nb\t三只白色的瓶子\nc\t\n", encoding="utf-8")
+    return run
+
+
+def lines_of(out):
+    return {line[:28].strip(): line[28:].split() for line in out.splitlines() if line[:1] not in ("", " ")}
+
+
+def test_scores_are_printed_with_the_tokenizer(run):
+    status, out, _ = run("bad.txt", "refs.txt")
+    assert status == 0 and "tokenizer: char\n" in out and "seed 0; document frequencies held fixed" in out
+    lines = lines_of(out)
+    # 3 of 4, 3 of 7 (只, 瓶 and nothing else: 2) and 0 of 0 tokens: (3 + 2) / 11, no longer than the references' 10.
+    assert lines["BLEU-1"][0] == f"{5 / 11:.4f}"
+    assert lines["empty"][0] == "33.33%" and lines["count not in references"][0] == "33.33%"
+    assert "colour: 白色 1" in out and "count: 三只 1" in out
+    status, out, _ = run("bad.txt", "refs.txt", "--tokenizer", "jieba", "--resamples", "0")
+    assert status == 0 and "tokenizer: jieba 0." in out and "…" not in lines_of(out)["CIDEr"]
+
+
+def test_two_files_are_compared_and_written_as_json(run, tmp_path):
+    status, out, _ = run("good.txt", "refs.txt", "--compare", "bad.txt", "--json", "out/all.json")
+    assert status == 0
+    value = json.loads((tmp_path / "out" / "all.json").read_text(encoding="utf-8"))
+    assert value["settings"]["files"] == {"results": "good.txt", "references": "refs.txt", "other": "bad.txt"}
+    better = value["difference"]["BLEU-1"]["value"]
+    assert better == pytest.approx(1 - 5 / 11) and f"+{better:.4f}" in lines_of(out)["BLEU-1"]
+
+
+@pytest.mark.parametrize(
+    "results, references, arguments, why",
+    [
+        ("a\tx\nb\tx\nd\tx\n", None, [], "1 ids have no caption: c; 1 ids have no reference: d"),
+        ("a\tx\na\ty\n", None, [], "1 ids come more than once: a"),
+        ("d\tx\n", None, ["--intersection"], "no id is in all of the files"),
+        ("a\tx\n", "a\t\n", [], "1 lines have no reference: 1 (empty caption)"),
+        (None, None, ["--images", "x.tsv"], "--images is for the page"),
+        (None, None, ["--resamples", "-1"], "--resamples must be at least 0"),
+        (None, None, ["--tokenizer", "words"], "invalid choice"),
+        (None, None, ["--html", "r.html", "--images", "none.tsv"], "cannot read none.tsv"),
+    ],
+)
+def test_what_can_be_mended_is_one_line(run, tmp_path, results, references, arguments, why):
+    for name, text in (("good.txt", results), ("refs.txt", references)):
+        if text is not None:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    status, _, error = run("good.txt", "refs.txt", *arguments)
+    assert status == 2 and error.startswith("error: ") and why in error
+
+
+def test_an_intersection_is_scored_only_when_asked_for(run, tmp_path):
+    (tmp_path / "some.txt").write_text("x\t红\nb\t两只蓝瓶\na\t红杯在左\n", encoding="utf-8")
+    assert run("some.txt", "refs.txt")[0] == 2
+    status, out, _ = run("some.txt", "refs.txt", "--intersection")
+    assert status == 0 and "2 ids are in all files; 2 are not and are left out" in out
+    assert lines_of(out)["BLEU-4"][0] == "1.0000"
+
+
+def test_a_page_takes_its_pictures_from_the_references_or_another_file(run, tmp_path):
+    rows = "".join(f"{key}\t{image_base64(seed)}\t红杯{key}\n" for seed, key in enumerate("abc"))
+    (tmp_path / "train.tsv").write_text(rows, encoding="utf-8")
+    status, out, _ = run("good.txt", "train.tsv", "--html", "page.html", "--thumbnail", "20")
+    assert status == 0 and "page: page.html, all 3 rows, 0.0 MB" in out and "could not" not in out
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("\nUklGR") == 2
+    (tmp_path / "images.tsv").write_text(f"a\t{image_base64()}\nb\tbroken\n", encoding="utf-8")
+    status, out, _ = run("bad.txt", "refs.txt", "--html", "page.html", "--images", "images.tsv", "--html_rows", "2")
+    assert status == 0 and "the 2 rows of least CIDEr of 3 rows" in out
+    assert "1 pictures could not be decoded" in out

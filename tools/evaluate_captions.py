@@ -1,0 +1,159 @@
+"""How good are the captions? Scores them against references, with intervals, and shows them on a page.
+
+    python tools/evaluate_captions.py RESULTS REFERENCES [--compare OTHER] [--json OUT] [--html report.html]
+
+RESULTS is what predict.py writes: id \\t caption. REFERENCES is one of
+    id \\t caption               an id may come several times; further columns are further references too
+    id \\t base64 \\t caption     the contest's training rows
+    train.json, val.json         chatml records; the first answer is the reference
+
+CIDEr, CIDEr-D, BLEU-1…4 and ROUGE-L are pycocoevalcap's, without Java. METEOR is not included: it needs Java.
+Intervals are 95 % percentiles of a bootstrap over rows, with CIDEr's document frequencies held fixed. Ids that are
+missing, doubled or unknown are an error that lists them. docs/evaluation.md says what each number means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Dict, List, Optional
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.utils import cli  # noqa: E402
+from paddlemix.utils.errors import UserError  # noqa: E402
+from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.runtime import physical_cores  # noqa: E402
+
+# Columns of the table: name, value, interval.
+_WIDTHS = (28, 9, 19)
+
+
+def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("results", metavar="RESULTS", help="id \\t caption")
+    parser.add_argument("references", metavar="REFERENCES", help="see above")
+    parser.add_argument("--compare", metavar="OTHER", help="a second RESULTS; shows RESULTS minus OTHER, paired")
+    parser.add_argument(
+        "--tokenizer", choices=("char", "jieba"), default="char",
+        help="char: each character, runs of Latin letters and digits whole (default); jieba: its words",
+    )  # fmt: skip
+    parser.add_argument(
+        "--intersection", action="store_true", help="score the ids that all files have, and say how many that leaves out"
+    )
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, default=physical_cores(), metavar="N",
+        help="processes that score; 0: none beside this one (default: the number of cores)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="OUT", help="write all that is printed, and more digits of it")
+    parser.add_argument("--html", metavar="OUT", help="write a page with the captions, worst first")
+    parser.add_argument(
+        "--images", metavar="TSV", help="images of the page: id \\t base64 (default: REFERENCES, if it has images)"
+    )
+    parser.add_argument(
+        "--html_rows", type=cli.positive, default=10000, metavar="N", help="most rows on the page (default: 10000)"
+    )
+    parser.add_argument(
+        "--thumbnail", type=cli.positive, default=160, metavar="PIXELS", help="side of its pictures (default: 160)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    return parser.parse_args(arguments)
+
+
+def print_table(evaluation) -> None:
+    """The measures of one file, or of two and their difference, with intervals."""
+    from paddlemix.metrics.evaluation import MEASURES, RATES
+
+    columns = [("captions", evaluation.results.measures)]
+    if evaluation.other:
+        columns += [("other", evaluation.other.measures), ("difference", evaluation.difference)]
+    name_width, value_width, interval_width = _WIDTHS
+    print(" " * name_width + "".join(f"{title:>{value_width}}{'95 %':>{interval_width}}" for title, _ in columns))
+    for name in MEASURES:
+        line = name.ljust(name_width)
+        for title, measures in columns:
+            value, interval = measures[name]
+            sign = "+" if title == "difference" else ""
+            form = f"{sign}.2%" if name in RATES else f"{sign}.2f" if name == "tokens" else f"{sign}.4f"
+            line += format(value, form).rjust(value_width)
+            line += ("" if interval is None else " … ".join(format(end, form) for end in interval)).rjust(interval_width)
+        print(line)
+    print("\n… not in references: cheap signals of hallucination, words of a list that no reference of the row has.")
+    for kind, pairs in evaluation.results.wording.most.items():
+        if pairs:
+            print(f"  {kind}: " + ", ".join(f"{word} {count}" for word, count in pairs))
+
+
+def main() -> None:
+    args = parse_arguments()
+    for name in ("resamples", "workers", "seed"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} must be at least 0")
+    if args.images and not args.html:
+        raise UserError("--images is for the page; give --html too")
+
+    from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+    from paddlemix.metrics.evaluation import evaluate
+
+    captions = read_captions(args.results)
+    references = read_references(args.references)
+    other = read_captions(args.compare) if args.compare else None
+    texts = references.texts
+    if args.intersection:
+        sides = [texts, captions] if other is None else [texts, captions, other]
+        ids = common_ids(*sides)
+        left_out = len(set().union(*sides)) - len(ids)
+        if not ids:
+            raise UserError("no id is in all of the files")
+        texts, captions = {key: texts[key] for key in ids}, {key: captions[key] for key in ids}
+        other = None if other is None else {key: other[key] for key in ids}
+        print(f"{len(ids)} ids are in all files; {left_out} are not and are left out")
+
+    evaluation = evaluate(
+        captions, texts, other, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet
+    )
+    evaluation.settings["files"] = {
+        "results": args.results, "references": args.references, "other": args.compare,
+    }  # fmt: skip
+    n_references = sum(map(len, texts.values()))
+    print(f"captions: {args.results} ({len(captions)} rows)")
+    if args.compare:
+        print(f"other: {args.compare}")
+    print(f"references: {args.references} ({n_references} for {len(texts)} rows)")
+    print(f"tokenizer: {evaluation.settings['tokenizer']}")
+    print(f"intervals: 95 %, {args.resamples} bootstrap draws of rows, seed {args.seed}; document frequencies held fixed")
+    print()
+    print_table(evaluation)
+    if args.json:
+        with atomic_write(args.json) as file:
+            json.dump(evaluation.to_json(), file, ensure_ascii=False, indent=2)
+            file.write("\n")
+    if args.html:
+        write_page(args, evaluation, args.images or (args.references if references.has_images else None))
+
+
+def write_page(args: argparse.Namespace, evaluation, images: Optional[str]) -> None:
+    """Write the page and say how large it is."""
+    from paddlemix.datasets.thumbnails import Thumbnail, read_thumbnails
+    from paddlemix.metrics.report import choose_rows, write_report
+
+    rows = choose_rows(evaluation, args.html_rows)
+    pictures: Dict[str, Thumbnail] = {}
+    if images:
+        pictures = read_thumbnails(images, [evaluation.ids[row] for row in rows], args.thumbnail, args.quiet)
+    write_report(args.html, evaluation, rows, pictures if images else None)
+    shown = "all" if len(rows) == len(evaluation.ids) else f"the {len(rows)} rows of least CIDEr of"
+    print(f"\npage: {args.html}, {shown} {len(evaluation.ids)} rows, {os.path.getsize(args.html) / 1e6:.1f} MB")
+    problems = sum(1 for picture in pictures.values() if picture.problem)
+    if images and (problems or len(pictures) < len(rows)):
+        print(f"{problems} pictures could not be decoded, {len(rows) - len(pictures)} rows have none")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
