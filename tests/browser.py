@@ -12,7 +12,6 @@ import tempfile
 import time
 from typing import Any, Dict, List, Optional
 
-
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--remote-debugging-pipe", "--window-size=1200,900",

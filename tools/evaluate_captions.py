@@ -43,7 +43,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         help="char: each character, runs of Latin letters and digits whole (default); jieba: its words",
     )  # fmt: skip
     parser.add_argument(
-        "--intersection", action="store_true", help="score the ids that all files have, and say how many that leaves out"
+        "--intersection", action="store_true", help="score the ids that all files have, say how many that leaves out"
     )
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
@@ -82,7 +82,8 @@ def print_table(evaluation) -> None:
             sign = "+" if title == "difference" else ""
             form = f"{sign}.2%" if name in RATES else f"{sign}.2f" if name == "tokens" else f"{sign}.4f"
             line += format(value, form).rjust(value_width)
-            line += ("" if interval is None else " … ".join(format(end, form) for end in interval)).rjust(interval_width)
+            ends = [] if interval is None else [format(end, form) for end in interval]
+            line += " … ".join(ends).rjust(interval_width)
         print(line)
     print("\n… not in references: cheap signals of hallucination, words of a list that no reference of the row has.")
     for kind, pairs in evaluation.results.wording.most.items():
@@ -127,7 +128,8 @@ def main() -> None:
         print(f"other: {args.compare}")
     print(f"references: {args.references} ({n_references} for {len(texts)} rows)")
     print(f"tokenizer: {evaluation.settings['tokenizer']}")
-    print(f"intervals: 95 %, {args.resamples} bootstrap draws of rows, seed {args.seed}; document frequencies held fixed")
+    draws = f"{args.resamples} bootstrap draws of rows, seed {args.seed}"
+    print(f"intervals: 95 %, {draws}; document frequencies held fixed")
     print()
     print_table(evaluation)
     if args.json:

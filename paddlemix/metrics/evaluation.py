@@ -21,7 +21,7 @@ from paddlemix.metrics.captions import (
     bleu_of_counts,
     tokenizer_name,
 )
-from paddlemix.metrics.wording import DISTINCT, EMPTY, KINDS, REPEATED, TOKENS, UNSUPPORTED, WordList, Wording, describe
+from paddlemix.metrics.wording import DISTINCT, EMPTY, KINDS, REPEATED, TOKENS, UNSUPPORTED, Wording, WordList, describe
 from paddlemix.utils.progress import Progress
 
 LEVEL = 0.95

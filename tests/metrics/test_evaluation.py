@@ -66,7 +66,8 @@ def test_bleu_of_a_draw_is_that_of_its_rows(monkeypatch):
     ids, values = list(REFERENCES), seen[MEASURES.index("BLEU-2")]
     for rows, value in zip(drawn, values):
         names = {f"{place}": ids[row] for place, row in enumerate(rows)}
-        again = evaluate({k: BAD[v] for k, v in names.items()}, {k: REFERENCES[v] for k, v in names.items()}, resamples=0)
+        captions, references = ({k: side[v] for k, v in names.items()} for side in (BAD, REFERENCES))
+        again = evaluate(captions, references, resamples=0)
         assert value == pytest.approx(again.results.measures["BLEU-2"].value, rel=1e-9)
     # CIDEr keeps the document frequencies of all rows: the mean of the rows as they are.
     rows = found.results.scores.rows["CIDEr"]
