@@ -165,7 +165,6 @@ def test_every_problem_is_found_at_once(words, tmp_path):
         '"nothing.*" matches no module',
         "an epoch has 2 batches",
         "tensor_parallel_degree=3 needs 3 processes",
-        "tensor_parallel_degree needs GPUs",
         "tensor_parallel_degree=3 does not divide num_attention_heads (4)",
         "no file matches /no/such.json",
         "resume_from_checkpoint",
@@ -239,6 +238,10 @@ def test_cards_share_the_work(words):
     assert (found.data_parallel, found.per_step, found.setting.tensor) == (2, 4, 2)
     problems = plan.make_plan(words(tensor_parallel_degree=2), "3xA100-80GB").problems
     assert any("3 processes cannot be divided" in problem for problem in problems)
+
+
+def test_what_this_device_has_no_kernels_for(words):
+    assert any("sharding=stage2 needs GPUs" in one for one in plan.make_plan(words(sharding="stage2")).problems)
 
 
 @pytest.mark.parametrize(
