@@ -3,7 +3,7 @@
 Nothing here imports Paddle or PyTorch.
 """
 
-from paddlemix.checkpoint.pdparams import GeneratorState, load_pdparams_object, read_pdparams
+from paddlemix.checkpoint.pdparams import load_pdparams_object, read_pdparams
 from paddlemix.checkpoint.shards import (
     LORA_WEIGHTS_NAME,
     PARTIAL_WEIGHTS_NAME,
@@ -17,7 +17,6 @@ from paddlemix.checkpoint.shards import (
 from paddlemix.checkpoint.tensors import TensorInfo, convert_dtype
 
 __all__ = [
-    "GeneratorState",
     "LORA_WEIGHTS_NAME",
     "PARTIAL_WEIGHTS_NAME",
     "PDPARAMS_NAME",

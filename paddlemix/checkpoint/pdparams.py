@@ -12,7 +12,6 @@ multiple of 64 bytes, so that it can be used in place. paddle.load of 2.x and 3.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -49,23 +48,10 @@ _CODES = {
     "u1": "uint8",
     "b1": "bool",
 }
-# Types that the state of an optimizer or of a random generator may hold beside these. No weights.
-_STATE_CODES = {"u4": "uint32", "u8": "uint64"}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
 # How deep a state may be nested.
 _MAX_DEPTH = 64
-
-
-@dataclass(frozen=True)
-class GeneratorState:
-    """State of one of Paddle's random generators, as plain numbers.
-
-    To use it: `state = paddle.framework.core.GeneratorState.__new__(paddle.framework.core.GeneratorState)`,
-    then `state.__setstate__(values)`.
-    """
-
-    values: Tuple[Any, ...]
 
 
 # ---- the constructors that a file may name, as data
@@ -75,7 +61,7 @@ class _Dtype(Buildable):
     """numpy.dtype("f4", False, True) and its state (3, "<", None, None, None, -1, -1, 0)."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
-        if type(code) is not str or (code not in _CODES and code not in _STATE_CODES):
+        if type(code) is not str or code not in _CODES:
             raise WeightsError(f"refused: arrays of type {printable(str(code))}")
         self.code = code
 
@@ -172,15 +158,6 @@ class _Scalar:
         self.code, self.data = dtype.code, data
 
 
-class _State(Buildable):
-    values: Any = None
-
-    def build(self, state: Any) -> None:
-        if type(state) is not tuple:
-            raise WeightsError("broken: a generator's state that is no tuple")
-        self.values = state
-
-
 def _empty_bytes(*arguments: Any) -> Blob:
     if arguments:
         raise WeightsError("refused: bytes made from arguments")
@@ -209,10 +186,6 @@ for _module in _NUMPY_CORES:
 for _module in _BUILTINS:
     _CALLS[_module, "bytes"] = _empty_bytes
     _CALLS[_module, "tuple"] = _named_tensor
-_MAKES: Dict[Tuple[str, str], Any] = {
-    (module, "GeneratorState"): _State
-    for module in ("paddle.base.libpaddle", "paddle.fluid.libpaddle", "paddle.fluid.core_avx")
-}
 _NAMES = {("numpy", "ndarray"): _NDARRAY}
 
 
@@ -223,7 +196,7 @@ _TORCH_BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P"
 def _parse(file: MappedFile) -> Any:
     if bytes(file.view[:13]) == _TORCH_BEFORE_1_6:
         raise WeightsError(f"{file.path} is of a PyTorch before 1.6; load and save it once with a newer one")
-    return Unpickler(file.view, file.path, _CALLS, _MAKES, _NAMES).load()
+    return Unpickler(file.view, file.path, _CALLS, _NAMES).load()
 
 
 # ---- weights
@@ -232,10 +205,6 @@ def _parse(file: MappedFile) -> Any:
 def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
     if not isinstance(array, _Array) or array.code is None:
         raise WeightsError(f"{file.path}: {printable(name)} is not a tensor")
-    if array.code not in _CODES:
-        raise WeightsError(
-            f"{file.path}: {printable(name)} is of type {_STATE_CODES[array.code]}, which no weights have"
-        )
     where = None
     if isinstance(array.data, Blob) and (not array.fortran or len(array.shape) < 2):
         where = FileBytes(file, array.data.offset, array.nbytes)
@@ -306,8 +275,7 @@ def read_pdparams(path: str) -> Dict[str, np.ndarray]:
 
 def load_pdparams_object(path: str) -> Any:
     """Any object that paddle.save wrote of dicts, lists, tuples, numbers, strings and tensors: optimizer,
-    scheduler, scaler and random states. Tensors are numpy arrays (views of the file), generator states
-    GeneratorState.
+    scheduler and scaler states. Tensors are numpy arrays (views of the file).
 
     Raises:
         WeightsError: the file names anything else, or is broken.
@@ -333,8 +301,6 @@ def load_pdparams_object(path: str) -> Any:
             done = value.decode(file)
         elif isinstance(value, _Scalar):
             done = _number(file, value, finish(value.data, depth + 1))
-        elif isinstance(value, _State):
-            done = GeneratorState(finish(value.values, depth + 1))
         elif type(value) is dict:
             done = {key: finish(item, depth + 1) for key, item in value.items() if key != NAME_TABLE}
         elif type(value) is list:

@@ -65,6 +65,7 @@ _MARK = Mark()
 _REFUSED = {
     b"i": "INST (makes an object of a class)",
     b"o": "OBJ (makes an object of a class)",
+    b"\x81": "NEWOBJ (makes an object of a class)",
     b"\x92": "NEWOBJ_EX (makes an object of a class)",
     b"\x82": "EXT1 (a name from a registry)",
     b"\x83": "EXT2 (a name from a registry)",
@@ -98,8 +99,6 @@ class Unpickler:
     """Reads one pickle from `view[start:stop]` and returns plain objects, Blobs, and what the handlers make.
 
     calls: (module, name) → function of ours, called with the arguments that the file gives to that name.
-    makes: (module, name) → function of ours, called without arguments where the file makes an empty object
-    of a class.
     names: (module, name) → object of ours that stands for a name which the file only hands on.
     persistent: takes a persistent id (torch's references to its storages), or None to refuse them.
 
@@ -112,7 +111,6 @@ class Unpickler:
         view: memoryview,
         path: str,
         calls: Dict[Tuple[str, str], Handler],
-        makes: Optional[Dict[Tuple[str, str], Handler]] = None,
         names: Optional[Dict[Tuple[str, str], Any]] = None,
         persistent: Optional[Callable[[Any], Any]] = None,
         start: int = 0,
@@ -121,7 +119,6 @@ class Unpickler:
         self._view = view
         self._path = path
         self._calls = calls
-        self._makes = makes or {}
         self._names = names or {}
         self._persistent = persistent
         self._at = start
@@ -291,7 +288,7 @@ class Unpickler:
         if (module, name) in self._names:
             self._push(self._names[module, name])
             return
-        if (module, name) not in self._calls and (module, name) not in self._makes:
+        if (module, name) not in self._calls:
             raise WeightsError(
                 f"refused: it wants to use {symbol}, which weights do not need; nothing was run"
             )
@@ -301,10 +298,10 @@ class Unpickler:
         name, module = self._pop(), self._pop()
         self._global(module, name)
 
-    def _allowed(self, table: Dict[Tuple[str, str], Handler], symbol: Any) -> Handler:
+    def _handler(self, symbol: Any) -> Handler:
         if type(symbol) is not Symbol:
             raise WeightsError("broken: a call of something that is no name")
-        handler = table.get((symbol.module, symbol.name))
+        handler = self._calls.get((symbol.module, symbol.name))
         if handler is None:
             raise WeightsError(
                 f"refused: it wants to call {symbol}, which weights do not need; nothing was run"
@@ -315,13 +312,7 @@ class Unpickler:
         arguments, symbol = self._pop(), self._pop()
         if type(arguments) is not tuple:
             raise WeightsError("broken: a call without arguments")
-        self._push(self._allowed(self._calls, symbol)(*arguments))
-
-    def _new_object(self) -> None:
-        arguments, symbol = self._pop(), self._pop()
-        if arguments != ():
-            raise WeightsError("refused: an object made with arguments")
-        self._push(self._allowed(self._makes, symbol)())
+        self._push(self._handler(symbol)(*arguments))
 
     def _build(self) -> None:
         state = self._pop()
@@ -380,7 +371,6 @@ class Unpickler:
         b"c": lambda self: self._global(self._line(), self._line()),
         b"\x93": lambda self: self._stack_global(),
         b"R": lambda self: self._reduce(),
-        b"\x81": lambda self: self._new_object(),
         b"b": lambda self: self._build(),
         b"Q": lambda self: self._persistent_id(),
     }

@@ -69,6 +69,7 @@ from paddlemix.utils.runtime import (
     resolve_dtype,
     resolve_flash,
     seed_everything,
+    seed_step,
 )
 
 # The parts between vision and language, which mm_projector_lr is for.
@@ -216,7 +217,6 @@ class FinetuneTrainer(Trainer):
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
-        self._rng_loaded = False
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
         self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
         self._history: List[dict] = []
@@ -479,10 +479,7 @@ class FinetuneTrainer(Trainer):
         return [_add_variant(resume.OPTIMIZER_NAME, variant) for variant in variants]
 
     def _load_rng_state(self, checkpoint):
-        # The stock loop calls this in every epoch after a resume; only the first is right.
-        if checkpoint is not None and not self._rng_loaded:
-            self._rng_loaded = True
-            resume.load_random_states(checkpoint, self.args.process_index, self.args.world_size)
+        """Nothing to do: see seed_step."""
 
     # ---- the run
 
@@ -567,6 +564,9 @@ class _Bookkeeping(TrainerCallback):
         self.trainer._resumed_loss = 0.0
         epoch, step = divmod(state.global_step, self._steps_per_epoch(args))
         self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        seed_step(args.seed, state.global_step, args.dataset_rank, max(args.tensor_parallel_rank, 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / self._steps_per_epoch(args)

@@ -1,9 +1,9 @@
-"""What a resumed run reads beside its weights: where it stood, optimizer, learning rate, loss scaler, generators.
+"""What a resumed run reads beside its weights: where it stood, optimizer, learning rate, loss scaler.
 
 PaddleNLP reads these files with paddle.load, which runs any code that a pickle names. Here they are data: read by
 paddlemix.checkpoint, and every value is held against what this run expects before Paddle sees it. In a run of
-several processes each reads the checkpoint for itself, from a folder that all of them see. `training_args.bin`,
-which PaddleNLP leaves beside the weights, is never read.
+several processes each reads the checkpoint for itself, from a folder that all of them see. `training_args.bin` and
+the generators' states, which PaddleNLP leaves beside the weights, are never read.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import random
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import paddle
 from paddlenlp.trainer import TrainerState
 
-from paddlemix.checkpoint import GeneratorState, load_pdparams_object
+from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.trainer import checkpoints
@@ -132,11 +131,11 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
 # ---- optimizer, learning rate, loss scale
 
 
-def _read(path: str, what: type = dict) -> Any:
+def _read(path: str) -> Dict[Any, Any]:
     if not os.path.isfile(path):
         raise WeightsError(f"{path} is missing")
     value = load_pdparams_object(path)
-    if type(value) is not what:
+    if type(value) is not dict:
         raise WeightsError(f"{path} does not hold what it should")
     return value
 
@@ -227,62 +226,3 @@ def load_scaler(scaler: Any, path: str) -> None:
     if not fits or not all(_count(state[name]) for name in counts):
         raise WeightsError(f"{path} does not hold a loss scaler's state")
     scaler.load_state_dict(dict(state, scale=np.array(scale.reshape([1]), "float32")))
-
-
-# ---- random generators
-
-
-def _generator(value: Any) -> Any:
-    kind = paddle.framework.core.GeneratorState
-    state = kind.__new__(kind)
-    state.__setstate__(value.values)
-    return state
-
-
-def _generators(values: Any) -> List[Any]:
-    if type(values) is not list or not values or not all(isinstance(value, GeneratorState) for value in values):
-        raise ValueError
-    return [_generator(value) for value in values]
-
-
-def load_random_states(folder: str, process: int, processes: int) -> None:
-    """Set Python's, numpy's and Paddle's generators as they stood at the checkpoint.
-
-    A checkpoint of another number of processes, or of a machine with other devices, has none for this one; that is
-    said in the log, and the run goes on.
-
-    Raises:
-        WeightsError: the file is broken or holds something else.
-    """
-    path = os.path.join(folder, "rng_state.pth" if processes == 1 else f"rng_state_{processes}.pth")
-    if not os.path.isfile(path):
-        logger.warning(f"{path} is missing: dropout will not repeat that of the uninterrupted run")
-        return
-    state = _read(path, dict if processes == 1 else list)
-    broken = WeightsError(f"{path} does not hold the state of random generators")
-    if processes > 1:
-        if len(state) != processes or type(state[process]) is not dict:
-            raise broken
-        state = state[process]
-    tracker = paddle.distributed.fleet.meta_parallel.get_rng_state_tracker()
-    try:
-        kind, keys, position, has_gauss, gauss = state["numpy"]
-        keys = np.array(keys)
-        # Out of range it would read beyond the table.
-        if kind != "MT19937" or keys.shape != (624,) or keys.dtype.kind != "u" or not 0 <= position <= 624:
-            raise ValueError
-        device, cpu = _generators(state["cuda"]), _generators([state["cpu"]])[0]
-        named = state.get("hybrid_parallel_rng_state_tracker", {})
-        named = {name: _generators(values) for name, values in named.items()}
-        random.setstate(state["python"])
-        np.random.set_state((kind, keys, int(position), int(has_gauss), float(gauss)))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
-        raise broken from None
-    if len(device) == len(paddle.get_rng_state()):
-        paddle.set_rng_state(device)
-    else:
-        logger.warning(f"{path} is of a machine with {len(device)} devices: dropout will not repeat")
-    paddle.framework.core.default_cpu_generator().set_state(cpu)
-    known = {name: values for name, values in named.items() if name in tracker.states_}
-    if known:
-        tracker.set_states_tracker(known)

@@ -284,6 +284,29 @@ def seed_everything(seed: int) -> None:
     paddle.seed(seed)
 
 
+def seed_step(seed: int, step: int, dataset_rank: int = 0, tensor_rank: int = 0) -> None:
+    """Seed Paddle for one training step: its dropout depends on seed, step and card alone.
+
+    So a resumed run repeats what the uninterrupted one drew without any stored generator state, which Paddle 2.6
+    cannot restore on the CPU, and an evaluation in between changes nothing.
+
+    dataset_rank: differs between cards that see other samples; tensor_rank: between cards that share matrices, which
+    must draw the same outside of them and differently inside (fleet's "local_seed").
+    """
+    import numpy as np
+    import paddle
+    from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+
+    def mixed(*parts: int) -> int:
+        return int(np.random.SeedSequence([seed, step, dataset_rank, *parts]).generate_state(1)[0])
+
+    paddle.seed(mixed(0))
+    tracker = get_rng_state_tracker()
+    for number, name in enumerate(sorted(tracker.states_), 1):
+        with tracker.rng_state(name):
+            paddle.seed(mixed(number, tensor_rank if name == "local_seed" else 0))
+
+
 def peak_rss() -> int:
     """The most memory this process has held, in bytes."""
     import resource

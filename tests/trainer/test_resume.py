@@ -5,7 +5,6 @@ A checkpoint is data: whatever its files hold, nothing is executed, and a wrong 
 
 import json
 import os
-import random
 import shutil
 
 import numpy as np
@@ -89,7 +88,7 @@ def test_another_folder_for_the_run_is_no_obstacle(run_keys, stopped, tmp_path, 
 # ---- files that would like to be executed
 
 
-@pytest.mark.parametrize("name", [resume.OPTIMIZER_NAME, resume.SCHEDULER_NAME, "rng_state.pth"])
+@pytest.mark.parametrize("name", [resume.OPTIMIZER_NAME, resume.SCHEDULER_NAME])
 def test_a_resume_executes_nothing(run_keys, stopped, canary, name):  # noqa: F811
     folder = stopped / "checkpoint-4"
     (folder / name).write_bytes(b"\x80\x04}(" + text("x") + attacks(canary)["reduce"] + b"u.")
@@ -99,8 +98,9 @@ def test_a_resume_executes_nothing(run_keys, stopped, canary, name):  # noqa: F8
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_training_args_are_never_read(run_keys, stopped, canary):  # noqa: F811
-    (stopped / "checkpoint-4" / "training_args.bin").write_bytes(attacks(canary)["reduce"] + b".")
+def test_training_args_and_generators_are_never_read(run_keys, stopped, canary):  # noqa: F811
+    for name in ("training_args.bin", "rng_state.pth"):
+        (stopped / "checkpoint-4" / name).write_bytes(attacks(canary)["reduce"] + b".")
     (stopped / "training_args.bin").write_bytes(attacks(canary)["reduce"] + b".")
     reseal(stopped / "checkpoint-4")
     go_on(run_keys)
@@ -116,25 +116,23 @@ class Scaler:
         self.state = state
 
 
-def loaders(folder):
+def loaders():
     """Every way by which a file of a checkpoint is read on a resume: file name → reading it."""
     optimizer = paddle.optimizer.AdamW(parameters=[paddle.create_parameter([2, 3], "float32")])
     return {
         resume.OPTIMIZER_NAME: lambda path: resume.load_optimizer(optimizer, optimizer._parameter_list, path),
         resume.SCHEDULER_NAME: lambda path: resume.load_scheduler(paddle.optimizer.lr.LambdaDecay(1.0, float), path, 4),
         resume.SCALER_NAME: lambda path: resume.load_scaler(Scaler(), path),
-        "rng_state.pth": lambda path: resume.load_random_states(folder, 0, 1),
-        "rng_state_2.pth": lambda path: resume.load_random_states(folder, 1, 2),
     }
 
 
-@pytest.mark.parametrize("file", list(loaders("")))
+@pytest.mark.parametrize("file", list(loaders()))
 def test_every_attack_on_every_file(tmp_path, canary, file):  # noqa: F811
     path = tmp_path / file
     for name in NAMES:
         for data in (attacks(canary)[name] + b".", b"\x80\x04}(" + text("x") + attacks(canary)[name] + b"u."):
             path.write_bytes(b"\x80\x04" + data if data[:1] != b"\x80" else data)
-            assert str(path) in refused(loaders(str(tmp_path))[file], str(path)), name
+            assert str(path) in refused(loaders()[file], str(path)), name
 
 
 # ---- files that hold something else
@@ -242,52 +240,6 @@ def test_a_loss_scale_of_something_else(tmp_path, change):
     paddle.save(dict(SCALE, **change), path)
     with pytest.raises(WeightsError, match="scaler.pdparams does not hold a loss scaler's state"):
         resume.load_scaler(scaler, path)
-
-
-def random_state():
-    generator = paddle.framework.core.default_cpu_generator()
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cuda": paddle.get_rng_state(),
-        "cpu": generator.get_state(),
-    }
-
-
-def test_random_states_go_on_where_they_were(tmp_path):
-    def draw():
-        return random.random(), np.random.rand(), np.random.randn(), paddle.rand([1]).item()
-
-    np.random.randn()  # leaves a second normal number behind
-    states = [random_state(), random_state()]
-    paddle.save(states[0], str(tmp_path / "rng_state.pth"))
-    paddle.save(states, str(tmp_path / "rng_state_2.pth"))
-    expected = draw()
-    for process, processes in ((0, 1), (1, 2)):
-        resume.load_random_states(str(tmp_path), process, processes)
-        assert draw() == expected
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda state: state.pop("cpu"),
-        lambda state: state.update(cpu=3),
-        lambda state: state.update(cuda=[]),
-        lambda state: state.update(python=(3, (1, 2), None)),
-        lambda state: state.update(python="x"),
-        lambda state: state.update(numpy=("MT19937", np.zeros(624, "float32"), 0, 0, 0.0)),
-        lambda state: state.update(numpy=("MT19937", np.zeros(624, "uint32"), 10**6, 0, 0.0)),
-        lambda state: state.update(numpy=("PCG64", np.zeros(624, "uint32"), 0, 0, 0.0)),
-        lambda state: state.update(hybrid_parallel_rng_state_tracker=[1]),
-    ],
-)
-def test_random_states_of_something_else(tmp_path, edit):
-    state = random_state()
-    edit(state)
-    paddle.save(state, str(tmp_path / "rng_state.pth"))
-    with pytest.raises(WeightsError, match="rng_state.pth does not hold"):
-        resume.load_random_states(str(tmp_path), 0, 1)
 
 
 @pytest.mark.parametrize(

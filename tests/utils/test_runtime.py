@@ -158,6 +158,30 @@ def test_seed_makes_the_same_numbers():
     assert draw() == draw()
 
 
+def test_a_step_draws_what_it_draws_whatever_came_before():
+    import paddle
+    from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+    from paddlenlp.trainer.trainer_utils import set_seed
+
+    set_seed(1)
+    tracker = get_rng_state_tracker()
+
+    def draw(*where):
+        runtime.seed_step(3, *where)
+        drawn = [float(paddle.rand([1]))]
+        for name in ("global_seed", "local_seed"):
+            with tracker.rng_state(name):
+                drawn.append(float(paddle.rand([1])))
+        return drawn
+
+    first = draw(5)
+    others = {tuple(draw(6)), tuple(draw(5, 1)), tuple(draw(4, 1))}
+    assert len(others | {tuple(first)}) == 4 and draw(5) == first
+    # Cards that share matrices draw the same, but for what each holds a part of.
+    beside = draw(5, 0, 1)
+    assert beside[:2] == first[:2] and beside[2] != first[2]
+
+
 def test_peak_rss_is_in_bytes():
     before = runtime.peak_rss()
     block = bytearray(64 << 20)
