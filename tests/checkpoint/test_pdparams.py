@@ -102,7 +102,6 @@ def test_states_of_a_run(tmp_path):
         "LR_Scheduler": {"last_epoch": 7, "last_lr": 0.5},
         "list": [1, (True, None, "x" * 70_000, b"bytes"), -(1 << 40)],
         "scalar": np.float64(1.5),
-        "key": np.arange(4, dtype=np.uint32),
         3: "whole-number keys",
         "StructuredToParameterName@@": {},
     }
@@ -110,10 +109,9 @@ def test_states_of_a_run(tmp_path):
         found = load_pdparams_object(pickled(state, tmp_path / "o.pdopt", protocol))
         assert found["LR_Scheduler"] == state["LR_Scheduler"] and found["list"] == state["list"]
         assert found["scalar"] == 1.5 and found[3] == state[3] and "StructuredToParameterName@@" not in found
-        np.testing.assert_array_equal(found["key"], state["key"])
         np.testing.assert_array_equal(found["w_moment1_0"], np.ones(3))
-    with pytest.raises(WeightsError, match="uint32"):
-        open_weights(pickled({"key": state["key"]}, tmp_path / "k.pdparams"))
+    with pytest.raises(WeightsError, match="arrays of type u4"):
+        load_pdparams_object(pickled({"key": np.arange(4, dtype=np.uint32)}, tmp_path / "k.pdopt"))
 
 
 def test_a_small_file_cannot_grow_without_end(tmp_path):
@@ -323,7 +321,7 @@ def test_array_constructors_take_only_what_numpy_gives(tmp_path):
         (b"c__builtin__\nbytes\nK\x05\x85R", "bytes made from arguments"),
         (b"cbuiltins\ntuple\nNN\x86\x85R", "tensor's name"),
         (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict made from"),
-        (b"cnumpy\ndtype\n)\x81", "wants to call numpy.dtype"),
+        (b"cnumpy\ndtype\n)\x81", "NEWOBJ"),
     ):
         refused(tmp_path, start + data + b"s.", match)
 
