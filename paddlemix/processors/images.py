@@ -1,4 +1,4 @@
-"""Images from strangers to pixel values. Every limit and every decision on decoding is here.
+"""Images from strangers to pixel values. Every decision on decoding is here, and every limit but those of metadata.py.
 
 Shapes: S image side in pixels; pixel values are float32 [3, S, S].
 
@@ -20,6 +20,7 @@ from typing import Tuple, Union
 
 import numpy as np
 
+from paddlemix.processors.metadata import MAX_EXIF, bounded
 from paddlemix.utils.errors import ImageError
 
 # CLIP's mean and standard deviation per channel (SPEC §5).
@@ -78,11 +79,14 @@ def _open(data: bytes):
         raise ImageError("empty image")
     if len(data) > MAX_BYTES:
         raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
+    plain = bounded(data)
+    if plain is None:
+        raise ImageError("broken image", "the fields of the TIFF promise more than the file holds")
     try:
         with _PILLOW_LOCK, warnings.catch_warnings():
             # Pillow's own bomb warning comes at a size of its choice; ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(plain), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("not an image", "the bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
     except Image.DecompressionBombError:
@@ -192,11 +196,17 @@ _TURNS = {
 }
 
 
+def _exif_bytes(image) -> int:
+    """Bytes of EXIF that Pillow would read: every field of it takes memory of its own, whatever it points at."""
+    # ImageMagick writes it into a PNG as hexadecimal text.
+    return max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)
+
+
 def _upright_rgb(image):
     from PIL import Image
 
     try:
-        turn = _TURNS.get(image.getexif().get(0x0112))
+        turn = _TURNS.get(image.getexif().get(0x0112)) if _exif_bytes(image) <= MAX_EXIF else None
     except Exception:  # a broken EXIF block raises nearly anything, and is no reason to lose the picture
         turn = None
     see_through = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info

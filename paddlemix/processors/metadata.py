@@ -1,0 +1,148 @@
+"""What stands beside an image's pixels, bounded before Pillow reads it.
+
+Pillow puts comments and EXIF blocks together piece by piece, which takes time with the square of their size; it reads
+every field of a TIFF directory into memory, though all may point at the same bytes; and a progressive JPEG may go
+over its whole picture as often as it likes. A file of some hundred KB could so hold a program for hours or fill its
+memory. Here such a file loses what is not needed for its picture; only a TIFF, whose directory is the picture's, is
+refused. Ordinary files are handed on as they are, unlooked at beyond their first few blocks.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Iterator, List, Optional, Tuple
+
+# An EXIF block is at most this long by its standard. Larger ones are not read.
+MAX_EXIF = 65_536 + 6
+# In front of the picture: markers of a JPEG, bytes of a GIF's extensions. Phones and Photoshop stay well below.
+MAX_MARKERS = 1000
+MAX_EXTENSIONS = 1 << 20
+# Passes over a progressive JPEG; encoders make ten or so.
+MAX_SCANS = 100
+# Values of a field of a TIFF that are turned into Python's numbers: a strip for every row, at most.
+MAX_TIFF_VALUES = 1 << 20
+
+_SCAN = b"\xff\xda"
+_TIFF_UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+_TIFF_BYTES = (1, 2, 7)
+
+
+def bounded(data: bytes) -> Optional[bytes]:
+    """The image file without what could take time or memory out of proportion; None for a TIFF that would."""
+    if data.startswith(b"\xff\xd8"):
+        return _bounded_jpeg(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _bounded_gif(data)
+    if data.startswith((b"II", b"MM")):
+        return data if _is_plain_tiff(data) else None
+    return data
+
+
+# ---- JPEG
+
+
+def _markers(data: bytes) -> Iterator[Tuple[int, int, int]]:
+    """(marker, begin, end) of each block in front of the first scan, which comes last and has no end of its own."""
+    at = 2
+    while True:
+        begin = data.find(b"\xff", at)
+        at = begin + 1
+        while data[at : at + 1] == b"\xff":
+            at += 1
+        if begin < 0 or at >= len(data):
+            return
+        marker = data[at]
+        at += 1
+        if marker == 0xDA:
+            yield marker, begin, len(data)
+            return
+        if marker not in (0x00, 0x01) and not 0xD0 <= marker <= 0xD9:
+            at = begin if at + 2 > len(data) else at + max(2, struct.unpack_from(">H", data, at)[0])
+            if at == begin:
+                return
+            yield marker, begin, min(at, len(data))
+
+
+def _is_metadata(marker: int) -> bool:
+    # APP0 and APP14 say how colours are stored.
+    return marker == 0xFE or (0xE1 <= marker <= 0xEF and marker != 0xEE)
+
+
+def _bounded_jpeg(data: bytes) -> bytes:
+    n = exif = scan = 0
+    for marker, begin, end in _markers(data):
+        n += 1
+        if n > MAX_MARKERS:
+            break
+        if marker == 0xE1 and data[begin:end].find(b"Exif\0\0", 0, 16) >= 0:
+            exif += end - begin
+        scan = begin if marker == 0xDA else 0
+    if n > MAX_MARKERS or exif > MAX_EXIF + 16:
+        kept: List[bytes] = [data[:2]]
+        length = 2
+        for marker, begin, end in _markers(data):
+            if not _is_metadata(marker):
+                scan = length if marker == 0xDA else 0
+                kept.append(data[begin:end])
+                length += end - begin
+            if len(kept) > MAX_MARKERS:
+                break
+        data = b"".join(kept)
+    if scan and data.count(_SCAN, scan) > MAX_SCANS:
+        at = scan
+        for _ in range(MAX_SCANS):
+            at = data.index(_SCAN, at) + 2
+        data = data[: data.index(_SCAN, at)]
+    return data
+
+
+# ---- GIF
+
+
+def _bounded_gif(data: bytes) -> bytes:
+    """Without the extensions in front of the first picture, if they are long; what they say of transparency stays."""
+    if len(data) < 13:
+        return data
+    start = at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)
+    control = b""
+    while at < len(data) and data[at] not in b",;":
+        begin = at
+        at += 1
+        if data[begin] != 0x21:
+            continue
+        at += 1
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+        if data[begin + 1 : begin + 2] == b"\xf9":
+            control = data[begin:at]
+    if at - start <= MAX_EXTENSIONS:
+        return data
+    return data[:start] + control[:256] + data[at:]
+
+
+# ---- TIFF
+
+
+def _is_plain_tiff(data: bytes) -> bool:
+    """Whether the fields of the first directory together promise no more bytes than the file has."""
+    order = "<" if data[:1] == b"I" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    head, count, entry = (order + kinds for kinds in (("Q", "Q", "HHQ8x") if big else ("L", "H", "HHL4x")))
+    try:
+        (at,) = struct.unpack_from(head, data, 8 if big else 4)
+        (n,) = struct.unpack_from(count, data, at)
+        at += struct.calcsize(count)
+        total = 0
+        for _ in range(n):
+            _, kind, values = struct.unpack_from(entry, data, at)
+            at += struct.calcsize(entry)
+            if kind not in _TIFF_BYTES and values > MAX_TIFF_VALUES:
+                return False
+            total += values * _TIFF_UNITS.get(kind, 0)
+            if total > len(data):
+                return False
+    except struct.error:
+        # Cut short, or no TIFF: Pillow says so.
+        return True
+    return True

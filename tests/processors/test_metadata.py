@@ -1,0 +1,155 @@
+"""Small files that would take hours or all memory: python -m pytest tests/processors/test_metadata.py
+
+Nothing here measures time: what is looked at is what reaches Pillow, and that the picture stays the same.
+"""
+
+import io
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddlemix.processors import metadata
+from paddlemix.processors.images import open_image
+from paddlemix.processors.metadata import MAX_EXTENSIONS, MAX_MARKERS, MAX_SCANS, bounded
+from paddlemix.utils.errors import ImageError
+from tests.helpers import image_bytes
+
+
+def same_picture(first, second):
+    return np.array_equal(np.asarray(open_image(first)), np.asarray(open_image(second)))
+
+
+def directory(n, size):
+    """A TIFF directory of n fields, each pointing at the same `size` bytes behind it; and those bytes."""
+    fields = b"".join(struct.pack("<HHLL", 1000 + i, 7, size, 8) for i in range(n))
+    return b"II*\0" + struct.pack("<LH", 8, n) + fields + bytes(4 + size)
+
+
+def segment(marker, content):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def turned(data, orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def progressive():
+    file = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes())).save(file, "JPEG", progressive=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_ordinary_files_are_handed_on_as_they_are(format):
+    data = image_bytes(format=format)
+    assert bounded(data) is data
+    for length in range(min(len(data), 200)):
+        assert bounded(data[:length]) == data[:length]
+
+
+def test_ordinary_jpegs_keep_their_metadata():
+    for data in (turned(image_bytes()), progressive()):
+        assert bounded(data) is data
+    extended = turned(image_bytes())
+    block = segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(60_000))
+    extended = extended[:2] + block * 200 + extended[2:]
+    assert bounded(extended) is extended
+
+
+def test_a_jpeg_of_many_comments():
+    data = turned(image_bytes())
+    many = data[:2] + segment(0xFE, b"a") * MAX_MARKERS + data[2:]
+    left = bounded(many)
+    assert len(left) < len(data) and b"\xff\xfe" not in left
+    # The rotation went with the comments.
+    assert same_picture(many, left) and not same_picture(many, data)
+
+
+def test_a_jpeg_of_much_exif():
+    data = image_bytes()
+    block = segment(0xE1, b"Exif\0\0" + directory(2000, 40_000)[:65_000])
+    assert bounded(data[:2] + block + data[2:]) == data[:2] + block + data[2:]
+    much = data[:2] + block * 2 + data[2:]
+    assert bounded(much) == data and same_picture(much, data)
+
+
+def test_a_jpeg_of_many_scans():
+    data = progressive()
+    last = data.rindex(b"\xff\xda")
+    many = data[:-2] + data[last:-2] * 1000 + data[-2:]
+    assert bounded(many).count(b"\xff\xda") == MAX_SCANS
+    picture = open_image(many)
+    assert picture.info["truncated"] and picture.size == open_image(data).size
+    # The mark of a scan in a block of metadata is none.
+    mark = segment(0xE2, b"\xff\xda" * 1000)
+    assert bounded(data[:2] + mark + data[2:]) == data[:2] + mark + data[2:]
+
+
+@pytest.mark.parametrize("size", [255, 1])
+def test_a_gif_of_long_comments(size):
+    data = image_bytes(format="GIF")
+    start = 13 + 3 * (2 << (data[10] & 7))
+    control = b"\x21\xf9\x04\x00\x00\x00\x00\x00"
+    comment = b"\x21\xfe" + bytes([size]) + b"a" * size + b"\0"
+    many = data[:start] + control + comment * (MAX_EXTENSIONS // len(comment) + 1) + data[start:]
+    assert bounded(many) == data[:start] + control + data[start:] and same_picture(many, data)
+    # In one comment of many pieces, and without a picture behind it.
+    pieces = data[:start] + b"\x21\xfe" + (bytes([size]) + b"a" * size) * (MAX_EXTENSIONS // (size + 1) + 10)
+    assert len(bounded(pieces)) < 1000
+    with pytest.raises(ImageError):
+        open_image(pieces)
+
+
+def tiff(n, size, order="<", kind=7):
+    """A TIFF whose directory has n more fields that show `size` values, all the same."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "TIFF")
+    data = file.getvalue()
+    (at,) = struct.unpack_from("<L", data, 4)
+    (old,) = struct.unpack_from("<H", data, at)
+    fields = data[at + 2 : at + 2 + 12 * old]
+    fields += b"".join(struct.pack("<HHLL", 60000 + i, kind, size, 8) for i in range(n))
+    moved = data[:4] + struct.pack("<L", len(data)) + data[8:]
+    return moved + struct.pack("<H", old + n) + fields + bytes(4 + min(size, 3 << 20))
+
+
+def test_a_tiff_of_fields_that_lie_over_each_other():
+    assert bounded(tiff(1, 100)) is not None
+    for data in (tiff(5000, 50_000), tiff(1, 1 << 31), tiff(1, metadata.MAX_TIFF_VALUES + 1, kind=3)):
+        assert bounded(data) is None
+        with pytest.raises(ImageError, match="promise more") as caught:
+            open_image(data)
+        assert caught.value.reason == "broken image"
+    # BigTIFF, and the other byte order.
+    big = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 2) + struct.pack("<HHQ8x", 1000, 7, 100) * 2
+    assert bounded(big + bytes(200)) is not None and bounded(big) is None
+    motorola = b"MM\0*" + struct.pack(">LH", 8, 1) + struct.pack(">HHL4x", 1000, 7, 100)
+    assert bounded(motorola + bytes(100)) is not None and bounded(motorola) is None
+
+
+def png(*chunks):
+    data = image_bytes(format="PNG")
+    added = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return data[:33] + added + data[33:]
+
+
+def test_exif_in_other_formats_takes_no_memory():
+    exif = directory(4000, 1_000_000)
+    text = b"\nexif\n%8d\n" % len(exif) + exif.hex().encode()
+    file = io.BytesIO()
+    Image.open(io.BytesIO(image_bytes())).save(file, "WEBP", exif=b"Exif\0\0" + exif)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in (png((b"eXIf", exif)), png((b"tEXt", b"Raw profile type exif\0" + text)), file.getvalue()):
+        assert open_image(data).size == (64, 48)
+    # Read field by field it would be 4 GB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
