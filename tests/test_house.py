@@ -132,18 +132,15 @@ def test_every_import_is_in_the_requirements():
 
 @pytest.mark.parametrize("path", shipped_files(), ids=str)
 def test_python_38_can_read_it(path):
+    """What `make lint` cannot see: vermin does not know the type of most names, and tries no syntax of old."""
     tree = parse(path, feature_version=(3, 8))
     postponed = any(name == "__future__.annotations" for name, _ in imported_modules(tree))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             newer = node.attr in ("removeprefix", "removesuffix", "bit_count")
             assert not newer, f"line {node.lineno}: .{node.attr} came after 3.8"
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
-            assert not node.keywords, f"line {node.lineno}: zip(strict=…) came after 3.8"
         if isinstance(node, (ast.FunctionDef, ast.AnnAssign)):
             assert postponed, "annotations, but no `from __future__ import annotations`"
-    for name, line in imported_modules(tree):
-        assert name not in ("functools.cache", "itertools.pairwise", "tomllib"), f"line {line}: after 3.8"
 
 
 def imports_of(*command):

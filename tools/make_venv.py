@@ -1,13 +1,16 @@
 """Make the project's own Python environment from its pinned files: what `make venv` runs.
 
-    python3 tools/make_venv.py [--venv .venv] [--paddle auto|none|REQUIREMENT]
+    python3 tools/make_venv.py [--venv .venv] [--lock requirements/lock.txt] [--paddle auto|none|REQUIREMENT]
 
 Nothing beyond Python's standard library is needed to run it, not even pip or ensurepip, which Debian and
 Ubuntu leave out of their python3 package.
 
 An installed Paddle is never replaced. One in the environment itself is kept. One that belongs to the Python
 running this script is used in place, by a link from the environment to that Python's packages, which are not
-touched. Only when there is none is the CPU wheel of requirements/cpu.txt installed.
+touched. Only when there is none is the CPU wheel installed.
+
+The lock is the pairing of Paddle and PaddleNLP: requirements/lock.txt (Paddle 3) or requirements/lock-paddle26.txt
+(the contest's platform). It pins every package, the CPU wheel among them, and so says which Paddle the others fit.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from paddlemix.utils.files import atomic_write  # noqa: E402
 PYTHONS = ((3, 10), (3, 12))
 BUILD = "requirements/build.txt"
 LOCK = "requirements/lock.txt"
-CPU_WHEEL = "requirements/cpu.txt"
+CPU_WHEEL = "paddlepaddle"
 PROGRAM = ("requirements.txt", "requirements/demo.txt", "requirements/test.txt")
 
 # Asked of an interpreter in a process of its own; without importing Paddle, which takes seconds.
@@ -109,13 +112,13 @@ def has_pip(python: str) -> bool:
     return subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
-def run_pip(python: str, *arguments: str) -> None:
-    """`pip install` in the environment of `python`, under the pins."""
+def run_pip(python: str, lock: str, *arguments: str) -> None:
+    """`pip install` in the environment of `python`, under the pins of `lock`."""
     # As a variable, not as -c: then the pins hold for what packages are built with, too. pip splits it at
     # blanks, which a path may have and a URL does not.
-    lock = pathlib.Path(ROOT, LOCK).as_uri()
+    pins = pathlib.Path(ROOT, lock).as_uri()
     # PEP 517 builds get an environment of their own; seqeval's way to fetch setuptools_scm itself fails.
-    environment = dict(os.environ, PIP_CONSTRAINT=lock, PIP_USE_PEP517="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    environment = dict(os.environ, PIP_CONSTRAINT=pins, PIP_USE_PEP517="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     run([python, "-m", "pip", "install", *arguments], cwd=ROOT, env=environment)
 
 
@@ -131,7 +134,7 @@ def system_packages(names: List[str], folder: str) -> bool:
     return True
 
 
-def bootstrap_pip(python: str) -> None:
+def bootstrap_pip(python: str, lock: str) -> None:
     """Put the pinned pip into an environment that was made without one.
 
     With the pip of the Python that runs this script; else with the wheel that Debian keeps for its own use,
@@ -139,7 +142,7 @@ def bootstrap_pip(python: str) -> None:
     """
     if has_pip(sys.executable):
         site = describe(python).site
-        run([sys.executable, "-m", "pip", "install", "--target", site, "-r", BUILD, "-c", LOCK], cwd=ROOT)
+        run([sys.executable, "-m", "pip", "install", "--target", site, "-r", BUILD, "-c", lock], cwd=ROOT)
         return
     with tempfile.TemporaryDirectory() as scratch:
         environment = dict(os.environ)
@@ -159,11 +162,11 @@ def bootstrap_pip(python: str) -> None:
                 f"{sys.executable} has neither ensurepip nor pip; apt-get install python3-venv and try again"
             )
         pip = os.path.join(wheels[0], "pip")
-        run([python, pip, "install", "-r", BUILD, "-c", LOCK], cwd=ROOT, env=environment)
+        run([python, pip, "install", "-r", BUILD, "-c", lock], cwd=ROOT, env=environment)
 
 
-def make_environment(venv: str) -> str:
-    """Make `venv` if it is missing, with a pip in it, and give the path of its interpreter."""
+def make_environment(venv: str, lock: str) -> str:
+    """Make `venv` if it is missing, with the pip of `lock` in it, and give the path of its interpreter."""
     python = os.path.join(os.path.abspath(venv), "bin", "python")
     if not os.path.lexists(python):
         command = [sys.executable, "-m", "venv", venv]
@@ -173,8 +176,8 @@ def make_environment(venv: str) -> str:
         run(command)
     check_version(python, describe(python).python)
     if not has_pip(python):
-        bootstrap_pip(python)
-    run_pip(python, "--quiet", "-r", BUILD)
+        bootstrap_pip(python, lock)
+    run_pip(python, lock, "--quiet", "-r", BUILD)
     return python
 
 
@@ -185,19 +188,29 @@ def link_packages(python: str, packages: List[str]) -> None:
         file.write(lines)
 
 
-def check_paddle(found: Interpreter) -> None:
-    """Raise UserError for a Paddle that the pinned packages do not work with."""
-    version = re.search(r" (\d+)\.", found.paddle_version or "")
+def pinned_paddle(lock: str) -> str:
+    """The version of Paddle that `lock` is for. Raises UserError when it names none."""
+    path = pathlib.Path(ROOT, lock)
+    pins = path.read_text(encoding="utf-8") if path.is_file() else ""
+    pin = re.search(rf"^{CPU_WHEEL}==([\d.]+)$", pins, flags=re.MULTILINE)
+    if not pin:
+        raise UserError(f"{lock} is no lock file with a line {CPU_WHEEL}==VERSION")
+    return pin.group(1)
+
+
+def check_paddle(found: Interpreter, lock: str) -> None:
+    """Raise UserError for a Paddle that the packages of `lock` do not work with."""
+    version = (found.paddle_version or "").partition(" ")[2]
+    pinned = pinned_paddle(lock)
     # 0.0.0 is what a build of Paddle's development branch calls itself.
-    if version and 0 < int(version.group(1)) < 3:
+    if version and version.split(".")[0] not in ("0", pinned.split(".")[0]):
         raise UserError(
-            f"{found.paddle_version} in {found.paddle} is kept, but {LOCK} is for Paddle 3; use another "
-            "Python (make PYTHON=…), or a wheel of its own for a new environment "
-            "(make PADDLE=paddlepaddle==3.3.1 VENV=…)"
+            f"{found.paddle_version} in {found.paddle} is kept, but {lock} is for Paddle {pinned}; use another "
+            f"Python (make PYTHON=…), or a wheel of its own for a new environment (make PADDLE={CPU_WHEEL}=={pinned})"
         )
 
 
-def choose_paddle(python: str, wanted: str) -> List[str]:
+def choose_paddle(python: str, wanted: str, lock: str) -> List[str]:
     """Arguments for pip that bring Paddle into the environment of `python`; none when it needs none.
 
     wanted: "auto" (the Paddle of the Python that runs this script, else the CPU wheel), "none", or a
@@ -205,7 +218,7 @@ def choose_paddle(python: str, wanted: str) -> List[str]:
     """
     inside = describe(python)
     if inside.paddle:
-        check_paddle(inside)
+        check_paddle(inside, lock)
         print(f"keeping {inside.paddle_version or 'Paddle'} in {inside.paddle}")
         return []
     if wanted == "none":
@@ -215,8 +228,8 @@ def choose_paddle(python: str, wanted: str) -> List[str]:
         return [wanted]
     base = describe(sys.executable)
     if not base.paddle:
-        return ["-r", CPU_WHEEL]
-    check_paddle(base)
+        return [CPU_WHEEL]
+    check_paddle(base, lock)
     link_packages(python, base.packages)
     print(f"using {base.paddle_version or 'Paddle'} in {base.paddle}, which stays as it is")
     return []
@@ -263,6 +276,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         description=__doc__.split("\n\n")[0], epilog="Run it with the Python that the environment shall use."
     )
     parser.add_argument("--venv", default=".venv", help="folder of the environment (default: .venv)")
+    parser.add_argument("--lock", default=LOCK, help="the pinned packages (default: %(default)s)")
     parser.add_argument(
         "--paddle",
         default="auto",
@@ -271,12 +285,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     args = parser.parse_args(arguments)
 
     check_version(sys.executable, list(sys.version_info[:3]))
-    python = make_environment(args.venv)
-    wheel = choose_paddle(python, args.paddle)
+    pinned_paddle(args.lock)
+    python = make_environment(args.venv, args.lock)
+    wheel = choose_paddle(python, args.paddle, args.lock)
     before = describe(python).paddle
     requirements = [part for name in PROGRAM for part in ("-r", name)]
     print("installing the pinned packages: up to 2 GB, a few minutes", flush=True)
-    run_pip(python, *wheel, "-r", BUILD, *requirements)
+    run_pip(python, args.lock, *wheel, "-r", BUILD, *requirements)
     after = describe(python)
     if before and after.paddle != before:
         raise JobFailed(f"the Paddle in {before} is now hidden by one in {after.paddle}; delete {args.venv}")

@@ -1,6 +1,7 @@
 """`make venv` decides rightly about Paddle. pip itself is replaced here: nothing is downloaded."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 
 from paddlemix.utils.errors import JobFailed, UserError
 from tools import make_venv
+
+LOCKS = (make_venv.LOCK, "requirements/lock-paddle26.txt")
 
 
 @pytest.fixture
@@ -48,18 +51,21 @@ def as_base(monkeypatch, python: str) -> None:
 def test_cpu_wheel_where_there_is_no_paddle(environment, monkeypatch):
     python = environment("environment")
     as_base(monkeypatch, environment("base"))
-    assert make_venv.choose_paddle(python, "auto") == ["-r", "requirements/cpu.txt"]
-    assert make_venv.choose_paddle(python, "none") == []
-    assert make_venv.choose_paddle(python, "paddlepaddle-gpu==3.3.1") == ["paddlepaddle-gpu==3.3.1"]
+    assert make_venv.choose_paddle(python, "auto", make_venv.LOCK) == ["paddlepaddle"]
+    assert make_venv.choose_paddle(python, "none", make_venv.LOCK) == []
+    assert make_venv.choose_paddle(python, "paddlepaddle-gpu==3.3.1", make_venv.LOCK) == ["paddlepaddle-gpu==3.3.1"]
 
 
-@pytest.mark.parametrize("wanted", ["auto", "none", "paddlepaddle==3.3.1"])
-def test_paddle_in_the_environment_is_kept(environment, monkeypatch, capsys, wanted):
+@pytest.mark.parametrize(
+    ("wanted", "lock", "version"),
+    [("auto", LOCKS[1], "2.6.1"), ("none", LOCKS[0], "3.2.2"), ("paddlepaddle==3.3.1", LOCKS[0], "3.2.2")],
+)
+def test_paddle_in_the_environment_is_kept(environment, monkeypatch, capsys, wanted, lock, version):
     python = environment("environment")
     as_base(monkeypatch, environment("base"))
-    folder = install_fake_paddle(python)
-    assert make_venv.choose_paddle(python, wanted) == []
-    assert f"keeping paddlepaddle-gpu 3.3.1 in {folder}" in capsys.readouterr().out
+    folder = install_fake_paddle(python, version=version)
+    assert make_venv.choose_paddle(python, wanted, lock) == []
+    assert f"keeping paddlepaddle-gpu {version} in {folder}" in capsys.readouterr().out
 
 
 def test_paddle_of_the_base_python_is_used_in_place(environment, monkeypatch, capsys):
@@ -67,7 +73,7 @@ def test_paddle_of_the_base_python_is_used_in_place(environment, monkeypatch, ca
     folder = install_fake_paddle(base, body="flavour = 'gpu'\n")
     before = sorted(os.listdir(os.path.dirname(folder)))
     as_base(monkeypatch, base)
-    assert make_venv.choose_paddle(python, "auto") == []
+    assert make_venv.choose_paddle(python, "auto", make_venv.LOCK) == []
     assert f"using paddlepaddle-gpu 3.3.1 in {folder}" in capsys.readouterr().out
     seen = run_code(python, "import paddle; print(paddle.flavour, paddle.__file__)")
     assert seen == f"gpu {folder}/__init__.py\n"
@@ -81,17 +87,27 @@ def test_own_packages_come_before_those_of_the_base_python(environment, monkeypa
         with open(os.path.join(make_venv.describe(interpreter).site, "pinned.py"), "w") as file:
             file.write(f"whose = {text!r}\n")
     as_base(monkeypatch, base)
-    make_venv.choose_paddle(python, "auto")
+    make_venv.choose_paddle(python, "auto", make_venv.LOCK)
     assert run_code(python, "import pinned; print(pinned.whose)") == "ours\n"
 
 
-def test_paddle_2_is_refused_and_kept(environment, monkeypatch):
+@pytest.mark.parametrize(("lock", "version", "fits"), zip(LOCKS, ("2.6.2", "3.3.1"), ("3.3.1", "2.6.2")))
+def test_the_other_paddle_is_refused_and_kept(environment, monkeypatch, lock, version, fits):
     base, python = environment("base"), environment("environment")
-    folder = install_fake_paddle(base, version="2.6.2")
+    folder = install_fake_paddle(base, version=version)
     as_base(monkeypatch, base)
-    with pytest.raises(UserError, match="paddlepaddle-gpu 2.6.2 .* is kept, but"):
-        make_venv.choose_paddle(python, "auto")
+    message = f"paddlepaddle-gpu {version} .* is kept, but {lock} is for Paddle {fits};.*PADDLE=paddlepaddle=={fits}"
+    with pytest.raises(UserError, match=message):
+        make_venv.choose_paddle(python, "auto", lock)
     assert os.path.isdir(folder)
+
+
+def test_a_lock_without_paddle_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "lock.txt").write_text("numpy==1.26.4\npaddlepaddle>=3\n")
+    for lock in (tmp_path / "lock.txt", tmp_path / "none.txt"):
+        with pytest.raises(UserError, match="is no lock file with a line paddlepaddle=="):
+            make_venv.main(["--venv", str(tmp_path / "environment"), "--lock", str(lock)])
+    assert not (tmp_path / "environment").exists()
 
 
 def test_whole_run_names_no_wheel_when_a_paddle_is_there(environment, monkeypatch, capsys):
@@ -99,10 +115,11 @@ def test_whole_run_names_no_wheel_when_a_paddle_is_there(environment, monkeypatc
     install_fake_paddle(python)
     calls = []
     monkeypatch.setattr(make_venv, "has_pip", lambda python: True)
-    monkeypatch.setattr(make_venv, "run_pip", lambda python, *arguments: calls.append(arguments))
+    monkeypatch.setattr(make_venv, "run_pip", lambda python, lock, *arguments: calls.append((lock, arguments)))
     assert make_venv.main(["--venv", os.path.dirname(os.path.dirname(python))]) == 0
-    asked = [argument for call in calls for argument in call]
-    assert "requirements.txt" in asked and "requirements/cpu.txt" not in asked
+    asked = [argument for _, arguments in calls for argument in arguments]
+    assert "requirements.txt" in asked and "paddlepaddle" not in asked
+    assert {lock for lock, _ in calls} == {make_venv.LOCK}
     assert "ready: " in capsys.readouterr().out
 
 
@@ -111,7 +128,7 @@ def test_a_paddle_that_pip_brought_in_unasked_is_an_error(environment, monkeypat
     install_fake_paddle(base)
     as_base(monkeypatch, base)
 
-    def pip_with_a_surprise(python, *arguments):
+    def pip_with_a_surprise(python, lock, *arguments):
         if "requirements.txt" in arguments:
             install_fake_paddle(python, name="paddlepaddle")
 
@@ -155,14 +172,20 @@ def test_half_made_environment_is_named(tmp_path):
         make_venv.describe(str(tmp_path / "bin" / "python"))
 
 
-def test_every_pin_is_used_by_the_names_that_are_installed(root):
-    """Names in the requirement files have a pin in the lock, so nothing floats."""
-
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_name_that_is_installed_has_a_pin(root, lock):
     def names(path):
         lines = (line.split("#")[0].strip() for line in (root / path).read_text().splitlines())
-        return {make_venv.re.split(r"[\s<>=;]", line)[0].lower().replace("_", "-") for line in lines if line}
+        return {re.split(r"[\s<>=;]", line)[0].lower().replace("_", "-") for line in lines if line}
 
-    locked = names(make_venv.LOCK)
-    for path in (make_venv.BUILD, make_venv.CPU_WHEEL, *make_venv.PROGRAM):
+    locked = names(lock)
+    for path in (make_venv.BUILD, *make_venv.PROGRAM, "requirements/submission.txt"):
         assert names(path) <= locked, path
-    assert "paddlepaddle" not in names("requirements.txt")
+    assert make_venv.CPU_WHEEL in locked
+    for path in ("requirements.txt", "requirements/submission.txt"):
+        assert make_venv.CPU_WHEEL not in names(path)
+
+
+def test_a_submission_asks_for_the_paddlenlp_of_the_platforms_lock(root):
+    pin = re.search(r"^paddlenlp==\S+$", (root / LOCKS[1]).read_text(), flags=re.MULTILINE).group()
+    assert pin in (root / "requirements/submission.txt").read_text().splitlines()
