@@ -59,6 +59,8 @@ def set_cpu_defaults() -> None:
     _keep_freed_memory()
     # Paddle 2.6 exports zlib symbols of its own: whoever uses zlib for the first time after it is imported fails.
     zlib.compress(b"")
+    # resolve_device says which device is used, and why.
+    warnings.filterwarnings("ignore", message="You are using GPU version Paddle, but")
     # Two notices that Paddle's import prints at every start and that concern nobody who runs this.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
@@ -122,7 +124,7 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
 
     | requested | no card | a card |
     |---|---|---|
-    | None | cpu | gpu:SELECTED |
+    | None | cpu; with a reason if the wheel is for GPUs | gpu:SELECTED |
     | cpu | cpu | cpu |
     | gpu | cpu, with a reason | gpu:SELECTED |
     | gpu:N | cpu, with a reason | gpu:N, or an error if there is no such card |
@@ -132,10 +134,10 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     """
     if requested is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", requested):
         raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}")
-    if requested == "cpu" or (requested is None and not cards):
+    if requested == "cpu" or (requested is None and not cards and not cuda_build):
         return Choice("cpu")
     if not cards:
-        why = "no GPU is visible" if cuda_build else "this Paddle wheel has no CUDA"
+        why = "this Paddle is for GPUs, but none is visible" if cuda_build else "this Paddle wheel has no CUDA"
         return Choice("cpu", f"{why}; running on the CPU")
     if requested in (None, "gpu"):
         return Choice(f"gpu:{selected}")

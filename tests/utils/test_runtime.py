@@ -38,12 +38,12 @@ def test_unknown_dtype():
 # requested, wheel with CUDA, cards, card of this process → device, a word of the reason
 DEVICES = [
     (None, False, 0, "0", "cpu", None),
-    (None, True, 0, "0", "cpu", None),
+    (None, True, 0, "0", "cpu", "for GPUs, but none is visible"),
     (None, True, 1, "0", "gpu:0", None),
     (None, True, 8, "5", "gpu:5", None),
     ("cpu", True, 8, "0", "cpu", None),
     ("gpu", False, 0, "0", "cpu", "no CUDA"),
-    ("gpu", True, 0, "0", "cpu", "no GPU is visible"),
+    ("gpu", True, 0, "0", "cpu", "for GPUs, but none is visible"),
     ("gpu", True, 2, "1", "gpu:1", None),
     ("gpu:1", False, 0, "0", "cpu", "no CUDA"),
     ("gpu:1", True, 2, "0", "gpu:1", None),
