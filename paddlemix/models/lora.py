@@ -11,8 +11,6 @@ import os
 import re
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
-import numpy as np
-
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.utils.errors import ConfigError, WeightsError
 
@@ -80,7 +78,9 @@ def apply_lora(
         an adapter.
     """
     from paddle import nn
-    from paddlenlp.peft import LoRAConfig, LoRAModel
+    from paddlenlp.peft import LoRAConfig
+
+    from paddlemix.models.mgen_vl.tensor_parallel import MGenLoRAModel
 
     names = list(model.state_dict())
     modules = adapted_modules(names, target_modules)
@@ -100,7 +100,7 @@ def apply_lora(
         dtype=str(model.config.dtype).replace("paddle.", ""),
         base_model_name_or_path=base_model_name_or_path,
     )
-    return LoRAModel(model, config)
+    return MGenLoRAModel(model, config)
 
 
 def load_lora_weights(lora_model, folder: str) -> None:
@@ -112,8 +112,9 @@ def load_lora_weights(lora_model, folder: str) -> None:
     """
     from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
 
-    tensors = lora_model.model.state_dict()
-    expected = {name for name, tensor in tensors.items() if not tensor.stop_gradient}
+    model = lora_model.model
+    shapes = model.whole_shapes()
+    expected = {name for name, tensor in model.state_dict().items() if not tensor.stop_gradient}
     path = os.path.join(folder, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
@@ -125,13 +126,11 @@ def load_lora_weights(lora_model, folder: str) -> None:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 problems.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
         for name in sorted(expected & stored):
-            if tuple(reader.info(name).shape) != tuple(tensors[name].shape):
-                problems.append(f"{name} is {list(reader.info(name).shape)}, not {list(tensors[name].shape)}")
+            if tuple(reader.info(name).shape) != shapes[name]:
+                problems.append(f"{name} is {list(reader.info(name).shape)}, not {list(shapes[name])}")
         if problems:
             raise WeightsError(f"{path} does not fit the model: " + "; ".join(problems))
-        for name in sorted(expected):
-            dtype = str(tensors[name].dtype).replace("paddle.", "")
-            tensors[name].set_value(np.ascontiguousarray(reader.read(name, dtype)))
+        model.fill(reader, expected)
 
 
 def load_lora(model, folder: str):

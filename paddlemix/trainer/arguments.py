@@ -132,10 +132,7 @@ _PIPELINE = (
     "pipeline parallelism needs the model as a PipelineLayer, which it is not; use "
     "sharding"
 )
-_TENSOR = (
-    "training with matrices split over cards is not supported: adapters on the fused c_attn would be split and merged "
-    "wrongly by PaddleNLP; use sharding, and recompute"
-)
+_TENSOR = "what all cards hold is kept alike (sync_grad); the other options are for models of another layout"
 _SEQUENCE = "one sample is a single short sequence with its image span, which is not split over cards"
 _EXPERT = "the model has no experts"
 _UNIFIED = "checkpoints are written in one layout (lora_model_state or model_state files), see docs/config.md"
@@ -240,7 +237,7 @@ class TrainingKeys:
     sharding_parallel_degree: int = key(-1, "Cards that share them.", at_least=-1)
     sharding_parallel_config: str = key("", "PaddleNLP's sharding options, separated by spaces.")
     tensor_parallel_degree: int = key(
-        -1, "Cards that share each matrix of the LLM: for --dry_run's estimate; no run takes it.", at_least=-1
+        -1, "Cards that share each matrix of the LLM; needs GPUs.", at_least=-1
     )
     tensor_parallel_config: str = key("", "Tensor parallel.", refused=_TENSOR)
     hybrid_parallel_topo_order: Optional[str] = key(
@@ -740,8 +737,6 @@ def _parallel_problems(training: TrainingKeys, processes: int) -> List[str]:
     launch = "start it with python -m paddle.distributed.launch"
     problems = []
     tensor, shards = max(training.tensor_parallel_degree, 1), max(training.sharding_parallel_degree, 1)
-    if tensor > 1:
-        problems.append(f"tensor_parallel_degree={tensor}: {_TENSOR}")
     if processes == 1:
         if tensor > 1:
             problems.append(f"tensor_parallel_degree={tensor} needs {tensor} processes: {launch}")

@@ -329,6 +329,12 @@ class FinetuneTrainer(Trainer):
         outputs = model(**inputs, return_dict=True)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _wrap_model(self, model, training=True):
+        wrapped = super()._wrap_model(model, training)
+        if self.args.tensor_parallel_degree > 1:
+            parallel.keep_cards_alike(wrapped)
+        return wrapped
+
     def _prepare_inputs(self, inputs):
         # The loader hands over what an error in it could not say.
         raise_failure(inputs)
@@ -434,19 +440,24 @@ class FinetuneTrainer(Trainer):
         return settings
 
     def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
-        """Weights (see save_tuned), configuration, tokenizer, chat template, arguments."""
+        """Weights (see save_tuned), configuration, tokenizer, chat template, arguments.
+
+        The first process writes; those that share its matrices come here too and hand it their parts.
+        """
         folder = output_dir or self.args.output_dir
         logger.info(f"Saving model checkpoint to {folder}")
         partial = os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")
-        os.makedirs(partial, exist_ok=True)
         self.guard.check(base_of(self.model))
-        save_tuned(self.model, partial, self.origin, self.args.should_save, merge_tensor_parallel)
-        if self.args.should_save:
-            self.tokenizer.save_pretrained(partial)
-            self.chat_template.save(partial)
-            arguments = copy.copy(self.args)
-            arguments.output_dir = arguments.output_signal_dir = self.output_dir
-            paddle.save(arguments, os.path.join(partial, "training_args.bin"))
+        if not self.args.should_save:
+            save_tuned(self.model, partial, self.origin, False)
+            return
+        os.makedirs(partial, exist_ok=True)
+        save_tuned(self.model, partial, self.origin, True)
+        self.tokenizer.save_pretrained(partial)
+        self.chat_template.save(partial)
+        arguments = copy.copy(self.args)
+        arguments.output_dir = arguments.output_signal_dir = self.output_dir
+        paddle.save(arguments, os.path.join(partial, "training_args.bin"))
         for name in os.listdir(partial):
             os.replace(os.path.join(partial, name), os.path.join(folder, name))
         os.rmdir(partial)
@@ -613,7 +624,8 @@ def prepare(
     # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
     guard = LanguageGuard(model_args.model_name_or_path)
     with paddle.utils.unique_name.guard():
-        model = load_model(model_args, precision.weights, flash)
+        cards, card = max(training_args.tensor_parallel_degree, 1), max(training_args.tensor_parallel_rank, 0)
+        model = load_model(model_args, precision.weights, flash, cards, card)
         guard.check(model)
         model = choose_trainable(model, model_args)
     counts = freeze.model_counts(base_of(model))

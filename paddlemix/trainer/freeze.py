@@ -126,8 +126,9 @@ def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[
 
 
 def model_counts(model) -> Dict[str, GroupCount]:
-    """count_groups of a model as it stands."""
-    return count_groups((name, t.shape, not t.stop_gradient) for name, t in model.state_dict().items())
+    """count_groups of a MGenLMHeadModel as it stands."""
+    shapes = model.whole_shapes()
+    return count_groups((name, shapes[name], not t.stop_gradient) for name, t in model.state_dict().items())
 
 
 def summary_line(counts: Dict[str, GroupCount]) -> str:

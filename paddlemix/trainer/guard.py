@@ -61,14 +61,12 @@ class LanguageGuard:
         self.shapes = stored
 
     def check(self, model) -> None:
-        """Compare a MGenLMHeadModel, with or without adapters (under tensor parallelism its names: a card holds parts).
+        """Compare a MGenLMHeadModel, with or without adapters.
 
         Raises:
             ConfigError: it has other LLM parameters than the base model, or of other shapes.
         """
-        found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if is_language(name)}
-        if model.config.tensor_parallel_degree > 1:
-            found = {name: self.shapes.get(name, shape) for name, shape in found.items()}
+        found = {name: shape for name, shape in model.whole_shapes().items() if is_language(name)}
         _refuse("the model to train", _differences(found, self.shapes))
 
 

@@ -1,6 +1,6 @@
 """Several cards: what runs where, and why the rest is refused before anything is loaded.
 
-Data parallel and sharding stage 1 run on GPUs and on the CPU; sharding stage 2 needs GPUs.
+Data parallel and sharding stage 1 run on GPUs and on the CPU; sharding stage 2 and tensor parallel need GPUs.
 """
 
 from __future__ import annotations
@@ -15,5 +15,31 @@ def check_device(training: TrainingKeys, device: str) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    if device.startswith("cpu") and training.sharding == "stage2":
+    if not device.startswith("cpu"):
+        return
+    if training.tensor_parallel_degree > 1:
+        raise ConfigError(
+            f"tensor_parallel_degree={training.tensor_parallel_degree} needs GPUs (Paddle's c_identity, c_concat and "
+            "all-reduce on the computing stream have no CPU form)"
+        )
+    if training.sharding == "stage2":
         raise ConfigError("sharding=stage2 needs GPUs (Paddle's group_sharded_parallel has no CPU form); use stage1")
+
+
+def keep_cards_alike(wrapped) -> None:
+    """What cards that share matrices need besides, of a model that fleet has wrapped.
+
+    What they all hold whole (norms, vision part, half of the adapters) gets the first card's gradients, so that no
+    rounding drives them apart. Batches are left alone: fleet would send the first card's to the others, which have
+    read the same samples themselves.
+    """
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase
+
+    strategy = fleet.fleet._user_defined_strategy
+    strategy.sync_param_name = [""]  # part of a name: all
+    mp_configs = strategy.hybrid_configs["mp_configs"]
+    mp_configs.sync_grad, mp_configs.sync_param = True, False
+    while isinstance(wrapped, MetaParallelBase):
+        wrapped._pre_forward = lambda *inputs, **kwargs: None
+        wrapped = wrapped._layers

@@ -18,7 +18,7 @@ import numpy as np
 
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, cut_problems, parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory, parallel
 from paddlemix.trainer.arguments import (
     Arguments,
@@ -316,14 +316,8 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
     plan.weights = _weights_line(plan, folder, shapes) or ""
     if model.text_model_name_or_path is not None:
         plan.attempt(check_text_model, plan.config, model.text_model_name_or_path)
-    tensor = plan.setting.tensor
-    for what, count in (
-        ("num_attention_heads", plan.config.num_attention_heads),
-        ("vocab_size", plan.config.vocab_size),
-        ("the MLP's inner width", plan.config.intermediate_size // 2),
-    ):
-        if count % tensor:
-            plan.problem(f"tensor_parallel_degree={tensor} does not divide {what} ({count})")
+    for problem in cut_problems(plan.config, plan.setting.tensor):
+        plan.problem(problem)
 
     names, trainable = list(shapes), None
     try:

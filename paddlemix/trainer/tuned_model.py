@@ -21,10 +21,11 @@ from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_shard
 from paddlemix.checkpoint.tuned_from import write_tuned_from
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.modeling import check_weights
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, is_language, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, cut_problems, is_language, parameter_shapes
 from paddlemix.trainer import freeze
 from paddlemix.trainer.arguments import ModelArguments
 from paddlemix.trainer.guard import check_text_model
+from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
 
 
@@ -40,10 +41,20 @@ def base_of(model):
     return model.model if isinstance(model, LoRAModel) else model
 
 
-def load_model(model_args: ModelArguments, dtype: str, flash: bool = False):
-    """The model to tune, in train mode and not yet frozen. dtype: "float32", "float16" or "bfloat16"."""
+def load_model(model_args: ModelArguments, dtype: str, flash: bool = False, cards: int = 1, card: int = 0):
+    """The model to tune, in train mode and not yet frozen.
+
+    dtype: "float32", "float16" or "bfloat16". card: which of the `cards` that share its matrices this one is.
+
+    Raises:
+        ConfigError: the matrices cannot be cut in that many parts, or the folder is none of a model.
+    """
     folder = model_args.model_name_or_path
     config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
+    if cards > 1:
+        for problem in cut_problems(config, cards):
+            raise ConfigError(problem)
+        config.tensor_parallel_degree, config.tensor_parallel_rank = cards, card
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
     if model_args.text_model_name_or_path is not None:
         load_language_part(model, model_args.text_model_name_or_path)
@@ -106,34 +117,35 @@ def choose_trainable(model, model_args: ModelArguments):
 
 
 def _trained(model) -> Optional[dict]:
-    """Shapes of the tensors that train in a MGenLMHeadModel; None when that is all of them."""
-    trained = {name: tuple(t.shape) for name, t in model.state_dict().items() if not t.stop_gradient}
+    """Whole shapes of the tensors that train in a MGenLMHeadModel; None when that is all of them."""
+    shapes = model.whole_shapes()
+    trained = {name: shapes[name] for name, t in model.state_dict().items() if not t.stop_gradient}
     return None if len(trained) == len(model.state_dict()) - len(CONSTANTS) else trained
 
 
-def save_tuned(model, folder: str, origin: Origin, is_main_process: bool, merge_tensor_parallel: bool = False) -> None:
-    """Write what this run changes into `folder` (see the module's head), with the model's configuration."""
-    config = base_of(model).config
-    flash, config.use_flash_attention = config.use_flash_attention, False  # of this run, not of the model
+def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> None:
+    """Write what this run changes into `folder` (see the module's head), with the model's configuration.
+
+    Cards that share matrices must all call it; the main process alone writes.
+    """
     adapters = isinstance(model, LoRAModel)
     trained = None if adapters else _trained(model)
     if adapters:
-        model.save_pretrained(folder, merge_tensor_parallel=merge_tensor_parallel, is_main_process=is_main_process)
+        model.save_pretrained(folder, merge_tensor_parallel=True, is_main_process=is_main_process)
     elif trained is None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, is_main_process=is_main_process)
     else:
-        tensors = model.state_dict()
-        items = [
-            (name, str(tensors[name].dtype).replace("paddle.", ""), shape, tensors[name].numpy)
-            for name, shape in trained.items()
-        ]
-        # One file, as the adapters are.
-        write_sharded(folder, items, base=PARTIAL_WEIGHTS_NAME[: -len(".pdparams")], max_shard_size="100000GB")
-        config.save_pretrained(folder)
+        items = model.whole_items(trained)
+        if is_main_process:
+            # One file, as the adapters are.
+            write_sharded(folder, items, base=PARTIAL_WEIGHTS_NAME[: -len(".pdparams")], max_shard_size="100000GB")
+            model.config.save_pretrained(folder)
+        else:
+            for *_, read in items:
+                read()
     # A LoRA folder names its base in lora_config.json, but has no word for an LLM from elsewhere.
     if is_main_process and (trained is not None or (adapters and origin.text is not None)):
         write_tuned_from(folder, origin.base, origin.text)
-    config.use_flash_attention = flash
 
 
 def load_tuned(model, folder: str) -> None:

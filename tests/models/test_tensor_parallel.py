@@ -1,18 +1,21 @@
 """python -m pytest tests/models/test_tensor_parallel.py
 
-PaddleNLP's mappings of the base weights, and what stands against training with them (docs/many_cards.md).
+How each parameter and its adapter are split over cards, and that the parts compute what the whole does. Whole runs:
+tests/trainer/test_tensor_parallel_runs.py.
 """
 
-import types
+import copy
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from paddlenlp.peft import LoRAModel
 
+from paddlemix.models.lora import adapter_shapes, apply_lora
+from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.language import rotary_factors, rotate
-from tests.helpers import make_tiny_model
+from paddlemix.models.mgen_vl.parameters import cut_problems
+from tests.helpers import make_tiny_model, tiny_config
 
 HEADS = 8
 DEGREES = (2, 4, 8)
@@ -23,22 +26,22 @@ def model():
     return make_tiny_model(num_attention_heads=HEADS, kv_channels=16)
 
 
+def actions(model, degree, rank, is_split):
+    """How this card splits, or merges, each parameter that is split."""
+    config = copy.copy(model.config)
+    config.tensor_parallel_degree, config.tensor_parallel_rank = degree, rank
+    return type(model)._get_tensor_parallel_mappings(config, is_split)
+
+
 @pytest.fixture(scope="module")
 def pieces(model):
     """degree → name → the pieces of a weight, one per card; weights that every card has whole are missing."""
 
-    def actions(degree, rank, is_split):
-        model.config.tensor_parallel_degree, model.config.tensor_parallel_rank = degree, rank
-        try:
-            return type(model)._get_tensor_parallel_mappings(model.config, is_split)
-        finally:
-            model.config.tensor_parallel_degree, model.config.tensor_parallel_rank = 1, 0
-
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     found = {}
     for degree in DEGREES:
-        splits = [actions(degree, rank, True) for rank in range(degree)]
-        merge = actions(degree, 0, False)
+        splits = [actions(model, degree, rank, True) for rank in range(degree)]
+        merge = actions(model, degree, 0, False)
         names = [name for name in state if name in splits[0]]
         found[degree] = {name: [split[name](state[name]) for split in splits] for name in names}
         for name in names:
@@ -108,17 +111,97 @@ def test_the_cards_parts_add_up_to_the_whole(model, pieces, degree):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_paddlenlp_cuts_the_adapter_of_c_attn_elsewhere_than_its_weight(model):
-    """The reason why a run with tensor_parallel_degree is refused. When this fails, PaddleNLP has mended it."""
-    columns = np.arange(3 * HEADS * 16, dtype="float32")[None]
-    name = "transformer.llm.h.0.attn.c_attn"
-    adapters = types.SimpleNamespace(lora_split_mapping={name + ".lora_B": True}, model=model)
-    config = types.SimpleNamespace(**dict(vars_of(model.config), tensor_parallel_degree=2, tensor_parallel_rank=0))
-    ours = type(model)._get_tensor_parallel_mappings(config)[name + ".weight"](columns)
-    theirs = LoRAModel._get_tensor_parallel_mappings(adapters, config)[name + ".lora_B"](columns)
-    assert ours.shape == theirs.shape and not np.array_equal(ours, theirs)
+TARGETS = (".*attn.c_attn", ".*attn.c_proj", ".*mlp.w1", ".*mlp.w2", r".*h\.\d+\.mlp.c_proj")
+SCALE = 8 / 4
 
 
-def vars_of(config):
-    names = ("num_attention_heads", "num_hidden_layers", "fuse_attention_ffn")
-    return {name: getattr(config, name) for name in names}
+@pytest.fixture(scope="module")
+def adapters(model):
+    """Name → adapter matrix of random values, for every matrix of the blocks."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    rng = np.random.default_rng(1)
+    found = adapter_shapes(shapes, TARGETS, rank=4)
+    return {name: rng.normal(size=shape).astype("float32") * 0.1 for name, shape in found.items()}
+
+
+@pytest.fixture(scope="module")
+def adapter_pieces(model, adapters):
+    """degree → name → the pieces, one per card; of what every card has whole, as many copies."""
+    found = {}
+    for degree in DEGREES:
+        splits = [actions(model, degree, rank, True) for rank in range(degree)]
+        found[degree] = {
+            name: [split[name](array) if name in split else array for split in splits]
+            for name, array in adapters.items()
+        }
+    return found
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+def test_adapters_are_split_as_their_weights_and_come_back(model, pieces, adapters, adapter_pieces, degree):
+    merge = actions(model, degree, 0, False)
+    for name, whole in adapters.items():
+        split_in_rows = "c_proj" in name
+        assert (name in merge) == (name.endswith("lora_A") == split_in_rows), name
+        if name in merge:
+            np.testing.assert_array_equal(merge[name](adapter_pieces[degree][name]), whole, err_msg=name)
+    split = [actions(model, degree, rank, True) for rank in range(degree)]
+    for module in {name.rpartition(".")[0] for name in adapters}:
+        product = adapters[module + ".lora_A"] @ adapters[module + ".lora_B"]
+        for rank in range(degree):
+            # What a card adds to its part of the weight is its part of what is added to the whole.
+            A, B = (adapter_pieces[degree][f"{module}.lora_{kind}"][rank] for kind in "AB")
+            assert pieces[degree][module + ".weight"][rank].shape == (A @ B).shape
+            np.testing.assert_allclose(A @ B, split[rank][module + ".weight"](product), atol=1e-5, err_msg=module)
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+def test_the_cards_parts_with_adapters_add_up_to_the_whole(model, pieces, adapters, adapter_pieces, degree):
+    """As fleet's layers compute: a column layer adds x·A·(its B); a row layer adds (the sum of x·A)·B."""
+    prefix = "transformer.llm.h.1."
+    x = paddle.to_tensor(np.random.default_rng(2).normal(size=[2, 6, 128]).astype("float32"))
+
+    def of(name, rank):
+        return tensor((adapter_pieces if "lora" in name else pieces)[degree][prefix + name][rank])
+
+    def column(name, rank, x):
+        delta = paddle.matmul(paddle.matmul(x, of(name + ".lora_A", rank)), of(name + ".lora_B", rank)) * SCALE
+        bias = of(name + ".bias", rank) if name == "attn.c_attn" else 0.0
+        return paddle.matmul(x, of(name + ".weight", rank)) + bias + delta
+
+    def row(name, inputs):
+        summed = sum(paddle.matmul(x, of(name + ".weight", rank)) for rank, x in enumerate(inputs))
+        low = sum(paddle.matmul(x, of(name + ".lora_A", rank)) for rank, x in enumerate(inputs))
+        return summed + paddle.matmul(low, of(name + ".lora_B", 0)) * SCALE
+
+    rotary = rotary_factors(paddle.arange(6).unsqueeze(0).expand([2, 6]), 16, 10000.0, [1])
+    bias = paddle.triu(paddle.full([6, 6], -1e30), diagonal=1).reshape([1, 1, 6, 6])
+    outputs = []
+    for rank in range(degree):
+        mixed = column("attn.c_attn", rank, x).reshape([2, 6, 3, HEADS // degree, 16]).transpose([2, 0, 3, 1, 4])
+        query, key, value = mixed.unbind(0)
+        outputs.append(attend(rotate(query, *rotary), rotate(key, *rotary), value, bias))
+    attended = row("attn.c_proj", outputs)
+    inner = [column("mlp.w1", rank, x) * F.silu(column("mlp.w2", rank, x)) for rank in range(degree)]
+    summed = row("mlp.c_proj", inner)
+
+    whole = make_tiny_model(num_attention_heads=HEADS, kv_channels=16)
+    lora = apply_lora(whole, rank=4, alpha=8, target_modules=TARGETS)
+    state = whole.state_dict()
+    for name, array in adapters.items():
+        state[name].set_value(array)
+    lora.eval()
+    block = whole.transformer.llm.h[1]
+    np.testing.assert_allclose(attended.numpy(), block.attn(x, bias, rotary).numpy(), atol=1e-4)
+    np.testing.assert_allclose(summed.numpy(), block.mlp(x).numpy(), atol=1e-4)
+    assert np.abs(block.mlp(x).numpy() - model.transformer.llm.h[1].mlp(x).numpy()).max() > 0.01
+
+
+def test_a_model_that_cannot_be_cut_is_refused():
+    problems = cut_problems(tiny_config(vocab_size=480, no_bias=False), 3)
+    assert [problem.partition("=3 ")[2].split(" (")[0] for problem in problems] == [
+        "does not divide num_attention_heads",
+        "does not divide the MLP's inner width",
+        "needs no_bias in config.json: PaddleNLP's split MLP has no biases",
+    ]
+    assert cut_problems(tiny_config(no_bias=False), 1) == []

@@ -77,7 +77,7 @@ def forker(root):
 def start_run(forker, world, tmp_path):
     """Start the script on a LoRA run in tmp_path/name, with changes; `...` takes a key away. Returns the Run."""
 
-    def begin(name="run", processes=1, **changes):
+    def begin(name="run", processes=1, stand_ins=False, **changes):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         keys = {
@@ -92,6 +92,7 @@ def start_run(forker, world, tmp_path):
             **LORA_POOL,
         }
         keys.update(changes)
-        return Run(forker, folder, processes, **{name: value for name, value in keys.items() if value is not ...})
+        keys = {name: value for name, value in keys.items() if value is not ...}
+        return Run(forker, folder, processes, stand_ins, **keys)
 
     return begin

@@ -13,12 +13,12 @@ PATIENCE = 60  # seconds until a run that shows nothing fails the test
 class Run:
     """One run of the script, in a folder of its own; of several processes, with a log each (log.0, log.1)."""
 
-    def __init__(self, forker, folder, processes=1, **keys):
+    def __init__(self, forker, folder, processes=1, stand_ins=False, **keys):
         self.out, self.forker = folder / "out", forker
         self.log = folder / ("log" if processes == 1 else "log.0")
         (folder / "config.json").write_text(json.dumps(dict(keys, output_dir=str(self.out))))
         words = [str(folder / "config.json")]
-        request = {"words": words, "log": str(folder / "log"), "processes": processes}
+        request = {"words": words, "log": str(folder / "log"), "processes": processes, "stand_ins": stand_ins}
         forker.stdin.write(json.dumps(request) + "\n")
         forker.stdin.flush()
         self.pid = json.loads(forker.stdout.readline())["pids"][0]

@@ -1,9 +1,10 @@
 """Runs of supervised_finetune.py that cost no import each: a process that has imported everything forks them.
 
-    {"words": [command line], "log": FILE, "processes": N}   a line in; N processes as the launcher would start them
-    {"pids": [N]}, then {"statuses": [N]}                    two lines out; a negative status: ended by that signal
+    {"words": [command line], "log": FILE, "processes": N, "stand_ins": bool}   a line in: N processes, as launched
+    {"pids": [N]}, then {"statuses": [N]}    two lines out; a negative status: ended by that signal
 
 With several processes, the log of process i is FILE.i, and when one fails the others are ended, as the launcher does.
+stand_ins: whether they run with those of cpu_tensor_parallel.
 """
 
 import json
@@ -17,6 +18,7 @@ import paddle
 import supervised_finetune
 from paddlemix.trainer import finetune  # noqa: F401  what takes long
 from paddlemix.utils import cli
+from tests.trainer import cpu_tensor_parallel
 
 
 def free_ports(count):
@@ -55,13 +57,15 @@ def environments(processes):
     ]
 
 
-def child(words, log, environment) -> int:
+def child(stand_ins, words, log, environment) -> int:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
     # Paddle read its place among the processes when it was imported.
     paddle.distributed.parallel._global_parallel_env = None
+    if stand_ins:
+        cpu_tensor_parallel.install()
     sys.argv = ["supervised_finetune.py", *words]
     status = cli.run(supervised_finetune.main)
     sys.stderr.flush()
@@ -84,9 +88,9 @@ def fork(*arguments) -> int:
 def main():
     for line in sys.stdin:
         request = json.loads(line)
-        processes = request.get("processes", 1)
+        processes = request["processes"]
         logs = [request["log"] + (f".{rank}" if processes > 1 else "") for rank in range(processes)]
-        pids = [fork(request["words"], *pair) for pair in zip(logs, environments(processes))]
+        pids = [fork(request["stand_ins"], request["words"], *pair) for pair in zip(logs, environments(processes))]
         print(json.dumps({"pids": pids}), flush=True)
         statuses = {}
         while len(statuses) < processes:

@@ -233,7 +233,6 @@ def test_broken_config_files(tmp_path):
         ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
         ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
         ({"tensor_parallel_degree": 2}, "needs 2 processes"),
-        ({"tensor_parallel_degree": 2}, "training with matrices split over cards is not supported"),
         ({"sharding": "stage1"}, "sharding needs several processes"),
         ({"chat_template": "/no.json"}, "no file at /no.json"),
     ],

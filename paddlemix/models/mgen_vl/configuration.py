@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 
@@ -118,6 +119,12 @@ class MGenConfig(QWenConfig):
         must(visual["image_size"] % visual["patch_size"] == 0, "visual.image_size must be a multiple of patch_size")
         must(math.isqrt(visual["n_queries"]) ** 2 == visual["n_queries"], "visual.n_queries must be a square")
         must(visual["image_start_id"] + 2 < self.vocab_size, "visual.image_start_id + 2 must lie in the vocabulary")
+
+    def save_pretrained(self, folder, **kwargs):
+        """Write config.json, without what is of a run and not of the model."""
+        stored = copy.copy(self)
+        stored.use_flash_attention, stored.tensor_parallel_degree = False, -1
+        super(MGenConfig, stored).save_pretrained(folder, **kwargs)
 
     @property
     def image_start_id(self) -> int:

@@ -196,9 +196,18 @@ class MGenPretrainedModel(QWenPretrainedModel):
 
     @classmethod
     def _get_tensor_parallel_mappings(cls, config, is_split=True):
-        """PaddleNLP's split and merge actions of each decoder parameter, under this model's names."""
+        """PaddleNLP's split and merge actions of each decoder parameter, under this model's names, and of its adapters.
+
+        An adapter is cut as its weight is: lora_B by columns, lora_A by rows. (PaddleNLP's LoRAModel cuts lora_B in
+        equal columns, so a card's part of the fused c_attn would get columns of other heads than its weight has.)
+        """
         stock = super()._get_tensor_parallel_mappings(config, is_split)
-        return {name.replace("qwen.", "transformer.llm."): action for name, action in stock.items()}
+        actions = {name.replace("qwen.", "transformer.llm."): action for name, action in stock.items()}
+        for name, action in list(actions.items()):
+            module, _, kind = name.rpartition(".")
+            if kind == "weight":
+                actions[module + (".lora_B" if action.keywords["is_column"] else ".lora_A")] = action
+        return actions
 
 
 class MGenDecoder(MGenPretrainedModel):

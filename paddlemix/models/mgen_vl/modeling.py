@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, N images in the whole batch, S image side, Q queries,
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.distributed import fleet
 from paddlenlp.transformers.model_outputs import ModelOutput
 from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 
@@ -157,9 +159,15 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         if chosen.shape[0] == 0:
             return hidden.astype("float32").sum() * 0.0
         states = paddle.gather(hidden[:, :-1].reshape([-1, hidden.shape[-1]]), chosen)
+        targets = paddle.gather(targets, chosen)
+        if self.config.tensor_parallel_degree > 1:
+            # Each card keeps its columns of the vocabulary.
+            logits = parallel_matmul(states, self.lm_head.weight, tensor_parallel_output=True).astype("float32")
+            with full_precision():
+                return fleet.meta_parallel.ParallelCrossEntropy()(logits, targets.unsqueeze(-1)).mean()
         logits = self._logits(states).astype("float32")
         with full_precision():
-            return F.cross_entropy(logits, paddle.gather(targets, chosen), reduction="mean")
+            return F.cross_entropy(logits, targets, reduction="mean")
 
     def forward(
         self,
@@ -240,15 +248,48 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
         Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part.
         """
-        split = {}
-        if self.config.tensor_parallel_degree > 1:
-            split = self._get_tensor_parallel_mappings(self.config, is_split=True)
+        split = self._cuts()
         for name, tensor in self.state_dict().items():
             if names is None or name in names:
                 array = reader.read(name, str(tensor.dtype).replace("paddle.", ""))
                 if name in split:
                     array = split[name](array)
                 tensor.set_value(np.ascontiguousarray(array))
+
+    def _cuts(self, is_split=True):
+        """Split or merge action of each parameter that tensor parallelism cuts; none without it."""
+        if self.config.tensor_parallel_degree <= 1:
+            return {}
+        return self._get_tensor_parallel_mappings(self.config, is_split)
+
+    def whole_shapes(self):
+        """Shapes of state_dict()'s tensors, put together where cards hold parts of them."""
+        shapes, cuts = {}, self._cuts()
+        for name, tensor in self.state_dict().items():
+            shape = list(tensor.shape)
+            if name in cuts:
+                shape[-1 if cuts[name].keywords["is_column"] else 0] *= self.config.tensor_parallel_degree
+            shapes[name] = tuple(shape)
+        return shapes
+
+    def whole_items(self, names):
+        """(name, dtype, shape, read) of whole tensors, as write_sharded takes them; read() gives a numpy array.
+
+        Where cards share matrices, all of them must read all items in this order: a part goes from each to the others.
+        """
+        tensors, shapes, merge = self.state_dict(), self.whole_shapes(), self._cuts(is_split=False)
+
+        def read(name):
+            if name not in merge:
+                return tensors[name].numpy()
+            parts = []
+            group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+            paddle.distributed.all_gather(parts, tensors[name].detach(), group=group)
+            return merge[name]([part.numpy() for part in parts])
+
+        for name in names:
+            dtype = str(tensors[name].dtype).replace("paddle.", "")
+            yield name, dtype, shapes[name], functools.partial(read, name)
 
     @classmethod
     def build_lazily(cls, config, dtype="float32"):
@@ -263,22 +304,19 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         config.dtype = dtype
         return model
 
-    def save_pretrained(self, folder, max_shard_size="10GB", format="pdparams", state_dict=None):
+    def save_pretrained(self, folder, max_shard_size="10GB", format="pdparams", is_main_process=True):
         """Write config.json, generation_config.json and the weights, a tensor at a time.
 
-        format: "pdparams" or "safetensors". state_dict: other values under the same names (default: the model's).
+        format: "pdparams" or "safetensors". is_main_process: whether this process writes; the others help it to put
+        its tensors together.
         """
+        items = self.whole_items(parameter_shapes(self.config))
+        if not is_main_process:
+            for *_, read in items:
+                read()
+            return
         os.makedirs(folder, exist_ok=True)
-        tensors = self.state_dict() if state_dict is None else state_dict
-        shapes = parameter_shapes(self.config)
-
-        def items():
-            for name in shapes:
-                tensor = tensors[name]
-                dtype = str(tensor.dtype).replace("paddle.", "")
-                yield name, dtype, tuple(tensor.shape), tensor.numpy
-
-        write_sharded(folder, items(), format=format, max_shard_size=max_shard_size)
+        write_sharded(folder, items, format=format, max_shard_size=max_shard_size)
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         with atomic_write(os.path.join(folder, "generation_config.json")) as file:

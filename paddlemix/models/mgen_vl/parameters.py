@@ -7,7 +7,7 @@ this table against the built model and against the public list of 853 names.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 Shape = Tuple[int, ...]
 
@@ -113,6 +113,22 @@ def parameter_shapes(config: Any) -> Dict[str, Shape]:
     shapes["transformer.llm.ln_f.weight"] = (hidden,)
     shapes["lm_head.weight"] = (hidden, vocab)
     return shapes
+
+
+def cut_problems(config: Any, cards: int) -> List[str]:
+    """Why the matrices of a model with this MGenConfig cannot be shared by so many cards; empty when they can."""
+    if cards == 1:
+        return []
+    key = f"tensor_parallel_degree={cards}"
+    widths = {
+        "num_attention_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "the MLP's inner width": config.intermediate_size // 2,
+    }
+    problems = [f"{key} does not divide {what} ({count})" for what, count in widths.items() if count % cards]
+    if not config.no_bias:
+        problems.append(f"{key} needs no_bias in config.json: PaddleNLP's split MLP has no biases")
+    return problems
 
 
 def count(shapes: Dict[str, Shape]) -> int:

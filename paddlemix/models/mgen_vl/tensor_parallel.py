@@ -1,0 +1,46 @@
+"""Adapters on a model whose matrices are split over cards (Megatron-LM, Shoeybi et al. 2019).
+
+fleet's layers split the decoder: columns of c_attn (by heads: a third of a card's columns are queries), w1, w2 and
+lm_head, rows of c_proj and of the embeddings. Norms and the vision part are whole on every card. The layers of the
+adapters are PaddleNLP's; what is mended here are their first values and their dropout.
+"""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+from paddle import nn
+from paddle.distributed.fleet.meta_parallel import RowParallelLinear, get_rng_state_tracker
+from paddlenlp.peft import LoRAModel
+
+
+class PartDropout(nn.Dropout):
+    """Dropout on the columns that only this card holds: the other cards draw other numbers for theirs."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        with get_rng_state_tracker().rng_state("local_seed"):
+            return super().forward(x)
+
+
+class MGenLoRAModel(LoRAModel):
+    """PaddleNLP's LoRAModel around a MGenLMHeadModel, on one card or on several that share its matrices."""
+
+    def __init__(self, model, lora_config):
+        super().__init__(model, lora_config)
+        cuts = model._cuts()
+        for name, layer in model.named_sublayers():
+            if isinstance(layer, RowParallelLinear) and hasattr(layer, "lora_A"):
+                # PaddleNLP draws a card's rows as if they were a matrix of their own, in too wide a range.
+                bound = 1 / math.sqrt(layer.in_features)
+                drawn = paddle.uniform([layer.in_features, layer.r], "float32", -bound, bound)
+                part = cuts[name + ".lora_A"](drawn.numpy())
+                layer.lora_A.set_value(paddle.to_tensor(part).astype(layer.lora_A.dtype))
+                if lora_config.lora_dropout:
+                    layer.lora_dropout = PartDropout(lora_config.lora_dropout)
+
+    def _merge_trainable_tensor_parallel(self, trainable_state_dict):
+        """Whole tensors by name, as numpy arrays."""
+        return {name: read() for name, _, _, read in self.model.whole_items(trainable_state_dict)}
