@@ -239,7 +239,7 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
     """
     shapes = trained.shapes
     trainable = [name for name in trained.trainable if name not in CONSTANTS]
-    visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"]
+    visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"] // setting.tensor
     n = batch.images
     N, layers = batch.rows * batch.tokens, config["num_hidden_layers"]
     half = setting.precision != "float32"
