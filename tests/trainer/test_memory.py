@@ -78,7 +78,7 @@ def test_sharding_shares_states_and_in_stage_2_gradients(config_7b, lora_7b):
 
 
 def test_tensor_parallel_pieces_are_those_of_the_model(config_7b, lora_7b):
-    """memory.share says of each name what PaddleNLP's mappings say."""
+    """memory.share says of each name what the model's mappings say."""
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
 
     config_7b.tensor_parallel_degree = 2
@@ -86,11 +86,7 @@ def test_tensor_parallel_pieces_are_those_of_the_model(config_7b, lora_7b):
         split = set(MGenLMHeadModel._get_tensor_parallel_mappings(config_7b))
     finally:
         config_7b.tensor_parallel_degree = 1
-    base = {name for name in lora_7b.shapes if "lora_" not in name}
-    assert {name for name in base if memory.share(name, 2) == 2} == split & base
-    assert memory.share("transformer.llm.h.0.attn.c_attn.lora_B", 4) == 4
-    assert memory.share("transformer.llm.h.0.attn.c_attn.lora_A", 4) == 1
-    assert memory.share("transformer.llm.h.0.attn.c_proj.lora_A", 4) == 4
+    assert {name for name in lora_7b.shapes if memory.share(name, 2) == 2} == split & set(lora_7b.shapes)
 
 
 def test_more_cards_and_recompute_need_less_on_each(config_7b, lora_7b):
