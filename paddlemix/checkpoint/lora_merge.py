@@ -34,7 +34,7 @@ from paddlemix.checkpoint.shards import (
     open_weights,
     write_sharded,
 )
-from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, FileBytes, TensorInfo, convert_dtype, printable
+from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, FileBytes, Rows, TensorInfo, convert_dtype, printable
 from paddlemix.checkpoint.tuned_from import TUNED_FROM_NAME, read_tuned_from
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder
@@ -69,8 +69,10 @@ _VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
 # Parameters outside the LLM.
 _NOT_LANGUAGE = "visual."
 
-# Rows of a weight that are added and rounded at a time; the scratch memory stays small beside the weight.
-_ROWS = 256
+# About as many elements of a weight are merged at a time, by a thread: they stay in the CPU's cache. And rows in
+# multiples of this, which matmuls like.
+_ELEMENTS = 1 << 21
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ class _TwoModels:
 
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
         return self._reader(name).raw(name)
+
+    def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
+        return self._reader(name).rows(name)
 
 
 def _text_folder(lora_folder: str, given: Optional[str]) -> Optional[str]:
@@ -208,50 +213,20 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
     return [name for name in base.keys() if name in pairs], replaced
 
 
-class Scratch:
-    """Memory that is used again for one tensor after the other: fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: Dict[str, np.ndarray] = {}
-
-    def array(self, dtype: str, shape: Tuple[int, ...]) -> np.ndarray:
-        """An array of any content. It is valid until the next one of this dtype is asked for."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.size < size:
-            # The old one goes first, so that both are never there at once.
-            self._buffers.pop(dtype, None)
-            buffer = self._buffers[dtype] = np.empty(size, NUMPY_TYPES[dtype])
-        return buffer[:size].reshape(shape)
-
-
-def merged_weight(
-    weight: np.ndarray,
-    dtype: str,
-    a: np.ndarray,
-    b: np.ndarray,
-    scaling: float,
-    to: str,
-    scratch: Optional[Scratch] = None,
+def merged_rows(
+    weight: np.ndarray, dtype: str, a: np.ndarray, b: np.ndarray, scaling: float, to: str
 ) -> np.ndarray:
     """W + scaling · A @ B, in float32, stored as `to`.
 
-    weight: [in, out] as stored in `dtype`. a: [in, r], b: [r, out], float32. Returns [in, out], in memory of
-    `scratch` if that is given.
+    weight: [rows, out] as stored in `dtype`. a: [rows, r], b: [r, out], float32. Returns [rows, out].
 
     Raises:
         WeightsError: a value does not fit `to`.
     """
-    scratch = scratch or Scratch()
-    delta = np.matmul(a, b, out=scratch.array("float32", weight.shape))
-    delta *= np.float32(scaling)
-    out = delta if to == "float32" else scratch.array(to, weight.shape)
-    for start in range(0, len(delta), _ROWS):
-        rows = slice(start, start + _ROWS)
-        delta[rows] += convert_dtype(weight[rows], dtype, "float32")
-        if to != "float32":
-            out[rows] = convert_dtype(delta[rows], "float32", to)
-    return out
+    merged = np.matmul(a, b)
+    merged *= np.float32(scaling)
+    merged += convert_dtype(weight, dtype, "float32")
+    return convert_dtype(merged, "float32", to)
 
 
 def merge(
@@ -272,8 +247,8 @@ def merge(
 
     dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or
     "safetensors" (default: the base's). The folder appears when it is whole; an existing one that is not
-    empty is replaced only with `overwrite`. Besides tensors of the base, memory holds two of the largest
-    adapted weights.
+    empty is replaced only with `overwrite`. Adapted weights are made, and most tensors copied, by threads, some
+    megabytes at a time; other tensors of the checkpoint, and those that change dtype, are in memory one by one.
 
     Raises:
         UserError: out_folder is one of the inputs or in one, or not empty. WeightsError: files or keys do
@@ -299,12 +274,11 @@ def merge(
         total = 0
         items = []
         adapted, whole = set(merged), set(replaced)
-        scratch = Scratch()
         for name in base.keys():
             info = base.info(name)
             to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
             if name in adapted:
-                read = _adapted(base, lora, name, scaling, to, scratch)
+                read = _adapted(base, lora, name, scaling, to)
             elif name in whole:
                 read = _replacement(lora, name, to)
             elif to == info.dtype:
@@ -334,19 +308,22 @@ def merge(
     return MergeResult(len(merged), len(replaced), len(items) - len(merged) - len(replaced), files)
 
 
-def _adapted(
-    base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str, scratch: Scratch
-) -> Callable[[], np.ndarray]:
+def _adapted(base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str) -> Callable[[], Rows]:
     module = name[: -len(".weight")]
 
-    def read() -> np.ndarray:
+    def read() -> Rows:
         a, b = (np.array(lora.read(f"{module}.{part}", "float32")) for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
-        try:
-            return merged_weight(base.read(name), base.info(name).dtype, a, b, scaling, to, scratch)
-        except WeightsError as error:
-            raise WeightsError(f"{name} with its adapter: {error}") from None
+        weight, dtype = base.rows(name), base.info(name).dtype
+
+        def make(start: int, stop: int) -> np.ndarray:
+            try:
+                return merged_rows(weight(start, stop), dtype, a[start:stop], b, scaling, to)
+            except WeightsError as error:
+                raise WeightsError(f"{name} with its adapter: {error}") from None
+
+        return Rows(max(1, _ELEMENTS // (_ROWS * b.shape[1])) * _ROWS, make)
 
     return read
 

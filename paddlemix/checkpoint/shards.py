@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -25,6 +26,7 @@ from paddlemix.checkpoint.tensors import (
     NUMPY_TYPES,
     FileBytes,
     MappedFile,
+    Rows,
     StoredTensor,
     TensorInfo,
     convert_dtype,
@@ -204,6 +206,21 @@ class WeightsReader:
         """
         return self._tensor(name).where or self.read(name)
 
+    def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
+        """A function that reads rows start to stop of a tensor, as stored, into memory; any thread may call it."""
+        tensor = self._tensor(name)
+        where, kind, rest = tensor.where, NUMPY_TYPES[tensor.dtype], tensor.shape[1:]
+        if where is None:
+            whole = tensor.load()
+            return lambda start, stop: whole[start:stop]
+        size = kind.itemsize * math.prod(rest)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            data = where.read(start * size, (stop - start) * size)
+            return np.frombuffer(data, kind).reshape((stop - start,) + rest)
+
+        return read
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -270,8 +287,8 @@ def open_weights(path: str) -> WeightsReader:
 
 # ---- writing
 
-# (name, dtype, shape, read): read() gives the array, or a FileBytes to copy.
-Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes]]]
+# (name, dtype, shape, read): read() gives the array, a FileBytes to copy, or Rows to make.
+Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes, Rows]]]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -313,31 +330,31 @@ def _plan(items: List[Item], format: str, base: str, extension: str, limit: int)
 
 
 def _write_file(file: Any, format: str, items: List[Item], progress: Optional[Callable[[int], None]]) -> None:
-    sink = Sink(file, progress)
-    if format == "pdparams":
-        writer: Any = pdparams.PdparamsWriter(sink)
-    else:
-        writer = safetensors.SafetensorsWriter(sink, [item[:3] for item in items])
-    writer.begin()
-    for name, dtype, shape, read in items:
-        writer.tensor(name, dtype, shape)
-        data = read()
-        if isinstance(data, FileBytes):
-            if data.length != size_of(dtype, shape):
-                raise ValueError(
-                    f"{name}: {data.length} bytes to copy do not make a {dtype} of shape {list(shape)}"
-                )
-            sink.copy(data)
+    with Sink(file, progress) as sink:
+        if format == "pdparams":
+            writer: Any = pdparams.PdparamsWriter(sink)
         else:
-            data = np.asarray(data)
-            if data.shape != tuple(shape) or data.dtype != NUMPY_TYPES[dtype]:
-                raise ValueError(
-                    f"{name} is {data.dtype} {list(data.shape)}, not {dtype} {list(shape)} as announced"
-                )
-            sink.array(data)
-        writer.after_tensor()
-    writer.end()
-    sink.flush()
+            writer = safetensors.SafetensorsWriter(sink, [item[:3] for item in items])
+        writer.begin()
+        for name, dtype, shape, read in items:
+            writer.tensor(name, dtype, shape)
+            _write_tensor(sink, name, dtype, shape, read())
+            writer.after_tensor()
+        writer.end()
+
+
+def _write_tensor(sink: Sink, name: str, dtype: str, shape: Tuple[int, ...], data: Any) -> None:
+    if isinstance(data, Rows):
+        sink.rows(data, NUMPY_TYPES[dtype], shape)
+    elif isinstance(data, FileBytes):
+        if data.length != size_of(dtype, shape):
+            raise ValueError(f"{name}: {data.length} bytes to copy do not make a {dtype} of shape {list(shape)}")
+        sink.copy(data)
+    else:
+        data = np.asarray(data)
+        if data.shape != tuple(shape) or data.dtype != NUMPY_TYPES[dtype]:
+            raise ValueError(f"{name} is {data.dtype} {list(data.shape)}, not {dtype} {list(shape)} as announced")
+        sink.array(data)
 
 
 def _others(folder: str, base: str, extension: str, kept: List[str]) -> List[str]:

@@ -1,83 +1,134 @@
-"""Where weights are written to: small pieces are gathered, large ones go straight to the file."""
+"""Where weights are written to: small pieces are gathered, tensors go straight to their place in the file.
+
+The place of a tensor is known before its bytes are. What is copied from another file or made in rows is therefore
+written by threads of the sink's own, in any order, while the next tensors are announced.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Callable, Optional
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Optional, Tuple
 
 import numpy as np
 
-from paddlemix.checkpoint.tensors import FileBytes
-from paddlemix.utils.errors import WeightsError
+from paddlemix.checkpoint.tensors import FileBytes, Rows
+from paddlemix.utils.runtime import physical_cores
 
 _GATHER = 1 << 16
-_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSOCK)
-# Bytes per write: often enough for a progress bar, rarely enough to cost nothing.
-_STEP = 1 << 26
+# More only wait for the memory.
+_THREADS = 4
+# Where the system cannot copy from file to file by itself.
+_NO_COPY = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)
+# Bytes per write: often enough for a progress bar and an even share for each thread, rarely enough to cost nothing.
+_STEP = 1 << 24
 
 
 class Sink:
-    """An unbuffered binary file (`buffering=0`) with its position. `progress` is told the bytes of
-    tensors written.
+    """An unbuffered binary file (`buffering=0`) with its position, for a `with` block, at whose end all is written.
+
+    `progress` is told the bytes of tensors written.
     """
 
     def __init__(self, file, progress: Optional[Callable[[int], None]] = None):
-        self._file = file
+        self._handle = file.fileno()
         self._progress = progress or (lambda n: None)
         self._small = bytearray()
+        self._pool = ThreadPoolExecutor(min(_THREADS, physical_cores()))
+        self._running: Deque[Tuple[Future, int]] = deque()
         self.position = 0
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: Any, *exc_info: Any) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._wait(0)
+        finally:
+            self._pool.shutdown()
+
+    def _wait(self, left: int) -> None:
+        while len(self._running) > left:
+            job, count = self._running.popleft()
+            job.result()
+            self._progress(count)
+
+    def _later(self, count: int, call: Callable[..., None], *args: Any) -> None:
+        """Have a thread write `count` bytes. A few jobs wait, so that no thread does and memory stays small."""
+        self._running.append((self._pool.submit(call, *args), count))
+        self._wait(2 * _THREADS)
 
     def write(self, data: bytes) -> None:
         self._small += data
         self.position += len(data)
         if len(self._small) >= _GATHER:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        self._write_all(memoryview(self._small))
+    def _flush(self) -> None:
+        _write_at(self._handle, memoryview(self._small), self.position - len(self._small))
         self._small = bytearray()
-
-    def _write_all(self, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done : done + _STEP])
 
     def array(self, array: np.ndarray) -> None:
         """Write an array's bytes in C order."""
-        self.flush()
+        self._flush()
         view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         for start in range(0, len(view), _STEP):
             part = view[start : start + _STEP]
-            self._write_all(part)
+            _write_at(self._handle, part, self.position)
             self.position += len(part)
             self._progress(len(part))
 
     def copy(self, source: FileBytes) -> None:
-        """Write a stretch of another file; the system copies it without a detour through this program.
+        """Write a stretch of another file."""
+        self._flush()
+        for start in range(0, source.length, _STEP):
+            count = min(_STEP, source.length - start)
+            self._later(count, _copy, source, start, count, self._handle, self.position + start)
+        self.position += source.length
 
-        Raises:
-            WeightsError: the source has become shorter than it was when it was opened.
-        """
-        self.flush()
-        done = 0
-        while done < source.length:
-            step = min(_STEP, source.length - done)
-            moved = self._move(source.file.fileno(), source.offset + done, step)
-            if moved == 0:
-                raise WeightsError(f"{source.file.path} has been cut short while it was read")
-            done += moved
-            self.position += moved
-            self._progress(moved)
+    def rows(self, rows: Rows, dtype: np.dtype, shape: Tuple[int, ...]) -> None:
+        """Write a tensor of this shape as its rows are made."""
+        self._flush()
+        size = dtype.itemsize * int(np.prod(shape[1:]))
+        for start in range(0, shape[0], rows.step):
+            stop = min(start + rows.step, shape[0])
+            expected = (dtype, (stop - start,) + tuple(shape[1:]))
+            place = self.position + start * size
+            self._later((stop - start) * size, _make, rows, start, stop, expected, self._handle, place)
+        self.position += shape[0] * size
 
-    def _move(self, handle: int, offset: int, count: int) -> int:
-        if hasattr(os, "sendfile"):
-            try:
-                return os.sendfile(self._file.fileno(), handle, offset, count)
-            except OSError as error:
-                # Not between any two file systems; then through memory.
-                if error.errno not in _NO_SENDFILE:
-                    raise
-        data = os.pread(handle, min(count, 1 << 20), offset)
-        self._write_all(memoryview(data))
-        return len(data)
+
+def _write_at(handle: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done : done + _STEP], offset + done)
+
+
+def _make(rows: Rows, start: int, stop: int, expected: Any, handle: int, offset: int) -> None:
+    made = np.ascontiguousarray(rows.make(start, stop))
+    if (made.dtype, made.shape) != expected:
+        raise ValueError(f"rows {start} to {stop} are {made.dtype} {made.shape}, not {expected}")
+    _write_at(handle, memoryview(made.reshape(-1).view(np.uint8)), offset)
+
+
+def _copy(source: FileBytes, start: int, count: int, handle: int, offset: int) -> None:
+    """Raises WeightsError if the source has become shorter than it was when it was opened."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        where = source.file.fileno()
+        try:
+            while done < count:
+                moved = os.copy_file_range(where, handle, count - done, source.offset + start + done, offset + done)
+                if moved == 0:
+                    break
+                done += moved
+        except OSError as error:
+            # Not between any two file systems; then through memory.
+            if error.errno not in _NO_COPY:
+                raise
+    if done < count:
+        _write_at(handle, memoryview(source.read(start + done, count - done)), offset + done)

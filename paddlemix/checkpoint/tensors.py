@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -40,7 +40,10 @@ MAX_ELEMENTS = 1 << 48
 
 # Elements converted at a time: the scratch arrays stay in the CPU's cache and memory stays that of the
 # result.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
+
+# The largest finite values.
+_MAX = {"float64": np.inf, "float32": 3.4028234e38, "float16": 65504.0, "bfloat16": 3.3895313e38}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,24 @@ class FileBytes:
     file: MappedFile
     offset: int
     length: int
+
+    def read(self, start: int, length: int) -> bytes:
+        """A copy of some of them; any thread may call it.
+
+        Raises:
+            WeightsError: the file has become shorter than it was when it was opened.
+        """
+        data = os.pread(self.file.fileno(), length, self.offset + start)
+        if len(data) != length:
+            raise WeightsError(f"{self.file.path} has been cut short while it was read")
+        return data
+
+
+class Rows(NamedTuple):
+    """A tensor that is made `step` rows at a time: make(start, stop) gives those; any thread may call it."""
+
+    step: int
+    make: Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -177,32 +198,33 @@ class MappedFile:
 # ---- conversion
 
 
-def _to_float32(chunk: np.ndarray, src: str) -> np.ndarray:
-    if src == "bfloat16":
-        wide = chunk.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return chunk.astype(np.float32)
+def _widen_bfloat16(chunk: np.ndarray, out: np.ndarray) -> np.ndarray:
+    bits = out.view(np.uint32)
+    bits[:] = chunk
+    bits <<= 16
+    return out
 
 
-def _float32_to_bfloat16(chunk: np.ndarray) -> np.ndarray:
-    """Round to nearest, ties to even, as the hardware does; a NaN stays one."""
+def _round_to_bfloat16(chunk: np.ndarray, out: np.ndarray) -> None:
+    """Round float32 to nearest, ties to even, as the hardware does. NaNs may come out as anything."""
     bits = chunk.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    nan = np.isnan(chunk)
-    if nan.any():
-        rounded[nan] = (bits[nan] >> 16) | 0x40
-    return rounded.astype(np.uint16)
+    out[:] = rounded
 
 
-def _check_overflow(before: np.ndarray, after: np.ndarray, dst: str) -> None:
-    """A finite value must not become infinite without a word."""
-    infinite = (after & 0x7FFF) == 0x7F80 if dst == "bfloat16" else np.isinf(after)
-    if infinite.any() and np.isfinite(before[infinite]).any():
+def _check_odd_values(before: np.ndarray, after: np.ndarray, dst: str) -> None:
+    """A finite value must not become infinite without a word, and a NaN stays one."""
+    if dst == "bfloat16":
+        nan = np.isnan(before)
+        after[nan] = (before[nan].astype(np.float32).view(np.uint32) >> 16) | 0x40
+        infinite = (after & 0x7FFF) == 0x7F80
+    else:
+        infinite = np.isinf(after)
+    if np.isfinite(before[infinite]).any():
         raise WeightsError(f"a value is too large for {dst}; use bfloat16 or float32")
 
 
@@ -223,13 +245,14 @@ def convert_dtype(array: np.ndarray, src: str, dst: str) -> np.ndarray:
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
         part = out[start : start + _CHUNK]
+        if src == "bfloat16":
+            chunk = _widen_bfloat16(chunk, part if dst == "float32" else np.empty(chunk.shape, np.float32))
         with np.errstate(over="ignore"):
             if dst == "bfloat16":
-                part[:] = _float32_to_bfloat16(_to_float32(chunk, src))
-            elif src == "bfloat16":
-                part[:] = _to_float32(chunk, src)
-            else:
+                _round_to_bfloat16(chunk.astype(np.float32, copy=False), part)
+            elif chunk is not part:
                 part[:] = chunk
-        if NUMPY_TYPES[dst].itemsize < NUMPY_TYPES[src].itemsize or dst == "float16":
-            _check_overflow(_to_float32(chunk, src) if src == "bfloat16" else chunk, part, dst)
+        # One look at the largest and the smallest finds out whether there is anything to do; a NaN is neither.
+        if not (chunk.max() <= _MAX[dst] and chunk.min() >= -_MAX[dst]):
+            _check_odd_values(chunk, part, dst)
     return out.reshape(np.shape(array))
