@@ -12,7 +12,6 @@ All other tensors are copied as they are: from the base, or the LLM's from the m
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -69,10 +68,8 @@ _VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
 # Parameters outside the LLM.
 _NOT_LANGUAGE = "visual."
 
-# About as many elements of a weight are merged at a time, by a thread: they stay in the CPU's cache. And rows in
-# multiples of this, which matmuls like.
-_ELEMENTS = 1 << 21
-_ROWS = 64
+# About as many elements of a weight are added and rounded at a time, by a thread: they stay in the CPU's cache.
+_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -213,22 +210,6 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
     return [name for name in base.keys() if name in pairs], replaced
 
 
-def merged_rows(
-    weight: np.ndarray, dtype: str, a: np.ndarray, b: np.ndarray, scaling: float, to: str
-) -> np.ndarray:
-    """W + scaling · A @ B, in float32, stored as `to`.
-
-    weight: [rows, out] as stored in `dtype`. a: [rows, r], b: [r, out], float32. Returns [rows, out].
-
-    Raises:
-        WeightsError: a value does not fit `to`.
-    """
-    merged = np.matmul(a, b)
-    merged *= np.float32(scaling)
-    merged += convert_dtype(weight, dtype, "float32")
-    return convert_dtype(merged, "float32", to)
-
-
 def merge(
     base_folder: str,
     lora_folder: str,
@@ -247,8 +228,8 @@ def merge(
 
     dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or
     "safetensors" (default: the base's). The folder appears when it is whole; an existing one that is not
-    empty is replaced only with `overwrite`. Adapted weights are made, and most tensors copied, by threads, some
-    megabytes at a time; other tensors of the checkpoint, and those that change dtype, are in memory one by one.
+    empty is replaced only with `overwrite`. Memory holds two of the largest adapted weights in float32, or one
+    other tensor that comes from the checkpoint or changes dtype; the rest is copied from file to file.
 
     Raises:
         UserError: out_folder is one of the inputs or in one, or not empty. WeightsError: files or keys do
@@ -315,15 +296,20 @@ def _adapted(base: WeightsReader, lora: WeightsReader, name: str, scaling: float
         a, b = (np.array(lora.read(f"{module}.{part}", "float32")) for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
+        # In one piece: the last bits of a matmul depend on how it is cut.
+        delta = a @ b
         weight, dtype = base.rows(name), base.info(name).dtype
 
         def make(start: int, stop: int) -> np.ndarray:
+            merged = delta[start:stop]
+            merged *= np.float32(scaling)
+            merged += convert_dtype(weight(start, stop), dtype, "float32")
             try:
-                return merged_rows(weight(start, stop), dtype, a[start:stop], b, scaling, to)
+                return convert_dtype(merged, "float32", to)
             except WeightsError as error:
                 raise WeightsError(f"{name} with its adapter: {error}") from None
 
-        return Rows(max(1, _ELEMENTS // (_ROWS * b.shape[1])) * _ROWS, make)
+        return Rows(max(1, _ELEMENTS // delta.shape[1]), make)
 
     return read
 

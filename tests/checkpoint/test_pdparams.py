@@ -52,6 +52,7 @@ def test_fortran_order(tmp_path):
     with open_weights(path) as reader:
         np.testing.assert_array_equal(reader.read("w"), array)
         assert isinstance(reader.raw("w"), np.ndarray), "its bytes are not the C order's"
+        np.testing.assert_array_equal(reader.rows("w")(1, 3), array[1:3])
 
 
 def test_protocol_2_text_is_decoded_when_read(tmp_path):

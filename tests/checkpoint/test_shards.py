@@ -9,6 +9,7 @@ import pytest
 
 from paddlemix.checkpoint import find_weights, open_weights, write_pdparams, write_sharded
 from paddlemix.checkpoint.shards import parse_size
+from paddlemix.checkpoint.tensors import Rows
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from tests.checkpoint.files import arrays, torch_file
 
@@ -143,6 +144,40 @@ def test_tensors_are_copied_without_being_looked_at(tmp_path, monkeypatch, send)
     with open_weights(str(tmp_path / "o")) as reader:
         for name, (_, array) in named.items():
             np.testing.assert_array_equal(reader.read(name), array)
+
+
+@pytest.mark.parametrize("format", ["pdparams", "safetensors"])
+def test_tensors_made_in_rows_stand_between_others(tmp_path, format):
+    named = {**floats(2), "rows": ("int32", np.arange(100 * 6, dtype=np.int32).reshape(100, 2, 3))}
+    named["empty"] = ("float32", np.zeros((0, 5), np.float32))
+    named["line"] = ("float32", np.arange(1000, dtype=np.float32))
+    written = []
+
+    def made(array):
+        return lambda: Rows(7, lambda start, stop: array[start:stop])
+
+    with open_weights_of(tmp_path, floats(2)) as reader:
+        items = [
+            (name, dtype, array.shape, (lambda n=name: reader.raw(n)) if name in reader else made(array))
+            for name, (dtype, array) in named.items()
+        ]
+        write_sharded(str(tmp_path / "o"), items, format=format, progress=written.append)
+        # A function that reads rows gives what the whole tensor has there.
+        np.testing.assert_array_equal(reader.rows("t0.weight")(1, 3), reader.read("t0.weight")[1:3])
+    with open_weights(str(tmp_path / "o")) as reader:
+        for name, (_, array) in named.items():
+            np.testing.assert_array_equal(reader.read(name), array)
+        assert sum(written) == reader.total_bytes
+
+    def full(start, stop):
+        if start:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return np.zeros(stop, np.float32)
+
+    for make, error in ((full, JobFailed), (lambda start, stop: np.zeros(3, np.float32), ValueError)):
+        with pytest.raises(error):
+            write_sharded(str(tmp_path / "p"), [("w", "float32", (20,), lambda m=make: Rows(7, m))], format=format)
+        assert not os.listdir(tmp_path / "p")
 
 
 def test_a_source_cut_short_while_it_is_copied(tmp_path):

@@ -26,6 +26,9 @@ def test_nan_and_infinity_survive():
     values = np.append(values, np.array([0x7F800001], np.uint32).view(np.float32))
     back = convert_dtype(convert_dtype(values, "float32", "bfloat16"), "bfloat16", "float32")
     assert np.isnan(back[[0, 1, 4]]).all() and back[2] == np.inf and back[3] == -np.inf
+    # float16's last NaN, whose rounding would carry over into the sign.
+    last = np.array([0x7FFF], np.uint16).view(np.float16)
+    assert np.isnan(convert_dtype(convert_dtype(last, "float16", "bfloat16"), "bfloat16", "float32")).all()
     assert np.isinf(convert_dtype(values[2:4], "float32", "float16")).all()
 
 
