@@ -10,6 +10,8 @@ from paddlemix.utils.errors import WeightsError
 
 # The index of a 7B has 80 KB.
 MAX_JSON = 64 << 20
+# Lists and objects take fifty times their two letters. A log of a million steps has as many.
+MAX_CONTAINERS = 1 << 20
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -32,13 +34,15 @@ def _no_number(text: str) -> None:
 
 
 def strict_json(data: bytes, path: str, constants: bool = False) -> Dict[str, Any]:
-    """A JSON object without doubled keys or numbers of more than 20 digits.
+    """A JSON object without doubled keys, numbers of more than 20 digits, or more than MAX_CONTAINERS.
 
     constants: take NaN and Infinity, as a log of losses may hold them.
 
     Raises:
         WeightsError: it is not that; the message starts with `path`.
     """
+    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
+        raise WeightsError(f"{path}: refused: more than {MAX_CONTAINERS:,} lists and objects")
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -24,6 +24,7 @@ from paddlemix.checkpoint.tensors import (
     MappedFile,
     StoredTensor,
     check_shape,
+    check_total,
     printable,
     size_of,
 )
@@ -61,8 +62,11 @@ class _Dtype(Buildable):
     """numpy.dtype("f4", False, True) and its state (3, "<", None, None, None, -1, -1, 0)."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
-        if type(code) is not str or code not in _CODES:
-            raise WeightsError(f"refused: arrays of type {printable(str(code))}")
+        # Anything else than a text is not even shown: a list of lists of lists … may be endless.
+        if type(code) is not str:
+            raise WeightsError("refused: arrays of a type without a name")
+        if code not in _CODES:
+            raise WeightsError(f"refused: arrays of type {printable(code)}")
         self.code = code
 
     def build(self, state: Any) -> None:
@@ -78,6 +82,7 @@ class _Array(Buildable):
     """numpy's _reconstruct(ndarray, (0,), b"b") and its state (1, shape, dtype, fortran order, bytes)."""
 
     code: Optional[str] = None
+    nbytes = 0
 
     def __init__(self, kind: Any, shape: Any, code: Any):
         if kind is not _NDARRAY or shape != (0,):
@@ -227,6 +232,8 @@ def _join(file: MappedFile, objects: Dict[Any, Any]) -> Dict[str, StoredTensor]:
         slices = entry.get("slices")
         if type(slices) is not list or not slices or not all(type(s) is str and s in objects for s in slices):
             raise broken
+        if len(set(slices)) < len(slices):
+            raise broken
         pieces = [_as_stored(file, piece, objects.pop(piece)) for piece in slices]
         dtype = pieces[0].dtype
         if any(piece.dtype != dtype for piece in pieces) or sum(p.nbytes for p in pieces) != size_of(
@@ -257,6 +264,7 @@ def open_pdparams(file: MappedFile) -> Dict[str, StoredTensor]:
         if type(name) is not str or not name or len(name) > MAX_NAME:
             raise WeightsError(f"{file.path}: {printable(str(name))} cannot be a tensor's name")
         tensors[name] = _as_stored(file, name, value)
+    check_total(sum(tensor.nbytes for tensor in tensors.values()), file.size, file.path)
     return tensors
 
 
@@ -283,14 +291,19 @@ def load_pdparams_object(path: str) -> Any:
     file = MappedFile(path)
     made: Dict[int, Any] = {}
     keep: List[Any] = []
+    promised = 0
 
     def finish(value: Any, depth: int = 0) -> Any:
+        nonlocal promised
         if depth > _MAX_DEPTH:
             raise WeightsError(f"{file.path}: nested too deeply")
         # The same object may be referred to many times; it is finished once, or a small file could grow
         # without end.
         if id(value) in made:
             return made[id(value)]
+        if isinstance(value, (_Array, _Encoded)):
+            promised += value.nbytes if isinstance(value, _Array) else value.text.length
+            check_total(promised, file.size, file.path)
         if isinstance(value, _Array):
             done: Any = value.load(file)
         elif isinstance(value, LazyText):

@@ -37,6 +37,9 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 MAX_NAME = 1024
 MAX_DIMS = 32
 MAX_ELEMENTS = 1 << 48
+# Tied tensors share their bytes, a few at most. Without a limit a file of 3 MB could promise a hundred thousand
+# tensors of a megabyte each.
+MAX_SHARING = 4
 
 # Elements converted at a time: the scratch arrays stay in the CPU's cache and memory stays that of the
 # result.
@@ -123,6 +126,16 @@ def check_shape(shape, what: str) -> Tuple[int, ...]:
         if elements > MAX_ELEMENTS:
             raise WeightsError(f"{what}: the shape promises more than a file can hold")
     return tuple(shape)
+
+
+def check_total(promised: int, held: int, path: str) -> None:
+    """Refuse a file of `held` bytes whose tensors would together take `promised` bytes.
+
+    Raises:
+        WeightsError: that is more than MAX_SHARING times what it holds.
+    """
+    if promised > MAX_SHARING * held:
+        raise WeightsError(f"{path}: refused: its tensors promise {promised:,} bytes, and it holds {held:,}")
 
 
 def printable(text: str, limit: int = 80) -> str:

@@ -19,6 +19,7 @@ from paddlemix.checkpoint.tensors import (
     MappedFile,
     StoredTensor,
     check_shape,
+    check_total,
     printable,
     size_of,
 )
@@ -254,4 +255,5 @@ def open_torch_bin(file: MappedFile) -> Dict[str, StoredTensor]:
         if type(name) is not str or not name or len(name) > MAX_NAME or not isinstance(tensor, _Tensor):
             raise WeightsError(f"{what} is not a tensor")
         tensors[name] = _place(file, members, folder, tensor, what)
+    check_total(sum(tensor.nbytes for tensor in tensors.values()), file.size, file.path)
     return tensors

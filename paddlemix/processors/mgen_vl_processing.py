@@ -18,7 +18,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, read_config_object
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"
@@ -48,14 +48,8 @@ class ChatTemplate(NamedTuple):
         Raises:
             ConfigError: missing, not JSON, or not two templates with {{user}} and {{bot}} once each.
         """
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except OSError as error:
-            raise ConfigError(f"cannot read the chat template {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"the chat template {path} is not JSON: {error}") from None
-        conversation = values.get("conversation") if isinstance(values, dict) else None
+        values = read_config_object(path)
+        conversation = values.get("conversation")
         if not isinstance(conversation, list) or len(conversation) != 2:
             raise ConfigError(f"{path}: \"conversation\" must hold two templates, the user's and the assistant's")
         parts = []

@@ -477,6 +477,8 @@ def read_config(path: str) -> Dict[str, Any]:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):

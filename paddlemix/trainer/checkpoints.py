@@ -14,6 +14,7 @@ import re
 import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
+from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.shards import inside
 from paddlemix.utils.errors import ConfigError, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
@@ -76,13 +77,13 @@ def publish(written: str, final: str) -> None:
 def read_seal(folder: str) -> Optional[Dict[str, Any]]:
     """The `state` a checkpoint was sealed with, or None when it is not whole or its seal names files elsewhere."""
     try:
-        with open(os.path.join(folder, SEAL_NAME), encoding="utf-8") as file:
-            content = json.load(file)
+        # A loss of float16 may be NaN.
+        content = read_json_object(os.path.join(folder, SEAL_NAME), constants=True)
         for name, size in content["files"].items():
             if os.path.getsize(inside(folder, name)) != size:
                 return None
         return content["state"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, WeightsError):
+    except (OSError, KeyError, TypeError, AttributeError, WeightsError):
         return None
 
 

@@ -23,6 +23,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def one_line(text: str, limit: int = 4000) -> str:
+    """`text` without line breaks and without what steers a terminal: names and values in it may be a stranger's."""
+    shown = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
@@ -33,7 +39,7 @@ def run(main: Callable[[], Optional[int]]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,9 +10,12 @@ import json
 import os
 import shutil
 import tempfile
-from typing import IO, Any, Dict, Iterator
+from typing import IO, Any, Dict, Iterator, Union
 
 from paddlemix.utils.errors import ConfigError
+
+# A configuration has a few KB.
+MAX_CONFIG_BYTES = 4 << 20
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -88,15 +91,28 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def short_int(digits: Union[str, bytes]) -> int:
+    """int() of what a file holds; ValueError over 20 digits, for which older Pythons take time with their square."""
+    if len(digits) > 20:
+        raise ValueError("a number of more than 20 digits")
+    return int(digits)
+
+
 def read_config_object(path: str) -> Dict[str, Any]:
-    """The JSON object in a configuration file.
+    """The JSON object in a configuration file, which may come from anywhere.
 
     Raises:
-        ConfigError: the file is not JSON, or holds something else than an object.
+        ConfigError: the file cannot be read, is over MAX_CONFIG_BYTES or not JSON, or holds something else than an
+        object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MB: this is no configuration")
+        values = json.loads(data.decode("utf-8"), parse_int=short_int)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from typing import Dict, List, Union
 from paddlenlp.transformers import PretrainedTokenizer
 
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
-from paddlemix.utils.files import atomic_write, read_config_object
+from paddlemix.utils.files import atomic_write, read_config_object, short_int
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,7 +55,7 @@ def read_vocabulary(path: str) -> Dict[bytes, int]:
             continue
         parts = line.split()
         try:
-            token, rank = base64.b64decode(parts[0], validate=True), int(parts[1])
+            token, rank = base64.b64decode(parts[0], validate=True), short_int(parts[1])
         except (IndexError, ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}: not a base64 token and its rank") from None
         if len(parts) != 2 or not token or token in ranks:
