@@ -21,13 +21,14 @@ PINNED := requirements.txt $(wildcard requirements/*.txt) tools/make_venv.py
 # What test-paddle26 leaves out: files none of whose tests imports Paddle or a package that the two pairings pin apart.
 NO_PADDLE :=
 
-.PHONY: help venv venv-paddle26 demo test test-paddle26 bench bench-large lint clean
+.PHONY: help venv venv-paddle26 demo test test-paddle26 fuzz bench bench-large lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
 	@echo "make test    all tests, with coverage of paddlemix/"
 	@echo "make test-paddle26   those that have to do with Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
+	@echo "make fuzz    broken weights, configurations, rows and images, FUZZ_EXAMPLES new ones of each kind (10000)"
 	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"
 	@echo "make lint    ruff over the Python, vermin for what Python 3.8 lacks, shellcheck over the shell scripts"
 	@echo "make venv    only make the environment ($(VENV)); the others do so when it is missing; venv-paddle26: ($(VENV26))"
@@ -60,6 +61,9 @@ test: $(READY)
 # Beside the main environment, if that is there, each reads what the other has written (tests/test_two_paddles.py).
 test-paddle26: $(READY26)
 	MGEN_OTHER_PYTHON="$(wildcard $(VENV)/bin/python)" "$(VENV26)/bin/python" -m pytest $(NO_PADDLE:%=--ignore=%) $(PYTEST_ARGS)
+
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} $(RUN) -m pytest tests/fuzz --timeout=0 $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/run_all.py

@@ -56,7 +56,7 @@ _SHARD = re.compile(r"(model_state|model|pytorch_model)-\d{5}-of-\d{5}\.(pdparam
 
 
 def inside(folder: str, name: str) -> str:
-    """The path of `name` in `folder`, if it is a plain file name and does not lead out of the folder by a
+    """The path of `name` in `folder`, if it is a plain, printable file name and does not lead out of the folder by a
     link.
 
     Links into the `blobs` beside a `snapshots` folder are how a Hugging Face cache keeps its files; they are
@@ -65,7 +65,7 @@ def inside(folder: str, name: str) -> str:
     Raises:
         WeightsError: it leads elsewhere.
     """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder")
     path = os.path.join(folder, name)
     if os.path.islink(path):

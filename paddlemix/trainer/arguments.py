@@ -450,18 +450,31 @@ def _check_rules(known: KnownKey, value: Any) -> None:
 def _unknown(name: str, known: Dict[str, KnownKey]) -> ConfigError:
     if name in NOT_SETTINGS:
         return ConfigError(f"{name} is not a setting here: {NOT_SETTINGS[name]}")
+    name = name[:80]
     near = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(name.lower(), known, 1, 0.6)
     hint = f'did you mean "{near[0]}"?' if near else "docs/config.md lists all keys"
-    return ConfigError(f'unknown key "{name}"; {hint}')
+    return ConfigError(f"unknown key {json.dumps(name, ensure_ascii=False)}; {hint}")
 
 
 def _no_duplicates(pairs: list) -> dict:
     found: Dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ConfigError(f'"{name}" is given twice')
+            raise ConfigError(f"{json.dumps(name[:80], ensure_ascii=False)} is given twice")
         found[name] = value
     return found
+
+
+def _check_texts(value: Any) -> None:
+    """No path can hold half a character (a lone surrogate) or a zero byte; here both are said in one line."""
+    if isinstance(value, dict):
+        for pair in value.items():
+            _check_texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_texts(item)
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ConfigError(f"{json.dumps(value)[:80]} holds a character that no text or path can have")
 
 
 def read_config(path: str) -> Dict[str, Any]:
@@ -469,6 +482,7 @@ def read_config(path: str) -> Dict[str, Any]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             config = json.load(file, object_pairs_hook=_no_duplicates)
+        _check_texts(config)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
     except OSError as error:

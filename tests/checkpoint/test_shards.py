@@ -279,7 +279,7 @@ def test_indexes_that_lie(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.pdparams", "/etc/passwd", "a/b.pdparams", "..", ".", "", "a\\b", "a\0b"]
+    "name", ["../out.pdparams", "/etc/passwd", "a/b.pdparams", "..", ".", "", "a\\b", "a\0b", "a\nb", "\ud800"]
 )
 def test_an_index_names_files_of_its_folder_only(tmp_path, name):
     folder = tmp_path / "model"

@@ -41,6 +41,13 @@ def test_accepted_model_types(tmp_path, model_type):
         ("[]", "JSON object"),
         ('{"model_type": "llama", "visual": {}}', "model_type is 'llama'"),
         ('{"model_type": "qwen"}', "no visual part"),
+        ('{"visual": {}, "a": %s}' % ("9" * 5000), "more than 20 digits"),
+        ('{"visual": {}, "a": "%s"}' % ("a" * (4 << 20)), "larger than 4 MB"),
+        # PaddleNLP sets every key as an attribute.
+        ('{"visual": {}, "to_dict": 1}', "'to_dict' is no key"),
+        ('{"visual": {}, "self": 1}', "'self' is no key"),
+        ('{"visual": {}, "__class__": 1}', "'__class__' is no key"),
+        ('{"visual": {}, "problem_type": "a\\nb"}', r"problem_type. was not understood: received a\\nb"),
     ],
 )
 def test_hostile_files(tmp_path, text, message):
@@ -48,6 +55,12 @@ def test_hostile_files(tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         MGenConfig.from_pretrained(str(tmp_path))
+
+
+def test_the_cards_of_the_run_that_wrote_it_are_forgotten(tmp_path):
+    (tmp_path / "config.json").write_text('{"visual": {}, "tensor_parallel_degree": 8, "sequence_parallel": true}')
+    config = MGenConfig.from_pretrained(str(tmp_path))
+    assert config.tensor_parallel_degree == 1 and not config.sequence_parallel
 
 
 @pytest.mark.parametrize(
@@ -68,6 +81,10 @@ def test_hostile_files(tmp_path, text, message):
         ({"visual": {"mlp_ratio": 0}}, "mlp_ratio"),
         ({"visual": {"image_start_id": 479}}, "in the vocabulary"),
         ({"visual": {"image_size": 2.5}}, "image_size"),
+        ({"rotary_emb_base": [1]}, "rotary_emb_base"),
+        ({"seq_length": 1}, "seq_length"),
+        ({"dtype": "complex64"}, "dtype must be"),
+        ({"use_long_sequence_strategies": True}, "use_long_sequence_strategies"),
     ],
 )
 def test_values_that_cannot_be(values, message):

@@ -83,6 +83,24 @@ def test_unknown_key_names_the_nearest(parse, wrong, right):
         parse({}, f"--{wrong}", "1")
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"lora_rank": 1%s}' % ("0" * 5000), "not JSON"),
+        ('{"output_dir": "\\ud800"}', "no text or path can have"),
+        ('{"dataset": {"train": [{"data_files": ["a\\u0000"]}]}}', "no text or path can have"),
+        ('{"a\\nb": 1, "a\\nb": 1}', r'"a\\nb" is given twice'),
+        ('{"a\\nb": 1}', r'unknown key "a\\nb"'),
+    ],
+)
+def test_configs_that_are_none(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        arguments.parse([str(tmp_path / "config.json")])
+    assert "\n" not in str(caught.value)
+
+
 def test_key_like_none_points_to_the_list(parse):
     with pytest.raises(ConfigError, match=r'unknown key "zzz"; docs/config.md'):
         parse({"zzz": 1})

@@ -15,7 +15,8 @@ from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.datasets import chatml
 from paddlemix.trainer import checkpoints, resume
 from paddlemix.utils.errors import UserError, WeightsError
-from tests.checkpoint.test_untrusted import NAMES, attacks, canary, refused, text  # noqa: F401
+from tests.checkpoint.test_untrusted import NAMES, canary, refused  # noqa: F401
+from tests.pickles import attacks, text
 from tests.trainer.runs import LORA, final_weights, run, start
 
 KEYS = dict(LORA, save_steps=1, lora_dropout=0.2)

@@ -28,6 +28,13 @@ def test_exit_statuses(capsys):
         cli.run(lambda: 1 // 0)
 
 
+def test_names_of_strangers_do_not_steer_the_terminal(capsys):
+    cli.run(fail(errors.UserError("no file \x1b[2J\r\n\u2028\udc80图")))
+    assert capsys.readouterr().err == "error: no file \\x1b[2J\\r\\n\\u2028\\udc80图\n"
+    cli.run(fail(errors.UserError("a" * 10**6)))
+    assert len(capsys.readouterr().err) < 5000
+
+
 def test_bad_usage_is_one_line(capsys):
     parser = cli.Parser(prog="tool")
     parser.add_argument("--n", type=cli.positive)

@@ -8,6 +8,7 @@ import os
 
 from paddlenlp.transformers import QWenConfig
 
+from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import read_config_object
 
@@ -49,6 +50,9 @@ _VISUAL_LIMITS = {
     "n_queries": 65536,
     "image_start_id": 1 << 22,
 }
+
+# What a configuration says of the cards of the run that wrote it is nothing to another one.
+_OF_A_RUN = ("tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output", "sequence_parallel")
 
 
 class MGenConfig(QWenConfig):
@@ -110,6 +114,15 @@ class MGenConfig(QWenConfig):
             "kv_channels × num_attention_heads must be hidden_size",
         )
         must(self.rotary_pct == 1.0, "rotary_pct must be 1.0")
+        base = self.rotary_emb_base
+        must(type(base) in (int, float) and 1 < base < 1e12, "rotary_emb_base must be a number from 1 to 10¹²")
+        must(self.seq_length > 1, "seq_length must be at least 2")
+        must(
+            self.dtype is None or str(self.dtype).replace("paddle.", "") in ("float32", "float16", "bfloat16"),
+            "dtype must be float32, float16 or bfloat16",
+        )
+        # PaddleNLP would import and call what the configuration names.
+        must(not self.use_long_sequence_strategies, "use_long_sequence_strategies is not supported")
         must(self.kv_channels % 2 == 0, "kv_channels must be even")
         must(self.intermediate_size % 2 == 0, "intermediate_size must be even")
         must(not self.tie_word_embeddings, "tie_word_embeddings must be false: MGen-VL has an lm_head of its own")
@@ -152,8 +165,17 @@ class MGenConfig(QWenConfig):
         if "visual" not in values:
             raise ConfigError(f"{path} has no visual part: this is a text model, not MGen-VL")
         dtype = kwargs.pop("dtype", None)
+        for key in values:
+            # They would take the place of a method.
+            if key == "self" or key.startswith("__") or callable(getattr(cls, key, None)):
+                raise ConfigError(f"{path}: {key[:80]!r} is no key of a configuration")
+        for key in _OF_A_RUN:
+            values.pop(key, None)
         values.update(kwargs)
-        config = cls(**values)
+        try:
+            config = cls(**values)
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:  # PaddleNLP's, of keys that it knows
+            raise ConfigError(f"{path}: {one_line(str(error), 200)}") from None
         if dtype is not None:
             config.dtype = dtype
         return config

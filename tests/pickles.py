@@ -1,0 +1,52 @@
+"""Pickles that would execute something, for every test of a file from strangers."""
+
+from __future__ import annotations
+
+import struct
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def attacks(canary: str):
+    """Pickle bodies that create the file `canary` when Python's unpickler (or a careless one) reads them."""
+    touch = f"touch '{canary}'"
+    module, line = "attack_module", f"open({canary!r}, 'w').close()"
+    return {
+        "reduce": b"cos\nsystem\n" + text(touch) + b"\x85R",
+        "reduce by stack": text("posix") + text("system") + b"\x93" + text(touch) + b"\x85R",
+        "eval": b"cbuiltins\neval\n" + text(line) + b"\x85R",
+        "eval of python 2": b"c__builtin__\neval\n" + text(line) + b"\x85R",
+        "exec by an allowed module": b"cnumpy\nf2py\n" + text(line) + b"\x85R",
+        "attribute path": text("numpy") + text("os.system") + b"\x93" + text(touch) + b"\x85R",
+        "attribute of an allowed name": text("collections") + text("OrderedDict.__class__") + b"\x93)R",
+        "getattr": b"cbuiltins\ngetattr\ncos\nsystem\n" + text("x") + b"\x86R",
+        "inst": b"(" + text(touch) + b"ios\nsystem\n",
+        "obj": b"(cos\nsystem\n" + text(touch) + b"o",
+        "newobj": b"csubprocess\nPopen\n" + text(touch) + b"\x85\x81",
+        "newobj_ex": b"csubprocess\nPopen\n" + text(touch) + b"\x85}\x92",
+        "build": b"ccollections\nOrderedDict\n)R}"
+        + text("__setstate__")
+        + b"cos\nsystem\nsb"
+        + text(touch)
+        + b"b",
+        "build of a class": b"ccollections\nOrderedDict\n}" + text("__reduce__") + b"NsbN",
+        "ext": b"\x82\x01" + text(touch) + b"\x85R",
+        "ext2": b"\x83\x01\x00" + text(touch) + b"\x85R",
+        "ext4": b"\x84\x01\x00\x00\x00" + text(touch) + b"\x85R",
+        "persid": b"Pposix.system\n",
+        "binpersid": text(touch) + b"Q",
+        "import": f"c{module}\nanything\n".encode(),
+        "nested": b"}" + text("a") + b"]}" + text("b") + b"(cos\nsystem\n" + text(touch) + b"\x85Rtsas",
+        "pickle in a pickle": b"cpickle\nloads\nC\x04\x80\x04N.\x85R",
+        "numpy load": b"cnumpy\nload\n" + text(canary) + b"\x85R",
+        "paddle": b"cpaddle.framework.io\nload\n" + text(canary) + b"\x85R",
+        "object array": (
+            b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01K\x01\x85cnumpy\ndtype\n"
+            b"X\x02\x00\x00\x00O8\x89\x88\x87R(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb\x89](cos\nsystem\n"
+            + text(touch)
+            + b"\x85Retb"
+        ),
+    }
