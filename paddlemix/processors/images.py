@@ -20,7 +20,7 @@ from typing import Tuple, Union
 
 import numpy as np
 
-from paddlemix.processors.metadata import MAX_EXIF, bounded
+from paddlemix.processors.metadata import MAX_EXIF, bounded, webp_size
 from paddlemix.utils.errors import ImageError
 
 # CLIP's mean and standard deviation per channel (SPEC §5).
@@ -71,7 +71,7 @@ def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
         raise ImageError("bad base64", f"bad base64: {error}") from None
 
 
-def _open(data: bytes):
+def _open(data: bytes, max_pixels: int = MAX_PIXELS):
     """A PIL image of which only the header has been read."""
     from PIL import Image, UnidentifiedImageError
 
@@ -79,6 +79,7 @@ def _open(data: bytes):
         raise ImageError("empty image")
     if len(data) > MAX_BYTES:
         raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
+    _check_size(webp_size(data), max_pixels)
     plain = bounded(data)
     if plain is None:
         raise ImageError("broken image", "the fields of the TIFF promise more than the file holds")
@@ -86,13 +87,17 @@ def _open(data: bytes):
         with _PILLOW_LOCK, warnings.catch_warnings():
             # Pillow's own bomb warning comes at a size of its choice; ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(plain), formats=FORMATS)
+            image = Image.open(io.BytesIO(plain), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("not an image", "the bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
     except Image.DecompressionBombError:
         raise ImageError("too many pixels", f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken header.
         raise ImageError("broken image", f"the image header is broken: {error}") from None
+    if min(image.size) < 1:
+        raise ImageError("broken image", f"the image is {image.width} × {image.height} pixels")
+    _check_size(image.size, max_pixels)
+    return image
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Tuple[str, Tuple[int, int]]:
@@ -101,15 +106,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Tuple[str, Tuple[i
     Raises:
         ImageError: no image, or one of more than max_pixels.
     """
-    image = _open(data)
-    _check_size(image, max_pixels)
+    image = _open(data, max_pixels)
     return image.format, image.size
 
 
-def _check_size(image, max_pixels: int) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError("broken image", f"the image is {width} × {height} pixels")
+def _check_size(size: Tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise ImageError("too many pixels", f"the image is {width} × {height}, more than {max_pixels:,} pixels")
 
@@ -125,10 +127,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
     Raises:
         ImageError: see the module's reasons. The pixel cap is checked on the header, before anything is decoded.
     """
-    image = _open(data)
-    _check_size(image, max_pixels)
+    image = _open(data, max_pixels)
     try:
-        image, truncated = _load(image, data)
+        image, truncated = _load(image, data, max_pixels)
         image = _upright_rgb(image)
     except ImageError:
         raise
@@ -166,7 +167,7 @@ class _TruncatedSwitch:
 _SWITCH = _TruncatedSwitch()
 
 
-def _load(image, data: bytes):
+def _load(image, data: bytes, max_pixels: int = MAX_PIXELS):
     """Decode an opened image, as far as it goes where that is not all. Returns (image, whether it was cut short)."""
     try:
         uses, on = _SWITCH.uses, _SWITCH.on
@@ -174,12 +175,12 @@ def _load(image, data: bytes):
         if on or _SWITCH.uses != uses:
             # Another thread had the switch on, so a cut file may have passed as whole.
             with _PILLOW_LOCK:
-                image = _open(data)
+                image = _open(data, max_pixels)
                 image.load()
         return image, False
     except (OSError, SyntaxError, ValueError, struct.error):
         with _SWITCH:
-            image = _open(data)
+            image = _open(data, max_pixels)
             image.load()
         return image, True
 

@@ -1,10 +1,11 @@
 """What stands beside an image's pixels, bounded before Pillow reads it.
 
 Pillow puts comments and EXIF blocks together piece by piece, which takes time with the square of their size; it reads
-every field of a TIFF directory into memory, though all may point at the same bytes; and a progressive JPEG may go
-over its whole picture as often as it likes. A file of some hundred KB could so hold a program for hours or fill its
-memory. Here such a file loses what is not needed for its picture; only a TIFF, whose directory is the picture's, is
-refused. Ordinary files are handed on as they are, unlooked at beyond their first few blocks.
+every field of a TIFF directory into memory, though all may point at the same bytes; and a progressive JPEG may go over
+its whole picture as often as it likes. A file of some hundred KB could so hold a program for hours or fill its memory.
+Here such a file loses what is not needed for its picture; only a TIFF, whose directory is the picture's, is refused.
+And a WebP takes the memory of its whole picture when it is opened, so its size is read beforehand. Ordinary files are
+handed on as they are, unlooked at beyond their first few blocks.
 """
 
 from __future__ import annotations
@@ -36,6 +37,21 @@ def bounded(data: bytes) -> Optional[bytes]:
     if data.startswith((b"II", b"MM")):
         return data if _is_plain_tiff(data) else None
     return data
+
+
+def webp_size(data: bytes) -> Tuple[int, int]:
+    """(width, height) that a WebP says of itself; (0, 0) of anything else."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return 0, 0
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return tuple(1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<L", data, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return tuple(n & 0x3FFF for n in struct.unpack_from("<HH", data, 26))
+    return 0, 0
 
 
 # ---- JPEG

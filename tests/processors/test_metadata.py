@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from paddlemix.processors import metadata
-from paddlemix.processors.images import open_image
+from paddlemix.processors.images import open_image, read_header
 from paddlemix.processors.metadata import MAX_EXTENSIONS, MAX_MARKERS, MAX_SCANS, bounded
 from paddlemix.utils.errors import ImageError
 from tests.helpers import image_bytes
@@ -133,6 +133,22 @@ def test_a_tiff_of_fields_that_lie_over_each_other():
     assert bounded(big + bytes(200)) is not None and bounded(big) is None
     motorola = b"MM\0*" + struct.pack(">LH", 8, 1) + struct.pack(">HHL4x", 1000, 7, 100)
     assert bounded(motorola + bytes(100)) is not None and bounded(motorola) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"lossless": True, "exif": b"Exif\0\0"}])
+def test_a_webp_is_measured_before_it_is_opened(options, monkeypatch):
+    """Pillow's WebP takes the memory of the picture, twice, when it is opened; 16383 × 16383 from 360 bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(file, "WEBP", **options)
+    data = file.getvalue()
+    assert metadata.webp_size(data) == (300, 200) and open_image(data).size == (300, 200)
+    assert metadata.webp_size(data[:29]) == (0, 0) == metadata.webp_size(image_bytes())
+    assert metadata.webp_size(data.replace(b"VP8", b"VP9")) == (0, 0)
+    monkeypatch.setattr(Image, "open", None)
+    for call in (open_image, read_header):
+        with pytest.raises(ImageError, match="300 × 200") as caught:
+            call(data, 59_999)
+        assert caught.value.reason == "too many pixels"
 
 
 def png(*chunks):
