@@ -503,6 +503,7 @@ class FinetuneTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
+        handed_over = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
             progress, order = resume.read_progress(resume_from_checkpoint), self._order_settings()
             if progress.order != order:
@@ -514,6 +515,7 @@ class FinetuneTrainer(Trainer):
                 raise ConfigError(f"{resume_from_checkpoint} is of another run: {changed}")
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
             state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
+            handed_over = resume.handed_over(state)
             self._history, self._best = state.log_history, (state.best_metric, state.best_model_checkpoint)
             self.numerics.overflow.skipped = next(
                 (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
@@ -525,7 +527,7 @@ class FinetuneTrainer(Trainer):
                 return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
         try:
             # The optimizer's states get running names too (see prepare).
-            with paddle.utils.unique_name.guard():
+            with paddle.utils.unique_name.guard(), handed_over:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
         except (SystemError, RuntimeError):
             # A loader worker's own words do not arrive; it leaves them with the dataset.

@@ -8,6 +8,8 @@ the generators' states, which PaddleNLP leaves beside the weights, are never rea
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -110,13 +112,14 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
     """
     path = os.path.join(folder, STATE_NAME)
     values = read_json_object(path, constants=True)
-    known = {field.name for field in dataclasses.fields(TrainerState)}
     for name, value in values.items():
-        if name not in known or name not in _STATE or not _STATE[name](value):
+        if name not in _STATE or not _STATE[name](value):
             raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}")
     if values.get("global_step") != step:
         raise WeightsError(f"{path} is not of step {step}")
-    state = TrainerState(**values)
+    # PaddleNLP 2.8 has no consumed_samples, which 3 writes; where the data go on is in the seal.
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    state = TrainerState(**{name: value for name, value in values.items() if name in known})
     best = state.best_model_checkpoint
     if best is not None:
         best = os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(os.path.normpath(best)))
@@ -126,6 +129,17 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
             logger.warning(f"{path}: the best checkpoint, {printable(best)}, is gone; the next evaluation begins anew")
             state.best_metric = None
     return state
+
+
+@contextlib.contextmanager
+def handed_over(state: TrainerState):
+    """Within it PaddleNLP's trainer gets this state, and does not read the file again, of which 2.8 cannot read 3's."""
+    read = vars(TrainerState)["load_from_json"]
+    TrainerState.load_from_json = staticmethod(lambda path: copy.deepcopy(state))
+    try:
+        yield
+    finally:
+        TrainerState.load_from_json = read
 
 
 # ---- optimizer, learning rate, loss scale
