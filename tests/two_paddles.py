@@ -11,9 +11,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import paddlemix  # noqa: F401
 import numpy as np
 
+import paddlemix  # noqa: F401
 from tests.helpers import prompt_ids, save_tiny_model
 
 MERGED = [(format, dtype) for format in ("pdparams", "safetensors") for dtype in ("float32", "bfloat16")]
