@@ -1,4 +1,4 @@
-"""Pickles that would execute something, for every test of a file from strangers."""
+"""Pickles that would execute something, or grow without end, for every test of a file from strangers."""
 
 from __future__ import annotations
 
@@ -49,4 +49,30 @@ def attacks(canary: str):
             + text(touch)
             + b"\x85Retb"
         ),
+    }
+
+
+# A list of two of the same list of two of … : 2⁴⁰ leaves from some hundred bytes.
+ENDLESS = b"]\x94" + b"".join(b"0](h%ch%ce\x94" % (i, i) for i in range(40))
+_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01"
+_MILLION = _ARRAY + b"J\x00\x00\x10\x00\x85cnumpy\ndtype\n" + text("u1") + b"\x89\x88\x87R(K\x03" + text("|")
+_MILLION += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+
+
+def bombs():
+    """Pickle bodies of some KB, one of a megabyte, that promise far more than they hold."""
+    data = b"B" + struct.pack("<I", 1 << 20) + bytes(1 << 20) + b"\x940"
+    many = b"".join(text(f"w{i}") + _MILLION + b"h\x00tb" for i in range(1000))
+    latin = text("latin1")
+    letters = text("a" * 60_000) + b"\x940"
+    encoded = b"c_codecs\nencode\nh\x00" + latin + b"\x86R"
+    return {
+        "a name without end": b"cnumpy\ndtype\n" + ENDLESS + b"\x89\x88\x87R",
+        "an array of the kind without end": _ARRAY + b"K\x01\x85" + ENDLESS + b"\x89C\x01atb",
+        "a shape without end": _ARRAY + ENDLESS + b"N\x89C\x01atb",
+        "a call without end": b"c_codecs\nencode\n" + ENDLESS + latin + b"\x86R",
+        "a storage without end": b"ccollections\nOrderedDict\n" + ENDLESS + b"\x85R",
+        "the same megabyte a thousand times": data + b"}(" + many + b"u",
+        "the same text a thousand times": letters + b"](" + encoded * 1000 + b"e",
+        "nested without end": b"]" * 20_000 + b"a" * 19_999,
     }

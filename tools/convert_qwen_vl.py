@@ -54,7 +54,7 @@ def main() -> int:
         format=args.format,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
-        shapes_of=lambda values: parameter_shapes(MGenConfig(**values)),
+        shapes_of=lambda values: parameter_shapes(MGenConfig.from_values(values, args.source)),
     )
     if "mgen.tiktoken" not in result.files:
         logger.warning(f"{args.source} has no qwen.tiktoken: put one into {args.target} as mgen.tiktoken")

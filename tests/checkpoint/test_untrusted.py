@@ -2,16 +2,17 @@
 
 import os
 import pickle
+import resource
 import sys
 
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import load_pdparams_object, open_weights, read_pdparams, write_pdparams
+from paddlemix.checkpoint import load_pdparams_object, open_weights, read_pdparams, write_pdparams, write_sharded
 from paddlemix.checkpoint.lora_merge import merge
 from paddlemix.utils.errors import WeightsError
-from tests.checkpoint.files import pickled, torch_pickle, torch_zip
-from tests.pickles import attacks, text
+from tests.checkpoint.files import pickled, torch_file, torch_pickle, torch_zip
+from tests.pickles import ENDLESS, attacks, bombs, text
 
 NAMES = sorted(attacks("x"))
 
@@ -113,6 +114,45 @@ def test_in_a_shard_a_lora_and_a_resume(tmp_path, canary):
     for name in ("optimizer.pdopt", "scheduler.pdparams", "training_args.bin"):
         (lora / name).write_bytes(body("newobj", canary))
         refused(load_pdparams_object, str(lora / name))
+
+
+@pytest.mark.parametrize("name", sorted(bombs()))
+def test_bombs(tmp_path, name):
+    path = tmp_path / "w.pdparams"
+    for data in (b"\x80\x04" + bombs()[name] + b".", b"\x80\x04}" + text("w") + bombs()[name] + b"s."):
+        path.write_bytes(data)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for read in (open_weights, read_pdparams, load_pdparams_object):
+            refused(read, str(path))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_a_list_that_grows_without_end_is_not_looked_at(tmp_path):
+    """Twice the same list, forty times: a valid state, of which nobody may make a text."""
+    (tmp_path / "w").write_bytes(b"\x80\x04" + ENDLESS + b".")
+    value = load_pdparams_object(str(tmp_path / "w"))
+    assert len(value) == 2 and value[0] is value[1]
+    refused(open_weights, str(tmp_path / "w"))
+
+
+@pytest.mark.parametrize("name", ["w.pdparams", "w.bin", "w.safetensors"])
+def test_cut_anywhere_or_with_bytes_behind(tmp_path, name):
+    """Every length of a whole file but its own is refused when it is opened."""
+    path = tmp_path / name
+    one = {"a": ("float32", np.ones((2, 3), np.float32)), "b": ("uint8", np.ones(5, np.uint8))}
+    if name == "w.bin":
+        torch_file(path, one)
+    else:
+        (written,) = write_sharded(str(tmp_path / "o"), [
+            (key, dtype, array.shape, lambda array=array: array) for key, (dtype, array) in one.items()
+        ], format=name[2:])  # fmt: skip
+        os.rename(tmp_path / "o" / written, path)
+    data = path.read_bytes()
+    with open_weights(str(path)) as reader:
+        assert sorted(reader.keys()) == ["a", "b"]
+    for cut in [data[:length] for length in range(len(data))] + [data + b"\0", data + b".", data + data]:
+        path.write_bytes(cut)
+        refused(open_weights, str(path))
 
 
 def test_training_arguments_are_refused_by_their_class(tmp_path):

@@ -165,17 +165,24 @@ class MGenConfig(QWenConfig):
         if "visual" not in values:
             raise ConfigError(f"{path} has no visual part: this is a text model, not MGen-VL")
         dtype = kwargs.pop("dtype", None)
+        config = cls.from_values(values, path, **kwargs)
+        if dtype is not None:
+            config.dtype = dtype
+        return config
+
+    @classmethod
+    def from_values(cls, values, path, **kwargs):
+        """The configuration of what a config.json at `path` holds; `kwargs` override its values.
+
+        Raises:
+            ConfigError: a key or a value that cannot be.
+        """
         for key in values:
             # They would take the place of a method.
             if key == "self" or key.startswith("__") or callable(getattr(cls, key, None)):
                 raise ConfigError(f"{path}: {key[:80]!r} is no key of a configuration")
-        for key in _OF_A_RUN:
-            values.pop(key, None)
-        values.update(kwargs)
+        values = {key: value for key, value in values.items() if key not in _OF_A_RUN}
         try:
-            config = cls(**values)
+            return cls(**{**values, **kwargs})
         except (AssertionError, AttributeError, TypeError, ValueError) as error:  # PaddleNLP's, of keys that it knows
             raise ConfigError(f"{path}: {one_line(str(error), 200)}") from None
-        if dtype is not None:
-            config.dtype = dtype
-        return config
