@@ -158,7 +158,7 @@ def _is_plain_tiff(data: bytes) -> bool:
             total += values * _TIFF_UNITS.get(kind, 0)
             if total > len(data):
                 return False
-    except struct.error:
+    except (struct.error, OverflowError):
         # Cut short, or no TIFF: Pillow says so.
         return True
     return True

@@ -131,6 +131,7 @@ def test_a_tiff_of_fields_that_lie_over_each_other():
     # BigTIFF, and the other byte order.
     big = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 2) + struct.pack("<HHQ8x", 1000, 7, 100) * 2
     assert bounded(big + bytes(200)) is not None and bounded(big) is None
+    assert bounded(b"II+\0\x08\0\0\0" + b"\xff" * 40) is not None
     motorola = b"MM\0*" + struct.pack(">LH", 8, 1) + struct.pack(">HHL4x", 1000, 7, 100)
     assert bounded(motorola + bytes(100)) is not None and bounded(motorola) is None
 
