@@ -40,10 +40,10 @@ from paddlemix.utils.files import atomic_folder
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
-# Files beside the weights. What the run wrote goes before what the base has: the tokenizer and the template
-# that it trained with are the ones to predict with.
-_FROM_BASE = ("config.json", "generation_config.json")
-_FROM_EITHER = (
+# Files beside the weights, all that a prediction reads. What the run wrote goes before what the base has: the
+# tokenizer and the template that it trained with are the ones to predict with.
+FROM_BASE = ("config.json", "generation_config.json")
+FROM_EITHER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -63,7 +63,8 @@ _FROM_LORA = (
     "trainer_state.json",
     "training_args.bin",
 )
-_VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
+VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
+LICENCES = re.compile(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?")
 
 # Parameters outside the LLM.
 _NOT_LANGUAGE = "visual."
@@ -366,16 +367,16 @@ def copy_side_files(base_folder: str, lora_folder: str, out_folder: str, dtype: 
                 return
 
     config = read_json_object(inside(base_folder, "config.json"))
-    for name in _FROM_BASE:
+    for name in FROM_BASE:
         copy((base_folder,), name)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         write_json(os.path.join(out_folder, "config.json"), config)
     # Either vocabulary name is fine, but two vocabularies in one folder are not.
-    ours = [name for name in _VOCABULARIES if os.path.isfile(os.path.join(lora_folder, name))]
-    for name in _FROM_EITHER:
-        if name not in _VOCABULARIES:
+    ours = [name for name in VOCABULARIES if os.path.isfile(os.path.join(lora_folder, name))]
+    for name in FROM_EITHER:
+        if name not in VOCABULARIES:
             copy((lora_folder, base_folder), name)
         elif not ours or name == ours[0]:
             copy((lora_folder, base_folder), name)
@@ -383,7 +384,7 @@ def copy_side_files(base_folder: str, lora_folder: str, out_folder: str, dtype: 
         copy((lora_folder,), name)
     # A license or model card of the base under another name goes with the weights that it covers.
     for name in sorted(os.listdir(base_folder)):
-        if re.fullmatch(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?", name) and name not in written:
+        if LICENCES.fullmatch(name) and name not in written:
             copy((base_folder,), name)
     return written
 

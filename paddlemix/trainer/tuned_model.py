@@ -20,8 +20,13 @@ from paddlemix.auto import AutoConfigMIX, AutoModelMIX
 from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_sharded
 from paddlemix.checkpoint.tuned_from import write_tuned_from
 from paddlemix.models.lora import apply_lora, load_lora_weights
-from paddlemix.models.mgen_vl.modeling import check_weights
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, cut_problems, is_language, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import (
+    CONSTANTS,
+    check_weights,
+    cut_problems,
+    is_language,
+    parameter_shapes,
+)
 from paddlemix.trainer import freeze
 from paddlemix.trainer.arguments import ModelArguments
 from paddlemix.trainer.guard import check_text_model

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from typing import IO, Any, Dict, Iterator, Union
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Union
 
 from paddlemix.utils.errors import ConfigError
 
@@ -19,6 +19,8 @@ MAX_CONFIG_BYTES = 4 << 20
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+_BLOCK = 1 << 20
 
 
 def sync_folder(folder: str) -> None:
@@ -83,12 +85,35 @@ def atomic_folder(path: str) -> Iterator[str]:
         raise
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without)."""
+def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int], None]] = None) -> None:
+    """Copy the bytes of a file into an open one. progress: told the bytes copied, as it goes."""
+    with open(source, "rb") as file:
+        while True:
+            block = file.read(_BLOCK)
+            if not block:
+                return
+            target.write(block)
+            if progress is not None:
+                progress(len(block))
+
+
+def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], None]] = None) -> bool:
+    """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without).
+
+    A symbolic link at `source` is followed. progress: told the bytes of the file. Returns whether it is a link.
+    """
+    # os.link would link the symbolic link itself.
+    source = os.path.realpath(source)
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        with open(target, "wb") as file:
+            copy_file(source, file, progress)
+        shutil.copystat(source, target)
+        return False
+    if progress is not None:
+        progress(os.path.getsize(target))
+    return True
 
 
 def short_int(digits: Union[str, bytes]) -> int:

@@ -24,9 +24,9 @@ from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 from paddlemix.checkpoint import open_weights, write_sharded
 from paddlemix.models.mgen_vl.generation import CaptionGeneration, generation_values, load_generation_config
 from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
-from paddlemix.models.mgen_vl.parameters import parameter_shapes
+from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.models.mgen_vl.vision import Vision
-from paddlemix.utils.errors import UserError, WeightsError
+from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import full_precision, resolve_dtype
@@ -322,28 +322,3 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         with atomic_write(os.path.join(folder, "generation_config.json")) as file:
             json.dump(generation_values(self.generation_config), file, ensure_ascii=False, indent=2)
             file.write("\n")
-
-
-def check_weights(reader, shapes, where) -> None:
-    """Compare stored keys and shapes with the model's.
-
-    Raises:
-        WeightsError: names every missing, unexpected and misshapen key (the first ten of each).
-    """
-    stored = set(reader.keys())
-    problems = []
-
-    def report(kind, names):
-        if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
-
-    report("missing", [name for name in shapes if name not in stored])
-    report("unexpected", sorted(stored - set(shapes)))
-    wrong = []
-    for name, shape in shapes.items():
-        if name in stored and tuple(reader.info(name).shape) != shape:
-            wrong.append(f"{name} is {list(reader.info(name).shape)}, the model has {list(shape)}")
-    report("of another shape", wrong)
-    if problems:
-        raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems))

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, List, Tuple
 
+from paddlemix.checkpoint import WeightsReader
+from paddlemix.utils.errors import WeightsError
+
 Shape = Tuple[int, ...]
 
 # Stored in checkpoints like a parameter, but a fixed sin-cos table that no run may train (SPEC §5).
@@ -129,6 +132,31 @@ def cut_problems(config: Any, cards: int) -> List[str]:
     if not config.no_bias:
         problems.append(f"{key} needs no_bias in config.json: PaddleNLP's split MLP has no biases")
     return problems
+
+
+def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str) -> None:
+    """Compare stored keys and shapes with the model's.
+
+    Raises:
+        WeightsError: names every missing, unexpected and misshapen key (the first ten of each).
+    """
+    stored = set(reader.keys())
+    problems = []
+
+    def report(kind, names):
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+
+    report("missing", [name for name in shapes if name not in stored])
+    report("unexpected", sorted(stored - set(shapes)))
+    wrong = []
+    for name, shape in shapes.items():
+        if name in stored and tuple(reader.info(name).shape) != shape:
+            wrong.append(f"{name} is {list(reader.info(name).shape)}, the model has {list(shape)}")
+    report("of another shape", wrong)
+    if problems:
+        raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems))
 
 
 def count(shapes: Dict[str, Shape]) -> int:
