@@ -1,0 +1,98 @@
+"""A fresh virtual environment with Paddle and a submission's requirements: is anything missing from them?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import List, NamedTuple, Optional
+
+from paddlemix.contest.sources import foreign_imports, python_files
+from paddlemix.utils.errors import JobFailed
+from paddlemix.utils.log import logger
+
+_PADDLE = """
+import importlib.metadata
+found = [(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()]
+print(*sorted({f"{n}=={v}" for n, v in found if n.lower().startswith("paddlepaddle")}))
+"""
+_IMPORT = """
+import importlib, json, sys
+sys.path.insert(0, "")
+for name in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+"""
+
+
+class Fresh(NamedTuple):
+    """python: the environment's interpreter. paddle: the one in it. problems: what the requirements lack or break."""
+
+    python: str
+    paddle: str
+    problems: List[str]
+
+
+def _run(command: List[str]) -> None:
+    # As pip does by itself from 25.3 on: PaddleNLP needs seqeval, whose older way to be built fails by now.
+    environment = dict(os.environ, PIP_USE_PEP517="1")
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise JobFailed(f"`{' '.join(command)}` ended with status {done.returncode}: {last}")
+
+
+def _paddle_of(python: str) -> str:
+    return subprocess.run([python, "-c", _PADDLE], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def modules_in(source: str) -> List[str]:
+    """Names by which the Python files under `source` are imported, those outside of packages by their own."""
+    names = []
+    for file in python_files(source):
+        parts = file[: -len(".py")].split(os.sep)
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in names if name]
+
+
+def try_requirements(python: str, submission: str, folder: str, paddle: Optional[str] = None) -> Fresh:
+    """Make an environment in `folder` with the interpreter `python`, and import in it all that src/ imports.
+
+    paddle: what pip is asked for (default: the package and version that `python` has). The network is needed.
+
+    Raises:
+        JobFailed: the environment cannot be made: no pip, no network, no such Paddle.
+    """
+    paddle = paddle or _paddle_of(python)
+    if not paddle:
+        raise JobFailed(f"{python} has no Paddle to take the version from: give --paddle paddlepaddle==VERSION")
+    fresh = os.path.join(folder, "bin", "python")
+    pip = [python, "-m", "pip", "--python", fresh, "--disable-pip-version-check", "install", "--quiet"]
+    logger.info("making a fresh environment with %s; some minutes", paddle)
+    _run([python, "-m", "venv", "--without-pip", folder])
+    # Every environment had both when these Paddles were made: they import the one, old packages' builds call the other.
+    _run([*pip, "pip", "setuptools<81", *paddle.split()])
+    before = _paddle_of(fresh)
+    problems = []
+    try:
+        _run([*pip, "-r", os.path.join(submission, "requirements.txt")])
+    except JobFailed as error:
+        problems.append(f"requirements.txt cannot be installed: {error}")
+    after = _paddle_of(fresh)
+    if after != before:
+        problems.append(f"requirements.txt changes the platform's Paddle from {before} to {after or 'none'}")
+    source = os.path.join(submission, "src")
+    wanted = [name for name, one in foreign_imports(source).items() if not one.guarded]
+    # Our own package comes first: it sets what Paddle reads while it is imported.
+    own = sorted(modules_in(source), key=lambda name: name != "paddlemix")
+    done = subprocess.run(
+        [fresh, "-c", _IMPORT, json.dumps([*own, *wanted])], cwd=source, capture_output=True, text=True
+    )
+    problems += done.stdout.splitlines()
+    if done.returncode and not done.stdout:
+        problems.append((done.stderr.strip().splitlines() or ["Python broke off"])[-1])
+    return Fresh(fresh, after, problems)

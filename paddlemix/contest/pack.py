@@ -1,0 +1,262 @@
+"""Make the folder for the platform, and the archive of it.
+
+    submission/
+      requirements.txt        what the packed sources import, and the platform may lack
+      run.sh
+      src/                    predict.py and every file that it needs
+      weights/<model folder>/ the merged weights, hard-linked where the file system allows
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import zipfile
+from typing import Iterator, List, NamedTuple, Set
+
+from paddlemix.checkpoint import LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME, WeightsReader, find_weights, open_weights
+from paddlemix.checkpoint.lora_merge import FROM_BASE, FROM_EITHER, LICENCES, VOCABULARIES, check_output
+from paddlemix.checkpoint.shards import INDEX_SUFFIX, inside
+from paddlemix.contest.sources import (
+    REQUIREMENTS_NAME,
+    files_needed,
+    foreign_imports,
+    modules_of,
+    parse_requirement,
+    python_files,
+)
+from paddlemix.inference.loading import find_model_folder
+from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
+from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.files import atomic_folder, atomic_write, copy_file, link_or_copy
+from paddlemix.utils.progress import Progress
+
+SCRIPT, RUN_SH, SOURCE, WEIGHTS = "predict.py", "run.sh", "src", "weights"
+NAMES = (REQUIREMENTS_NAME, RUN_SH, SOURCE, WEIGHTS)
+# The project's own submission/ folder has one, which stays where it is and is not sent.
+README = "README.md"
+SUMS_NAME = "SHA256SUMS"
+
+# PaddleNLP for the platform's Paddle. pip cannot know which Paddle a PaddleNLP needs, and would bring the newest:
+# 3.0.0b4 does not import on Paddle 2.6 (it asks for paddle.float8_e5m2).
+PADDLENLP = {"2.6": "paddlenlp>=2.8.1,<3", "3": "paddlenlp==3.0.0b4"}
+
+_LOCAL = (REQUIREMENTS_NAME, RUN_SH, SCRIPT, "paddlemix")
+
+
+class Packed(NamedTuple):
+    """model: the model folder's name under weights/. large: names of its weights files. sources: files under src/.
+    linked: whether the weights are hard links. nbytes: of all files."""
+
+    folder: str
+    model: str
+    large: List[str]
+    sources: List[str]
+    linked: bool
+    nbytes: int
+
+
+@contextlib.contextmanager
+def _disk(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
+        raise JobFailed(f"could not write {path}: {error.strerror}{full}") from None
+
+
+def open_model(path: str) -> WeightsReader:
+    """The weights of a whole model folder with all its files, or of the only one inside `path`.
+
+    Raises:
+        UserError: it is no merged model: a LoRA or partial checkpoint, a file or tensor missing; says what to do.
+    """
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+    if not os.path.isdir(path):
+        raise UserError(f"no folder {path}: give a merged model folder")
+    if any(os.path.lexists(os.path.join(path, name)) for name in (LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME)):
+        # The error says that it must be merged, unless whole weights stand there, too.
+        find_weights(path)
+    folder = find_model_folder(path)
+    reader = open_weights(folder)
+    try:
+        config = MGenConfig.from_pretrained(folder)
+        check_weights(reader, parameter_shapes(config), folder)
+        if not any(os.path.isfile(inside(folder, name)) for name in VOCABULARIES):
+            raise WeightsError(f"{folder} has no vocabulary: put mgen.tiktoken into it")
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+def write_requirements(project: str, sources: List[str], path: str, paddle: str) -> None:
+    """The project's requirements without what only its other scripts import, and with the PaddleNLP for `paddle`
+    (a key of PADDLENLP). Packages that nothing here imports are limits for those below us, and stay."""
+    ours = set(foreign_imports(project, sources))
+    of_others = set(foreign_imports(project, _project_files(project))) - ours
+    lines = ["# What the program in src/ needs beside the platform's Paddle, which no package here asks for."]
+    with open(os.path.join(project, REQUIREMENTS_NAME), encoding="utf-8") as file:
+        for line in file:
+            wanted = parse_requirement(line)
+            if wanted is None:
+                continue
+            if wanted.package == "paddlenlp":
+                lines.append(PADDLENLP[paddle])
+            elif not modules_of(wanted.package) & of_others:
+                lines.append(wanted.text)
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _project_files(project: str) -> List[str]:
+    top = [name for name in os.listdir(project) if name.endswith(".py")]
+    package = [os.path.join("paddlemix", name) for name in python_files(os.path.join(project, "paddlemix"))]
+    return sorted(top + package)
+
+
+def check_target(out: str, inputs: List[str], overwrite: bool) -> None:
+    """Refuse to write a submission over an input, over an older one without `overwrite`, or ever over anything else.
+
+    Raises:
+        UserError: says which, and what to do.
+    """
+    there = sorted(set(os.listdir(out)) - {README}) if os.path.isdir(out) else []
+    check_output(out, inputs, overwrite or not there)
+    strange = [name for name in there if name not in NAMES]
+    if strange:
+        raise UserError(f"{out} holds {strange[0]}, which is no part of a submission: give another folder")
+
+
+def check_beside(folder: str) -> None:
+    """Refuse to replace a folder by split weights that holds anything else than those.
+
+    Raises:
+        UserError: names what it holds.
+    """
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if name != SUMS_NAME and not name.endswith((".pdparams", ".safetensors", ".bin")):
+            raise UserError(f"{folder} holds {name}, which is no weights file: move it away")
+
+
+def pack_submission(
+    project: str, weights: str, out: str, overwrite: bool = False, paddle: str = "2.6", progress: bool = True
+) -> Packed:
+    """Make the submission folder `out` from the sources in `project` and the model folder `weights`.
+
+    It appears when it is whole. paddle: the platform's, a key of PADDLENLP.
+
+    Raises:
+        UserError: the weights are no merged model (see open_model), or `out` cannot be written (check_target).
+        JobFailed: the disk is full.
+    """
+    missing = [name for name in _LOCAL if not os.path.exists(os.path.join(project, name))]
+    if missing:
+        raise UserError(f"no {missing[0]} in {project}: give the project's top folder")
+    check_target(out, [weights, *(os.path.join(project, name) for name in _LOCAL)], overwrite)
+    sources = files_needed(project, SCRIPT)
+    with open_model(weights) as reader:
+        large = [os.path.basename(path) for path in reader.files]
+        folder = os.path.dirname(os.path.abspath(reader.files[0]))
+        weight_bytes = sum(os.path.getsize(path) for path in reader.files)
+    model = os.path.basename(os.path.realpath(folder))
+    small = [name for name in (*FROM_BASE, *FROM_EITHER) if os.path.isfile(inside(folder, name))]
+    small += [name for name in sorted(os.listdir(folder)) if LICENCES.fullmatch(name) and name not in small]
+    index = find_weights(folder)
+    if index.endswith(INDEX_SUFFIX):
+        small.append(index)
+
+    with _disk(out), atomic_folder(out) as partial:
+        write_requirements(project, sources, os.path.join(partial, REQUIREMENTS_NAME), paddle)
+        shutil.copy(os.path.join(project, RUN_SH), partial)
+        for name in sources:
+            target = os.path.join(partial, SOURCE, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copy(os.path.join(project, name), target)
+        if os.path.isfile(os.path.join(project, "LICENSE")):
+            shutil.copy(os.path.join(project, "LICENSE"), os.path.join(partial, SOURCE))
+        if os.path.isfile(os.path.join(out, README)):
+            shutil.copy2(os.path.join(out, README), partial)
+        target = os.path.join(partial, WEIGHTS, model)
+        os.makedirs(target)
+        for name in small:
+            shutil.copyfile(inside(folder, name), os.path.join(target, name))
+        linked = []
+        with Progress(weight_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name in large:
+                linked.append(link_or_copy(inside(folder, name), os.path.join(target, name), bar.update))
+    nbytes = sum(os.path.getsize(path) for path, _ in packed_files(out))
+    return Packed(out, model, large, sources, all(linked), nbytes)
+
+
+# ---- archives
+
+
+def packed_files(folder: str) -> List[tuple]:
+    """(path, name in the archive) of everything that is sent, in a fixed order; names start with the folder's own."""
+    top = os.path.basename(os.path.abspath(folder))
+    found = []
+    for name in NAMES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            found.append((path, f"{top}/{name}"))
+        for parent, folders, names in os.walk(path):
+            folders[:] = sorted(one for one in folders if one != "__pycache__")
+            for one in sorted(names):
+                inner = os.path.relpath(os.path.join(parent, one), folder).replace(os.sep, "/")
+                found.append((os.path.join(parent, one), f"{top}/{inner}"))
+    return found
+
+
+def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progress: bool = True) -> int:
+    """Write a submission folder as an archive: stored, ZIP64 where a file or the whole needs it. Returns its bytes.
+
+    leave_out: paths of files that are not put into it. It appears when it is whole.
+
+    Raises:
+        JobFailed: the disk is full.
+    """
+    files = [pair for pair in packed_files(folder) if pair[0] not in leave_out]
+    total = sum(os.path.getsize(file) for file, _ in files)
+    with _disk(path), atomic_write(path, "wb") as target:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True, disable=not progress) as bar:
+                for file, name in files:
+                    # With the size known, zipfile chooses ZIP64 for the entries that need it.
+                    entry = zipfile.ZipInfo.from_file(file, name, strict_timestamps=False)
+                    with archive.open(entry, "w") as out:
+                        copy_file(file, out, bar.update)
+    return os.path.getsize(path)
+
+
+def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
+    """Put the weights files beside the submission, in the folder `out`, with their SHA-256 sums, so that they can be
+    fetched one at a time. Returns their paths in the submission.
+
+    Raises:
+        JobFailed: the disk is full.
+    """
+    folder = os.path.join(packed.folder, WEIGHTS, packed.model)
+    total = sum(os.path.getsize(os.path.join(folder, name)) for name in packed.large)
+    with _disk(out), atomic_folder(out) as partial:
+        with Progress(total, desc="SHA-256", unit="B", unit_scale=True, disable=not progress) as bar:
+            with open(os.path.join(partial, SUMS_NAME), "w", encoding="utf-8") as sums:
+                for name in packed.large:
+                    link_or_copy(os.path.join(folder, name), os.path.join(partial, name))
+                    digest = _Digest()
+                    copy_file(os.path.join(folder, name), digest, bar.update)
+                    sums.write(f"{digest.hexdigest()}  {name}\n")
+    return {os.path.join(folder, name) for name in packed.large}
+
+
+class _Digest:
+    """SHA-256 in the place of a file that is written."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+        self.write = self._sha.update
+        self.hexdigest = self._sha.hexdigest

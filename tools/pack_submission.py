@@ -1,0 +1,81 @@
+"""Make the folder that is sent to the platform: `python tools/pack_submission.py --weights DIR`. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Run as a script, the project's top folder is not on the path yet.
+sys.path.insert(0, ROOT)
+
+from paddlemix.utils import cli  # noqa: E402
+
+MORE = """\
+OUT gets requirements.txt, run.sh, src/ (predict.py and the files it needs) and weights/<model folder>/. The weights
+files are hard links where the file system allows, so they take no second place on the disk.
+
+The platform wants OUT as an archive. Two ways, both without compression, which weights do not gain by:
+  --zip            all in OUT.zip
+  --split_weights  OUT.zip without the weights files, and these in OUT.weights/ with their SHA-256 sums, to be fetched
+                   one at a time where a download of 20 GB breaks off. At home: unzip, check, put them back, zip again:
+                     unzip submission.zip
+                     (cd submission.weights && sha256sum -c SHA256SUMS)
+                     mv submission.weights/model_state* submission/weights/*/
+                     zip -0 -r submission.zip submission
+
+Then: python tools/check_submission.py OUT
+"""
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        description="Make the folder, and the archive, that the contest's platform takes.",
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", required=True, help="a merged model folder, or the folder that holds it")
+    parser.add_argument("--out", default="submission", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--paddle",
+        choices=("2.6", "3"),
+        default="2.6",
+        help="the platform's Paddle, which decides the PaddleNLP in requirements.txt (default: %(default)s)",
+    )
+    archive = parser.add_mutually_exclusive_group()
+    archive.add_argument("--zip", action="store_true", help="write OUT.zip, too")
+    archive.add_argument("--split_weights", action="store_true", help="OUT.zip and OUT.weights/, see below")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older submission and its archive")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
+
+    from paddlemix.contest import pack
+    from paddlemix.utils.errors import UserError
+
+    out = os.path.abspath(args.out)
+    archive, beside = out + ".zip", out + ".weights"
+    wanted = ([archive] if args.zip or args.split_weights else []) + ([beside] if args.split_weights else [])
+    for path in wanted:
+        if os.path.exists(path) and not args.overwrite:
+            raise UserError(f"{path} is there already: give another --out, or --overwrite to replace it")
+    if args.split_weights:
+        pack.check_beside(beside)
+    packed = pack.pack_submission(ROOT, args.weights, out, args.overwrite, args.paddle)
+    print(
+        f"{out}: {len(packed.sources)} source files, {packed.model} in {len(packed.large)} weights files "
+        f"({'hard links' if packed.linked else 'copied'}), {packed.nbytes / 1e9:.2f} GB in all"
+    )
+    large = pack.split_weights(packed, beside) if args.split_weights else set()
+    if args.split_weights:
+        print(f"{beside}: {', '.join(packed.large)}, {pack.SUMS_NAME}")
+    if wanted:
+        print(f"{archive}: {pack.write_zip(out, archive, large) / 1e9:.2f} GB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
