@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "metrics": {"utils"},
     "trainer": {"auto", "checkpoint", "datasets", "metrics", "models", "processors", "utils"},
     "inference": {"auto", "checkpoint", "datasets", "metrics", "models", "processors", "utils"},
+    "contest": {"checkpoint", "datasets", "inference", "models", "utils"},
 }
 
 # What takes long to import, or may be missing where only weights or rows are handled.

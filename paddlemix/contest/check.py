@@ -1,0 +1,471 @@
+"""Hold a submission folder against the contest's rules: sections (四), what is sent, and (六), what may change."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+from paddlemix.checkpoint import WeightsReader, open_weights
+from paddlemix.contest import fresh, trial
+from paddlemix.contest.pack import NAMES, README, RUN_SH, SCRIPT, SOURCE, WEIGHTS
+from paddlemix.contest.sources import REQUIREMENTS_NAME, Import, foreign_imports, modules_of, parse_requirement
+from paddlemix.contest.weights import Change, language_shapes, look_through
+from paddlemix.datasets.tsv import check_input, read_rows
+from paddlemix.inference.loading import find_model_folder
+from paddlemix.inference.results import row_id
+from paddlemix.models.mgen_vl.parameters import check_weights, count, is_language, parameter_shapes
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.log import logger
+
+# In the order of the report: (section and number of the rule, what it asks).
+RULES = {
+    "names": ("(四)", "requirements.txt, run.sh, src/predict.py and weights/ with one model folder"),
+    "config": ("(四) 3", "config.json is among the weights, with values that can be"),
+    "weights": ("(四) 1", "the weights are whole, open without executing anything, and fit config.json"),
+    "finite": ("(四) 1", "every weight is a finite number"),
+    "requirements": ("(四)", "requirements.txt names what src/ imports, and leaves Paddle alone"),
+    "fresh": ("(四) 1", "in a fresh environment with nothing else, every import works"),
+    "runs": ("(四) 1", "run.sh works at another path, with and without the fourth argument"),
+    "read_only": ("(四) 1", "it writes nothing into its own folder, which may be read-only"),
+    "offline": ("(四) 1", "it needs no network"),
+    "lines": ("(四) 2", "as many lines as rows, in their order"),
+    "paddle": ("(六) 1", "the program is of Paddle: no other framework is imported"),
+    "language": ("(六) 2", "the LLM's structure and number of parameters have not changed"),
+    "changes": ("(六) 3", "what changed: weights of the LLM and anything outside it may"),
+}
+PASS, FAIL, NOT_RUN = "pass", "FAIL", "----"
+
+# 10,000 NaN tensors are one finding.
+_SHOWN = 5
+_FRAMEWORKS = {
+    "torch", "torchvision", "tensorflow", "keras", "jax", "flax", "mxnet", "mindspore", "onnxruntime", "tensorrt",
+    "vllm", "oneflow", "megengine",
+}  # fmt: skip
+# What makes the LLM compute as it does; the number of positions is a limit only.
+_STRUCTURE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size", "vocab_size",
+    "seq_length", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base", "no_bias", "use_dynamic_ntk",
+    "use_logn_attn", "tie_word_embeddings",
+)  # fmt: skip
+# What may hold tensors, or be taken for them.
+_WEIGHTS_LIKE = (".pdparams", ".safetensors", ".bin", ".pdopt", ".pkl", ".pth", ".pt")
+_OF_RUNS = ("runs", "read_only", "offline", "lines")
+TIME_LIMIT = 3600.0
+
+
+class Verdict(NamedTuple):
+    """status: PASS, FAIL or NOT_RUN. problems: why it failed, or was not run. notes: what else there is to know."""
+
+    status: str
+    problems: List[str]
+    notes: List[str]
+
+
+class Report(Dict[str, Verdict]):
+    """{key of RULES: Verdict}."""
+
+    @property
+    def passed(self) -> bool:
+        """No rule failed, and what was not run was not asked for."""
+        return all(verdict.status == PASS or not verdict.problems for verdict in self.values())
+
+    def lines(self) -> List[str]:
+        """The report, a rule after the other, each with its section and number in the notebook."""
+        lines = []
+        for key, (rule, text) in RULES.items():
+            verdict = self[key]
+            lines.append(f"{verdict.status}  {rule:<6} {text}")
+            lines += [f"        {line}" for line in [*verdict.problems, *verdict.notes]]
+        return lines
+
+
+class _Findings:
+    """Problems and notes of one rule while it is looked at."""
+
+    def __init__(self) -> None:
+        self.problems: List[str] = []
+        self.notes: List[str] = []
+
+
+class _Model(NamedTuple):
+    """A model folder that is open. config: MGenConfig."""
+
+    folder: str
+    config: Any
+    reader: WeightsReader
+
+
+def _some(names: List[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def write_sample(path: str) -> None:
+    """A few rows as the platform's: two pictures, one image that is cut off, one that is none."""
+    from PIL import Image
+
+    rows = []
+    for seed, size in enumerate([(640, 480), (300, 500)]):
+        colors = [(seed * 90 + i * 60) % 256 for i in range(48)]
+        picture = Image.frombytes("RGB", (4, 4), bytes(colors)).resize(size, Image.BILINEAR)
+        file = io.BytesIO()
+        picture.save(file, "JPEG")
+        rows.append(file.getvalue())
+    rows += [rows[0][: len(rows[0]) // 2], b"no image"]
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for number, data in enumerate(rows):
+            file.write(f"sample{number}\t{base64.b64encode(data).decode()}\n")
+
+
+# ---- the rules, one function each
+
+
+def _names(folder: str, found: _Findings) -> None:
+    for name, kind in ((REQUIREMENTS_NAME, os.path.isfile), (RUN_SH, os.path.isfile), (SOURCE, os.path.isdir),
+                       (f"{SOURCE}/{SCRIPT}", os.path.isfile), (WEIGHTS, os.path.isdir)):  # fmt: skip
+        if not kind(os.path.join(folder, name)):
+            found.problems.append(f"no {name}")
+    real = os.path.realpath(folder)
+    for parent, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = os.path.join(parent, name)
+            target = os.path.realpath(path)
+            if os.path.islink(path) and not target.startswith(real + os.sep):
+                found.problems.append(f"{os.path.relpath(path, folder)} is a link to {target}: put the file there")
+    weights = os.path.join(folder, WEIGHTS)
+    if os.path.isdir(weights):
+        models = [name for name in sorted(os.listdir(weights)) if os.path.isdir(os.path.join(weights, name))]
+        if len(models) != 1:
+            found.problems.append(f"{WEIGHTS}/ must hold one model folder, and has {_some(models) or 'none'}")
+    if os.path.isfile(os.path.join(folder, RUN_SH)):
+        done = subprocess.run(["sh", "-n", os.path.join(folder, RUN_SH)], capture_output=True, text=True)
+        if done.returncode:
+            found.problems.append(f"sh cannot read run.sh: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    more = sorted(set(os.listdir(folder)) - {*NAMES, README})
+    if more:
+        found.notes.append(f"also there, and not needed: {_some(more)}")
+
+
+def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> None:
+    """tops: what the sources import."""
+    named = {}
+    with open(os.path.join(folder, REQUIREMENTS_NAME), encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                wanted = parse_requirement(line)
+            except UserError as error:
+                found.problems.append(f"line {number}: {error}")
+                continue
+            if wanted is not None:
+                named[wanted.package] = wanted
+                if wanted.package.startswith("paddlepaddle"):
+                    found.problems.append(f"line {number}: {wanted.text} would replace the platform's Paddle")
+    named_so = {"paddle", *(package.replace("-", "_") for package in named)}
+    for top, one in sorted(tops.items()):
+        if top in named_so or any(top in modules_of(package) for package in named):
+            continue
+        if one.guarded:
+            found.notes.append(f"{top} is not named; {one.file}:{one.line} does without where it is missing")
+        else:
+            found.problems.append(f"{one.file}:{one.line} imports {top}, which requirements.txt does not name")
+
+
+def _paddle(tops: Dict[str, Import], found: _Findings) -> None:
+    for top in sorted(_FRAMEWORKS & set(tops)):
+        found.problems.append(f"{tops[top].file}:{tops[top].line} imports {top}")
+    if "paddle" not in tops:
+        found.problems.append(f"nothing in {SOURCE}/ imports paddle")
+
+
+def _finite(
+    model: _Model, base: Optional[_Model], changes: Dict[str, Change], progress: bool, found: _Findings
+) -> None:
+    """Fills `changes` on the way: the files are read once."""
+    bad, seen = look_through(model.reader, base.reader if base else None, progress)
+    changes.update(seen)
+    found.problems += [f"{name} holds {bad[name]:,} values that are NaN or infinite" for name in list(bad)[:_SHOWN]]
+    if len(bad) > _SHOWN:
+        found.problems.append(f"and {len(bad) - _SHOWN} tensors more do")
+
+
+def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
+    ours = language_shapes(model.reader)
+    if base is None:
+        theirs = {name: shape for name, shape in parameter_shapes(model.config).items() if is_language(name)}
+        found.notes.append("held against its own config.json; give --base for the model that was tuned")
+    else:
+        theirs = language_shapes(base.reader)
+        for key in _STRUCTURE:
+            mine, its = getattr(model.config, key), getattr(base.config, key)
+            if mine != its:
+                found.problems.append(f"config.json: {key} is {mine}, the base has {its}")
+    lost, new = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
+    if lost:
+        found.problems.append(f"{len(lost)} tensors of the LLM are missing: {_some(lost)}")
+    if new:
+        found.problems.append(f"{len(new)} tensors of the LLM are new: {_some(new)}")
+    other = [
+        f"{name} is {list(ours[name])}, not {list(shape)}"
+        for name, shape in theirs.items()
+        if name in ours and ours[name] != shape
+    ]
+    if other:
+        found.problems.append(f"{len(other)} tensors of the LLM have another shape: {_some(other)}")
+    if count(ours) != count(theirs):
+        found.problems.append(f"{count(ours):,} parameters in the LLM, not {count(theirs):,}")
+    else:
+        found.notes.append(f"{count(ours):,} parameters in {len(ours)} tensors")
+
+
+def _changes(changes: Dict[str, Change], found: _Findings) -> None:
+    for group, change in changes.items():
+        text = f"{group}: {change.changed} of {change.tensors} tensors differ"
+        if change.changed:
+            text += f", by {change.largest:.3g} at most"
+        for kind in ("reshaped", "new", "gone"):
+            names = getattr(change, kind)
+            if names:
+                text += f"; {len(names)} {kind}: {_some(names)}"
+        found.notes.append(text)
+    if not any(change.changed or change.reshaped or change.new or change.gone for change in changes.values()):
+        found.notes.append("nothing differs from the base: is this the model that was tuned?")
+
+
+def _fresh(made: fresh.Fresh, found: _Findings) -> None:
+    found.problems += made.problems
+    found.notes.append(f"with {made.paddle}; the run with the fourth argument is in it, too")
+
+
+def _lines(sample: str, runs: Dict[str, trial.Trial], found: _Findings) -> None:
+    ids = [row_id(row) for row in read_rows(sample, want_caption=False)]
+    for name, run in runs.items():
+        if run.lines is None:
+            found.problems.append(f"{name}: no results file")
+            continue
+        if len(run.lines) != len(ids):
+            found.problems.append(f"{name}: {len(run.lines)} lines for {len(ids)} rows")
+            continue
+        empty = 0
+        for number, (line, wanted) in enumerate(zip(run.lines, ids), 1):
+            columns = line.decode("utf-8", "replace").split("\t")
+            if len(columns) != 2 or columns[0] != wanted:
+                found.problems.append(f"{name}: line {number} must be the id {wanted!r}, a tab and the caption")
+                break
+            empty += not columns[1].strip()
+        if empty:
+            found.notes.append(f"{name}: {empty} captions are empty")
+    texts = [run.lines for run in runs.values()]
+    if not found.problems:
+        found.notes.append(f"{len(ids)} rows, {len(ids)} lines")
+        if texts[0] != texts[-1]:
+            found.notes.append("the two runs gave different captions")
+
+
+# ---- all of them
+
+
+class _Judge:
+    """Fills a report, rule by rule."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+
+    def look(self, key: str, rule: Callable[..., None], *arguments: Any) -> None:
+        """Call rule(*arguments, findings); what it raises for a user is a problem, too."""
+        found = _Findings()
+        try:
+            rule(*arguments, found)
+        except UserError as error:
+            found.problems.append(_reason(error))
+        self.report[key] = Verdict(FAIL if found.problems else PASS, found.problems, found.notes)
+
+    def waits(self, why: str, *keys: str) -> None:
+        """These rules cannot be looked at before another is kept."""
+        self.report.update({key: Verdict(NOT_RUN, [why], []) for key in keys})
+
+    def left_out(self, why: str, key: str) -> None:
+        """This one was not asked for."""
+        self.report[key] = Verdict(NOT_RUN, [], [why])
+
+    def passed(self, *keys: str) -> bool:
+        return all(self.report[key].status == PASS for key in keys)
+
+
+def check_submission(
+    folder: str,
+    base: Optional[str] = None,
+    sample: Optional[str] = None,
+    python: str = sys.executable,
+    fresh_venv: bool = False,
+    paddle: Optional[str] = None,
+    time_limit: float = TIME_LIMIT,
+    progress: bool = True,
+) -> Report:
+    """A verdict for each of RULES.
+
+    base: the model folder that was tuned. sample: TSV to caption (default: a few rows made here). python: the
+    interpreter of the runs. fresh_venv: make an environment with the requirements only (needs a network), which then
+    is the fourth argument; paddle: its Paddle, as pip is asked for it. time_limit: seconds for a call of run.sh.
+    run.sh is tried only where its files and weights are in order.
+
+    Raises:
+        UserError: no such folder, base or sample. JobFailed: no room for a copy, or no fresh environment.
+    """
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {folder}: give the one that tools/pack_submission.py made")
+    if sample is not None:
+        check_input(sample)
+    judge = _Judge()
+    with contextlib.ExitStack() as stack:
+        opened = None
+        if base is not None:
+            base_folder = find_model_folder(base)
+            reader = stack.enter_context(open_weights(base_folder))
+            opened = _Model(base_folder, MGenConfig.from_pretrained(base_folder), reader)
+        _static(judge, folder)
+        _weights_rules(judge, folder, opened, stack, progress)
+    with tempfile.TemporaryDirectory(prefix="check") as scratch:
+        if not fresh_venv:
+            judge.left_out("give --fresh_venv to try it (some minutes, and a network)", "fresh")
+            fourth = python
+        elif judge.passed("names", "requirements"):
+            made = fresh.try_requirements(python, folder, os.path.join(scratch, "fresh environment"), paddle)
+            judge.look("fresh", _fresh, made)
+            fourth = made.python
+        else:
+            judge.waits("tried when requirements.txt is in order", "fresh")
+        if not judge.passed("names", "config", "weights", "finite"):
+            judge.waits("run.sh is tried when the files and weights are in order", *_OF_RUNS)
+            return judge.report
+        if sample is None:
+            sample = os.path.join(scratch, "sample.tsv")
+            write_sample(sample)
+        with trial.copied(folder, sample, progress) as place:
+            runs = _runs(place, python, fourth, time_limit, progress)
+            judge.look("runs", _status, runs, time_limit)
+            judge.look("read_only", _written, runs, place)
+            judge.look("offline", _offline, runs, place)
+            judge.look("lines", _lines, sample, runs)
+    return judge.report
+
+
+def _static(judge: _Judge, folder: str) -> None:
+    """The rules that need no more than the texts."""
+    judge.look("names", _names, folder)
+    try:
+        tops = foreign_imports(os.path.join(folder, SOURCE))
+    except UserError as error:
+        judge.waits(_reason(error), "requirements", "paddle")
+        return
+    judge.look("paddle", _paddle, tops)
+    if os.path.isfile(os.path.join(folder, REQUIREMENTS_NAME)):
+        judge.look("requirements", _requirements, folder, tops)
+    else:
+        judge.waits("there is no requirements.txt", "requirements")
+
+
+def _weights_rules(
+    judge: _Judge, folder: str, base: Optional[_Model], stack: contextlib.ExitStack, progress: bool
+) -> None:
+    """The rules about the model folder. What is opened stays so as long as `stack`."""
+    from paddlemix.models.mgen_vl.configuration import MGenConfig
+
+    models: List[_Model] = []
+    configs: List[Any] = []
+
+    def config(found: _Findings) -> None:
+        model = find_model_folder(os.path.join(folder, WEIGHTS))
+        configs.append((model, MGenConfig.from_pretrained(model)))
+        found.notes.append(f"{os.path.relpath(model, folder)}/config.json")
+
+    def weights(found: _Findings) -> None:
+        model, values = configs[0]
+        reader = stack.enter_context(open_weights(model))
+        models.append(_Model(model, values, reader))
+        check_weights(reader, parameter_shapes(values), model)
+        elements = count({name: reader.info(name).shape for name in reader.keys()})
+        found.notes.append(f"{elements:,} parameters in {len(reader)} tensors and {len(reader.files)} files")
+        files = {os.path.basename(path) for path in reader.files}
+        others = sorted(name for name in set(os.listdir(model)) - files if name.endswith(_WEIGHTS_LIKE))
+        if others:
+            found.notes.append(f"not opened, and not needed: {_some(others)}")
+
+    judge.look("config", config)
+    if configs:
+        judge.look("weights", weights)
+    else:
+        judge.waits("config.json comes first", "weights")
+    if not models:
+        judge.waits("the weights come first", "finite", "language", "changes")
+        return
+    changes: Dict[str, Change] = {}
+    judge.look("finite", _finite, models[0], base, changes, progress)
+    judge.look("language", _language, models[0], base)
+    if base is None:
+        judge.left_out("give --base to see it", "changes")
+    else:
+        judge.look("changes", _changes, changes)
+
+
+def _runs(place: trial.Place, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, trial.Trial]:
+    """Both calls: absolute paths without the fourth argument, and the notebook's own with it."""
+    folder = os.path.dirname(place.input)
+    calls = {
+        "without the fourth argument": [place.input, os.path.join(folder, "results.txt"),
+                                        os.path.join(place.submission, WEIGHTS)],
+        "with it": ["../../dataset/test_samples.txt", "../../dataset/results 2.txt", f"../{WEIGHTS}", fourth],
+    }  # fmt: skip
+    runs = {}
+    for name, arguments in calls.items():
+        logger.info("sh run.sh, %s", name)
+        output = os.path.join(folder, os.path.basename(arguments[1]))
+        # With the fourth argument, nothing on the PATH shall help.
+        path = trial.python_path(python) if len(arguments) == 3 else os.defpath
+        runs[name] = place.run(arguments, output, path, time_limit, _echo if progress else _silence)
+    return runs
+
+
+def _echo(line: str) -> None:
+    print(f"    {line}", file=sys.stderr, flush=True)
+
+
+def _silence(line: str) -> None:
+    pass
+
+
+def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -> None:
+    for name, run in runs.items():
+        if run.status == 0:
+            found.notes.append(f"{name}: {run.seconds:.0f} s")
+            continue
+        ended = f"took over {time_limit:.0f} s" if run.status is None else f"ended with status {run.status}"
+        found.problems.append(f"{name}: {ended}; its last words:")
+        found.problems += [f"    {line}" for line in run.said[-_SHOWN:]]
+
+
+def _written(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings) -> None:
+    written = sorted({name for run in runs.values() for name in run.written})
+    if written:
+        found.problems.append(f"it wrote {_some(written)}")
+    found.notes.append(f"held {place.how_read_only}")
+
+
+def _offline(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings) -> None:
+    reached = sorted({line for run in runs.values() for line in run.reached})
+    for line in reached[:_SHOWN]:
+        found.problems.append(f"it asked for {line}")
+    if not reached and any(run.status != 0 for run in runs.values()):
+        found.problems.append("a run broke off, so this is not known")
+    found.notes.append(f"shut by {place.how_offline}")
+

@@ -1,0 +1,136 @@
+"""Weights of a submission, looked through once, a tensor at a time: finite values, and what differs from the base."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
+import numpy as np
+
+from paddlemix.checkpoint import WeightsReader, convert_dtype
+from paddlemix.checkpoint.tensors import FLOATS
+from paddlemix.models.mgen_vl.parameters import group_of, is_language
+from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.progress import Progress
+
+# Elements looked at a time, so that scratch arrays stay small beside the tensor.
+_CHUNK = 1 << 20
+# Where the exponent's bits are all set, there is no finite number.
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
+# The matrices that the contest's LoRA adapts (SPEC §5), and into which it is merged.
+_ADAPTED = re.compile(r"transformer\.llm\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2)\.weight")
+
+
+@dataclass
+class Change:
+    """Tensors of a group: how many there are, how many hold another value than the base's, the largest difference of
+    two finite values; those of another shape; and names that only one side has."""
+
+    tensors: int = 0
+    changed: int = 0
+    largest: float = 0.0
+    reshaped: List[str] = field(default_factory=list)
+    new: List[str] = field(default_factory=list)
+    gone: List[str] = field(default_factory=list)
+
+
+def change_group(name: str) -> str:
+    """The group that a tensor's change is reported under."""
+    if _ADAPTED.fullmatch(name):
+        return "llm layers, LoRA's matrices"
+    try:
+        group = group_of(name)
+    except KeyError:
+        return "others"
+    return "llm layers, the rest" if group == "llm layers" else group
+
+
+def count_not_finite(array: np.ndarray, dtype: str) -> int:
+    """NaN and infinite values in an array as stored (bfloat16 as uint16)."""
+    bad = 0
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        if dtype in _EXPONENT:
+            mask = np.uint16(_EXPONENT[dtype])
+            bad += int(np.count_nonzero((part.view(np.uint16) & mask) == mask))
+        elif dtype in FLOATS:
+            bad += part.size - int(np.count_nonzero(np.isfinite(part)))
+    return bad
+
+
+def largest_difference(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> Optional[float]:
+    """None when two arrays of `dtype` have equal bits, else the largest |difference| of finite values."""
+    largest: Optional[float] = None
+    ours, theirs = ours.reshape(-1), theirs.reshape(-1)
+    for start in range(0, ours.size, _CHUNK):
+        pair = [np.ascontiguousarray(side[start : start + _CHUNK]) for side in (ours, theirs)]
+        if pair[0].tobytes() == pair[1].tobytes():
+            continue
+        if dtype in FLOATS:
+            pair = [convert_dtype(side, dtype, "float64" if dtype == "float64" else "float32") for side in pair]
+        with np.errstate(invalid="ignore"):
+            gap = np.abs(pair[0].astype(np.float64) - pair[1].astype(np.float64))
+        finite = gap[np.isfinite(gap)]
+        largest = max(largest or 0.0, float(finite.max()) if finite.size else 0.0)
+    return largest
+
+
+def look_through(
+    reader: WeightsReader, base: Optional[WeightsReader] = None, progress: bool = True
+) -> Tuple[Dict[str, int], Dict[str, Change]]:
+    """({name: values that are not finite}, {group: Change}); without a base there are no changes.
+
+    A base in another dtype is first converted, so that only what was tuned counts as changed.
+
+    Raises:
+        WeightsError: a file is broken where a tensor stands.
+    """
+    bad: Dict[str, int] = {}
+    changes: Dict[str, Change] = {}
+    with Progress(
+        reader.total_bytes, desc="values", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        for name in reader.keys():
+            info = reader.info(name)
+            array = reader.read(name)
+            count = count_not_finite(array, info.dtype)
+            if count:
+                bad[name] = count
+            if base is not None:
+                change = changes.setdefault(change_group(name), Change())
+                change.tensors += 1
+                if name not in base:
+                    change.new.append(name)
+                elif base.info(name).shape != info.shape:
+                    change.reshaped.append(name)
+                else:
+                    gap = _gap(array, info.dtype, base, name)
+                    if gap is not None:
+                        change.changed += 1
+                        change.largest = max(change.largest, gap)
+            bar.update(info.nbytes)
+    if base is not None:
+        for name in base.keys():
+            if name not in reader:
+                changes.setdefault(change_group(name), Change()).gone.append(name)
+    return bad, changes
+
+
+def _gap(array: np.ndarray, dtype: str, base: WeightsReader, name: str) -> Optional[float]:
+    try:
+        return largest_difference(array, base.read(name, dtype), dtype)
+    except WeightsError:
+        # A value of the base is too large for our dtype, so it has changed.
+        wide = convert_dtype(array, dtype, "float32")
+        return largest_difference(wide, base.read(name, "float32"), "float32") or 0.0
+
+
+def language_shapes(reader: WeightsReader) -> Dict[str, Tuple[int, ...]]:
+    """{name: shape} of the LLM's tensors, lm_head among them. Adapters count: they would be parameters more."""
+    return {
+        name: reader.info(name).shape
+        for name in reader.keys()
+        if is_language(name) or (name.endswith((".lora_A", ".lora_B")) and not name.startswith("visual."))
+    }

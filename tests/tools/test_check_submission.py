@@ -1,0 +1,462 @@
+"""Each rule passes for what is packed, and fails for its own defect. `pytest tests/tools/test_check_submission.py`
+
+The real predict.py runs in one test only, as it imports Paddle twice; elsewhere a stand-in answers at once.
+"""
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from paddlemix.checkpoint import open_weights, write_pdparams
+from paddlemix.contest import trial
+from paddlemix.contest.check import FAIL, NOT_RUN, PASS, RULES, check_submission, write_sample
+from paddlemix.contest.weights import count_not_finite, largest_difference, look_through
+from paddlemix.datasets.tsv import read_rows
+from paddlemix.utils import cli
+from tests.checkpoint.files import pickled
+from tests.helpers import image_base64
+from tools import check_submission as tool
+
+STAND_IN = """
+import sys
+rows = [line.split("\\t")[0] for line in open(sys.argv[1], encoding="utf-8")]
+lines = [f"{name}\\tcaption\\n" for name in rows]
+MORE
+open(sys.argv[2], "w", encoding="utf-8").writelines(lines)
+"""
+RUNS = ("runs", "read_only", "offline", "lines")
+WEIGHTS = os.path.join("weights", "mgen_vl_lora_merge")
+
+
+@pytest.fixture
+def stand_in(submission):
+    """stand_in(more) puts a predict.py that runs the lines `more`, and then writes `lines`, into the submission."""
+
+    def put(more=""):
+        (submission / "src" / "predict.py").write_text(STAND_IN.replace("MORE", more))
+        return str(submission)
+
+    # Its many files need not be read each time.
+    shutil.rmtree(submission / "src" / "paddlemix")
+    (submission / "src" / "paddlemix.py").write_text("import paddle\n")
+    put()
+    return put
+
+
+def check(folder, **kwargs):
+    return check_submission(str(folder), progress=False, **kwargs)
+
+
+def failed(report):
+    return {key for key, verdict in report.items() if verdict.status == FAIL}
+
+
+def said(report, key):
+    return "\n".join(report[key].problems + report[key].notes)
+
+
+def weights_of(folder):
+    """{name: (dtype, array)} of a submission's weights, to change and write back with put_weights."""
+    with open_weights(os.path.join(folder, WEIGHTS)) as reader:
+        return {name: (reader.info(name).dtype, np.array(reader.read(name))) for name in reader.keys()}
+
+
+def put_weights(folder, tensors):
+    write_pdparams(os.path.join(folder, WEIGHTS, "model_state.pdparams"), tensors)
+
+
+def tune(folder):
+    """What LoRA and attn_pool leave behind: two tensors of other values."""
+    tensors = weights_of(folder)
+    tensors["transformer.llm.h.0.attn.c_attn.weight"][1][3, 4] += 0.5
+    tensors["visual.attn_pool.query"][1][:] += 0.25
+    put_weights(folder, tensors)
+
+
+# ---- the whole
+
+
+def test_what_was_packed_passes(submission, merged, tmp_path, monkeypatch, capfd):
+    """The real thing, end to end: the packed program predicts, and the report has a line per rule."""
+    tune(submission)
+    rows = "".join(f"行 {i}\t{image_base64(i)}\n" for i in range(3))
+    (tmp_path / "rows.tsv").write_text(rows + "bad\t!\n", encoding="utf-8")
+    words = [str(submission), "--base", merged, "--sample", str(tmp_path / "rows.tsv")]
+    monkeypatch.setattr(sys, "argv", ["check_submission.py", *words])
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    status = cli.run(tool.main)
+    out, err = capfd.readouterr()
+    assert status == 0, out + err
+    for rule, text in RULES.values():
+        assert f"pass  {rule:<6} {text}\n" in out or f"----  {rule:<6} {text}\n" in out
+    assert out.count("\n----") == 1 and "give --fresh_venv" in out
+    assert "4 rows, 4 lines" in out and "different captions" not in out
+    assert "llm layers, LoRA's matrices: 1 of 8 tensors differ, by 0.5 at most" in out
+    assert "attn_pool: 1 of 11 tensors differ, by 0.25 at most" in out
+    assert "lm_head: 0 of 1 tensors differ\n" in out
+    assert out.endswith("ready to be sent\n")
+    assert err.count("------predicting finished-----") == 2 and "values: 100%" in err and "copy: 100%" in err
+    # Nothing is left behind, and the submission is as it was, modes too.
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in submission.rglob("*"))
+
+
+def test_status_and_bad_usage(stand_in, tmp_path, monkeypatch, capfd):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["check_submission.py", *map(str, words)])
+        status = cli.run(tool.main)
+        return (status, *capfd.readouterr())
+
+    status, out, _ = run(stand_in("lines.pop()"))
+    assert status == 1 and "FAIL  (四) 2  as many lines as rows" in out
+    assert out.endswith("1 rules fail, 0 wait for them\n")
+    for words, text in (
+        ([tmp_path / "none"], "no folder"),
+        ([stand_in(), "--sample", tmp_path / "none"], "none"),
+        ([stand_in(), "--base", tmp_path], "no config.json"),
+        ([stand_in(), "--base", tmp_path / "none"], "no folder"),
+    ):
+        status, out, err = run(*words)
+        assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+        assert text in err
+
+
+# ---- names and texts
+
+
+@pytest.mark.parametrize(
+    "name, rules, text",
+    [
+        ("run.sh", {"names"}, "no run.sh"),
+        ("src/predict.py", {"names"}, "no src/predict.py"),
+        ("requirements.txt", {"names"}, "no requirements.txt"),
+        (WEIGHTS + "/config.json", {"config"}, "no config.json"),
+        (WEIGHTS, {"names", "config"}, "must hold one model folder"),
+        ("weights", {"names", "config"}, "no weights"),
+    ],
+)
+def test_a_missing_file(stand_in, submission, name, rules, text):
+    path = submission / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report = check(submission)
+    assert failed(report) == rules and not report.passed
+    assert any(text in said(report, key) for key in rules)
+    assert {report[key].status for key in RUNS} == {NOT_RUN}
+    assert set(report) == set(RULES)
+
+
+def test_names_that_do_not_travel(stand_in, submission, tmp_path):
+    (tmp_path / "elsewhere").write_text("")
+    (submission / "src" / "far.txt").symlink_to(tmp_path / "elsewhere")
+    (submission / "src" / "near.txt").symlink_to("predict.py")
+    (submission / "run.sh").write_text("if true; then\n")
+    (submission / "notes.txt").write_text("")
+    (submission / "weights" / "second").mkdir()
+    report = check(submission)
+    assert failed(report) == {"names"} and len(report["names"].problems) == 3
+    for text in ("src/far.txt is a link to", "sh cannot read run.sh", "has mgen_vl_lora_merge, second", "notes.txt"):
+        assert text in said(report, "names")
+
+
+def test_imports_and_requirements(stand_in, submission):
+    stand_in("try:\n    import spare\nexcept ImportError:\n    pass\nif 0:\n    import torch\n    import absent.part")
+    with open(submission / "requirements.txt", "a") as file:
+        file.write("paddlepaddle-gpu==2.6.2\ntorch  # of course\nnot a package\n")
+    report = check(submission)
+    assert failed(report) == {"requirements", "paddle"}
+    problems = said(report, "requirements")
+    assert "imports absent, which requirements.txt does not name" in problems
+    assert "paddlepaddle-gpu==2.6.2 would replace the platform's Paddle" in problems
+    assert "'not a package' does not name a package" in problems
+    assert "spare is not named; src" not in problems and "does without" in problems
+    assert len(report["requirements"].problems) == 3
+    assert report["paddle"].problems == ["predict.py:10 imports torch"]
+
+
+def test_a_program_without_paddle(stand_in, submission):
+    os.unlink(submission / "src" / "paddlemix.py")
+    assert failed(check(submission)) == {"paddle"}
+
+
+def test_sources_that_are_no_python(stand_in, submission):
+    (submission / "src" / "half.py").write_text("def half(:\n")
+    report = check(submission)
+    assert not report.passed and "half.py cannot be read as Python" in said(report, "paddle")
+    assert report["requirements"].status == report["paddle"].status == NOT_RUN
+
+
+# ---- weights
+
+
+def rename(tensors):
+    tensors["transformer.llm.h.0.ln_one.weight"] = tensors.pop("transformer.llm.h.0.ln_1.weight")
+
+
+def reshape(tensors):
+    dtype, array = tensors["transformer.llm.h.1.mlp.w1.weight"]
+    tensors["transformer.llm.h.1.mlp.w1.weight"] = (dtype, array[:, :-1])
+
+
+def reshape_vision(tensors):
+    dtype, array = tensors["visual.attn_pool.query"]
+    tensors["visual.attn_pool.query"] = (dtype, array[:, :-1])
+
+
+def leave_adapter(tensors):
+    tensors["transformer.llm.h.0.attn.c_attn.lora_A"] = ("float32", np.zeros((128, 4), np.float32))
+
+
+def spoil(tensors):
+    tensors["lm_head.weight"][1][5, 7] = np.nan
+    tensors["visual.proj"][1][0, :3] = -np.inf
+
+
+@pytest.mark.parametrize(
+    "change, rules, texts",
+    [
+        (rename, {"weights", "language"}, ["1 missing: transformer.llm.h.0.ln_1.weight",
+                                           "new: transformer.llm.h.0.ln_one.weight"]),
+        (reshape, {"weights", "language"}, ["[128, 127], not [128, 128]", "parameters in the LLM, not"]),
+        (leave_adapter, {"weights", "language"}, ["new: transformer.llm.h.0.attn.c_attn.lora_A"]),
+        (reshape_vision, {"weights"}, ["visual.attn_pool.query is [4, 127]"]),
+        (spoil, {"finite"}, ["lm_head.weight holds 1 values", "visual.proj holds 3 values"]),
+    ],
+)  # fmt: skip
+def test_weights_that_are_wrong(stand_in, submission, merged, change, rules, texts):
+    tensors = weights_of(submission)
+    change(tensors)
+    put_weights(submission, tensors)
+    for base in (None, merged):
+        report = check(submission, base=base)
+        assert failed(report) == rules
+        for text in texts:
+            assert any(text in said(report, key) for key in rules), text
+        assert {report[key].status for key in RUNS} == {NOT_RUN}
+
+
+def test_a_shard_that_is_missing(stand_in, submission):
+    tensors = weights_of(submission)
+    os.unlink(submission / WEIGHTS / "model_state.pdparams")
+    names = list(tensors)
+    table = {}
+    for number, part in enumerate((names[:30], names[30:]), 1):
+        file = f"model_state-{number:05d}-of-00002.pdparams"
+        write_pdparams(str(submission / WEIGHTS / file), {name: tensors[name] for name in part})
+        table.update(dict.fromkeys(part, file))
+    index = submission / WEIGHTS / "model_state.pdparams.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    assert check(submission).passed
+    # A key that the index does not have; then a whole file.
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict(table, extra=table[names[0]])}))
+    assert "lists 1 keys that no file holds: extra" in said(check(submission), "weights")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    os.unlink(submission / WEIGHTS / "model_state-00002-of-00002.pdparams")
+    report = check(submission)
+    assert failed(report) == {"weights"} and "model_state-00002" in said(report, "weights")
+    assert report["language"].status == NOT_RUN
+
+
+class Attack:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.canary}'",)
+
+
+def test_weights_that_execute(stand_in, submission, tmp_path):
+    canary = tmp_path / "canary"
+    path = submission / WEIGHTS / "model_state.pdparams"
+    pickled({"lm_head.weight": Attack(str(canary))}, path)
+    report = check(submission)
+    assert failed(report) == {"weights"} and not canary.exists()
+    # The attack is a real one.
+    pickle.loads(path.read_bytes())
+    assert canary.exists()
+
+
+def test_files_beside_the_weights_are_not_opened(stand_in, submission, tmp_path):
+    canary = tmp_path / "canary"
+    pickled(Attack(str(canary)), submission / WEIGHTS / "training_args.bin")
+    report = check(submission)
+    assert report.passed and not canary.exists()
+    assert "not opened, and not needed: training_args.bin" in said(report, "weights")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "mgen"}', '{"visual": {}, "hidden_size": 1e9}'])
+def test_a_config_that_cannot_be(stand_in, submission, text):
+    (submission / WEIGHTS / "config.json").write_text(text)
+    report = check(submission)
+    assert failed(report) == {"config"} and "config.json" in said(report, "config")
+
+
+def test_another_llm_than_the_bases(stand_in, submission, merged):
+    """Whole and right by its own config.json; only the base shows that the LLM computes otherwise."""
+    path = submission / WEIGHTS / "config.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), rotary_emb_base=500, seq_length=256)))
+    assert check(submission).passed
+    report = check(submission, base=merged)
+    assert failed(report) == {"language"}
+    assert "rotary_emb_base is 500, the base has 10000" in said(report, "language")
+    assert "nothing differs from the base" in said(report, "changes")
+
+
+def test_what_changed_where_the_dtypes_differ(tmp_path, merged):
+    """A merge into float16 has changed what was tuned, not all that was rounded."""
+    with open_weights(merged) as base:
+        tensors = {name: ("float16", base.read(name, "float16")) for name in base.keys()}
+        tensors["lm_head.weight"][1][0, 0] += 1
+        tensors["visual.new"] = ("int64", np.arange(3))
+        tensors["visual.attn_pool.query"] = ("float16", np.zeros((9, 128), np.float16))
+        del tensors["visual.proj"]
+        write_pdparams(str(tmp_path / "model_state.pdparams"), tensors)
+        with open_weights(str(tmp_path)) as ours:
+            bad, changes = look_through(ours, base, progress=False)
+    assert bad == {}
+    assert {group for group, change in changes.items() if change.changed} == {"lm_head"}
+    assert changes["lm_head"].largest == pytest.approx(1, abs=1e-2)
+    assert changes["ln_post and proj"].gone == ["visual.proj"] and changes["ln_post and proj"].new == ["visual.new"]
+    assert changes["attn_pool"].reshaped == ["visual.attn_pool.query"]
+
+
+def test_values_of_every_kind():
+    assert count_not_finite(np.array([1, np.nan, np.inf, -np.inf, 6e4], np.float16), "float16") == 3
+    assert count_not_finite(np.array([[0x7F80, 0x7FC0], [0xFF80, 0x7F7F]], np.uint16), "bfloat16") == 3
+    assert count_not_finite(np.array([1, np.nan, -np.inf]), "float64") == 2
+    assert count_not_finite(np.array([-1, 2]), "int64") == 0
+    many = np.ones((3, 1 << 20), np.float32)
+    many[2, 5] = many[0, 0] = np.nan
+    assert count_not_finite(many, "float32") == 2
+    one = np.array([0x3F80, 0x7FC0], np.uint16)
+    assert largest_difference(one, one.copy(), "bfloat16") is None
+    assert largest_difference(one, np.array([0x4000, 0x7FC0], np.uint16), "bfloat16") == 1
+    assert largest_difference(one, np.array([0x3F80, 0x3F80], np.uint16), "bfloat16") == 0
+
+
+# ---- runs
+
+
+def test_a_run_that_is_right(stand_in, tmp_path):
+    """Where it runs, and with what: a path with blanks, a home of its own, the notebook's relative paths."""
+    notes = tmp_path / "notes"
+    folder = stand_in(
+        f"import os\nopen({str(notes)!r}, 'a').write(repr([os.getcwd(), sys.argv[1:], __file__, "
+        "dict(os.environ), sys.executable]) + '\\n')"
+    )
+    report = check(folder)
+    assert report.passed and "4 rows, 4 lines" in said(report, "lines")
+    first, second = (eval(line) for line in notes.read_text().splitlines())
+    for cwd, argv, file, environment, python in (first, second):
+        assert " " in file and " " in argv[0] and not file.startswith(folder)
+        assert os.path.basename(cwd) == "submission" and os.path.dirname(cwd) == environment["HOME"][: -len("/home")]
+        assert "HF_HUB_OFFLINE" not in environment and os.path.samefile(python, sys.executable)
+        assert all(os.path.isabs(path) for path in argv)
+    assert "/src/../../dataset/" not in first[1][0] and os.path.normpath(second[1][2]).endswith("/submission/weights")
+
+
+@pytest.mark.parametrize(
+    "more, rules, text",
+    [
+        ("lines.pop()", {"lines"}, "3 lines for 4 rows"),
+        ("lines.append(lines[0])", {"lines"}, "5 lines for 4 rows"),
+        ("lines.reverse()", {"lines"}, "line 1 must be the id 'sample0'"),
+        ("lines[2] = 'sample2 caption\\n'", {"lines"}, "line 3 must be the id 'sample2'"),
+        ("print('so long'); sys.exit(3)", {"runs", "offline", "lines"}, "so long"),
+        ("open(__file__.replace('predict.py', 'cache.txt'), 'w').close()",
+         {"runs", "read_only", "offline", "lines"}, "cache.txt"),
+        ("import subprocess, time\nsubprocess.Popen(['sleep', '99'])\ntime.sleep(99)",
+         {"runs", "offline", "lines"}, "took over 1 s"),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_wrong(stand_in, more, rules, text):
+    report = check(stand_in(more), time_limit=1.0 if "sleep" in more else 60.0)
+    if os.geteuid() != 0 or trial._if_possible(trial._bind_root):
+        # It was kept from writing, so nothing was written.
+        rules = rules - {"read_only"}
+    assert failed(report) == rules
+    assert any(text in said(report, key) for key in rules)
+
+
+def test_what_is_written_is_seen_without_modes(stand_in, monkeypatch):
+    monkeypatch.setattr(trial.Place, "freeze", lambda self: self._before.update(self._state()))
+    report = check(stand_in("open(__file__.replace('predict.py', 'cache.txt'), 'w').close()"))
+    assert failed(report) == {"read_only"} and "it wrote src/cache.txt" in said(report, "read_only")
+
+
+def test_empty_captions_are_noted(stand_in):
+    report = check(stand_in("lines = [name + '\\t\\n' for name in rows]"))
+    assert report.passed and "4 captions are empty" in said(report, "lines")
+
+
+def test_a_run_sh_that_splits_paths(stand_in, submission):
+    (submission / "run.sh").write_text("#!/bin/sh\ncd src && python predict.py $1 $2 $3\n")
+    report = check(submission)
+    assert "runs" in failed(report) and "lines" in failed(report)
+
+
+def test_network_that_is_asked_for(stand_in):
+    """A program that asks and goes on without still fails: on the platform, it may wait for minutes."""
+    report = check(stand_in(
+        "import socket, urllib.request\n"
+        "try:\n    urllib.request.urlopen('http://models.example.org/config.json')\n"
+        "except OSError as error:\n    assert 'no network during the check' in str(error)\n"
+        "try:\n    socket.create_connection(('192.0.2.1', 80))\nexcept OSError:\n    pass\n"
+        "socket.getaddrinfo('localhost', 80)\n"
+    ))  # fmt: skip
+    assert failed(report) == {"offline"}
+    assert "it asked for models.example.org by" in said(report, "offline")
+    assert "it asked for 192.0.2.1 by" in said(report, "offline")
+    assert "predict.py:" in said(report, "offline") and len(report["offline"].problems) == 2
+
+
+def test_network_of_native_code(stand_in):
+    """An interpreter without our hook stands for a library in C."""
+    if not trial._if_possible(trial._shut_sockets):
+        pytest.skip("this system lets no process filter its own calls")
+    native = "import socket as s; s.socket(s.AF_UNIX); print('a local one'); s.socket(s.AF_INET)"
+    report = check(stand_in(
+        "import subprocess\n"
+        f"done = subprocess.run([sys.executable, '-I', '-S', '-c', {native!r}], capture_output=True, text=True)\n"
+        "assert done.stdout == 'a local one\\n' and 'Network is unreachable' in done.stderr, done.stderr\n"
+    ))  # fmt: skip
+    assert report.passed, report.lines()
+
+
+def test_the_sample_that_is_made(tmp_path):
+    write_sample(str(tmp_path / "rows.tsv"))
+    rows = list(read_rows(str(tmp_path / "rows.tsv"), want_caption=False))
+    assert len(rows) == 4 and not any(row.error for row in rows)
+    data = [base64.b64decode(bytes(row.image)) for row in rows]
+    assert data[0][:2] == data[1][:2] == data[2][:2] == struct.pack("BB", 0xFF, 0xD8) and data[3] == b"no image"
+
+
+def test_the_fresh_environment_is_the_fourth_argument(stand_in, tmp_path, monkeypatch):
+    """What make_environment gives is reported, and run.sh gets its interpreter; see test_pack_submission.py."""
+    from paddlemix.contest import fresh
+
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\necho used >> "{tmp_path}/used"\nexec "{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    made = [fresh.Fresh(str(wrapper), "paddlepaddle==2.6.2", [])]
+    monkeypatch.setattr(fresh, "try_requirements", lambda *args: made[0])
+    report = check(stand_in(), fresh_venv=True)
+    assert report.passed and report["fresh"].status == PASS and "paddlepaddle==2.6.2" in said(report, "fresh")
+    assert (tmp_path / "used").exists()
+    made[0] = made[0]._replace(problems=["thing: ModuleNotFoundError"])
+    assert failed(check(stand_in(), fresh_venv=True)) == {"fresh"}
+
+
+def test_nothing_it_starts_outlives_it(stand_in, tmp_path):
+    marker = f"99.{os.getpid()}"
+    check(stand_in(f"import subprocess; subprocess.Popen(['sleep', '{marker}'])"))
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert f"sleep {marker}" not in running

@@ -1,0 +1,70 @@
+"""Hold a submission against the contest's rules: `python tools/check_submission.py submission`. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# Run as a script, the project's top folder is not on the path yet.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.utils import cli  # noqa: E402
+
+MORE = """\
+The report has a line per rule of the notebook's sections (四), what is sent, and (六), what may change. run.sh is run
+twice in a read-only copy of the folder, at a path with blanks in it, without a network: with absolute paths, then with
+the notebook's own relative ones and a Python as the fourth argument. The copy stands beside the folder and is removed;
+its weights are hard links where the file system allows. The submission's own code is run: check only what you trust.
+
+exit status: 0 all rules pass; 1 a rule fails; 2 bad usage
+"""
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        description="Verify a submission folder as the contest's platform would.",
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("submission", metavar="SUBMISSION", help="the folder that tools/pack_submission.py made")
+    parser.add_argument("--base", help="the model that was tuned: its LLM must be kept, and what changed is listed")
+    parser.add_argument("--sample", metavar="TSV", help="rows to caption (default: four, two of them broken)")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the runs (default: this one)")
+    parser.add_argument(
+        "--fresh_venv",
+        action="store_true",
+        help="also install requirements.txt into a new environment and run there (minutes; needs a network)",
+    )
+    parser.add_argument("--paddle", help="Paddle of that environment, as for pip (default: the version of --python)")
+    parser.add_argument("--time_limit", type=cli.positive, default=3600, help="seconds per run (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    args = parse_args()
+
+    from paddlemix.contest.check import FAIL, NOT_RUN, check_submission
+
+    report = check_submission(
+        args.submission,
+        base=args.base,
+        sample=args.sample,
+        python=args.python,
+        fresh_venv=args.fresh_venv,
+        paddle=args.paddle,
+        time_limit=args.time_limit,
+    )
+    print("\n".join(report.lines()))
+    failed = sum(verdict.status == FAIL for verdict in report.values())
+    waiting = sum(verdict.status == NOT_RUN and bool(verdict.problems) for verdict in report.values())
+    print(
+        f"{args.submission}: ready to be sent" if report.passed
+        else f"{args.submission}: {failed} rules fail, {waiting} wait for them"
+    )  # fmt: skip
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
