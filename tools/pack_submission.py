@@ -38,10 +38,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="a merged model folder, or the folder that holds it")
     parser.add_argument("--out", default="submission", help="folder to make (default: %(default)s)")
     parser.add_argument(
-        "--paddle",
-        choices=("2.6", "3"),
-        default="2.6",
-        help="the platform's Paddle, which decides the PaddleNLP in requirements.txt (default: %(default)s)",
+        "--requirements",
+        default=os.path.join(ROOT, "requirements", "submission.txt"),
+        help="what the platform lacks (default: requirements/submission.txt, for Paddle 2.6)",
     )
     archive = parser.add_mutually_exclusive_group()
     archive.add_argument("--zip", action="store_true", help="write OUT.zip, too")
@@ -64,7 +63,7 @@ def main() -> int:
             raise UserError(f"{path} is there already: give another --out, or --overwrite to replace it")
     if args.split_weights:
         pack.check_beside(beside)
-    packed = pack.pack_submission(ROOT, args.weights, out, args.overwrite, args.paddle)
+    packed = pack.pack_submission(ROOT, args.weights, out, args.requirements, args.overwrite)
     print(
         f"{out}: {len(packed.sources)} source files, {packed.model} in {len(packed.large)} weights files "
         f"({'hard links' if packed.linked else 'copied'}), {packed.nbytes / 1e9:.2f} GB in all"

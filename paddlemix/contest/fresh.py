@@ -74,8 +74,8 @@ def try_requirements(python: str, submission: str, folder: str, paddle: Optional
     pip = [python, "-m", "pip", "--python", fresh, "--disable-pip-version-check", "install", "--quiet"]
     logger.info("making a fresh environment with %s; some minutes", paddle)
     _run([python, "-m", "venv", "--without-pip", folder])
-    # Every environment had both when these Paddles were made: they import the one, old packages' builds call the other.
-    _run([*pip, "pip", "setuptools<81", *paddle.split()])
+    # Some builds call the environment's own pip.
+    _run([*pip, "pip", *paddle.split()])
     before = _paddle_of(fresh)
     problems = []
     try:

@@ -1,7 +1,7 @@
 """Make the folder for the platform, and the archive of it.
 
     submission/
-      requirements.txt        what the packed sources import, and the platform may lack
+      requirements.txt        what the platform lacks
       run.sh
       src/                    predict.py and every file that it needs
       weights/<model folder>/ the merged weights, hard-linked where the file system allows
@@ -20,14 +20,7 @@ from typing import Iterator, List, NamedTuple, Set
 from paddlemix.checkpoint import LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME, WeightsReader, find_weights, open_weights
 from paddlemix.checkpoint.lora_merge import FROM_BASE, FROM_EITHER, LICENCES, VOCABULARIES, check_output
 from paddlemix.checkpoint.shards import INDEX_SUFFIX, inside
-from paddlemix.contest.sources import (
-    REQUIREMENTS_NAME,
-    files_needed,
-    foreign_imports,
-    modules_of,
-    parse_requirement,
-    python_files,
-)
+from paddlemix.contest.sources import REQUIREMENTS_NAME, files_needed
 from paddlemix.inference.loading import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
@@ -40,11 +33,7 @@ NAMES = (REQUIREMENTS_NAME, RUN_SH, SOURCE, WEIGHTS)
 README = "README.md"
 SUMS_NAME = "SHA256SUMS"
 
-# PaddleNLP for the platform's Paddle. pip cannot know which Paddle a PaddleNLP needs, and would bring the newest:
-# 3.0.0b4 does not import on Paddle 2.6 (it asks for paddle.float8_e5m2).
-PADDLENLP = {"2.6": "paddlenlp>=2.8.1,<3", "3": "paddlenlp==3.0.0b4"}
-
-_LOCAL = (REQUIREMENTS_NAME, RUN_SH, SCRIPT, "paddlemix")
+_LOCAL = (RUN_SH, SCRIPT, "paddlemix")
 
 
 class Packed(NamedTuple):
@@ -94,31 +83,6 @@ def open_model(path: str) -> WeightsReader:
     return reader
 
 
-def write_requirements(project: str, sources: List[str], path: str, paddle: str) -> None:
-    """The project's requirements without what only its other scripts import, and with the PaddleNLP for `paddle`
-    (a key of PADDLENLP). Packages that nothing here imports are limits for those below us, and stay."""
-    ours = set(foreign_imports(project, sources))
-    of_others = set(foreign_imports(project, _project_files(project))) - ours
-    lines = ["# What the program in src/ needs beside the platform's Paddle, which no package here asks for."]
-    with open(os.path.join(project, REQUIREMENTS_NAME), encoding="utf-8") as file:
-        for line in file:
-            wanted = parse_requirement(line)
-            if wanted is None:
-                continue
-            if wanted.package == "paddlenlp":
-                lines.append(PADDLENLP[paddle])
-            elif not modules_of(wanted.package) & of_others:
-                lines.append(wanted.text)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write("\n".join(lines) + "\n")
-
-
-def _project_files(project: str) -> List[str]:
-    top = [name for name in os.listdir(project) if name.endswith(".py")]
-    package = [os.path.join("paddlemix", name) for name in python_files(os.path.join(project, "paddlemix"))]
-    return sorted(top + package)
-
-
 def check_target(out: str, inputs: List[str], overwrite: bool) -> None:
     """Refuse to write a submission over an input, over an older one without `overwrite`, or ever over anything else.
 
@@ -144,11 +108,11 @@ def check_beside(folder: str) -> None:
 
 
 def pack_submission(
-    project: str, weights: str, out: str, overwrite: bool = False, paddle: str = "2.6", progress: bool = True
+    project: str, weights: str, out: str, requirements: str, overwrite: bool = False, progress: bool = True
 ) -> Packed:
     """Make the submission folder `out` from the sources in `project` and the model folder `weights`.
 
-    It appears when it is whole. paddle: the platform's, a key of PADDLENLP.
+    It appears when it is whole. requirements: the file that names what the platform lacks.
 
     Raises:
         UserError: the weights are no merged model (see open_model), or `out` cannot be written (check_target).
@@ -157,6 +121,8 @@ def pack_submission(
     missing = [name for name in _LOCAL if not os.path.exists(os.path.join(project, name))]
     if missing:
         raise UserError(f"no {missing[0]} in {project}: give the project's top folder")
+    if not os.path.isfile(requirements):
+        raise UserError(f"no file {requirements}")
     check_target(out, [weights, *(os.path.join(project, name) for name in _LOCAL)], overwrite)
     sources = files_needed(project, SCRIPT)
     with open_model(weights) as reader:
@@ -171,7 +137,7 @@ def pack_submission(
         small.append(index)
 
     with _disk(out), atomic_folder(out) as partial:
-        write_requirements(project, sources, os.path.join(partial, REQUIREMENTS_NAME), paddle)
+        shutil.copyfile(requirements, os.path.join(partial, REQUIREMENTS_NAME))
         shutil.copy(os.path.join(project, RUN_SH), partial)
         for name in sources:
             target = os.path.join(partial, SOURCE, name)

@@ -27,7 +27,7 @@ def merged(tmp_path_factory):
 def packed(tmp_path_factory, merged):
     """The submission folder that tools/pack_submission.py makes of it."""
     out = tmp_path_factory.mktemp("packed") / "submission"
-    before, sys.argv = sys.argv, ["pack_submission.py", "--weights", merged, "--out", str(out), "--paddle", "3"]
+    before, sys.argv = sys.argv, ["pack_submission.py", "--weights", merged, "--out", str(out)]
     try:
         assert pack_submission.main() == 0
     finally:

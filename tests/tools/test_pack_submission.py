@@ -63,17 +63,11 @@ def test_what_is_in_it(packed, merged, root):
     assert (packed / "run.sh").read_bytes() == (root / "run.sh").read_bytes()
 
 
-def test_requirements_name_what_is_imported(packed, tmp_path, root):
-    named = [
-        sources.parse_requirement(line).text for line in (packed / "requirements.txt").read_text().splitlines()[1:]
-    ]
-    packages = {sources.parse_requirement(line).package for line in named}
-    assert {"paddlenlp", "numpy", "pillow", "tiktoken", "tqdm", "protobuf", "datasets"} <= packages
-    # Imported by evaluation and training only. Paddle itself is never asked for.
-    assert not packages & {"pycocoevalcap", "visualdl", "tensorboardx", "matplotlib", "paddlepaddle"}
-    assert "paddlenlp==3.0.0b4" in named
-    pack.write_requirements(str(root), sources.files_needed(str(root), "predict.py"), str(tmp_path / "r"), "2.6")
-    assert "paddlenlp>=2.8.1,<3" in (tmp_path / "r").read_text().splitlines()
+def test_requirements(packed, call, tmp_path, root):
+    assert (packed / "requirements.txt").read_bytes() == (root / "requirements" / "submission.txt").read_bytes()
+    assert "nowhere.txt" in refused(call, "--requirements", str(tmp_path / "nowhere.txt"))
+    assert call("--requirements", str(root / "requirements.txt"))[0] == 0
+    assert (tmp_path / "submission" / "requirements.txt").read_bytes() == (root / "requirements.txt").read_bytes()
 
 
 def test_only_what_a_prediction_reads(call, merged, tmp_path):
@@ -160,7 +154,7 @@ def test_what_is_never_replaced(call, merged, tmp_path, root):
 def test_the_archive(call, tmp_path, packed, monkeypatch):
     # As if a file of 10 kB were one of 5 GB.
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)
-    status, out, err = call("--zip", "--paddle", "3")
+    status, out, err = call("--zip")
     monkeypatch.undo()
     assert status == 0 and "submission.zip" in out and "submission.zip: 100%" in err
     with zipfile.ZipFile(tmp_path / "submission.zip") as archive:
