@@ -158,6 +158,11 @@ def test_the_adapters_that_a_run_begins_with(tmp_path, bodies):
         with pytest.raises(WeightsError) as caught:
             load_lora_weights(model, str(tmp_path))
         assert "\n" not in str(caught.value)
+    os.rename(tmp_path / "lora_model_state.pdparams", tmp_path / "elsewhere")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "lora_model_state.pdparams").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WeightsError, match="a link that leads out"):
+        load_lora_weights(model, str(tmp_path / "lora"))
 
 
 def test_ids_are_never_paths(tmp_path, monkeypatch, capfd):

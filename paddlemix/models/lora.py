@@ -111,11 +111,12 @@ def load_lora_weights(lora_model, folder: str) -> None:
         WeightsError: the file's keys or shapes are not this model's; the message lists them.
     """
     from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
+    from paddlemix.checkpoint.shards import inside
 
     model = lora_model.model
     shapes = model.whole_shapes()
     expected = {name for name, tensor in model.state_dict().items() if not tensor.stop_gradient}
-    path = os.path.join(folder, LORA_WEIGHTS_NAME)
+    path = inside(folder, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
     with open_weights(path) as reader:

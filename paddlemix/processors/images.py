@@ -318,7 +318,10 @@ def _is_public(address: str) -> bool:
         found = (
             found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if nat64 else found)
         )
-    return found.is_global and not found.is_multicast
+    if found.version == 6 and found.is_site_local:
+        return False
+    # Reserved: what was an IPv4 address inside ::/96 in old times, and a network's own NAT64.
+    return found.is_global and not found.is_multicast and not found.is_reserved
 
 
 def _check_address(host: str, port: int):

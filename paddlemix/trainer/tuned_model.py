@@ -10,7 +10,6 @@ merge_lora_params.py makes a model folder of the first two and their base.
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple, Optional
 
 import paddle
@@ -18,6 +17,7 @@ from paddlenlp.peft import LoRAModel
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX
 from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_sharded
+from paddlemix.checkpoint.shards import inside
 from paddlemix.checkpoint.tuned_from import write_tuned_from
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.parameters import (
@@ -163,7 +163,7 @@ def load_tuned(model, folder: str) -> None:
         load_lora_weights(model, folder)
         return
     trained = _trained(model)
-    path = folder if trained is None else os.path.join(folder, PARTIAL_WEIGHTS_NAME)
+    path = folder if trained is None else inside(folder, PARTIAL_WEIGHTS_NAME)
     with open_weights(path) as reader:
         check_weights(reader, parameter_shapes(model.config) if trained is None else trained, folder)
         model.fill(reader, trained)

@@ -317,6 +317,32 @@ def test_links(tmp_path):
     (snapshot / "pytorch_model.bin").symlink_to("../../blobs/1234")
     with open_weights(str(snapshot)) as reader:
         assert len(reader) == 2
+    # Two folders up and no further; and nothing but weights files of the cache.
+    for target in ("../../elsewhere/1234", "../blobs/1234", "../../blobs/deeper/1234", str(outside / "w.pdparams")):
+        (snapshot / "pytorch_model.bin").unlink()
+        (snapshot / "pytorch_model.bin").symlink_to(target)
+        refused(snapshot, "a link that leads out")
+
+
+def test_a_shard_or_an_index_that_is_a_link(tmp_path):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    shards = ["model_state-00001-of-00002.pdparams", "model_state-00002-of-00002.pdparams"]
+    for name, shard in zip("ab", shards):
+        write_pdparams(str(folder / shard), {name: ("float32", np.zeros(1, np.float32))})
+    index(folder, dict(zip("ab", shards)))
+    assert len(open_weights(str(folder))) == 2
+    for name in (shards[1], "model_state.pdparams.index.json"):
+        os.rename(folder / name, outside / name)
+        (folder / name).symlink_to(outside / name)
+        refused(folder, f"{name}: refused: a link that leads out")
+        os.replace(outside / name, folder / name)
+    # A link to a link inside the folder is followed to its end.
+    os.rename(folder / shards[1], outside / "x")
+    (folder / "within").symlink_to(outside / "x")
+    (folder / shards[1]).symlink_to("within")
+    refused(folder, "a link that leads out")
 
 
 def test_reading_everything_does_not_keep_everything(tmp_path):

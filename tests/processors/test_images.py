@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import http.server
 import io
 import os
@@ -342,6 +343,27 @@ def server():
                 self.send_header("Location", self.path[4:])
                 self.end_headers()
                 return
+            if self.path == "/headers":
+                self.send_response(200)
+                for number in range(1000):
+                    self.send_header(f"X-{number}", "a" * 100)
+                with contextlib.suppress(ConnectionError):
+                    self.end_headers()
+                return
+            if self.path == "/endless":
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(1000):
+                        self.wfile.write(b"1000\r\n" + bytes(0x1000) + b"\r\n")
+                return
+            if self.path == "/packed":
+                self.send_response(200)
+                self.send_header("Content-Encoding", "gzip")
+                self.end_headers()
+                self.wfile.write(gzip.compress(bytes(10 << 20)))
+                return
             bodies = {"/a.jpg?x=1": image_bytes(), "/%E5%9B%BE%20a.jpg": image_bytes(), "/big": b"x" * 5000}
             body = bodies.get(self.path, b"")
             if self.path == "/slow":
@@ -376,6 +398,15 @@ def test_url(server, monkeypatch):
         load_image_source(server + "/short", allow_private_urls=True)
     monkeypatch.setattr(images, "MAX_BYTES", 4000)
     assert reason(load_image_source, server + "/big", allow_private_urls=True) == "image too large"
+
+
+def test_answers_that_would_grow(server, monkeypatch):
+    """A compressed body is not unpacked, so it is no image; headers and pieces without end are cut off."""
+    packed = load_image_source(server + "/packed", allow_private_urls=True)
+    assert len(packed) < 20_000 and reason(read_header, packed) == "not an image"
+    assert reason(load_image_source, server + "/headers", allow_private_urls=True) == "cannot fetch"
+    monkeypatch.setattr(images, "MAX_BYTES", 10_000)
+    assert reason(load_image_source, server + "/endless", allow_private_urls=True) == "image too large"
 
 
 def test_a_server_that_dribbles_is_cut_off(server, monkeypatch):
@@ -440,6 +471,14 @@ def test_a_name_cannot_change_its_mind(monkeypatch):
         ("::ffff:10.0.0.1", False),
         ("2002:7f00:1::", False),
         ("64:ff9b::a00:1", False),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b:1::808:808", False),
+        ("::127.0.0.1", False),
+        ("::1", False),
+        ("fec0::1", False),
+        ("240.0.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
     ],
 )
 def test_public_addresses(address, public):
