@@ -3,6 +3,7 @@
 `import paddlemix` comes first: Paddle reads the thread settings while it is imported.
 """
 
+import logging
 import os
 import pathlib
 
@@ -30,3 +31,12 @@ def shared() -> pathlib.Path:
     if not (folder / "goldens").is_dir():
         pytest.skip(f"no goldens in {folder} (set MGEN_SHARED to the folder that holds goldens/)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """What a test does to the log's level ends with it."""
+    logger = logging.getLogger("paddlemix")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -4,7 +4,6 @@ The estimate against what Paddle's allocator counts, and its arithmetic over car
 """
 
 import importlib
-import logging
 import pathlib
 
 import pytest
@@ -24,10 +23,7 @@ def script(monkeypatch):
     if not hasattr(core, "host_memory_stat_reset_peak_value"):
         pytest.skip("this Paddle cannot count a second peak in one process")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    logger = logging.getLogger("paddlemix")
-    level = logger.level
-    yield importlib.import_module("memory_estimate")
-    logger.setLevel(level)
+    return importlib.import_module("memory_estimate")
 
 
 @pytest.mark.parametrize("case", ["LoRA", "LoRA and attn_pool, recompute", "full", "the two upper layers"])
