@@ -345,11 +345,13 @@ class FinetuneTrainer(Trainer):
         packed = inputs.get("sample_lengths")
         self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else (packed > 0).sum())
         loss = super().training_step(model, inputs, **kwargs)
-        return self.numerics.finite_loss(loss) if self.do_grad_scaling else loss
+        if self.do_grad_scaling:
+            return self.numerics.finite_loss(loss)
+        self.numerics.check_loss(float(loss), self.state.global_step + 1)
+        return loss
 
     def _check_loss_valid(self, loss):
-        if not self.do_grad_scaling:
-            self.numerics.check_loss(float(loss), self.state.global_step + 1)
+        """Done by training_step, on every PaddleNLP."""
 
     def create_optimizer(self, lr_scheduler=None):
         """AdamW over the parameters that train; weight decay on matrices only."""

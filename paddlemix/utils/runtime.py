@@ -307,10 +307,3 @@ def seed_step(seed: int, step: int, dataset_rank: int = 0, tensor_rank: int = 0)
     for number, name in enumerate(sorted(tracker.states_), 1):
         with tracker.rng_state(name):
             paddle.seed(mixed(number, tensor_rank if name == "local_seed" else 0))
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -70,6 +70,7 @@ def forker(root):
         env=environment,
     ) as process:
         yield process
+        process.stdin.write("null\n")
         process.stdin.close()
 
 

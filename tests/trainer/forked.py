@@ -24,8 +24,10 @@ class Run:
         self.pid = json.loads(forker.stdout.readline())["pids"][0]
 
     def status(self) -> int:
-        """Of the first process, when all have ended."""
-        return json.loads(self.forker.stdout.readline())["statuses"][0]
+        """When all have ended: of the first that failed, whose log is the log from now on, else 0."""
+        answer = json.loads(self.forker.stdout.readline())
+        self.log = self.log.with_suffix(f".{answer['rank']}") if self.log.suffix else self.log
+        return answer["status"]
 
     def lines(self):
         return self.log.read_text().splitlines()

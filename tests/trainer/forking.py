@@ -1,7 +1,9 @@
 """Runs of supervised_finetune.py that cost no import each: a process that has imported everything forks them.
 
     {"words": [command line], "log": FILE, "processes": N, "stand_ins": bool}   a line in: N processes, as launched
-    {"pids": [N]}, then {"statuses": [N]}    two lines out; a negative status: ended by that signal
+    {"pids": [N]}, then {"rank": I, "status": S}   two lines out: of the first that failed, or of process 0; a negative
+                                                   status: ended by that signal
+    null                                           the end: a worker may hold the pipe's other end open
 
 With several processes, the log of process i is FILE.i, and when one fails the others are ended, as the launcher does.
 stand_ins: whether they run with those of cpu_tensor_parallel.
@@ -13,12 +15,17 @@ import signal
 import socket
 import sys
 
-import paddle
+# What Paddle and PaddleNLP print while they are imported is no answer.
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 
-import supervised_finetune
-from paddlemix.trainer import finetune  # noqa: F401  what takes long
-from paddlemix.utils import cli
-from tests.trainer import cpu_tensor_parallel
+import supervised_finetune  # noqa: E402
+from paddlemix.trainer import finetune  # noqa: E402, F401  what takes long
+from paddlemix.utils import cli  # noqa: E402
+from tests.trainer import cpu_tensor_parallel  # noqa: E402
+
+# Behind paddlemix, which readies the process for it.
+import paddle  # noqa: E402, I001 isort:skip
 
 
 def free_ports(count):
@@ -88,18 +95,22 @@ def fork(*arguments) -> int:
 def main():
     for line in sys.stdin:
         request = json.loads(line)
+        if request is None:
+            break
         processes = request["processes"]
         logs = [request["log"] + (f".{rank}" if processes > 1 else "") for rank in range(processes)]
         pids = [fork(request["stand_ins"], request["words"], *pair) for pair in zip(logs, environments(processes))]
-        print(json.dumps({"pids": pids}), flush=True)
-        statuses = {}
-        while len(statuses) < processes:
+        print(json.dumps({"pids": pids}), file=ANSWERS, flush=True)
+        running, first = set(pids), None
+        while running:
             pid, status = os.wait()
-            statuses[pid] = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-            if statuses[pid]:
-                for other in set(pids) - set(statuses):
+            running.remove(pid)
+            if status and first is None:
+                first = pid, -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                for other in running:
                     os.kill(other, signal.SIGKILL)
-        print(json.dumps({"statuses": [statuses[pid] for pid in pids]}), flush=True)
+        pid, status = first or (pids[0], 0)
+        print(json.dumps({"rank": pids.index(pid), "status": status}), file=ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
