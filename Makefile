@@ -56,7 +56,7 @@ demo: $(READY)
 
 test: $(READY)
 	rm -f .coverage .coverage.*
-	$(RUN) -m pytest --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
 
 # Beside the main environment, if that is there, each reads what the other has written (tests/test_two_paddles.py).
 test-paddle26: $(READY26)

@@ -7,7 +7,11 @@ import logging
 import os
 import pathlib
 
-import paddlemix  # noqa: F401
+# Of several pytest workers each has its share of the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import paddlemix  # noqa: E402, F401
 
 # Nothing here may reach for the network: a test that needs a file makes it. (PaddleNLP asks a hub otherwise.)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
