@@ -18,6 +18,9 @@ READY := $(VENV)/.ready
 READY26 := $(VENV26)/.ready
 PINNED := requirements.txt $(wildcard requirements/*.txt) tools/make_venv.py
 
+# Each file of tests goes to one process of several.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
+
 # What test-paddle26 leaves out: files none of whose tests imports Paddle or a package that the two pairings pin apart.
 NO_PADDLE :=
 
@@ -56,11 +59,11 @@ demo: $(READY)
 
 test: $(READY)
 	rm -f .coverage .coverage.*
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
+	$(RUN) -m $(PYTEST) --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
 
 # Beside the main environment, if that is there, each reads what the other has written (tests/test_two_paddles.py).
 test-paddle26: $(READY26)
-	MGEN_OTHER_PYTHON="$(wildcard $(VENV)/bin/python)" "$(VENV26)/bin/python" -m pytest $(NO_PADDLE:%=--ignore=%) $(PYTEST_ARGS)
+	MGEN_OTHER_PYTHON="$(wildcard $(VENV)/bin/python)" "$(VENV26)/bin/python" -m $(PYTEST) $(NO_PADDLE:%=--ignore=%) $(PYTEST_ARGS)
 
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} $(RUN) -m pytest tests/fuzz --timeout=0 $(PYTEST_ARGS)
