@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Optional
 
+import paddle
 from paddlenlp.trainer import TrainerCallback
 
 from paddlemix.utils.log import logger
@@ -63,12 +64,36 @@ def _leave_children_alone() -> None:
 os.register_at_fork(after_in_child=_leave_children_alone)
 
 
+class EvaluationLeftOut(Exception):
+    """SIGTERM arrived while an evaluation ran."""
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler's notice) saves a checkpoint after the step at hand and ends the training."""
+    """SIGTERM (a scheduler's notice) saves a checkpoint after the step at hand and ends the training.
+
+    An evaluation within the training is left at its next batch. Processes of one run agree: the notice reaches each at
+    another moment, but all must stop after the same step.
+    """
 
     def __init__(self):
         self.received = False
         self._previous = None
+
+    def asked(self) -> bool:
+        """Whether any process was told to stop. All of them must ask at the same point."""
+        if paddle.distributed.get_world_size() > 1:
+            told = paddle.to_tensor([int(self.received)])
+            paddle.distributed.all_reduce(told, paddle.distributed.ReduceOp.MAX)
+            self.received = bool(told.item())
+        return self.received
+
+    def leave_evaluation(self) -> None:
+        """Raise EvaluationLeftOut when the training that this evaluation is part of was told to stop."""
+        if self._previous is not None and self.asked():
+            raise EvaluationLeftOut
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.leave_evaluation()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._previous = signal.signal(signal.SIGTERM, self._note)
@@ -77,14 +102,19 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.received and state.global_step < state.max_steps:
-            logger.warning("SIGTERM: stopping after this step")
+        if self.asked():
+            self.stop(args, state, control)
+
+    def stop(self, args, state, control) -> None:
+        """Save what is not the end, and evaluate no more: there may be only seconds left."""
+        control.should_evaluate = False
+        control.should_training_stop = True
+        if state.global_step < state.max_steps:
+            logger.warning(f"SIGTERM: stopping after step {state.global_step}")
             control.should_save = not args.benchmark
-            control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.received:
-            # There may be only seconds left.
+        if self.asked():
             control.should_evaluate = False
 
     def disarm(self):

@@ -6,7 +6,7 @@ Shapes: B samples, T padded prompt length, N images, S image side.
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import paddle
@@ -42,10 +42,11 @@ class CaptionEvaluator:
         self.batch_size = batch_size
         self.limit = len(dataset) if limit is None else min(limit, len(dataset))
 
-    def captions(self, model) -> List[Caption]:
-        """What `model`, a MGenLMHeadModel, says about each sample."""
+    def captions(self, model, between: Callable[[], None] = lambda: None) -> List[Caption]:
+        """What `model`, a MGenLMHeadModel, says about each sample. between: called before each batch."""
         found: List[Caption] = []
         for begin in range(0, self.limit, self.batch_size):
+            between()
             samples = []
             for index in range(begin, min(begin + self.batch_size, self.limit)):
                 try:
@@ -89,12 +90,14 @@ class CaptionEvaluator:
         step = -(-pixels.shape[1] // side)
         return np.ascontiguousarray(self.dataset.image_processor.picture(pixels)[::step, ::step])
 
-    def evaluate(self, model, output_path: Optional[str] = None) -> Tuple[Dict[str, float], List[Caption]]:
+    def evaluate(
+        self, model, output_path: Optional[str] = None, between: Callable[[], None] = lambda: None
+    ) -> Tuple[Dict[str, float], List[Caption]]:
         """({"eval_cider": …}, captions). eval_cider is CIDEr-D × 10 over characters, as pycocoevalcap prints CIDEr.
 
-        output_path: where to write `id \\t caption \\t reference` lines.
+        output_path: where to write `id \\t caption \\t reference` lines. between: as `captions` takes it.
         """
-        found = self.captions(model)
+        found = self.captions(model, between)
         scored = [caption for caption in found if caption.reference]
         if not scored:
             raise UserError("eval_with_do_generation: no validation sample could be read")

@@ -53,7 +53,7 @@ from paddlemix.trainer.arguments import (
     TrainingKeys,
     dataset_entries,
 )
-from paddlemix.trainer.callbacks import LogLines, StopOnSignal
+from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
@@ -296,14 +296,24 @@ class FinetuneTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss, and with `captions` set what the model says: scored if `score_captions`, and a few of it shown."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """The loss, and with `captions` set what the model says: scored if `score_captions`, and a few of it shown.
+
+        None when SIGTERM ended it.
+        """
+        try:
+            return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        except EvaluationLeftOut:
+            self.stop.stop(self.args, self.state, self.control)
+            return None
+
+    def _evaluate(self, *words):
+        metrics, between = super().evaluate(*words), self.stop.leave_evaluation
         if self.captions is not None and not self.score_captions:
-            self.show_captions(self.captions.captions(base_of(self.model)))
+            self.show_captions(self.captions.captions(base_of(self.model), between))
         elif self.captions is not None:
             path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
             write = self.save_captions and self.args.should_save
-            scores, found = self.captions.evaluate(base_of(self.model), path if write else None)
+            scores, found = self.captions.evaluate(base_of(self.model), path if write else None, between)
             self.show_captions(found[: self.shown_captions])
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)

@@ -405,6 +405,27 @@ def test_sigterm_saves_and_says_how_to_go_on(run_keys, tmp_path, log):
     assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
 
 
+@pytest.mark.parametrize("moment", ["loss", "captions"])
+def test_sigterm_ends_an_evaluation(run_keys, tmp_path, monkeypatch, moment):
+    """At the next batch, and without its result; the step is saved."""
+    keys = {"evaluation_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1, "save_strategy": "no"}
+    trainer = start(run_keys(max_steps=4, eval_with_do_generation=True, max_new_tokens=2, **keys, **LORA))
+    seen = []
+    owner, name = (trainer, "prediction_step") if moment == "loss" else (trainer.captions, "_generate")
+    work = getattr(owner, name)
+
+    def with_signal(*args, **kwargs):
+        seen.append(trainer.state.global_step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, with_signal)
+    trainer.train()
+    assert seen == [2] and trainer.state.global_step == 2
+    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-2")
+    assert not any("eval_cider" in line for line in trainer.state.log_history)
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(run_keys, tmp_path, monkeypatch):
     trainer = start(run_keys(max_steps=3, save_steps=1, **LORA))
     save = trainer._save

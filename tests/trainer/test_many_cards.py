@@ -4,6 +4,7 @@ Runs of two processes on the CPU, against one process that accumulates twice the
 """
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -83,6 +84,17 @@ def test_resuming_several_processes_ends_with_the_weights_of_one_go(alike, start
     assert "global_step: 3" in again.log.read_text()
     assert_equal(final_weights(part.out), final_weights(whole.out))
     assert not list(part.out.glob(".*"))
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(start_run):
+    run = start_run("run", 2, **dict(ALIKE, max_steps=400, save_total_limit=1))
+    run.wait_for("checkpoint-2")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.status() == 0, run.log.read_text()[-3000:]
+    assert "resume with --resume" in run.lines()[-1]
+    step = checkpoints.step_of(checkpoints.last_whole(str(run.out)))
+    assert f"stopped after step {step}:" in run.lines()[-1] and step < 400
+    assert f"stopped after step {step}:" in run.log.with_suffix(".1").read_text()
 
 
 def test_a_checkpoint_of_other_shards_is_refused_in_words(alike, start_run):
