@@ -69,11 +69,15 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> Opti
         if pair[0].tobytes() == pair[1].tobytes():
             continue
         if dtype in FLOATS:
-            pair = [convert_dtype(side, dtype, "float64" if dtype == "float64" else "float32") for side in pair]
-        with np.errstate(invalid="ignore"):
-            gap = np.abs(pair[0].astype(np.float64) - pair[1].astype(np.float64))
-        finite = gap[np.isfinite(gap)]
-        largest = max(largest or 0.0, float(finite.max()) if finite.size else 0.0)
+            wide = [convert_dtype(side, dtype, "float64" if dtype == "float64" else "float32") for side in pair]
+        else:
+            wide = [side.astype(np.float64) for side in pair]
+        with np.errstate(invalid="ignore", over="ignore"):
+            gap = np.abs(wide[0] - wide[1])
+        most = float(gap.max())
+        if not np.isfinite(most):
+            most = float(gap[np.isfinite(gap)].max(initial=0.0))
+        largest = max(largest or 0.0, most)
     return largest
 
 
