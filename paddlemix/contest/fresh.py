@@ -37,7 +37,7 @@ class Fresh(NamedTuple):
 
 
 def _run(command: List[str]) -> None:
-    # As pip does by itself from 25.3 on: PaddleNLP needs seqeval, whose older way to be built fails by now.
+    # As newer pips do by themselves: PaddleNLP needs seqeval, whose older way to be built fails by now.
     environment = dict(os.environ, PIP_USE_PEP517="1")
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
