@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.shards import inside
+from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import ConfigError, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
 from paddlemix.utils.log import logger
@@ -85,6 +86,20 @@ def read_seal(folder: str) -> Optional[Dict[str, Any]]:
         return content["state"]
     except (OSError, KeyError, TypeError, AttributeError, WeightsError):
         return None
+
+
+def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> None:
+    """Raise ConfigError when the order of samples depends on something else than in the run of checkpoint `folder`.
+
+    stored, ours: what it depends on, by name, there and in this run.
+    """
+    changed = [
+        f"{printable(name)} was {printable(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
+        for name in {**ours, **stored}
+        if stored.get(name) != ours.get(name)
+    ]
+    if changed:
+        raise ConfigError(f"{folder} is of another run: {', '.join(changed)}")
 
 
 def checkpoints(output_dir: str) -> List[str]:

@@ -517,14 +517,8 @@ class FinetuneTrainer(Trainer):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
         handed_over = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
-            progress, order = resume.read_progress(resume_from_checkpoint), self._order_settings()
-            if progress.order != order:
-                changed = ", ".join(
-                    f"{name} was {progress.order.get(name, 'off')}, is {order.get(name, 'off')}"
-                    for name in {**order, **progress.order}
-                    if progress.order.get(name) != order.get(name)
-                )
-                raise ConfigError(f"{resume_from_checkpoint} is of another run: {changed}")
+            progress = resume.read_progress(resume_from_checkpoint)
+            checkpoints.check_order(resume_from_checkpoint, progress.order, self._order_settings())
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
             state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
             handed_over = resume.handed_over(state)

@@ -217,6 +217,7 @@ class Plan:
     steps: int = 0
     left_over: int = 0
     data_parallel: int = 1
+    resume_from: Optional[str] = None
     saves: int = 0
     checkpoint: int = 0
     disk_needed: int = 0
@@ -253,6 +254,7 @@ def make_plan(argv: Sequence[str], plan_for: Optional[str] = None) -> Plan:
     _plan_output(plan, arguments)
     _plan_data(plan, arguments)
     _plan_steps(plan, arguments)
+    _plan_resume(plan, arguments)
     _plan_memory(plan, arguments)
     _plan_disk(plan, arguments)
     return plan
@@ -374,6 +376,7 @@ def _plan_output(plan: Plan, arguments: Arguments) -> None:
     if found is None:
         return
     resume_from, old = found
+    plan.resume_from = resume_from
     if resume_from is not None:
         plan.notes.append(f"goes on from {resume_from}")
     if old:
@@ -453,6 +456,30 @@ def _plan_steps(plan: Plan, arguments: Arguments) -> None:
             f"{count:,} {unit} are not a multiple of the {plan.per_step} of an optimizer step: each epoch leaves out "
             f"{plan.left_over}, others each time"
         )
+
+
+def _plan_resume(plan: Plan, arguments: Arguments) -> None:
+    """Whether the run would see the samples in the order of the checkpoint it goes on from."""
+    state = None if plan.resume_from is None else checkpoints.read_seal(plan.resume_from)
+    if state is None or "train" not in plan.data:
+        return
+    data, training = arguments.data, arguments.training
+    stored = state.get("order") if isinstance(state, dict) else None
+    if not isinstance(stored, dict):
+        plan.problem(f"{plan.resume_from} does not say where the run stood")
+        return
+    ours = {
+        "samples": plan.data["train"].records,
+        "batch": training.per_device_train_batch_size * plan.data_parallel,
+        "accumulation": training.gradient_accumulation_steps,
+        "seed": training.seed,
+    }
+    # What these depend on besides, the lengths of all samples, the run itself compares.
+    if data.mixtoken:
+        ours.update({name: stored.get(name, "on") for name in ("mixtoken", "sequences")}, max_length=data.max_length)
+    elif training.group_by_modality_length:
+        ours["group_by_modality_length"] = stored.get("group_by_modality_length", "on")
+    plan.attempt(checkpoints.check_order, plan.resume_from, stored, ours)
 
 
 def _plan_memory(plan: Plan, arguments: Arguments) -> None:

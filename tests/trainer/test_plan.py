@@ -215,10 +215,23 @@ def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
 def test_an_unfinished_run_in_output_dir(words, tmp_path):
     folder = tmp_path / "out" / "checkpoint-3"
     folder.mkdir(parents=True)
-    checkpoints.seal(str(folder), {"global_step": 3})
+    order = {"samples": 12, "batch": 4, "accumulation": 2, "seed": 42}
+    checkpoints.seal(str(folder), {"global_step": 3, "order": order})
     assert any("holds an unfinished run" in problem for problem in plan.make_plan(words()).problems)
-    resumed = plan.make_plan(words(resume=True))
-    assert resumed.problems == [] and resumed.notes == [f"goes on from {folder}"]
+    keys = {"resume": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 5}
+    resumed = plan.make_plan(words(**keys))
+    assert resumed.problems == [] and f"goes on from {folder}" in resumed.notes
+    for changes, says in (
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"per_device_train_batch_size": 2}, "batch was 4, is 2"),
+        ({"mixtoken": True}, "mixtoken was off, is on"),
+        ({"group_by_modality_length": True}, "group_by_modality_length was off, is on"),
+    ):
+        problems = plan.make_plan(words(**dict(keys, **changes))).problems
+        assert any(one.startswith(f"{folder} is of another run: ") and says in one for one in problems), problems
+    (folder / checkpoints.SEAL_NAME).unlink()
+    checkpoints.seal(str(folder), [])
+    assert plan.make_plan(words(**keys)).problems == [f"{folder} does not say where the run stood"]
 
 
 def test_a_disk_that_is_too_small(words, monkeypatch):
