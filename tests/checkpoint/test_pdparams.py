@@ -91,6 +91,7 @@ def test_arrays_in_pieces(tmp_path):
         {"OriginShape": (4, 5), "slices": ["w@@.0", "w@@.7"]},
         {"OriginShape": (4, 5), "slices": ["w@@.0", ["w"]]},
         {"OriginShape": (4, 5), "slices": []},
+        {"OriginShape": (4, 6), "slices": ["w@@.0", "w@@.0"]},
     ):
         state["UnpackBigParamInfor@@"] = {"w": entry}
         with pytest.raises(WeightsError):

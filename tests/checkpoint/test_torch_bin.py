@@ -76,6 +76,16 @@ def test_tensors_that_promise_more_than_there_is(tmp_path, spec, match):
     refused(torch_zip(tmp_path / "w.bin", torch_pickle({"w": spec}), {"0": bytes(16)}), match)
 
 
+def test_tied_tensors_are_few(tmp_path):
+    """Each of a thousand tensors shows the same storage: a model of a thousand times the file."""
+    whole = ("0", "FloatStorage", 1000, 0, (1000,), (1,))
+    data = {"0": bytes(4000)}
+    with open_weights(torch_zip(tmp_path / "w.bin", torch_pickle(dict.fromkeys("abc", whole)), data)) as reader:
+        assert reader.total_bytes == 12_000
+    many = torch_pickle({f"w{i}": whole for i in range(1000)})
+    refused(torch_zip(tmp_path / "w.bin", many, data), "promise 4,000,000 bytes, and it holds")
+
+
 def test_archives_that_are_not_torchs(tmp_path):
     empty = torch_pickle({})
     path = tmp_path / "w.bin"

@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import load_pdparams_object, open_weights, read_pdparams, write_pdparams, write_sharded
-from paddlemix.checkpoint.lora_merge import merge
+from paddlemix.checkpoint import load_pdparams_object, open_weights, read_pdparams, write_sharded
 from paddlemix.utils.errors import WeightsError
 from tests.checkpoint.files import pickled, torch_file, torch_pickle, torch_zip
 from tests.pickles import ENDLESS, attacks, bombs, text
@@ -87,33 +86,6 @@ def test_names_are_told(tmp_path, canary):
         assert words in refused(open_weights, str(path))
     path.write_bytes(b"\x80\x04c" + b"\x1b[31m" * 3 + b"\nx\n.")
     assert "\x1b" not in refused(open_weights, str(path))
-
-
-def test_in_a_shard_a_lora_and_a_resume(tmp_path, canary):
-    base, lora = tmp_path / "base", tmp_path / "lora"
-    base.mkdir()
-    lora.mkdir()
-    good = {"w.weight": ("float32", np.ones((2, 2), np.float32))}
-    write_pdparams(str(base / "model_state-00001-of-00002.pdparams"), good)
-    (base / "model_state-00002-of-00002.pdparams").write_bytes(body("reduce", canary))
-    (base / "model_state.pdparams.index.json").write_text(
-        '{"metadata": {}, "weight_map": {"w.weight": "model_state-00001-of-00002.pdparams",'
-        ' "w": "model_state-00002-of-00002.pdparams"}}'
-    )
-    assert "00002-of-00002" in refused(open_weights, str(base))
-
-    for name in os.listdir(base):
-        (base / name).unlink()
-    write_pdparams(str(base / "model_state.pdparams"), good)
-    (base / "config.json").write_text("{}")
-    (lora / "lora_config.json").write_text('{"r": 1, "lora_alpha": 1, "target_modules": ["w"]}')
-    (lora / "lora_model_state.pdparams").write_bytes(body("build", canary))
-    refused(merge, str(base), str(lora), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-    for name in ("optimizer.pdopt", "scheduler.pdparams", "training_args.bin"):
-        (lora / name).write_bytes(body("newobj", canary))
-        refused(load_pdparams_object, str(lora / name))
 
 
 @pytest.mark.parametrize("name", sorted(bombs()))

@@ -249,6 +249,7 @@ def test_names_and_query_counts(tmp_path):
         (lambda lines: lines[:-1] + [b"/w== 300"], "ranks must be 0 to 255"),
         (lambda lines: lines[:-1] + [b"YWI= 255"], "single bytes"),
         (lambda lines: lines[:-1] + [b"/w== -1"], "ranks must be"),
+        (lambda lines: lines[:-1] + [b"/w== " + b"1" * 4000], "line 256: not a base64"),
     ],
 )
 def test_hostile_vocabularies(tmp_path, change, message):
