@@ -221,12 +221,12 @@ class _Files:
             os.close(self._handles.popitem(last=False)[1])
         return handle
 
-    def close(self) -> None:
+    # At the interpreter's end, when __del__ may be called, the module's own name `os` may be gone already.
+    def close(self, os=os) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
     def __reduce__(self):
         # Handles belong to this process; whoever gets the dataset opens files anew.

@@ -535,10 +535,13 @@ class FinetuneTrainer(Trainer):
             # The optimizer's states get running names too (see prepare).
             with paddle.utils.unique_name.guard(), handed_over:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
-        except (SystemError, RuntimeError):
-            # A loader worker's own words do not arrive; it leaves them with the dataset.
-            self.train_dataset.raise_failure()
-            raise
+        except SystemError as error:
+            # Paddle's words for a loader worker that died; the worker's own do not arrive.
+            if "DataLoader process" not in str(error):
+                raise
+            raise JobFailed(
+                "a process that reads samples died, perhaps for want of memory: try fewer dataloader_num_workers"
+            ) from error
         finally:
             self.stop.disarm()
         best = self.state.best_model_checkpoint

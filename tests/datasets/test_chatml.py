@@ -437,3 +437,12 @@ def test_text_is_base64_when_no_such_file_exists(tmp_path):
     value = json.dumps({"conversations": [[f"<img>{text}</img>", "b"]]}).encode()
     assert parse_record(value, str(tmp_path)).images == [text]
     assert decode_base64(text) == image_bytes(1)
+
+
+def test_files_close_without_the_modules_names(tmp_path, monkeypatch):
+    (tmp_path / "f").write_bytes(b"abc")
+    files = chatml._Files()
+    assert files.read(str(tmp_path / "f"), 1, 2) == b"bc"
+    monkeypatch.setattr(chatml, "os", None)
+    files.__del__()
+    assert not files._handles

@@ -302,6 +302,18 @@ def test_skipped_samples_are_counted_in_the_log(run_keys, tmp_path, log, workers
     assert "skipped_samples: 2" in last
 
 
+@pytest.mark.parametrize("words, kind", [("(Fatal) DataLoader process (pid 9) exited", JobFailed), ("x", SystemError)])
+def test_a_dead_worker_ends_the_run_in_words(run_keys, monkeypatch, words, kind):
+    trainer = start(run_keys(max_steps=1))
+
+    def dies(*args, **kwargs):
+        raise SystemError(words)
+
+    monkeypatch.setattr(trainer, "training_step", dies)
+    with pytest.raises(kind, match="dataloader_num_workers" if kind is JobFailed else "x"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_without_a_good_sample_ends_the_run_in_words(run_keys, tmp_path, workers):
     data = write_data(tmp_path / "bad.json", list(COLOURS), bad=range(4))
