@@ -6,8 +6,8 @@ import json
 import os
 from typing import Any, Dict
 
-# (decoder layers, vision layers, vocabulary); quick is narrower too. "float32" is large in what fits a memory twice.
-SIZES = {"quick": (1, 1, 1024), "normal": (1, 1, 32000), "large": (4, 4, 151936), "float32": (4, 4, 32000)}
+# (decoder layers, vision layers, vocabulary); quick is narrower too.
+SIZES = {"quick": (1, 1, 1024), "normal": (1, 1, 32000), "large": (4, 4, 151936)}
 RANK, ALPHA = 64, 32
 
 
@@ -29,22 +29,21 @@ def config(size: str) -> Dict[str, Any]:
     return values
 
 
-def write(folder: str, size: str, format: str, dtype: str = "bfloat16") -> int:
-    """A model folder with random weights in bfloat16 or float32; the bytes of its tensors."""
+def write(folder: str, size: str, format: str) -> int:
+    """A model folder with random weights in bfloat16; the bytes of its tensors."""
     import numpy as np
 
     from paddlemix.checkpoint.shards import write_sharded
     from paddlemix.models.mgen_vl.parameters import parameter_shapes
 
-    values = dict(config(size), dtype=dtype)
+    values = config(size)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(values, file)
     noise = np.random.default_rng(0).standard_normal(1_000_003, dtype=np.float32) * np.float32(0.02)
-    if dtype == "bfloat16":
-        noise = (noise.view(np.uint32) >> 16).astype(np.uint16)
+    noise = (noise.view(np.uint32) >> 16).astype(np.uint16)
     shapes = parameter_shapes(values)
-    items = [(name, dtype, shape, lambda shape=shape: np.resize(noise, shape)) for name, shape in shapes.items()]
+    items = [(name, "bfloat16", shape, lambda shape=shape: np.resize(noise, shape)) for name, shape in shapes.items()]
     write_sharded(folder, items, format=format)
     return sum(noise.itemsize * int(np.prod(shape)) for shape in shapes.values())
 

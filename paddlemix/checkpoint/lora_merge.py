@@ -294,7 +294,7 @@ def _adapted(base: WeightsReader, lora: WeightsReader, name: str, scaling: float
     module = name[: -len(".weight")]
 
     def read() -> Rows:
-        a, b = (np.array(lora.read(f"{module}.{part}", "float32")) for part in ("lora_A", "lora_B"))
+        a, b = (lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
         # In one piece: the last bits of a matmul depend on how it is cut.

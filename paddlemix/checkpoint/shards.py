@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
@@ -24,12 +25,15 @@ from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     FLOATS,
     NUMPY_TYPES,
+    PIECE,
     FileBytes,
     MappedFile,
     Rows,
     StoredTensor,
     TensorInfo,
     convert_dtype,
+    io_threads,
+    own_pages,
     printable,
     size_of,
 )
@@ -200,6 +204,40 @@ class WeightsReader:
         except WeightsError as error:
             raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}") from None
 
+    def load(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
+        """A tensor as read() gives it, in pages of memory of its own. Threads read and convert it, piece by piece.
+
+        Raises:
+            WeightsError: as read().
+        """
+        tensor = self._tensor(name)
+        to = dtype if dtype is not None and {tensor.dtype, dtype} <= set(FLOATS) else tensor.dtype
+        loaded = own_pages(tensor.shape, to)
+        flat, kind = loaded.reshape(-1), NUMPY_TYPES[tensor.dtype]
+        if tensor.where is None:
+            loaded[...] = self.read(name, to)
+            return loaded
+        step = PIECE // kind.itemsize
+
+        def piece(start: int) -> None:
+            into = flat[start : start + step]
+            place = start * kind.itemsize
+            if to == tensor.dtype:
+                tensor.where.read(place, into)
+            else:
+                convert_dtype(tensor.where.read(place, np.empty(into.shape, kind)), tensor.dtype, to, into)
+
+        starts = range(0, flat.size, step)
+        try:
+            if len(starts) > 1:
+                with ThreadPoolExecutor(io_threads()) as pool:
+                    list(pool.map(piece, starts))
+            else:
+                list(map(piece, starts))
+        except WeightsError as error:
+            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}") from None
+        return loaded
+
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
         """What write_sharded takes to copy a tensor unchanged: its bytes in the file where they are in
         order.
@@ -207,7 +245,7 @@ class WeightsReader:
         return self._tensor(name).where or self.read(name)
 
     def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
-        """A function that reads rows start to stop of a tensor, as stored, into memory; any thread may call it."""
+        """A function that gives rows start to stop of a tensor as stored; any thread may call it."""
         tensor = self._tensor(name)
         where, kind, rest = tensor.where, NUMPY_TYPES[tensor.dtype], tensor.shape[1:]
         if where is None:
@@ -216,8 +254,7 @@ class WeightsReader:
         size = kind.itemsize * math.prod(rest)
 
         def read(start: int, stop: int) -> np.ndarray:
-            data = where.read(start * size, (stop - start) * size)
-            return np.frombuffer(data, kind).reshape((stop - start,) + rest)
+            return where.read(start * size, np.empty((stop - start,) + rest, kind))
 
         return read
 

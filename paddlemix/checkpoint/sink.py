@@ -14,16 +14,13 @@ from typing import Any, Callable, Deque, Optional, Tuple
 
 import numpy as np
 
-from paddlemix.checkpoint.tensors import FileBytes, Rows
-from paddlemix.utils.runtime import physical_cores
+from paddlemix.checkpoint.tensors import PIECE, FileBytes, Rows, io_threads
 
 _GATHER = 1 << 16
-# More only wait for the memory.
-_THREADS = 4
 # Where the system cannot copy from file to file by itself.
 _NO_COPY = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)
-# Bytes per write: often enough for a progress bar and an even share for each thread, rarely enough to cost nothing.
-_STEP = 1 << 24
+# Jobs that wait for a thread: enough that none has nothing to do, few enough that they hold little memory.
+_WAITING = 8
 
 
 class Sink:
@@ -36,7 +33,7 @@ class Sink:
         self._handle = file.fileno()
         self._progress = progress or (lambda n: None)
         self._small = bytearray()
-        self._pool = ThreadPoolExecutor(min(_THREADS, physical_cores()))
+        self._pool = ThreadPoolExecutor(io_threads())
         self._running: Deque[Tuple[Future, int]] = deque()
         self.position = 0
 
@@ -58,9 +55,9 @@ class Sink:
             self._progress(count)
 
     def _later(self, count: int, call: Callable[..., None], *args: Any) -> None:
-        """Have a thread write `count` bytes. A few jobs wait, so that no thread does and memory stays small."""
+        """Have a thread write `count` bytes."""
         self._running.append((self._pool.submit(call, *args), count))
-        self._wait(2 * _THREADS)
+        self._wait(_WAITING)
 
     def write(self, data: bytes) -> None:
         self._small += data
@@ -76,8 +73,8 @@ class Sink:
         """Write an array's bytes in C order."""
         self._flush()
         view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        for start in range(0, len(view), _STEP):
-            part = view[start : start + _STEP]
+        for start in range(0, len(view), PIECE):
+            part = view[start : start + PIECE]
             _write_at(self._handle, part, self.position)
             self.position += len(part)
             self._progress(len(part))
@@ -85,8 +82,8 @@ class Sink:
     def copy(self, source: FileBytes) -> None:
         """Write a stretch of another file."""
         self._flush()
-        for start in range(0, source.length, _STEP):
-            count = min(_STEP, source.length - start)
+        for start in range(0, source.length, PIECE):
+            count = min(PIECE, source.length - start)
             self._later(count, _copy, source, start, count, self._handle, self.position + start)
         self.position += source.length
 
@@ -105,7 +102,7 @@ class Sink:
 def _write_at(handle: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
-        done += os.pwrite(handle, view[done : done + _STEP], offset + done)
+        done += os.pwrite(handle, view[done : done + PIECE], offset + done)
 
 
 def _make(rows: Rows, start: int, stop: int, expected: Any, handle: int, offset: int) -> None:
@@ -131,4 +128,4 @@ def _copy(source: FileBytes, start: int, count: int, handle: int, offset: int) -
             if error.errno not in _NO_COPY:
                 raise
     if done < count:
-        _write_at(handle, memoryview(source.read(start + done, count - done)), offset + done)
+        _write_at(handle, memoryview(source.read(start + done, np.empty(count - done, np.uint8))), offset + done)

@@ -16,6 +16,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple
 import numpy as np
 
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.runtime import physical_cores
 
 # Name of a dtype → the little-endian numpy type that holds its bits.
 NUMPY_TYPES: Dict[str, np.dtype] = {
@@ -45,6 +46,9 @@ MAX_SHARING = 4
 # result.
 _CHUNK = 1 << 17
 
+# Bytes that a thread reads or writes at a time: an even share for each, and few calls.
+PIECE = 1 << 24
+
 # The largest finite values.
 _MAX = {"float64": np.inf, "float32": 3.4028234e38, "float16": 65504.0, "bfloat16": 3.3895313e38}
 
@@ -68,16 +72,19 @@ class FileBytes:
     offset: int
     length: int
 
-    def read(self, start: int, length: int) -> bytes:
-        """A copy of some of them; any thread may call it.
+    def read(self, start: int, into: np.ndarray) -> np.ndarray:
+        """Fill an array in C order with those from `start` on, and return it; any thread may call it.
 
         Raises:
             WeightsError: the file has become shorter than it was when it was opened.
         """
-        data = os.pread(self.file.fileno(), length, self.offset + start)
-        if len(data) != length:
-            raise WeightsError(f"{self.file.path} has been cut short while it was read")
-        return data
+        left = memoryview(into.reshape(-1).view(np.uint8))
+        while left:
+            count = os.preadv(self.file.fileno(), [left], self.offset + start)
+            if count == 0:
+                raise WeightsError(f"{self.file.path} has been cut short while it was read")
+            left, start = left[count:], start + count
+        return into
 
 
 class Rows(NamedTuple):
@@ -103,6 +110,21 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return size_of(self.dtype, self.shape)
+
+
+def io_threads() -> int:
+    """Threads that read, convert and write tensors; more only wait for the memory."""
+    return min(4, physical_cores())
+
+
+def own_pages(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array in pages of its own, which go back to the system with it.
+
+    numpy asks for huge pages, which the system may first have to clear from its caches: for a whole model that took
+    four times as long as reading it.
+    """
+    memory = mmap.mmap(-1, max(1, size_of(dtype, shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, NUMPY_TYPES[dtype], math.prod(shape)).reshape(shape)
 
 
 def size_of(dtype: str, shape) -> int:
@@ -241,10 +263,11 @@ def _check_odd_values(before: np.ndarray, after: np.ndarray, dst: str) -> None:
         raise WeightsError(f"a value is too large for {dst}; use bfloat16 or float32")
 
 
-def convert_dtype(array: np.ndarray, src: str, dst: str) -> np.ndarray:
+def convert_dtype(array: np.ndarray, src: str, dst: str, out: Optional[np.ndarray] = None) -> np.ndarray:
     """Convert between float32, float16, bfloat16 and float64. Same dtype: the array itself, uncopied.
 
-    array: any shape, in the numpy type of `src` (uint16 for bfloat16). Rounds to nearest, ties to even.
+    array: any shape, in the numpy type of `src` (uint16 for bfloat16). Rounds to nearest, ties to even. out: where
+    the result goes, of another dtype and the same size, in C order.
 
     Raises:
         WeightsError: a dtype that is no floating-point type, or a finite value beyond `dst`'s range.
@@ -254,7 +277,7 @@ def convert_dtype(array: np.ndarray, src: str, dst: str) -> np.ndarray:
     if src not in FLOATS or dst not in FLOATS:
         raise WeightsError(f"cannot convert {src} to {dst}")
     flat = np.ascontiguousarray(array).reshape(-1)
-    out = np.empty(flat.shape, NUMPY_TYPES[dst])
+    out = np.empty(flat.shape, NUMPY_TYPES[dst]) if out is None else out.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         chunk = flat[start : start + _CHUNK]
         part = out[start : start + _CHUNK]

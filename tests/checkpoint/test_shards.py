@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import find_weights, open_weights, write_pdparams, write_sharded
+from paddlemix.checkpoint import convert_dtype, find_weights, open_weights, write_pdparams, write_sharded
 from paddlemix.checkpoint.shards import parse_size
 from paddlemix.checkpoint.tensors import Rows
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
@@ -178,6 +178,26 @@ def test_tensors_made_in_rows_stand_between_others(tmp_path, format):
         with pytest.raises(error):
             write_sharded(str(tmp_path / "p"), [("w", "float32", (20,), lambda m=make: Rows(7, m))], format=format)
         assert not os.listdir(tmp_path / "p")
+
+
+@pytest.mark.parametrize("to", [None, "float32", "float16", "bfloat16"])
+def test_tensors_loaded_in_pieces_are_those_read(tmp_path, monkeypatch, to):
+    monkeypatch.setattr("paddlemix.checkpoint.shards.PIECE", 1000)
+    for dtype in ("float32", "bfloat16"):
+        values = np.random.default_rng(0).standard_normal((70, 11)).astype(np.float32)
+        named = {"w": (dtype, convert_dtype(values, "float32", dtype)), "n": ("int64", np.arange(400)),
+                 "one": ("float32", np.array(3, np.float32)),
+                 "none": ("float32", np.zeros((0, 2), np.float32))}  # fmt: skip
+        with open_weights_of(tmp_path, named) as reader:
+            for name in named:
+                loaded = reader.load(name, to)
+                np.testing.assert_array_equal(loaded, reader.read(name, to))
+                assert loaded.dtype == reader.read(name, to).dtype and loaded.flags.writeable
+            loaded = reader.load("w", to)
+            os.truncate(tmp_path / "some.pdparams", 1500)
+            with pytest.raises(WeightsError, match="some.pdparams: w: .*cut short while"):
+                reader.load("w", to)
+            assert loaded.shape == (70, 11) and np.isfinite(loaded[:1]).all()
 
 
 def test_a_source_cut_short_while_it_is_copied(tmp_path):

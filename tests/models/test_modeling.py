@@ -158,6 +158,9 @@ def test_save_and_load(tmp_path, model, format, shard):
     assert len(indexes) == (0 if shard == "10GB" else 1)
     again = MGenLMHeadModel.from_pretrained(str(tmp_path))
     assert not again.training
+    # The weights are in memory of their own: what happens to the file is nothing to the model.
+    for path in tmp_path.glob(f"model*.{format}"):
+        path.write_bytes(b"")
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy())
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mgen"

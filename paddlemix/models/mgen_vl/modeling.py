@@ -246,15 +246,22 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
     def fill(self, reader, names=None) -> None:
         """Set parameters, all or those in `names`, from an open_weights reader that has been checked.
 
-        Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part.
+        Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part. On the CPU, what
+        has been read becomes the storage of a parameter that has none yet.
         """
         split = self._cuts()
+        place = paddle.framework._current_expected_place()
         for name, tensor in self.state_dict().items():
             if names is None or name in names:
-                array = reader.read(name, str(tensor.dtype).replace("paddle.", ""))
+                dtype = str(tensor.dtype).replace("paddle.", "")
                 if name in split:
-                    array = split[name](array)
-                tensor.set_value(np.ascontiguousarray(array))
+                    array = np.ascontiguousarray(split[name](reader.read(name, dtype)))
+                else:
+                    array = reader.load(name, dtype)
+                if tensor._is_initialized() or not place.is_cpu_place():
+                    tensor.set_value(array)
+                else:
+                    tensor.get_tensor().set(array, place, True)
 
     def _cuts(self, is_split=True):
         """Split or merge action of each parameter that tensor parallelism cuts; none without it."""

@@ -30,13 +30,12 @@ class MGenLoRAModel(LoRAModel):
 
     def __init__(self, model, lora_config):
         super().__init__(model, lora_config)
-        cuts = model._cuts()
         for name, layer in model.named_sublayers():
             if isinstance(layer, RowParallelLinear) and hasattr(layer, "lora_A"):
                 # PaddleNLP draws a card's rows as if they were a matrix of their own, in too wide a range.
                 bound = 1 / math.sqrt(layer.in_features)
                 drawn = paddle.uniform([layer.in_features, layer.r], "float32", -bound, bound)
-                part = cuts[name + ".lora_A"](drawn.numpy())
+                part = model._cuts()[name + ".lora_A"](drawn.numpy())
                 layer.lora_A.set_value(paddle.to_tensor(part).astype(layer.lora_A.dtype))
                 if lora_config.lora_dropout:
                     layer.lora_dropout = PartDropout(lora_config.lora_dropout)
