@@ -110,6 +110,14 @@ def test_weights_are_handled_without_paddle():
             assert name.split(".")[0] not in ("paddle", "paddlenlp"), f"{path}:{line} imports {name}"
 
 
+def test_one_module_asks_for_versions():
+    asks = re.compile(r"PADDLE_VERSION|\bpaddle(nlp)?\.__version__|hasattr\((paddle|F|core)\b")
+    for path in shipped_files():
+        if path != pathlib.PurePath("paddlemix/utils/compat.py"):
+            found = asks.search((ROOT / path).read_text(encoding="utf-8"))
+            assert not found, f"{path}: {found.group()} belongs into paddlemix/utils/compat.py"
+
+
 def test_no_star_imports():
     for path in house_files("*.py"):
         for name, line in imported_modules(parse(path)):

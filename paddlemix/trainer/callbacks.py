@@ -9,6 +9,7 @@ from typing import Optional
 import paddle
 from paddlenlp.trainer import TrainerCallback
 
+from paddlemix.utils.compat import name_the_epoch
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
@@ -21,8 +22,7 @@ def format_logs(logs: dict) -> str:
 class LogLines(TrainerCallback):
     """One line per log, from the first process; a progress bar unless disable_tqdm.
 
-    First in the chain of callbacks, so that those after it (VisualDL) see the names it sets: PaddleNLP 3
-    calls the epoch progress_or_epoch.
+    First in the chain of callbacks, so that those after it (VisualDL) see the epoch's name that it sets.
     """
 
     def __init__(self):
@@ -40,8 +40,7 @@ class LogLines(TrainerCallback):
             self._shown = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "progress_or_epoch" in logs:
-            logs["epoch"] = logs.pop("progress_or_epoch")
+        name_the_epoch(logs)
         if "loss" in logs and self._bar is not None:
             rates = ("interval_samples_per_second", "samples/s"), ("interval_tokens_per_second", "tokens/s")
             shown = [f"{logs[name]:.4g} {unit}" for name, unit in rates if name in logs]

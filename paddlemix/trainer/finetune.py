@@ -59,6 +59,7 @@ from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
 from paddlemix.trainer.reports import CURVE_NAME, EventFiles, caption_table, choose_reports, draw_loss
 from paddlemix.trainer.tuned_model import Origin, base_of, choose_trainable, load_model, load_tuned, save_tuned
+from paddlemix.utils.compat import handed_over
 from paddlemix.utils.errors import ConfigError, JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import (
@@ -220,7 +221,6 @@ class FinetuneTrainer(Trainer):
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
         self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
         self._history: List[dict] = []
-        self._best: Tuple[Optional[float], Optional[str]] = (None, None)
         super().__init__(*args, **kwargs)
         self.output_dir = self.args.output_dir
         # The stock loop lowers it when an epoch holds fewer batches.
@@ -515,14 +515,14 @@ class FinetuneTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
-        handed_over = contextlib.nullcontext()
+        given = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
             progress = resume.read_progress(resume_from_checkpoint)
             checkpoints.check_order(resume_from_checkpoint, progress.order, self._order_settings())
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
             state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
-            handed_over = resume.handed_over(state)
-            self._history, self._best = state.log_history, (state.best_metric, state.best_model_checkpoint)
+            given = handed_over(state)
+            self._history = state.log_history
             self.numerics.overflow.skipped = next(
                 (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
             )
@@ -533,7 +533,7 @@ class FinetuneTrainer(Trainer):
                 return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
         try:
             # The optimizer's states get running names too (see prepare).
-            with paddle.utils.unique_name.guard(), handed_over:
+            with paddle.utils.unique_name.guard(), given:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
         except SystemError as error:
             # Paddle's words for a loader worker that died; the worker's own do not arrive.
@@ -574,8 +574,6 @@ class _Bookkeeping(TrainerCallback):
         return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # The stock loop reads trainer_state.json again, and takes the path in it as it stands.
-        state.best_metric, state.best_model_checkpoint = self.trainer._best
         # PaddleNLP 3 says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")

@@ -8,9 +8,6 @@ the generators' states, which PaddleNLP leaves beside the weights, are never rea
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import math
 import os
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
@@ -23,6 +20,7 @@ from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.trainer import checkpoints
+from paddlemix.utils.compat import trainer_state
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.log import logger
 
@@ -117,9 +115,7 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
             raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}")
     if values.get("global_step") != step:
         raise WeightsError(f"{path} is not of step {step}")
-    # PaddleNLP 2.8 has no consumed_samples, which 3 writes; where the data go on is in the seal.
-    known = {field.name for field in dataclasses.fields(TrainerState)}
-    state = TrainerState(**{name: value for name, value in values.items() if name in known})
+    state = trainer_state(values)
     best = state.best_model_checkpoint
     if best is not None:
         best = os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(os.path.normpath(best)))
@@ -129,17 +125,6 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
             logger.warning(f"{path}: the best checkpoint, {printable(best)}, is gone; the next evaluation begins anew")
             state.best_metric = None
     return state
-
-
-@contextlib.contextmanager
-def handed_over(state: TrainerState):
-    """Within it PaddleNLP's trainer gets this state, and does not read the file again, of which 2.8 cannot read 3's."""
-    read = vars(TrainerState)["load_from_json"]
-    TrainerState.load_from_json = staticmethod(lambda path: copy.deepcopy(state))
-    try:
-        yield
-    finally:
-        TrainerState.load_from_json = read
 
 
 # ---- optimizer, learning rate, loss scale

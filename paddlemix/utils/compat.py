@@ -1,9 +1,27 @@
 """What differs between the versions we run on (Paddle 2.6 with PaddleNLP 2.8; Paddle 3 with PaddleNLP 3.0.0b4).
 
-One thing must come before Paddle is imported and so stands in utils/runtime.py: the use of zlib.
+No other module asks for a version. Where one way serves both, it is taken, and nothing stands here for it:
+
+- zlib must have been used before Paddle 2.6 is imported, whose own zlib symbols break it: utils/runtime.py, at import.
+- `paddle.where(condition)` has shape [n, 1] on 2.6 and [n] on 3: models use `nonzero(…).flatten()`.
+- `CrossEntropyLoss(ignore_index=…)` divides by the labelled tokens on 2.6, by all on 3: models choose the labelled
+  positions first and take their mean.
+- Paddle 2.6 does not restore a CPU generator from a checkpoint: utils/runtime.py seeds every training step.
+- float32 → bfloat16 truncates on 2.6 and rounds on 3; safetensors hands 2.6 no bfloat16: checkpoint/ reads, casts and
+  writes with numpy.
+- LoRA is merged by `merge_weights=True` and `eval()` in PaddleNLP 2.8, by `merge()` in 3: checkpoint/lora_merge.py
+  merges files.
+- Tensors made in a loader's worker crash Paddle 2.6: datasets/collator.py makes numpy arrays.
+- PaddleNLP 2.8 appends logs to `state.log_history`, 3 empties it: trainer/finetune.py sets it to a copy of its own.
+- PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/finetune.py sets it in any case.
+- PaddleNLP 2.8 sets `use_flash_attention` back to its default: models' configuration sets it last.
 """
 
 from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
 
 import paddle
 import paddle.nn.functional as F
@@ -42,3 +60,30 @@ def overflowed(scaler) -> bool:
     """Whether a GradScaler skipped its last step. Paddle 2.6 spells the attribute otherwise."""
     found = scaler._cache_founf_inf if hasattr(scaler, "_cache_founf_inf") else scaler._cache_found_inf
     return bool(found)
+
+
+def trainer_state(values: dict):
+    """PaddleNLP's TrainerState of these. 2.8 has no `consumed_samples`, which 3 writes; nothing here reads it."""
+    from paddlenlp.trainer import TrainerState
+
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    return TrainerState(**{name: value for name, value in values.items() if name in known})
+
+
+@contextlib.contextmanager
+def handed_over(state):
+    """Within it PaddleNLP's trainer gets this TrainerState, and reads no file, of which 2.8 cannot read 3's."""
+    from paddlenlp.trainer import TrainerState
+
+    read = vars(TrainerState)["load_from_json"]
+    TrainerState.load_from_json = staticmethod(lambda path: copy.deepcopy(state))
+    try:
+        yield
+    finally:
+        TrainerState.load_from_json = read
+
+
+def name_the_epoch(logs: dict) -> None:
+    """Call the epoch `epoch`, as PaddleNLP 2.8 does; 3 calls it `progress_or_epoch`."""
+    if "progress_or_epoch" in logs:
+        logs["epoch"] = logs.pop("progress_or_epoch")
