@@ -42,9 +42,9 @@ MAX_ELEMENTS = 1 << 48
 # tensors of a megabyte each.
 MAX_SHARING = 4
 
-# Elements converted at a time: the scratch arrays stay in the CPU's cache and memory stays that of the
-# result.
-_CHUNK = 1 << 17
+# Elements converted at a time: the scratch arrays stay near the CPU and memory stays that of the result. Fewer would
+# make threads that convert wait for each other: each call takes Python's lock when it ends.
+_CHUNK = 1 << 19
 
 # Bytes that a thread reads or writes at a time: an even share for each, and few calls.
 PIECE = 1 << 24
