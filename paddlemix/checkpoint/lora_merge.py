@@ -69,7 +69,8 @@ LICENCES = re.compile(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?")
 # Parameters outside the LLM.
 _NOT_LANGUAGE = "visual."
 
-# About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call is long enough that threads do not wait for each other (Python's lock).
+# About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call
+# is long enough that threads do not wait for each other (Python's lock).
 _ELEMENTS = 1 << 20
 
 
