@@ -255,7 +255,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             if names is None or name in names:
                 dtype = str(tensor.dtype).replace("paddle.", "")
                 if name in split:
-                    array = np.ascontiguousarray(split[name](reader.read(name, dtype)))
+                    # A copy: a part may be a view of the file, which cannot be written to.
+                    array = np.array(split[name](reader.read(name, dtype)), order="C")
                 else:
                     array = reader.load(name, dtype)
                 if tensor._is_initialized() or not place.is_cpu_place():
