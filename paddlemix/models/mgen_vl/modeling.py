@@ -250,7 +250,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         has been read becomes the storage of a parameter that has none yet.
         """
         split = self._cuts()
-        place = paddle.framework._current_expected_place()
+        on_cpu = paddle.get_device() == "cpu"
         for name, tensor in self.state_dict().items():
             if names is None or name in names:
                 dtype = str(tensor.dtype).replace("paddle.", "")
@@ -259,10 +259,10 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
                     array = np.array(split[name](reader.read(name, dtype)), order="C")
                 else:
                     array = reader.load(name, dtype)
-                if tensor._is_initialized() or not place.is_cpu_place():
+                if tensor._is_initialized() or not on_cpu:
                     tensor.set_value(array)
                 else:
-                    tensor.get_tensor().set(array, place, True)
+                    tensor.get_tensor().set(array, paddle.CPUPlace(), True)
 
     def _cuts(self, is_split=True):
         """Split or merge action of each parameter that tensor parallelism cuts; none without it."""
