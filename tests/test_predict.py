@@ -372,6 +372,32 @@ def test_a_shard_goes_on_and_keeps_to_itself(call, tmp_path, monkeypatch):
     assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
 
 
+def test_a_whole_shard_is_not_answered_again(call, tmp_path, monkeypatch):
+    """paddle.distributed.launch starts every process again, also those that were done when another was killed."""
+    content = tsv(("a", image(1)), ("b", image(2)), ("c", "!"))
+    path = tmp_path / "out.tsv.shard-1-of-2"
+    load = prediction.load_model
+
+    def loads(*flags, content=content):
+        """Whether the command loads the model; the shard is whole and of that command then."""
+        loaded = []
+        monkeypatch.setattr(prediction, "load_model", lambda *given: loaded.append(given) or load(*given))
+        status, _, _, err = call(content, "--shard", "1/2", *flags)
+        assert status == 0 and ("is whole already" in err) == (not loaded)
+        return bool(loaded)
+
+    assert loads()
+    before = path.read_bytes()
+    assert not loads() and not loads("--batch_size", "1")
+    assert path.read_bytes() == before
+    assert loads("--restart") and loads("--max_new_tokens", "3") and loads()
+    assert loads(content=content + tsv(("d", image(3)))) and loads()
+    path.write_bytes(before.replace(b"a\t", b"x\t"))
+    assert loads() and path.read_bytes() == before
+    (tmp_path / "out.tsv.shard-1-of-2.run.json").write_text("{")
+    assert loads() and not loads()
+
+
 def test_shards_of_bad_rows(call, tmp_path, capfd):
     content = tsv(("a", "!"), ("b", image(1)), ("c", "!"), ("d", "!"))
     assert [call(content, "--shard", f"{i}/5")[0] for i in range(1, 6)] == [0] * 5

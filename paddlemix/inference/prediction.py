@@ -11,7 +11,7 @@ from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
 from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
-from paddlemix.inference.shards import Shard
+from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
@@ -77,7 +77,8 @@ def predict_file(
     other arguments see predict.py --help; for how a run is resumed, results.py.
 
     shard: answer that share of the rows only, into a file of its own (shards.py); one of several processes that
-    paddle.distributed.launch started takes the share of its rank. A share may lack a single good row without that
+    paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
+    settings, stays as it is. A share may lack a single good row without that
     being an error; the whole may not, which merge_shards' caller sees.
 
     Raises:
@@ -113,6 +114,10 @@ def predict_file(
     }
     if shard is not None:
         run["shard"] = shard._asdict()
+        # paddle.distributed.launch starts all processes again when one of them was killed.
+        if not restart and is_whole(shard, output, run):
+            logger.info("%s is whole already and stays as it is; --restart answers its rows anew", output)
+            return
     share = shard or Shard(1, 1)
 
     def repaired(caption: str) -> str:
