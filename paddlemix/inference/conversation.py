@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from paddlemix.inference.boxes import save_boxes
-from paddlemix.inference.captioner import is_out_of_memory
+from paddlemix.inference.captioner import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from paddlemix.inference.loading import Loaded
 from paddlemix.utils.errors import JobFailed, UserError
 
@@ -88,7 +88,7 @@ class Conversation:
             answer, history = model.chat(
                 tokenizer, query, history=self.history, image_features=features, system=self.loaded.system, **options
             )
-        except (MemoryError, RuntimeError, SystemError) as error:
+        except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise
             raise JobFailed("out of memory; /reset, fewer images or --max_new_tokens need less") from error
