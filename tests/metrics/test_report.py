@@ -156,6 +156,13 @@ def test_sort_and_search_from_the_controls_and_from_the_address(browser, page):
     scores = dict(zip(evaluation.ids, change.round(3)))
     shown = [scores[key] for key in browser.run(IDS)]
     assert shown == sorted(shown)
+    # What is sorted by is shown, with the difference to the other file.
+    browser.open(page.as_uri() + "#sort=BLEU-2%40difference&lang=en")
+    first = evaluation.ids.index(browser.run(IDS)[0])
+    ours, theirs = (system.scores.rows["BLEU-2"][first] for system in (evaluation.results, evaluation.other))
+    assert browser.run("document.querySelector('article .scores .sorted').textContent").split() == [
+        "BLEU-2", f"{ours:.2f}", f"{ours - theirs:+.3f}".replace("-", "−")
+    ]  # fmt: skip
     assert browser.problems == []
 
 
