@@ -13,6 +13,7 @@ from paddlemix.inference.loading import find_model_folder, load_model
 from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
+from paddlemix.utils.cli import let_go
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -140,11 +141,11 @@ def predict_file(
                 batch_size=batch_size,
             )
             logger.info("%d images at a time, decoded by %d threads", captioner.batch_size, captioner.workers)
-        print("------predicting starts------", flush=True)
+        show("------predicting starts------")
         if captioner is not None:
             _caption_rows(captioner, first, rows, results, repaired, fallback, share.share(facts.lines))
         results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
-        print("------predicting finished-----", flush=True)
+        show("------predicting finished-----")
 
     if rows.count == 0:
         logger.warning("%s holds no rows, so %s holds no lines", input, output)
@@ -189,10 +190,17 @@ def _caption_rows(
 
 
 def show(text: str) -> None:
-    """Print a line beside the progress bar on stderr; on a terminal the bar moves out of its way."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        from tqdm import tqdm
+    """Print a line beside the progress bar on stderr; on a terminal the bar moves out of its way.
 
-        tqdm.write(text, file=sys.stdout)
-    else:
-        print(text, flush=True)
+    The captions are in the file, so a job of hours goes on where nobody takes what it prints any more.
+    """
+    try:
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+    except OSError as error:
+        logger.warning("captions are not printed any more (%s), only written", error.strerror)
+        let_go(sys.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Optional
 
@@ -44,14 +45,17 @@ class Progress:
         )
 
     def update(self, n: int = 1) -> None:
-        self._bar.update(n)
+        # A bar that can no longer be drawn ends no job.
+        with contextlib.suppress(OSError):
+            self._bar.update(n)
 
     def note(self, text: str) -> None:
         """Show a few words behind the bar (a loss, a count of failures)."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
 
     def __enter__(self) -> Progress:
         return self
