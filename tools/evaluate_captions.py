@@ -105,8 +105,12 @@ def main() -> None:
         raise UserError("--images is for the page; give --html too")
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+    from paddlemix.datasets.tsv import check_input
     from paddlemix.metrics.evaluation import evaluate
 
+    if args.images:
+        # Now, not after minutes of scoring.
+        check_input(args.images)
     captions = read_captions(args.results)
     references = read_references(args.references)
     other = read_captions(args.compare) if args.compare else None

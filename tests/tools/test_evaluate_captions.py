@@ -79,8 +79,8 @@ def test_what_can_be_mended_is_one_line(run, tmp_path, results, references, argu
     for name, text in (("good.txt", results), ("refs.txt", references)):
         if text is not None:
             (tmp_path / name).write_text(text, encoding="utf-8")
-    status, _, error = run("good.txt", "refs.txt", *arguments)
-    assert status == 2 and error.startswith("error: ") and why in error
+    status, out, error = run("good.txt", "refs.txt", *arguments)
+    assert status == 2 and error.startswith("error: ") and why in error and out == ""
 
 
 def test_an_intersection_is_scored_only_when_asked_for(run, tmp_path):
