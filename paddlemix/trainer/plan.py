@@ -17,10 +17,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from paddlemix.datasets.packing import plan_packs
-from paddlemix.models.lora import adapter_shapes, check_claims
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, cut_problems, parameter_shapes
+from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, cut_problems, parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory, parallel
 from paddlemix.trainer.arguments import (
+    TOO_FEW_EPOCHS,
     Arguments,
     blocks_of,
     dataset_entries,
@@ -302,6 +303,11 @@ def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) 
     )
 
 
+def _is_model(folder: Optional[str]) -> bool:
+    """Whether a key names a model's folder; find_problems has said it when it names something else."""
+    return folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
+
+
 def _plan_model(plan: Plan, arguments: Arguments) -> None:
     """Configuration, shapes, what trains, and whether the weights' headers fit."""
     from paddlemix.models.mgen_vl.configuration import MGenConfig
@@ -309,14 +315,14 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
 
     model = arguments.model
     folder = model.model_name_or_path
-    if folder is None or not os.path.isfile(os.path.join(folder, "config.json")):
-        return  # find_problems has said it
+    if not _is_model(folder):
+        return
     plan.config = plan.attempt(MGenConfig.from_pretrained, folder)
     if plan.config is None:
         return
     shapes = parameter_shapes(plan.config)
     plan.weights = _weights_line(plan, folder, shapes) or ""
-    if model.text_model_name_or_path is not None:
+    if _is_model(model.text_model_name_or_path):
         plan.attempt(check_text_model, plan.config, model.text_model_name_or_path)
     for problem in cut_problems(plan.config, plan.setting.tensor):
         plan.problem(problem)
@@ -332,11 +338,19 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
         plan.attempt(check_claims, adapters, trainable or ())
         if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
             plan.attempt(freeze.check_lora_path, model)
+            if trainable is not None and adapters:
+                beside = {name: shapes[name] for name in trainable}
+                plan.attempt(_check_lora_weights, model.lora_path, {**adapters, **beside})
     if trainable is None:
         trainable = []
     trained = set(trainable) | set(adapters)
     plan.trained = memory.Trained({**shapes, **adapters}, trainable + list(adapters))
     plan.counts = freeze.count_groups((name, shape, name in trained) for name, shape in plan.trained.shapes.items())
+
+
+def _check_lora_weights(folder: str, trained: memory.Shapes) -> None:
+    with open_lora_weights(folder, trained):
+        pass
 
 
 def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[str]:
@@ -345,15 +359,7 @@ def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[st
 
     try:
         with open_weights(folder) as reader:
-            wrong = [
-                f"{name} is {list(reader.info(name).shape) if name in reader else 'missing'}, not {list(shape)}"
-                for name, shape in shapes.items()
-                if name not in reader or tuple(reader.info(name).shape) != tuple(shape)
-            ]
-            wrong += [f"{name} is not the model's" for name in sorted(set(reader.keys()) - set(shapes))]
-            if wrong:
-                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                plan.problem(f"the weights in {folder} do not fit config.json: {'; '.join(wrong[:3])}{more}")
+            plan.attempt(check_weights, reader, shapes, folder)
             dtypes = Counter(reader.info(name).dtype for name in reader.keys())
             stored = ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())
             return f"{len(reader)} tensors in {len(reader.files)} files, {_size(reader.total_bytes)}, {stored}"
@@ -362,8 +368,22 @@ def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[st
     return None
 
 
+def _nearest(path: str) -> str:
+    """The path, or the folder nearest above it that there is."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def _plan_output(plan: Plan, arguments: Arguments) -> None:
     training = arguments.training
+    if training.output_dir is not None:
+        found = _nearest(training.output_dir)
+        if not os.path.isdir(found):
+            plan.problem(f"output_dir: {found} is a file")
+        elif not os.access(found, os.W_OK | os.X_OK):
+            plan.problem(f"output_dir: {found} cannot be written to")
     if not training.do_train or training.output_dir is None or not os.path.isdir(training.output_dir):
         return
     found = plan.attempt(
@@ -412,6 +432,10 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
             continue  # find_problems has said what is wrong with them
         if not entries:
             continue
+        for entry in entries:
+            # One that is missing is a problem already, and no reason to look at no record.
+            if entry["chat_template"] is not None and not os.path.isfile(entry["chat_template"]):
+                entry["chat_template"] = None
         dataset = plan.attempt(build_dataset, entries, tokenizer, None, arguments.data)
         if dataset is None:
             continue
@@ -451,6 +475,8 @@ def _plan_steps(plan: Plan, arguments: Arguments) -> None:
     plan.steps_per_epoch = max(batches // accumulation, 1)
     plan.left_over = max(count - plan.steps_per_epoch * plan.per_step, 0)
     plan.steps = training.max_steps if training.max_steps > 0 else int(plan.steps_per_epoch * training.num_train_epochs)
+    if plan.steps == 0:
+        plan.problem(TOO_FEW_EPOCHS.format(training.num_train_epochs))
     if plan.left_over:
         plan.notes.append(
             f"{count:,} {unit} are not a multiple of the {plan.per_step} of an optimizer step: each epoch leaves out "
@@ -542,10 +568,7 @@ def _plan_disk(plan: Plan, arguments: Arguments) -> None:
         # Old ones go when the new one is whole; the best one is kept besides.
         kept = min(plan.saves, training.save_total_limit + 1 + training.load_best_model_at_end)
     plan.disk_needed = kept * plan.checkpoint + final
-    folder = os.path.abspath(training.output_dir)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    plan.disk_free = shutil.disk_usage(folder).free
+    plan.disk_free = shutil.disk_usage(_nearest(training.output_dir)).free
     if plan.disk_needed > plan.disk_free:
         plan.problem(
             f"output_dir: {kept} checkpoints and the result take {_size(plan.disk_needed)}, the disk has "
