@@ -327,7 +327,9 @@ class FinetuneTrainer(Trainer):
         self.events.text("eval/captions", caption_table(found), step)
         if not self._images_shown and self.events.kinds:
             for one in found:
-                self.events.image("eval/" + one.id.replace("#", "_"), self.captions.thumbnail(one.id), step)
+                thumbnail = self.captions.thumbnail(one.id)
+                if thumbnail is not None:
+                    self.events.image("eval/" + one.id.replace("#", "_"), thumbnail, step)
         self._images_shown = True
 
     # ---- a step
