@@ -254,10 +254,11 @@ def make_plan(argv: Sequence[str], plan_for: Optional[str] = None) -> Plan:
     _plan_model(plan, arguments)
     _plan_output(plan, arguments)
     _plan_data(plan, arguments)
-    _plan_steps(plan, arguments)
-    _plan_resume(plan, arguments)
-    _plan_memory(plan, arguments)
-    _plan_disk(plan, arguments)
+    if arguments.training.do_train:
+        _plan_steps(plan, arguments)
+        _plan_resume(plan, arguments)
+        _plan_memory(plan, arguments)
+        _plan_disk(plan, arguments)
     return plan
 
 
@@ -548,7 +549,7 @@ def estimate(plan: Plan, **changes: Any) -> memory.Estimate:
 
 def _plan_disk(plan: Plan, arguments: Arguments) -> None:
     training = arguments.training
-    if plan.trained is None or training.output_dir is None or not training.do_train:
+    if plan.trained is None or training.output_dir is None:
         return
     # What changed alone, unless that is everything (tuned_model.save_tuned).
     shapes, saved = plan.trained.shapes, plan.trained.trainable
@@ -657,7 +658,8 @@ def render(plan: Plan) -> List[str]:
             f"{packs.filled:.1%} filled; {plan.data['train'].records / packs.count:.2f} samples in each, at most "
             f"{packs.most}"
         )
-    lines += ["", "==== steps", f"{plan.per_step:,} {unit} in an optimizer step"]
+    if plan.per_step:
+        lines += ["", "==== steps", f"{plan.per_step:,} {unit} in an optimizer step"]
     if plan.steps_per_epoch:
         epochs = plan.steps / plan.steps_per_epoch
         lines.append(f"{plan.steps_per_epoch:,} steps in an epoch; {plan.left_over:,} {unit} left out of each epoch")

@@ -232,6 +232,13 @@ def test_a_run_that_ends_before_its_first_step(words):
     assert plan.make_plan(words(**keys, max_steps=1)).problems == []
 
 
+def test_evaluation_alone_needs_no_step(words, world):
+    keys = {"do_train": False, "do_eval": True, "gradient_accumulation_steps": 99}
+    found = plan.make_plan(words(**keys, dataset={"eval": [{"data_files": world[1]}]}))
+    assert found.problems == [] and found.data["eval"].records == 12
+    assert not {"==== steps", "==== disk"} & set(plan.render(found))
+
+
 def test_a_tokenizer_of_another_model_is_a_problem(words, tmp_path, world):
     folder = tmp_path / "model"
     shutil.copytree(world[0], folder)
