@@ -671,12 +671,12 @@ def render(plan: Plan) -> List[str]:
         seen = "the longest sample seen" if plan.data.get("train") else "max_length, without data to look at"
         seen = seen if packs is None else "the fullest sequence"
         lines.append(
-            f"a batch of {plan.batch.rows} × {plan.batch.tokens:,} tokens ({seen}), {plan.batch.images} images, "
-            f"{plan.batch.labels:,} labelled positions"
+            f"a batch of {plan.batch.rows} × {plan.batch.tokens:,} tokens ({seen}); images: {plan.batch.images}, "
+            f"labelled positions: {plan.batch.labels:,}"
         )
         lines += memory_lines(plan)
     if plan.checkpoint:
-        lines += ["", "==== disk", f"checkpoint {_size(plan.checkpoint)}; {plan.saves:,} are written"]
+        lines += ["", "==== disk", f"checkpoints written: {plan.saves:,} of {_size(plan.checkpoint)} each"]
         lines.append(f"at most {_size(plan.disk_needed)} at once, {_size(plan.disk_free)} free")
     if plan.notes:
         lines += ["", "==== notes", *(f"- {note}" for note in plan.notes)]
