@@ -13,7 +13,7 @@ from paddlemix.inference.loading import find_model_folder, load_model
 from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
-from paddlemix.utils.cli import let_go
+from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -194,6 +194,7 @@ def show(text: str) -> None:
 
     The captions are in the file, so a job of hours goes on where nobody takes what it prints any more.
     """
+    text = harmless(text)
     try:
         if sys.stdout.isatty() and sys.stderr.isatty():
             from tqdm import tqdm

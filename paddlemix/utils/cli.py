@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from typing import IO, Callable, Optional
 
@@ -38,6 +39,15 @@ def let_go(stream: IO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """`text` with the characters that steer a terminal as escapes: what a model says may be a stranger's, too. Line
+    breaks and tabs stay."""
+    return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def run(main: Callable[[], Optional[int]]) -> int:

@@ -167,6 +167,14 @@ def test_names_that_do_not_travel(stand_in, submission, tmp_path):
         assert text in said(report, "names")
 
 
+def test_the_line_ends_of_windows(stand_in, submission):
+    run_sh = submission / "run.sh"
+    run_sh.write_bytes(run_sh.read_bytes().replace(b"\n", b"\r\n"))
+    report = check(submission)
+    assert report["names"].problems == ["run.sh has the line ends of Windows (CR LF): save it with LF alone"]
+    assert not report.passed and report["runs"].status == NOT_RUN
+
+
 def test_imports_and_requirements(stand_in, submission):
     stand_in("try:\n    import spare\nexcept ImportError:\n    pass\nif 0:\n    import torch\n    import absent.part")
     with open(submission / "requirements.txt", "a") as file:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from paddlemix.inference.prediction import show
 from paddlemix.utils import cli, errors
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -33,6 +34,13 @@ def test_names_of_strangers_do_not_steer_the_terminal(capsys):
     assert capsys.readouterr().err == "error: no file \\x1b[2J\\r\\n\\u2028\\udc80图\n"
     cli.run(fail(errors.UserError("a" * 10**6)))
     assert len(capsys.readouterr().err) < 5000
+
+
+def test_what_a_model_says_does_not_either(capsys):
+    assert cli.harmless("一\t二\n三\u3000é 😀") == "一\t二\n三\u3000é 😀"
+    assert cli.harmless("\r\x1b[2J\x7f\x9b\0") == r"\r\x1b[2J\x7f\x9b\x00"
+    show("a\x1b[2J")
+    assert capsys.readouterr().out == "a\\x1b[2J\n"
 
 
 def test_bad_usage_is_one_line(capsys):
