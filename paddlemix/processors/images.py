@@ -28,7 +28,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Decoded pixels cost up to 4 bytes each, and twice that while they become RGB and upright: 100 megapixels are 400 MB
-# in a worker, for a moment 900. Cameras make up to 60.
+# in a worker, for a moment 900; a WebP's 1.4 GB, as its decoder keeps two. Cameras make up to 60.
 MAX_PIXELS = 100_000_000
 # Pixels that are changed at a time, where that takes further copies of them.
 _BAND = 1 << 22
