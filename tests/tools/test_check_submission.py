@@ -400,6 +400,20 @@ def test_what_is_written_is_seen_without_modes(stand_in, monkeypatch):
     assert failed(report) == {"read_only"} and "it wrote src/cache.txt" in said(report, "read_only")
 
 
+def test_linked_weights_are_read_only_while_it_runs(stand_in, submission, monkeypatch):
+    weights = submission / WEIGHTS / "model_state.pdparams"
+    os.chmod(weights, 0o640)
+    os.link(weights, submission / WEIGHTS / "again.bin")
+    before = weights.read_bytes()
+    monkeypatch.setattr(trial, "_LINK_FROM", 1)
+    report = check(stand_in(f"open(sys.argv[3] + '/{weights.parent.name}/model_state.pdparams', 'r+b').write(b'!')"))
+    if os.geteuid() != 0 or trial._if_possible(trial._bind_root):
+        assert "runs" in failed(report) and "Permission denied" in said(report, "runs")
+        assert weights.read_bytes() == before
+    assert "read_only" in failed(report) or weights.read_bytes() == before
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o640
+
+
 def test_empty_captions_are_noted(stand_in):
     report = check(stand_in("lines = [name + '\\t\\n' for name in rows]"))
     assert report.passed and "4 captions are empty" in said(report, "lines")
