@@ -247,7 +247,7 @@ class _Verifiers:
 
 
 def _verified(stream: Iterable[Checked], verify: str, path: str, workers: int) -> Iterator[Checked]:
-    """The same rows in the same order, with the reason of those whose image cannot be used, as far as `verify` looks."""
+    """The same rows in the same order, with the reason of those whose image cannot be used, as far as verify looks."""
     verifiers = _Verifiers(verify, path, workers)
     waiting: Deque[Tuple[List[Checked], List[Tuple[int, int]], Optional[Future]]] = deque()
     batch: List[Checked] = []
