@@ -39,18 +39,19 @@ EXACT_UP_TO = 20_000
 _SIDE_FILES = 4 << 20
 _PAD_TO = 8
 
-# Memory in GiB and compute capability, for --plan_for.
-CARDS: Dict[str, Tuple[int, Tuple[int, int]]] = {
-    "V100-16GB": (16, (7, 0)),
-    "V100-32GB": (32, (7, 0)),
-    "T4-16GB": (16, (7, 5)),
-    "A10-24GB": (24, (8, 6)),
-    "RTX3090-24GB": (24, (8, 6)),
-    "RTX4090-24GB": (24, (8, 9)),
-    "L40S-48GB": (48, (8, 9)),
-    "A100-40GB": (40, (8, 0)),
-    "A100-80GB": (80, (8, 0)),
-    "H100-80GB": (80, (9, 0)),
+# Memory in GiB and compute capability, for --plan_for. The memory is what CUDA reports, not the name's: error
+# correction takes a sixteenth of a T4, A10 or L40S, and the driver keeps some of each.
+CARDS: Dict[str, Tuple[float, Tuple[int, int]]] = {
+    "V100-16GB": (15.78, (7, 0)),
+    "V100-32GB": (31.74, (7, 0)),
+    "T4-16GB": (14.58, (7, 5)),
+    "A10-24GB": (22.06, (8, 6)),
+    "RTX3090-24GB": (23.67, (8, 6)),
+    "RTX4090-24GB": (23.65, (8, 9)),
+    "L40S-48GB": (44.4, (8, 9)),
+    "A100-40GB": (39.5, (8, 0)),
+    "A100-80GB": (79.15, (8, 0)),
+    "H100-80GB": (79.1, (9, 0)),
 }
 # The first with bfloat16 (A100).
 _BF16_FROM = (8, 0)
@@ -79,7 +80,7 @@ def card(text: str) -> Machine:
         raise ConfigError(f"--plan_for: {text!r} is not [N x] one of {', '.join(CARDS)}")
     name = names[found.group(2).lower()]
     gibibytes, capability = CARDS[name]
-    return Machine("gpu", name, gibibytes << 30, capability, capability >= _BF16_FROM, int(found.group(1) or 1))
+    return Machine("gpu", name, int(gibibytes * 2**30), capability, capability >= _BF16_FROM, int(found.group(1) or 1))
 
 
 def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
