@@ -2,10 +2,10 @@
 saved.
 
 The Trainer is wrapped, not rewritten. What the subclass changes, and why:
-  order of samples   a permutation per epoch from the seed alone, so that a resumed run goes on where it
-  stood by index checkpoints        written under another name, sealed, renamed; read without executing
-  anything they hold optimizer          takes the parameters that train only; no decay on vectors (norms,
-  biases) log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
+  order of samples   a permutation per epoch from the seed alone: a resumed run goes on where it stood, by index
+  checkpoints        written under another name, sealed, renamed; read without executing anything they hold
+  optimizer          takes the parameters that train only; no decay on vectors (norms, biases)
+  log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
 Losses of accumulated batches are averaged batch by batch, as PaddleNLP does, not label by label.
 """
 
@@ -53,7 +53,7 @@ from paddlemix.trainer.arguments import (
     TrainingKeys,
     dataset_entries,
 )
-from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal
+from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
@@ -292,6 +292,16 @@ class FinetuneTrainer(Trainer):
             lengths=self.lengths,
         )
         return self.sampler
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
 
     # ---- evaluation
 
