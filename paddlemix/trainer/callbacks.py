@@ -50,6 +50,10 @@ class LogLines(TrainerCallback):
             logger.info(format_logs(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, however the training ended: what is said next stands below it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -68,8 +72,8 @@ def leave_sigterm_to_parent(number: int = 0) -> None:
 
     def end(signum, frame):
         if not _MINDED[0]:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            # A worker killed by a signal is an error to Paddle, also while the parent exits.
+            os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
 

@@ -234,7 +234,8 @@ class FinetuneTrainer(Trainer):
         self.add_callback(self.stop)
         self.add_callback(self.numerics)
         self.add_callback(_Bookkeeping(self))
-        self.callback_handler.callbacks.insert(0, LogLines())
+        self.lines = LogLines()
+        self.callback_handler.callbacks.insert(0, self.lines)
         self.events = EventFiles(self.args.logging_dir, self.args.report_to if self.is_world_process_zero() else [])
         self.add_callback(self.events)
 
@@ -554,6 +555,7 @@ class FinetuneTrainer(Trainer):
             ) from error
         finally:
             self.stop.disarm()
+            self.lines.close()
         best = self.state.best_model_checkpoint
         if self.load_best and best is not None:
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
