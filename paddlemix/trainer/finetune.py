@@ -586,6 +586,8 @@ class _Bookkeeping(TrainerCallback):
         return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # What was loaded before is no part of the first interval.
+        self.trainer._counted_since = time.time()
         # PaddleNLP 3 says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
