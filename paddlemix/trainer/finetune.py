@@ -259,7 +259,8 @@ class FinetuneTrainer(Trainer):
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
             logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
             logs["train_steps_per_second"] = round(rate, 4)
-        skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
+        datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+        (skipped,) = self._of_all_processes(sum(data.n_skipped for data in datasets))
         if skipped or "loss" in logs:
             logs["skipped_samples"] = skipped
         super().log(logs, **kwargs)
@@ -269,14 +270,18 @@ class FinetuneTrainer(Trainer):
 
     def _take_counts(self) -> Tuple[int, int]:
         """Tokens and samples trained on since the last call, by all processes."""
-        counts = paddle.to_tensor([int(self._tokens), int(self._samples)], dtype="int64")
-        if self.args.world_size > 1:
-            paddle.distributed.all_reduce(counts)
-        # Tensor-parallel processes work on the same samples.
-        copies = self.args.world_size // self.args.dataset_world_size
-        tokens, samples = (count // copies for count in counts.tolist())
+        tokens, samples = self._of_all_processes(self._tokens, self._samples)
         self._tokens, self._samples, self._samples_seen = 0, 0, self._samples_seen + samples
         return tokens, samples
+
+    def _of_all_processes(self, *counts) -> List[int]:
+        """Counts of samples, or in samples, added up. All processes must call this at the same point."""
+        summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
+        if self.args.world_size > 1:
+            paddle.distributed.all_reduce(summed)
+        # Tensor-parallel processes work on the same samples.
+        copies = self.args.world_size // self.args.dataset_world_size
+        return [count // copies for count in summed.tolist()]
 
     # ---- data
 
