@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from typing import Any, Iterator, List, Optional
@@ -22,8 +23,14 @@ class _Lines:
 
     def write(self, text: str) -> None:
         text = text.strip()
-        if text:
+        if not text:
+            return
+        try:
             self._file.write(text + "\n")
+        except OSError as error:
+            # The log's disk is full: what the program does may be on another.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def flush(self) -> None:
         self._file.flush()
