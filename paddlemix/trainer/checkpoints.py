@@ -134,6 +134,8 @@ def check_output(
 ) -> Tuple[Optional[str], List[str]]:
     """What a run begins with: (the checkpoint to resume from or None, files of a finished run to delete).
 
+    A finished run that goes on, to more steps, is an unfinished one from then on: its RESULT_NAME is to delete.
+
     resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder, which must be that
     one if there is any. Otherwise a folder with an unfinished run is refused, and the result of a finished one is
     replaced only with `overwrite`. Nothing is changed here.
@@ -143,7 +145,8 @@ def check_output(
     """
     if resume_from and read_seal(resume_from) is None:
         raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program")
-    last = last_whole(output_dir)
+    last, result = last_whole(output_dir), os.path.join(output_dir, RESULT_NAME)
+    finished = [result] if os.path.isfile(result) else []
     if resume_from:
         if last is not None and not os.path.samefile(last, resume_from):
             # Were both kept, the next --resume would take the newest, of whichever run.
@@ -151,10 +154,10 @@ def check_output(
                 f"{output_dir} holds {os.path.basename(last)} besides: --resume goes on with that; to go on from "
                 f"{resume_from}, set another output_dir, or delete the newer checkpoints"
             )
-        return resume_from, []
+        return resume_from, finished
     if resume and last is not None:
-        return last, []
-    if last is not None and not os.path.isfile(os.path.join(output_dir, RESULT_NAME)):
+        return last, finished
+    if last is not None and not finished:
         raise ConfigError(
             f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
             "with it, or delete the folder to begin anew"
@@ -181,4 +184,4 @@ def clear_output(output_dir: str, old: List[str]) -> None:
             os.unlink(path)
     if old:
         names = ", ".join(os.path.basename(path) for path in old)
-        logger.warning(f"overwrite_output_dir: deleted from {output_dir} the finished run's {names}")
+        logger.warning(f"deleted from {output_dir} the finished run's {names}")

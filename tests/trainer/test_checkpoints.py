@@ -122,6 +122,15 @@ def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
     assert checkpoints.read_seal(path) is not None
 
 
+def test_a_finished_run_that_went_on_is_unfinished_again(tmp_path):
+    path = make(tmp_path, 4)
+    (tmp_path / "train_results.json").write_text("x")
+    assert prepare(tmp_path, overwrite=True, resume=True) == path
+    with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
+        prepare(tmp_path, overwrite=True)
+    assert checkpoints.read_seal(path) is not None
+
+
 def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
     make(tmp_path, 4)
     for name in ("train_results.json", "lora_model_state.pdparams", "model_state-00001-of-00002.pdparams", "notes"):
