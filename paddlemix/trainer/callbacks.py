@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import signal
@@ -59,6 +61,8 @@ class LogLines(TrainerCallback):
             self._bar = None
 
 
+# Of <linux/prctl.h>: the signal that a process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
 # 1 while a training minds SIGTERM, seen by the processes forked from this one.
 _MINDED = mmap.mmap(-1, 1)
 
@@ -76,6 +80,9 @@ def leave_sigterm_to_parent(number: int = 0) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
+    # A parent that was killed leaves none behind: Paddle's own watch over it waits for an index without end.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # From the first moment on. Paddle gives a worker a handler of its own, so it calls this once more.

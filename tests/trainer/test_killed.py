@@ -87,6 +87,17 @@ def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start, workers):
     assert not (run.out / checkpoints.RESULT_NAME).exists()
 
 
+def test_a_killed_run_leaves_no_worker_behind(start):
+    run = start(max_steps=10**6, save_steps=1, dataloader_num_workers=1)
+    run.wait_for("checkpoint-2")
+    (loader,) = children(run.pid)
+    run.kill()
+    end = time.monotonic() + PATIENCE
+    while os.path.exists(f"/proc/{loader}/exe"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_worker_ends_by_sigterm_only_when_its_parent_minds_it_no_more(monkeypatch):
     minded = mmap.mmap(-1, 1)
     monkeypatch.setattr(callbacks, "_MINDED", minded)
