@@ -94,7 +94,7 @@ def main() -> int:
     if args.stream:
         print("response: ", end="", flush=True)
     response = conversation.ask(prompt, write_piece if args.stream else None)
-    print("" if args.stream else f"response: {' '.join(response.split())}")
+    print("" if args.stream else f"response: {cli.harmless(' '.join(response.split()))}")
     print("------------------")
     print("It took", time.time() - start, "seconds!")
     save_boxes(response, conversation.picture, args.boxes, folder)

@@ -45,7 +45,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=cli.positive, help="images at a time (default: by memory, up to 32)")
     add_model_options(parser)
-    parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT")
+    parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT, or a finished shard")
     parser.add_argument(
         "--shard",
         metavar="i/n",

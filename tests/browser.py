@@ -35,11 +35,14 @@ def find_browser() -> Optional[str]:
 
 
 class Browser:
-    """One page. `problems`: what its console said as warning or error, and exceptions nobody caught.
-    `requests`: the addresses it asked for."""
+    """One page. seconds: the longest wait for an answer, a load or a condition.
+
+    problems: what its console said as warning or error, and exceptions nobody caught. requests: the addresses it asked
+    for.
+    """
 
     def __init__(self, command: str, seconds: float = 120.0):
-        self.deadline = time.monotonic() + seconds
+        self.seconds = seconds
         self.problems: List[str] = []
         self.requests: List[str] = []
         self._events: List[Dict[str, Any]] = []
@@ -63,9 +66,12 @@ class Browser:
         for domain in ("Runtime", "Log", "Page", "Network"):
             self.call(f"{domain}.enable")
 
-    def _message(self) -> Dict[str, Any]:
+    def _deadline(self) -> float:
+        return time.monotonic() + self.seconds
+
+    def _message(self, deadline: float) -> Dict[str, Any]:
         while b"\0" not in self._unread:
-            left = self.deadline - time.monotonic()
+            left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._read], [], [], left)[0]:
                 raise TimeoutError("the browser does not answer")
             piece = os.read(self._read, 1 << 20)
@@ -94,8 +100,9 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+        deadline = self._deadline()
         while True:
-            answer = self._message()
+            answer = self._message(deadline)
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
@@ -106,8 +113,9 @@ class Browser:
         for address in ("about:blank", url):
             self._events.clear()
             self.call("Page.navigate", url=address)
+            deadline = self._deadline()
             while not any(event["method"] == "Page.loadEventFired" for event in self._events):
-                self._message()
+                self._message(deadline)
 
     def run(self, script: str) -> Any:
         """The value of a script's expression; of a promise, what it comes to."""
@@ -117,8 +125,9 @@ class Browser:
 
     def wait_for(self, script: str) -> None:
         """Wait until an expression is true."""
+        deadline = self._deadline()
         while not self.run(script):
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"never true: {script}")
             time.sleep(0.05)
 

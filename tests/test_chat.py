@@ -158,6 +158,20 @@ def test_boxes_of_an_answer_are_drawn(call, tmp_path, monkeypatch):
         assert drawn.getpixel((45, 200)) != original.convert("RGB").getpixel((45, 200))
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--interactive"], ["--interactive", "--stream"]])
+def test_an_answer_does_not_steer_the_terminal(call, flags, monkeypatch):
+    from paddlemix.models.mgen_vl import generation
+
+    monkeypatch.setattr(generation, "decode_response", lambda *args: "\x1b]0;title\x07杯\u3000子\x9b2J")
+    lines = iter(["what?", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    status, _, out, _ = call(*flags)
+    assert status == 0 and not set("\x1b\x07\x9b") & set(out)
+    # The blank between Chinese characters is none of these; a single answer's blanks become plain ones.
+    blank = "\u3000" if flags else " "
+    assert f"\\x1b]0;title\\x07杯{blank}子\\x9b2J\n" in out
+
+
 @pytest.fixture(scope="module")
 def server():
     """http://127.0.0.1:…/ gives an image; /hop redirects to it."""

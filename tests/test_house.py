@@ -118,6 +118,17 @@ def test_one_module_asks_for_versions():
             assert not found, f"{path}: {found.group()} belongs into paddlemix/utils/compat.py"
 
 
+def test_what_paddle26_leaves_out_imports_no_paddle():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    left_out = re.search(r"^NO_PADDLE := (.*)$", makefile, flags=re.MULTILINE).group(1).split()
+    for name in left_out:
+        files = house_files(f"{name}/*.py") if (ROOT / name).is_dir() else house_files(name)
+        assert files, f"Makefile: {name} is not there"
+        for path in files:
+            for module, line in imported_modules(parse(path)):
+                assert module.split(".")[0] not in ("paddle", "paddlenlp"), f"{path}:{line} imports {module}"
+
+
 def test_no_star_imports():
     for path in house_files("*.py"):
         for name, line in imported_modules(parse(path)):

@@ -372,6 +372,32 @@ def test_a_shard_goes_on_and_keeps_to_itself(call, tmp_path, monkeypatch):
     assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
 
 
+def test_a_whole_shard_is_not_answered_again(call, tmp_path, monkeypatch):
+    """paddle.distributed.launch starts every process again, also those that were done when another was killed."""
+    content = tsv(("a", image(1)), ("b", image(2)), ("c", "!"))
+    path = tmp_path / "out.tsv.shard-1-of-2"
+    load = prediction.load_model
+
+    def loads(*flags, content=content):
+        """Whether the command loads the model; the shard is whole and of that command then."""
+        loaded = []
+        monkeypatch.setattr(prediction, "load_model", lambda *given: loaded.append(given) or load(*given))
+        status, _, _, err = call(content, "--shard", "1/2", *flags)
+        assert status == 0 and ("is whole already" in err) == (not loaded)
+        return bool(loaded)
+
+    assert loads()
+    before = path.read_bytes()
+    assert not loads() and not loads("--batch_size", "1")
+    assert path.read_bytes() == before
+    assert loads("--restart") and loads("--max_new_tokens", "3") and loads()
+    assert loads(content=content + tsv(("d", image(3)))) and loads()
+    path.write_bytes(before.replace(b"a\t", b"x\t"))
+    assert loads() and path.read_bytes() == before
+    (tmp_path / "out.tsv.shard-1-of-2.run.json").write_text("{")
+    assert loads() and not loads()
+
+
 def test_shards_of_bad_rows(call, tmp_path, capfd):
     content = tsv(("a", "!"), ("b", image(1)), ("c", "!"), ("d", "!"))
     assert [call(content, "--shard", f"{i}/5")[0] for i in range(1, 6)] == [0] * 5
@@ -488,20 +514,44 @@ class Captioner:
 prediction.load_model = lambda *args: types.SimpleNamespace(
     model=None, tokenizer=None, image_processor=None, system="")
 prediction.Captioner = Captioner
-prediction.predict_file(*sys.argv[1:4])
+from paddlemix.utils import cli
+sys.exit(cli.run(lambda: prediction.predict_file(*sys.argv[1:4])))
 """
 
 
-def test_killed_again_and_again_at_random_moments(tmp_path, root):
-    """Without a model, so that only what is written counts; every kill leaves off somewhere else."""
+@pytest.fixture
+def child(tmp_path, root):
+    """Of CHILD on 900 rows, each seventh without an image: (command, arguments of Popen, what OUTPUT is to hold)."""
     chance = random.Random(20241123)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     rows = [(f"row {i}", f"{chance.getrandbits(64):016x}") if i % 7 else (f"row {i}",) for i in range(900)]
     (tmp_path / "in.tsv").write_bytes(tsv(*rows))
-    command = [sys.executable, "-c", CHILD, "in.tsv", "out.tsv", "weights"]
+    captions = [FALLBACK if len(row) == 1 else "一只" + row[1][:8] for row in rows]
+    expected = "".join(f"{row[0]}\t{caption}\n" for row, caption in zip(rows, captions))
     environment = dict(os.environ, PYTHONPATH=str(root), PYTHONIOENCODING="utf-8")
-    starts = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", CHILD, "in.tsv", "out.tsv", "weights"]
+    return command, {"cwd": tmp_path, "env": environment}, expected
+
+
+def test_a_reader_that_goes_away_ends_no_run(child, tmp_path):
+    command, starts, expected = child
+    done = subprocess.Popen(command, **starts, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.readline()
+    done.stdout.close()
+    # One warning, then that reader leaves too.
+    while b"not printed any more (Broken pipe)" not in done.stderr.readline():
+        assert done.poll() is None
+    done.stderr.close()
+    assert done.wait() == 0
+    assert (tmp_path / "out.tsv").read_text("utf-8") == expected
+
+
+def test_killed_again_and_again_at_random_moments(child, tmp_path):
+    """Without a model, so that only what is written counts; every kill leaves off somewhere else."""
+    command, starts, expected = child
+    chance = random.Random(20241123)
+    starts.update(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     done = []
     for _ in range(3):
         child = subprocess.Popen(command, **starts)
@@ -514,10 +564,8 @@ def test_killed_again_and_again_at_random_moments(tmp_path, root):
         done.append(journal.read_bytes().count(b"\n") - 1)
         # A kill falls between two writes; a power cut may leave any part of the last one.
         journal.write_bytes(journal.read_bytes()[: -chance.randint(0, 30) or None])
-    assert 0 < done[0] < done[1] < done[2] < len(rows)
+    assert 0 < done[0] < done[1] < done[2] < expected.count("\n")
     assert subprocess.run(command, **starts).returncode == 0
-    captions = [FALLBACK if len(row) == 1 else "一只" + row[1][:8] for row in rows]
-    expected = "".join(f"{row[0]}\t{caption}\n" for row, caption in zip(rows, captions))
     assert (tmp_path / "out.tsv").read_text("utf-8") == expected
     assert json.loads((tmp_path / "out.tsv.run.json").read_text())["notes"] == {"missing column": 129}
 

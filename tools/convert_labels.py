@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
-        help="processes of --verify decode (default: the number of cores)",
+        help="processes of --verify (default: the number of cores)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser.parse_args()

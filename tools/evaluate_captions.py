@@ -28,7 +28,7 @@ from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 # Columns of the table: name, value, interval.
-_WIDTHS = (28, 9, 19)
+_WIDTHS = (28, 11, 19)
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
@@ -70,6 +70,11 @@ def print_table(evaluation) -> None:
     """The measures of one file, or of two and their difference, with intervals."""
     from paddlemix.metrics.evaluation import MEASURES, RATES
 
+    def text(value: float, form: str) -> str:
+        """Without the sign of what is rounded to zero."""
+        shown = format(value, form)
+        return shown if float(shown.rstrip("%")) else format(0.0, form)
+
     columns = [("captions", evaluation.results.measures)]
     if evaluation.other:
         columns += [("other", evaluation.other.measures), ("difference", evaluation.difference)]
@@ -81,8 +86,8 @@ def print_table(evaluation) -> None:
             value, interval = measures[name]
             sign = "+" if title == "difference" else ""
             form = f"{sign}.2%" if name in RATES else f"{sign}.2f" if name == "tokens" else f"{sign}.4f"
-            line += format(value, form).rjust(value_width)
-            ends = [] if interval is None else [format(end, form) for end in interval]
+            line += text(value, form).rjust(value_width)
+            ends = [] if interval is None else [text(end, form) for end in interval]
             line += " … ".join(ends).rjust(interval_width)
         print(line)
     print("\n… not in references: cheap signals of hallucination, words of a list that no reference of the row has.")
@@ -100,8 +105,12 @@ def main() -> None:
         raise UserError("--images is for the page; give --html too")
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+    from paddlemix.datasets.tsv import check_input
     from paddlemix.metrics.evaluation import evaluate
 
+    if args.images:
+        # Now, not after minutes of scoring.
+        check_input(args.images)
     captions = read_captions(args.results)
     references = read_references(args.references)
     other = read_captions(args.compare) if args.compare else None

@@ -22,7 +22,7 @@ The platform wants OUT as an archive. Two ways, both without compression, which 
                    one at a time where a download of 20 GB breaks off. At home: unzip, check, put them back, zip again:
                      unzip submission.zip
                      (cd submission.weights && sha256sum -c SHA256SUMS)
-                     mv submission.weights/model_state* submission/weights/*/
+                     mv submission.weights/*model* submission/weights/*/
                      zip -0 -r submission.zip submission
 
 Then: python tools/check_submission.py OUT

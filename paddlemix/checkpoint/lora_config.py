@@ -7,6 +7,7 @@ import os
 from typing import Dict
 
 from paddlemix.checkpoint.json_files import read_json_object
+from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
 
 LORA_CONFIG_NAME = "lora_config.json"
@@ -29,9 +30,9 @@ def read_lora_config(folder: str) -> Dict:
     config = read_json_object(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise WeightsError(f"{path}: r must be a number above 0 without a fraction, not {rank!r}")
+        raise WeightsError(f"{path}: r must be a number above 0 without a fraction, not {printable(repr(rank))}")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise WeightsError(f"{path}: lora_alpha must be a number above 0, not {alpha!r}")
+        raise WeightsError(f"{path}: lora_alpha must be a number above 0, not {printable(repr(alpha))}")
     targets = config.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):

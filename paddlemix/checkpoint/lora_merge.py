@@ -72,6 +72,8 @@ _NOT_LANGUAGE = "visual."
 # About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call
 # is long enough that threads do not wait for each other (Python's lock).
 _ELEMENTS = 1 << 20
+# The largest float32, with room for rounding.
+_LARGEST = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _scaling(folder: str) -> Tuple[int, float]:
     stored = config.get("scaling")
     if stored is not None and stored != scaling:
         raise WeightsError(
-            f"{path}: scaling is {stored}, but lora_alpha / r is {scaling}; which one is right?"
+            f"{path}: scaling is {printable(str(stored))}, but lora_alpha / r is {scaling}; which one is right?"
         )
     return rank, scaling
 
@@ -298,6 +300,10 @@ def _adapted(base: WeightsReader, lora: WeightsReader, name: str, scaling: float
         a, b = (lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
+        # The most that an element can become. Beyond what float32 holds, weights would be infinite without a word.
+        largest = [float(max(part.max(), -part.min())) if part.size else 0.0 for part in (a, b)]
+        if max(1.0, scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
+            raise WeightsError(f"the adapter of {name}, times lora_alpha / r = {scaling:g}, is too large for float32")
         # In one piece: the last bits of a matmul depend on how it is cut.
         delta = a @ b
         weight, dtype = base.rows(name), base.info(name).dtype

@@ -99,8 +99,8 @@ class _Array(Buildable):
         for n in self.shape:
             size *= n
         if isinstance(self.data, _Encoded):
-            # UTF-8 of Latin-1 letters: one or two bytes each. The exact count is checked when it is decoded.
-            fits = self.data.text.length // 2 <= size <= self.data.text.length
+            # The exact count is checked when it is decoded.
+            fits = self.data.may_have(size)
         else:
             fits = isinstance(self.data, Blob) and self.data.length == size
         if not fits:
@@ -127,27 +127,37 @@ class _Array(Buildable):
 
 
 class _Encoded:
-    """_codecs.encode(text, "latin1"): how protocol 2 writes bytes."""
+    """_codecs.encode(text, "latin1"): how protocol 2 writes bytes.
+
+    It is not encoded before somebody asks: a file may ask for the same text a million times.
+    """
 
     def __init__(self, text: Any, encoding: Any):
         if encoding != "latin1" or not isinstance(text, (str, LazyText)):
             raise WeightsError("refused: text in an encoding other than latin1")
-        if isinstance(text, str):
-            # Short ones are at hand already.
-            self.short: Optional[bytes] = text.encode("latin1")
-            self.text = Blob(0, len(text.encode("utf-8")))
-        else:
-            self.short = None
-            self.text = text
+        self.text = text
+
+    @property
+    def most(self) -> int:
+        """Bytes that it can have at most; a short text's exactly."""
+        return len(self.text) if isinstance(self.text, str) else self.text.length
+
+    def may_have(self, size: int) -> bool:
+        """Whether it can have `size` bytes: UTF-8 takes one or two for a letter of Latin-1."""
+        if isinstance(self.text, str):
+            return size == len(self.text)
+        return self.text.length // 2 <= size <= self.text.length
 
     def decode(self, file: MappedFile) -> bytes:
-        if self.short is not None:
-            return self.short
-        start = self.text.offset
+        place = ""
         try:
+            if isinstance(self.text, str):
+                return self.text.encode("latin1")
+            start = self.text.offset
+            place = f" at byte {start}"
             return str(file.view[start : start + self.text.length], "utf-8").encode("latin1")
         except UnicodeError:
-            raise WeightsError(f"{file.path} is broken (an array's text at byte {start})") from None
+            raise WeightsError(f"{file.path} is broken (an array's text{place})") from None
 
 
 # The name numpy.ndarray, which a file only hands to _reconstruct.
@@ -302,7 +312,7 @@ def load_pdparams_object(path: str) -> Any:
         if id(value) in made:
             return made[id(value)]
         if isinstance(value, (_Array, _Encoded)):
-            promised += value.nbytes if isinstance(value, _Array) else value.text.length
+            promised += value.nbytes if isinstance(value, _Array) else value.most
             check_total(promised, file.size, file.path)
         if isinstance(value, _Array):
             done: Any = value.load(file)

@@ -6,8 +6,8 @@ the reading before anything happens. Byte strings are not copied: they become (o
 file, so that opening a 10 GB file costs its opcodes only.
 
 Known limits, beyond which a file is refused: MAX_OPCODES instructions, containers nested deeper than
-Python's recursion limit, integers over 64 bytes, dictionary keys other than strings and integers, and a key
-given twice.
+Python's recursion limit, integers over 64 bytes, dictionary keys other than strings and integers below
+MAX_KEY, and a key given twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from paddlemix.utils.errors import WeightsError
 
 # A 7B checkpoint has about 30,000, the state of its optimizer some 100,000.
 MAX_OPCODES = 5_000_000
+# Python hashes a text with a secret, but an integer by its value: a dictionary of larger ones, chosen so that they
+# collide, takes time with the square of their number (60,000 of them took minutes).
+MAX_KEY = 1 << 16
 # Longer strings are not made until somebody asks (numpy data of pickle protocol 2 is a string).
 _LAZY_TEXT = 1 << 16
 
@@ -259,6 +262,8 @@ class Unpickler:
             # Other keys could be made to hash for hours (tuples of tuples of tuples).
             if type(key) not in (str, int):
                 raise WeightsError("refused: a dictionary key that is neither a string nor an integer")
+            if type(key) is int and not -MAX_KEY < key < MAX_KEY:
+                raise WeightsError(f"refused: a dictionary key that is a number beyond {MAX_KEY:,}")
             if key in target:
                 raise WeightsError(f"the key {printable(str(key))} stands in it twice")
             target[key] = value

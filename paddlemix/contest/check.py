@@ -146,9 +146,14 @@ def _names(folder: str, found: _Findings) -> None:
         models = [name for name in sorted(os.listdir(weights)) if os.path.isdir(os.path.join(weights, name))]
         if len(models) != 1:
             found.problems.append(f"{WEIGHTS}/ must hold one model folder, and has {_some(models) or 'none'}")
-    if os.path.isfile(os.path.join(folder, RUN_SH)):
-        done = subprocess.run(["sh", "-n", os.path.join(folder, RUN_SH)], capture_output=True, text=True)
-        if done.returncode:
+    script = os.path.join(folder, RUN_SH)
+    if os.path.isfile(script):
+        with open(script, "rb") as file:
+            windows = b"\r\n" in file.read()
+        done = subprocess.run(["sh", "-n", script], capture_output=True, text=True)
+        if windows:
+            found.problems.append("run.sh has the line ends of Windows (CR LF): save it with LF alone")
+        elif done.returncode:
             found.problems.append(f"sh cannot read run.sh: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     more = sorted(set(os.listdir(folder)) - {*NAMES, README})
     if more:

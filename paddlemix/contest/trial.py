@@ -18,6 +18,7 @@ import shutil
 import signal
 import site
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -168,6 +169,7 @@ class Place:
         self._shut = _if_possible(_shut_sockets)
         self._bind = _if_possible(_bind_root) if os.geteuid() == 0 else None
         self._before: Dict[str, Tuple[int, int]] = {}
+        self._modes: Dict[Tuple[int, int], Tuple[str, int]] = {}
 
     @property
     def how_offline(self) -> str:
@@ -196,16 +198,27 @@ class Place:
         return dict(kept, PATH=path, HOME=self._home, PYTHONPATH=self._hook, PYTHONUSERBASE=site.getuserbase())
 
     def freeze(self) -> None:
-        """Make the copy read-only, and remember it. Linked weights keep their mode, which is the original's."""
+        """Make the copy read-only, and remember it. Linked weights are so, too, until `thaw`: their mode is the
+        original's, and what opens them to write would fail on the platform, and spoil the original here."""
         self._before = self._state()
         for parent, _, names in os.walk(self.submission, topdown=False):
             for name in names:
                 path = os.path.join(parent, name)
-                if os.stat(path).st_nlink == 1 and not os.path.islink(path):
+                found = os.stat(path)
+                if os.path.islink(path):
+                    continue
+                # A linked file may be another user's, who alone can change its mode.
+                with contextlib.suppress(PermissionError):
                     os.chmod(path, 0o444)
+                    # One file may have two names here; only the first still sees its mode.
+                    if found.st_nlink > 1:
+                        self._modes.setdefault((found.st_dev, found.st_ino), (path, stat.S_IMODE(found.st_mode)))
             os.chmod(parent, 0o555)
 
     def thaw(self) -> None:
+        for path, mode in self._modes.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(path, mode)
         for parent, folders, _ in os.walk(self.submission):
             os.chmod(parent, 0o755)
             for name in folders:

@@ -57,7 +57,7 @@ _SYNC_BYTES = 128 << 20
 _WRITE_PIECES = 1000
 _PROGRESS_BYTES = 8 << 20
 _VERIFY_BATCH = 16
-# Rows whose images are being decoded; their lines stay in memory until they are written.
+# Rows whose images are being looked at; their lines stay in memory until they are written.
 _HELD_BYTES = 64 << 20
 
 
@@ -156,7 +156,7 @@ class Checked(NamedTuple):
 
 
 def check_row(row: TsvRow, options: Options) -> Checked:
-    """All checks that need this row alone, but for decoding its image.
+    """All checks that need this row alone, but for looking at its image.
 
     The image of the result is plain base64 when options.images is "inline", and the row's own text otherwise.
     """
@@ -180,22 +180,32 @@ def check_row(row: TsvRow, options: Options) -> Checked:
         return Checked(row, b"", "", TOO_SHORT)
     if options.max_chars and len(caption) > options.max_chars:
         return Checked(row, b"", "", TOO_LONG)
-    reason = header_problem(bytes(image)) if options.verify == "header" else None
-    return Checked(row, image, caption, reason)
+    return Checked(row, image, caption, None)
 
 
-def _decode_task(path: str, places: List[Tuple[int, int]]) -> List[Optional[str]]:
+def _verify_task(verify: str, path: str, places: List[Tuple[int, int]]) -> List[Optional[str]]:
     """In a worker: the problems of the images whose base64 stands at (offset, length) in the TSV."""
     with open(path, "rb") as file:
-        return [decode_problem(os.pread(file.fileno(), length, offset)) for offset, length in places]
+
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(file.fileno(), length, offset)
+
+        if verify == "decode":
+            return [decode_problem(read(*place)) for place in places]
+        enough = _HEADER_BASE64_BYTES[-1]
+        heads = [header_problem(read(offset, min(length, enough))) for offset, length in places]
+        return [
+            header_problem(read(*place)) if problem and place[1] > enough else problem
+            for problem, place in zip(heads, places)
+        ]
 
 
-class _Decoders:
-    """Worker processes that decode images. A worker that dies (a decoder's crash, out of memory) is replaced, and
+class _Verifiers:
+    """Worker processes that look at images. A worker that dies (a decoder's crash, out of memory) is replaced, and
     the images it had are tried again one by one, so that the one to blame is found."""
 
-    def __init__(self, path: str, workers: int):
-        self._path = path
+    def __init__(self, verify: str, path: str, workers: int):
+        self._task = (_verify_task, verify, path)
         self._workers = workers
         self._start()
 
@@ -208,7 +218,7 @@ class _Decoders:
 
     def submit(self, places: List[Tuple[int, int]]) -> Optional[Future]:
         try:
-            return self._pool.submit(_decode_task, self._path, places)
+            return self._pool.submit(*self._task, places)
         except BrokenProcessPool:
             return None  # result() tries again
 
@@ -222,7 +232,7 @@ class _Decoders:
         for place in places:
             for attempt in (1, 2):
                 try:
-                    problems += self._pool.submit(_decode_task, self._path, [place]).result()
+                    problems += self._pool.submit(*self._task, [place]).result()
                     break
                 except BrokenProcessPool:
                     # The pool may have broken before this image: it is to blame only when it is alone in a new one.
@@ -236,22 +246,22 @@ class _Decoders:
         self._pool.shutdown()
 
 
-def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
-    """The same rows in the same order, with the reason of those whose image cannot be decoded."""
-    decoders = _Decoders(path, workers)
+def _verified(stream: Iterable[Checked], verify: str, path: str, workers: int) -> Iterator[Checked]:
+    """The same rows in the same order, with the reason of those whose image cannot be used, as far as verify looks."""
+    verifiers = _Verifiers(verify, path, workers)
     waiting: Deque[Tuple[List[Checked], List[Tuple[int, int]], Optional[Future]]] = deque()
     batch: List[Checked] = []
     held = 0
 
     def submit() -> None:
         places = [(item.row.image_offset, item.row.image_length) for item in batch if item.reason is None]
-        waiting.append((list(batch), places, decoders.submit(places)))
+        waiting.append((list(batch), places, verifiers.submit(places)))
         batch.clear()
 
     def finish() -> Iterator[Checked]:
         nonlocal held
         items, places, future = waiting.popleft()
-        problems = iter(decoders.result(future, places))
+        problems = iter(verifiers.result(future, places))
         for item in items:
             held -= item.row.image_length
             yield item if item.reason else item._replace(reason=next(problems))
@@ -268,7 +278,7 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
         while waiting:
             yield from finish()
     finally:
-        decoders.close()
+        verifiers.close()
 
 
 # --- writing ---
@@ -424,8 +434,8 @@ def _convert(
 ) -> Tuple[int, int]:
     """The counts of training and validation records. Nothing is kept when it raises."""
     stream: Iterable[Checked] = (check_row(row, options) for row in read_rows(path, want_caption=True))
-    if options.verify == "decode":
-        stream = _decode_checked(stream, path, options.workers)
+    if options.verify != "none":
+        stream = _verified(stream, options.verify, path, options.workers)
     encode_text = json.JSONEncoder(ensure_ascii=False).encode
     middle = f', "conversations": [[{encode_text(options.prompt)}, '
     relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out_dir)).replace(os.sep, "/")

@@ -10,6 +10,7 @@ import os
 import re
 from typing import List, NamedTuple, Optional, Tuple
 
+from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
@@ -77,7 +78,8 @@ def find_font(folder: str, size: int):
     debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
     for path in own + debian:
         try:
-            if os.path.getsize(path) <= _MAX_FONT_BYTES:
+            # No pipe, which would be waited for.
+            if os.path.isfile(path) and os.path.getsize(path) <= _MAX_FONT_BYTES:
                 return ImageFont.truetype(path, size)
         except (OSError, ValueError) as error:
             logger.warning("the font %s cannot be used: %s", path, error)
@@ -124,12 +126,13 @@ def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
     if font is None:
         unnamed = [f"{i} is {box.label}" for i, box in enumerate(boxes, 1) if not box.label.isascii()]
         if unnamed:
-            logger.warning("no font with Chinese characters (apt install fonts-noto-cjk): %s", ", ".join(unnamed))
+            names = harmless(", ".join(unnamed))
+            logger.warning("no font with Chinese characters (apt install fonts-noto-cjk): %s", names)
     try:
         with atomic_write(path, "wb") as file:
             draw_boxes(image, boxes, font).save(file, FORMATS[os.path.splitext(path)[1].lower()])
-    except OSError as error:
-        logger.warning("the boxes could not be written to %s: %s", path, error.strerror or error)
+    except (OSError, ValueError) as error:  # the latter for a picture that is too large for its format
+        logger.warning("the boxes could not be written to %s: %s", path, getattr(error, "strerror", None) or error)
     else:
         logger.info("%d boxes drawn in %s", len(boxes), path)
     return len(boxes)

@@ -107,9 +107,13 @@ def free_memory(device: str) -> int:
     return max(0, available // 2)
 
 
+# Paddle's own allocator raises a MemoryError; what CUDA and its libraries say comes as an OSError.
+OUT_OF_MEMORY_TYPES = (MemoryError, OSError, RuntimeError, SystemError)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Paddle or Python ran out of memory; Paddle says so in an error's text only."""
-    signs = ("out of memory", "resourceexhausted", "bad_alloc")
+    """Whether Paddle or Python ran out of memory; but for MemoryError, an error's text alone says so."""
+    signs = ("out of memory", "resourceexhausted", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
@@ -227,7 +231,7 @@ class Captioner:
                 decode_strategy="greedy_search",
                 eos_token_id=self.stop_ids,
             )
-        except (MemoryError, RuntimeError, SystemError) as error:
+        except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise
             if len(samples) == 1:

@@ -10,8 +10,9 @@ import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from paddlemix.inference.boxes import save_boxes
-from paddlemix.inference.captioner import is_out_of_memory
+from paddlemix.inference.captioner import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from paddlemix.inference.loading import Loaded
+from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import JobFailed, UserError
 
 _TAGS = ("<img>", "</img>", "<imgpad>")
@@ -88,7 +89,7 @@ class Conversation:
             answer, history = model.chat(
                 tokenizer, query, history=self.history, image_features=features, system=self.loaded.system, **options
             )
-        except (MemoryError, RuntimeError, SystemError) as error:
+        except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise
             raise JobFailed("out of memory; /reset, fewer images or --max_new_tokens need less") from error
@@ -106,7 +107,7 @@ class Conversation:
 
 def write_piece(piece: str) -> None:
     """Print a piece of an answer at once."""
-    print(piece, end="", flush=True)
+    print(harmless(piece), end="", flush=True)
 
 
 def numbered(path: str, number: int) -> str:
@@ -168,7 +169,7 @@ def converse(
                 raise UserError(f"no command {command}; /help lists them")
             elif line:
                 answer = conversation.ask(line, write_piece if stream else None)
-                print("" if stream else answer)
+                print("" if stream else harmless(answer))
                 if save_boxes(answer, conversation.picture, numbered(boxes, drawn + 1), folder):
                     drawn += 1
         except KeyboardInterrupt:

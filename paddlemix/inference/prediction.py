@@ -11,8 +11,9 @@ from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
 from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
-from paddlemix.inference.shards import Shard
+from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
+from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -77,7 +78,8 @@ def predict_file(
     other arguments see predict.py --help; for how a run is resumed, results.py.
 
     shard: answer that share of the rows only, into a file of its own (shards.py); one of several processes that
-    paddle.distributed.launch started takes the share of its rank. A share may lack a single good row without that
+    paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
+    settings, stays as it is. A share may lack a single good row without that
     being an error; the whole may not, which merge_shards' caller sees.
 
     Raises:
@@ -113,6 +115,10 @@ def predict_file(
     }
     if shard is not None:
         run["shard"] = shard._asdict()
+        # paddle.distributed.launch starts all processes again when one of them was killed.
+        if not restart and is_whole(shard, output, run):
+            logger.info("%s is whole already and stays as it is; --restart answers its rows anew", output)
+            return
     share = shard or Shard(1, 1)
 
     def repaired(caption: str) -> str:
@@ -135,11 +141,11 @@ def predict_file(
                 batch_size=batch_size,
             )
             logger.info("%d images at a time, decoded by %d threads", captioner.batch_size, captioner.workers)
-        print("------predicting starts------", flush=True)
+        show("------predicting starts------")
         if captioner is not None:
             _caption_rows(captioner, first, rows, results, repaired, fallback, share.share(facts.lines))
         results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
-        print("------predicting finished-----", flush=True)
+        show("------predicting finished-----")
 
     if rows.count == 0:
         logger.warning("%s holds no rows, so %s holds no lines", input, output)
@@ -184,10 +190,18 @@ def _caption_rows(
 
 
 def show(text: str) -> None:
-    """Print a line beside the progress bar on stderr; on a terminal the bar moves out of its way."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        from tqdm import tqdm
+    """Print a line beside the progress bar on stderr; on a terminal the bar moves out of its way.
 
-        tqdm.write(text, file=sys.stdout)
-    else:
-        print(text, flush=True)
+    The captions are in the file, so a job of hours goes on where nobody takes what it prints any more.
+    """
+    text = harmless(text)
+    try:
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+    except OSError as error:
+        logger.warning("captions are not printed any more (%s), only written", error.strerror)
+        let_go(sys.stdout)

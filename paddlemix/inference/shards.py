@@ -56,6 +56,18 @@ class Shard(NamedTuple):
         return (rows - self.index + self.of) // self.of
 
 
+def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
+    """Whether a shard stands at `path`: finished, as it was written, and of this run (as ResultsWriter takes it)."""
+    if os.path.exists(path + PARTIAL) or not os.path.isfile(path):
+        return False
+    try:
+        there = _read_sidecar(shard, path)
+    except UserError:
+        return False
+    same = all(there.get(key) == value for key, value in run.items())
+    return same and file_facts(path).sha256 == there["output"].get("sha256")
+
+
 def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as one run over all rows writes them.
 

@@ -21,11 +21,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from paddlemix.utils.errors import UserError
+from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.progress import Progress
 
 # A run of Latin letters and digits (a decimal point inside a number belongs to it), or any other single
@@ -165,6 +167,7 @@ class CaptionScorer:
 
         Raises:
             UserError: the ids are not those of the references.
+            JobFailed: a worker was killed.
         """
         check_ids(candidates, dict.fromkeys(self.ids))
         with Progress(len(self.ids), desc, disable=self.quiet) as bar:
@@ -194,8 +197,13 @@ class CaptionScorer:
         # Forked children have the counts without a copy.
         global _COUNTED
         _COUNTED = self._counted
-        with multiprocessing.get_context("fork").Pool(self.workers) as pool:
-            yield from pool.imap(_score_rows, chunks)
+        # A Pool would wait for ever for a process that was killed.
+        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork")) as pool:
+            try:
+                yield from pool.map(_score_rows, chunks)
+            except BrokenProcessPool:
+                why = "a process that scores was killed, mostly for want of memory; fewer --workers need less"
+                raise JobFailed(why) from None
 
 
 # The counts that _score_rows uses in a worker.

@@ -7,11 +7,15 @@ saved with them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+from paddlemix.checkpoint import LORA_WEIGHTS_NAME, WeightsReader, open_weights
 from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.checkpoint.shards import inside
+from paddlemix.models.mgen_vl.parameters import check_weights
 from paddlemix.utils.errors import ConfigError, WeightsError
 
 
@@ -21,18 +25,21 @@ def adapted_modules(names: Sequence[str], target_modules: Sequence[str]) -> List
     names: parameter names of the model; a module is one that has a `.weight`.
 
     Raises:
-        ConfigError: an expression is broken or matches no module.
+        ConfigError: expressions are broken or match no module (each is named).
     """
     modules = [name[: -len(".weight")] for name in names if name.endswith(".weight")]
-    chosen = set()
+    chosen, problems = set(), []
     for pattern in target_modules:
         try:
             matches = [module for module in modules if re.fullmatch(pattern, module)]
         except re.error as error:
-            raise ConfigError(f'lora_target_modules: "{pattern}" is no regular expression ({error})') from None
+            problems.append(f'lora_target_modules: "{pattern}" is no regular expression ({error})')
+            continue
         if not matches:
-            raise ConfigError(f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})')
+            problems.append(f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})')
         chosen.update(matches)
+    if problems:
+        raise ConfigError("; ".join(problems))
     return [module for module in modules if module in chosen]
 
 
@@ -43,7 +50,8 @@ def adapter_shapes(
     found = {}
     for module in adapted_modules(list(shapes), target_modules):
         weight = shapes[module + ".weight"]
-        if len(weight) != 2:
+        # The one matrix that is no Linear layer's.
+        if len(weight) != 2 or module.endswith(".wte"):
             raise ConfigError(f"lora_target_modules: {module} is no Linear layer (its weight is {list(weight)})")
         found[module + ".lora_A"] = (weight[0], rank)
         found[module + ".lora_B"] = (rank, weight[1])
@@ -103,34 +111,31 @@ def apply_lora(
     return MGenLoRAModel(model, config)
 
 
-def load_lora_weights(lora_model, folder: str) -> None:
-    """Set the adapters, and what trained beside them, of a LoRAModel from a LoRA folder, without executing
-    anything.
+@contextlib.contextmanager
+def open_lora_weights(folder: str, trained: Dict[str, Tuple[int, ...]]) -> Iterator[WeightsReader]:
+    """The weights of a LoRA folder, which must be of these names and shapes: adapters and what trained beside them.
 
     Raises:
-        WeightsError: the file's keys or shapes are not this model's; the message lists them.
+        WeightsError: there are none, or others; the message lists them.
     """
-    from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
-    from paddlemix.checkpoint.shards import inside
-
-    model = lora_model.model
-    shapes = model.whole_shapes()
-    expected = {name for name, tensor in model.state_dict().items() if not tensor.stop_gradient}
     path = inside(folder, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
     with open_weights(path) as reader:
-        stored = set(reader.keys())
-        problems = []
-        for kind, names in (("missing", sorted(expected - stored)), ("unexpected", sorted(stored - expected))):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                problems.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
-        for name in sorted(expected & stored):
-            if tuple(reader.info(name).shape) != shapes[name]:
-                problems.append(f"{name} is {list(reader.info(name).shape)}, not {list(shapes[name])}")
-        if problems:
-            raise WeightsError(f"{path} does not fit the model: " + "; ".join(problems))
+        check_weights(reader, trained, path)
+        yield reader
+
+
+def load_lora_weights(lora_model, folder: str) -> None:
+    """Set the adapters, and what trained beside them, of a LoRAModel from a LoRA folder, without executing anything.
+
+    Raises:
+        WeightsError: as open_lora_weights.
+    """
+    model = lora_model.model
+    shapes = model.whole_shapes()
+    expected = {name for name, tensor in model.state_dict().items() if not tensor.stop_gradient}
+    with open_lora_weights(folder, {name: shapes[name] for name in expected}) as reader:
         model.fill(reader, expected)
 
 

@@ -16,7 +16,7 @@ import re
 import struct
 import threading
 import warnings
-from typing import Tuple, Union
+from typing import Iterator, Tuple, Union
 
 import numpy as np
 
@@ -27,8 +27,11 @@ from paddlemix.utils.errors import ImageError
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Decoded pixels cost up to 4 bytes each: 100 megapixels are 400 MB in a worker. Cameras make up to 60.
+# Decoded pixels cost up to 4 bytes each, and twice that while they become RGB and upright: 100 megapixels are 400 MB
+# in a worker, for a moment 900; a WebP's 1.4 GB, as its decoder keeps two. Cameras make up to 60.
 MAX_PIXELS = 100_000_000
+# Pixels that are changed at a time, where that takes further copies of them.
+_BAND = 1 << 22
 # Bytes of an encoded image; a JPEG at the pixel cap needs less.
 MAX_BYTES = 64 << 20
 URL_TIMEOUT_SECONDS = 20
@@ -82,7 +85,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS):
     _check_size(webp_size(data), max_pixels)
     plain = bounded(data)
     if plain is None:
-        raise ImageError("broken image", "the fields of the TIFF promise more than the file holds")
+        raise ImageError("broken image", "the TIFF promises more than the file holds")
     try:
         with _PILLOW_LOCK, warnings.catch_warnings():
             # Pillow's own bomb warning comes at a size of its choice; ours follows.
@@ -215,23 +218,45 @@ def _upright_rgb(image):
         # 16 bits per pixel: the high byte is the 8-bit picture. Pillow's own conversion cuts at 255.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        image = Image.fromarray(_to_bytes(np.asarray(image)))
+        image = _grey(image)
     elif see_through:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(ground, image).convert("RGB")
+        image = _over_white(image)
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image.transpose(getattr(Image, turn)) if turn else image
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
+def _bands(image) -> Iterator[Tuple[Tuple[int, int], object]]:
+    """((left, top), part) of an image, some rows at a time."""
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield (0, top), image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _over_white(image):
+    """A picture with transparency as RGB over white."""
+    from PIL import Image
+
+    result = Image.new("RGB", image.size)
+    for place, part in _bands(image):
+        ground = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(ground, part.convert("RGBA")).convert("RGB"), place)
+    return result
+
+
+def _grey(image):
     """Grey values of 32 bits, whose white is not said in the file: the nearest of 1 (floats), 255 and 65535 above."""
-    top = values.max(initial=0, where=np.isfinite(values))
-    white = 1 if values.dtype.kind == "f" and top <= 1 else 255 if top <= 255 else 65535
-    values = np.nan_to_num(values.astype(np.float32, copy=False), nan=0.0).clip(0, white)
-    values *= 255.0 / white
-    return values.round().astype(np.uint8)
+    from PIL import Image
+
+    parts = (np.asarray(part) for _, part in _bands(image))
+    top = max(part.max(initial=0, where=np.isfinite(part)) for part in parts)
+    white = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 else 65535
+    result = Image.new("L", image.size)
+    for place, part in _bands(image):
+        values = np.nan_to_num(np.asarray(part, np.float32), nan=0.0).clip(0, white)
+        values *= 255.0 / white
+        result.paste(Image.fromarray(values.round().astype(np.uint8)), place)
+    return result
 
 
 class MGenVLImageProcessor:

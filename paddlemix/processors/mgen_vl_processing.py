@@ -24,6 +24,8 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"
 CHAT_TEMPLATE_NAME = "chat_template.json"
 IGNORE_INDEX = -100
+# Letters of a template's texts. They come in front of every answer, and a window holds 6144 tokens.
+_MAX_TEMPLATE = 1 << 14
 
 _USER = "<|im_start|>user\n{{user}}<|im_end|>\n"
 _ASSISTANT = "<|im_start|>assistant\n{{bot}}<|im_end|>\n"
@@ -46,13 +48,14 @@ class ChatTemplate(NamedTuple):
         """Read a chat_template.json.
 
         Raises:
-            ConfigError: missing, not JSON, or not two templates with {{user}} and {{bot}} once each.
+            ConfigError: missing, not JSON, not two templates with {{user}} and {{bot}} once each, or longer texts than
+                any model's window.
         """
         values = read_config_object(path)
         conversation = values.get("conversation")
         if not isinstance(conversation, list) or len(conversation) != 2:
             raise ConfigError(f"{path}: \"conversation\" must hold two templates, the user's and the assistant's")
-        parts = []
+        parts: List[Tuple[str, ...]] = []
         for template, slot in zip(conversation, ("{{user}}", "{{bot}}")):
             if not isinstance(template, str) or template.count(slot) != 1:
                 raise ConfigError(f"{path}: each template is a text with {slot} in it once, not {template!r}")
@@ -60,6 +63,8 @@ class ChatTemplate(NamedTuple):
         system = values.get("system", DEFAULT_SYSTEM)
         if not isinstance(system, str):
             raise ConfigError(f'{path}: "system" must be a text')
+        if sum(map(len, (system, *parts[0], *parts[1]))) > _MAX_TEMPLATE:
+            raise ConfigError(f"{path}: the texts have more than {_MAX_TEMPLATE:,} letters together")
         return cls(parts[0], parts[1], system)
 
     def save(self, folder: str) -> None:

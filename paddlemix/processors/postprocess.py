@@ -33,7 +33,8 @@ _AFTER_ECHO = " :：,，。.、;；!！?？-"
 # A repeat is the fault of a loop, not a turn of phrase, from this length of a clause on, or at once behind the first.
 _CLAUSE_LENGTH = 4
 # 非常非常非常, 大大大大: a unit with a Han character in it, so that no price loses its noughts.
-_STUTTER = re.compile(rf"((?=[^\n]{{0,19}}?[{_HAN}])[^\n]{{2,20}}?)\1{{2,}}|([{_HAN}])\2{{3,}}")
+_UNIT = rf"(?:[{_HAN}][^\n]|[^{_HAN}\n]{{1,19}}[{_HAN}])[^\n]{{0,18}}?"
+_STUTTER = re.compile(rf"({_UNIT})\1{{2,}}|([{_HAN}])\2{{3,}}")
 
 _TO_WIDE = {",": "，", ";": "；", ":": "：", "!": "！", "?": "？", ".": "。"}
 _MARK_RUN = re.compile(r" *[,;:!?.](?: *[,;:!?.])* *")

@@ -1,9 +1,8 @@
 """The keys of a finetuning run: every name, type, default and meaning, and the strict reading of them.
 
-A run is described by a JSON file, by `--key value` pairs, or by a file with pairs after it that override
-it. Nothing
-is dropped silently: an unknown key is refused and the nearest known one named, a value of the wrong kind is
-refused, and a key that cannot work here is accepted only with the value that leaves it off.
+A run is described by a JSON file, by `--key value` pairs, or by a file with pairs after it that override it. Nothing
+is dropped silently: an unknown key is refused and the nearest known one named, a value of the wrong kind is refused,
+and a key that cannot work here is accepted only with the value that leaves it off.
 
 The keys stand in four blocks, as the training log prints them: Model, Data, Generation, Training. Training
 keys carry PaddleNLP's names, types and defaults and are handed to its TrainingArguments by `finetune`. This
@@ -128,14 +127,15 @@ class GenerationArguments:
 
 
 _STRATEGIES = ("no", "steps", "epoch")
-_PIPELINE = (
-    "pipeline parallelism needs the model as a PipelineLayer, which it is not; use "
-    "sharding"
-)
+_PIPELINE = "pipeline parallelism needs the model as a PipelineLayer, which it is not; use sharding"
 _TENSOR = "what all cards hold is kept alike (sync_grad); the other options are for models of another layout"
 _SEQUENCE = "one sample is a single short sequence with its image span, which is not split over cards"
 _EXPERT = "the model has no experts"
 _UNIFIED = "checkpoints are written in one layout (lora_model_state or model_state files), see docs/config.md"
+_RATE = "the rate is set by learning_rate, lr_scheduler_type, warmup_ratio or warmup_steps"
+_INPUTS = "the model's inputs are fixed"
+_LOGGING = "the first process logs"
+_PROFILE = "use benchmark"
 
 
 @dataclass
@@ -238,9 +238,7 @@ class TrainingKeys:
     )
     sharding_parallel_degree: int = key(-1, "Cards that share them.", at_least=-1)
     sharding_parallel_config: str = key("", "PaddleNLP's sharding options, separated by spaces.")
-    tensor_parallel_degree: int = key(
-        -1, "Cards that share each matrix of the LLM; needs GPUs.", at_least=-1
-    )
+    tensor_parallel_degree: int = key(-1, "Cards that share each matrix of the LLM; needs GPUs.", at_least=-1)
     tensor_parallel_config: str = key("", "Tensor parallel.", refused=_TENSOR)
     hybrid_parallel_topo_order: Optional[str] = key(
         None, "Order of the parallel groups.", choices=("pp_first", "sharding_first")
@@ -263,33 +261,55 @@ class TrainingKeys:
     distributed_dataloader: bool = key(False, "One loader for all cards.", refused="each card reads its own samples")
     flatten_param_grads: bool = key(False, "NPU.", refused="it works on NPUs only")
     prediction_loss_only: bool = key(False, "Kept for older configs: evaluation reports the loss.")
+    lr_scheduler_name: str = key("CosineDecayWithWarmup", "Schedule.", refused=_RATE)
+    eta_min: float = key(1e-5, "Last rate.", refused=_RATE)
+    warmup_start_lr: float = key(1e-6, "First rate.", refused=_RATE)
+    lazy_data_processing: bool = key(True, "Data.", refused="data is always read when needed")
+    ignore_load_lr_and_optim: bool = key(False, "Resuming.", refused="a checkpoint is resumed as a whole")
+    minimum_eval_times: Optional[int] = key(None, "Evaluations.", refused="set eval_steps")
+    label_names: Optional[List[str]] = key(None, "Inputs.", refused=_INPUTS)
+    past_index: int = key(-1, "Inputs.", refused=_INPUTS)
+    save_on_each_node: bool = key(False, "Layout.", refused=_UNIFIED)
+    save_sharded_model: bool = key(False, "Layout.", refused=_UNIFIED)
+    load_sharded_model: bool = key(False, "Layout.", refused=_UNIFIED)
+    force_reshard_pp: bool = key(False, "Layout.", refused=_PIPELINE)
+    log_level: int = key(-1, "Logging.", refused=_LOGGING)
+    log_level_replica: int = key(-1, "Logging.", refused=_LOGGING)
+    log_on_each_node: bool = key(True, "Logging.", refused=_LOGGING)
+    profiler_options: Optional[str] = key(None, "Profiling.", refused=_PROFILE)
+    skip_profile_timer: bool = key(True, "Profiling.", refused=_PROFILE)
+    sharding_degree: int = key(-1, "Sharding.", refused="write sharding_parallel_degree")
 
 
-# Keys of PaddleNLP or of the notebook's printed blocks that are no setting of a run here, and why.
+# Names of PaddleNLP's keys, or printed in the notebook's blocks, that are no setting of a run here, and why.
 NOT_SETTINGS: Dict[str, str] = {
-    **dict.fromkeys(
-        ("eta_min", "lr_scheduler_name", "warmup_start_lr", "decay_steps"),
-        "the rate is set by learning_rate, lr_scheduler_type, warmup_ratio or warmup_steps",
-    ),
+    **dict.fromkeys(("decay_steps",), _RATE),
     **dict.fromkeys(
         ("train_batch_size", "eval_batch_size"), "it follows from per_device_train_batch_size and its like"
     ),
     **dict.fromkeys(
-        ("local_rank", "process_index", "world_size", "data_parallel_rank", "dataset_rank", "data_parallel_degree"),
+        (
+            "local_rank", "process_index", "local_process_index", "logical_process_index", "world_size",
+            "data_parallel_rank", "data_parallel_degree", "dataset_rank", "dataset_world_size",
+            "sharding_parallel_rank", "tensor_parallel_rank", "pipeline_parallel_rank",
+        ),
         "the launcher (python -m paddle.distributed.launch) decides it",
     ),
-    **dict.fromkeys(("sharding_degree",), "write sharding_parallel_degree"),
+    **dict.fromkeys(
+        (
+            "should_log", "should_save", "should_save_model_state", "should_save_sharding_stage1_model",
+            "should_load_dataset", "should_load_sharding_stage1_model", "optimizer_name_suffix", "weight_name_suffix",
+            "use_hybrid_parallel", "_no_sync_in_gradient_accumulation",
+        ),
+        "it follows from the degrees and from which process it is",
+    ),
+    **dict.fromkeys(("current_device",), "write device"),
     **dict.fromkeys(("bf16_opt_level", "amp_level"), "write fp16_opt_level; it serves bf16 too"),
-    **dict.fromkeys(("ignore_load_lr_and_optim", "ignore_save_lr_and_optim"), "a checkpoint is resumed as a whole"),
-    **dict.fromkeys(("label_names", "past_index"), "the model's inputs are fixed"),
-    **dict.fromkeys(("lazy_data_processing",), "data is always read when needed"),
-    **dict.fromkeys(("minimum_eval_times",), "set eval_steps"),
-    **dict.fromkeys(("output_signal_dir", "save_on_each_node", "save_sharded_model", "load_sharded_model"), _UNIFIED),
-    **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), "the first process logs"),
-    **dict.fromkeys(("profiler_options", "skip_profile_timer"), "use benchmark"),
+    **dict.fromkeys(("ignore_save_lr_and_optim",), "a checkpoint is resumed as a whole"),
+    **dict.fromkeys(("output_signal_dir",), _UNIFIED),
     **dict.fromkeys(("expert_parallel_degree", "expert_tensor_parallel_degree"), _EXPERT),
     **dict.fromkeys(("chat_template_file",), "write chat_template inside the entry of `dataset`"),
-}
+}  # fmt: skip
 
 BLOCKS = (
     ("Model", ModelArguments),
@@ -712,11 +732,18 @@ def find_problems(arguments: Arguments, processes: Optional[int] = None) -> List
         elif not os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
             problems.append(f"lora_path: {model.lora_path} has no lora_config.json")
     if not model.lora:
-        set_anyway = sorted(name for name in given if name in ("lora_rank", "lora_alpha", "lora_target_modules"))
+        of_lora = ("lora_alpha", "lora_dropout", "lora_rank", "lora_target_modules")
+        set_anyway = [name for name in of_lora if name in given]
         if set_anyway:
             problems.append(f"{set_anyway[0]} needs lora=true")
     if model.lora and not model.lora_target_modules:
         problems.append("lora_target_modules is empty; without adapters set lora=false")
+    if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
+        problems.append("lr_scheduler_type=constant has no warmup: set constant_with_warmup, or leave warmup_* at 0")
+    if training.lr_scheduler_type == "polynomial" and training.learning_rate <= training.lr_end:
+        problems.append(f"learning_rate={training.learning_rate} must be above lr_end={training.lr_end}")
+    if training.mm_projector_lr is not None and training.learning_rate == 0:
+        problems.append("mm_projector_lr is scheduled as a multiple of learning_rate, which must not be 0")
     if training.load_best_model_at_end:
         if training.evaluation_strategy == "no" or training.evaluation_strategy != training.save_strategy:
             problems.append("load_best_model_at_end needs evaluation_strategy and save_strategy to be the same")
@@ -741,6 +768,9 @@ def find_problems(arguments: Arguments, processes: Optional[int] = None) -> List
     problems += _parallel_problems(training, world_size() if processes is None else processes)
     return problems
 
+
+# Said when the steps are counted, by the run and by its plan.
+TOO_FEW_EPOCHS = "num_train_epochs={} ends before the first optimizer step: raise it, or set max_steps"
 
 # Options that keep optimizer states by pieces of fused buffers, and not by parameter.
 _CUT_STATES = {

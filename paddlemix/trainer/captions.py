@@ -84,11 +84,16 @@ class CaptionEvaluator:
         )
         return [clean_caption(decode_response(self.tokenizer, row, stop_ids)) for row in new_ids.tolist()]
 
-    def thumbnail(self, name: str, side: int = 224) -> np.ndarray:
-        """The first image of the sample behind a Caption's id: uint8 [h, w, 3], thinned out to at most `side`."""
-        pixels = self.dataset.sample(int(name.rpartition("#")[2]))["images"][0]
-        step = -(-pixels.shape[1] // side)
-        return np.ascontiguousarray(self.dataset.image_processor.picture(pixels)[::step, ::step])
+    def thumbnail(self, name: str, side: int = 224) -> Optional[np.ndarray]:
+        """The first image of the sample behind a Caption's id: uint8 [h, w, 3], thinned out to at most `side`.
+
+        None when the sample is text alone.
+        """
+        images = self.dataset.sample(int(name.rpartition("#")[2]))["images"]
+        if not len(images):
+            return None
+        step = -(-images[0].shape[1] // side)
+        return np.ascontiguousarray(self.dataset.image_processor.picture(images[0])[::step, ::step])
 
     def evaluate(
         self, model, output_path: Optional[str] = None, between: Callable[[], None] = lambda: None

@@ -1,8 +1,7 @@
-"""Supervised finetuning: model, frozen parts, adapters, data and PaddleNLP's Trainer put together, then
-saved.
+"""Supervised finetuning: model, frozen parts, adapters, data and PaddleNLP's Trainer put together, then saved.
 
 The Trainer is wrapped, not rewritten. What the subclass changes, and why:
-  order of samples   a permutation per epoch from the seed alone: a resumed run goes on where it stood, by index
+  order of samples   a permutation per epoch from the seed alone, so that a resumed run goes on where it stood by index
   checkpoints        written under another name, sealed, renamed; read without executing anything they hold
   optimizer          takes the parameters that train only; no decay on vectors (norms, biases)
   log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
@@ -47,6 +46,7 @@ from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze, parallel, resume
 from paddlemix.trainer.arguments import (
+    TOO_FEW_EPOCHS,
     DataArguments,
     GenerationArguments,
     ModelArguments,
@@ -137,9 +137,9 @@ def print_block(title: str, block: Any) -> None:
 class EpochSampler(DistributedBatchSampler):
     """Batches of indices in an order that depends on the seed and the epoch alone.
 
-    Each epoch holds a whole number of optimizer steps, so that no gradient of its last batches leaks into
-    the next epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any
-    step without reading a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
+    Each epoch holds a whole number of optimizer steps, so that no gradient of its last batches leaks into the next
+    epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any step without reading
+    a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
 
     rank, processes: this process takes every `processes`-th batch. packs: a batch holds these, each as a tuple of its
     samples' indices. lengths: batches of samples of like length.
@@ -225,8 +225,7 @@ class FinetuneTrainer(Trainer):
         self.output_dir = self.args.output_dir
         # The stock loop lowers it when an epoch holds fewer batches.
         self.accumulation = self.args.gradient_accumulation_steps
-        # The base class would read the best checkpoint with paddle.load; `train` does it with the safe
-        # reader.
+        # The base class would read the best checkpoint with paddle.load; `train` does it with the safe reader.
         self.load_best = self.args.load_best_model_at_end
         self.args.load_best_model_at_end = False
         for stock in (PrinterCallback, ProgressCallback, VisualDLCallback, TensorBoardCallback):
@@ -253,8 +252,7 @@ class FinetuneTrainer(Trainer):
             self._counted_since = time.time()
             logs.update(self.numerics.scalars())
         if "train_runtime" in logs:
-            # The stock rates take all planned steps for done in this session, which a resume or a signal
-            # belies.
+            # The stock rates take all planned steps for done in this session, which a resume or a signal belies.
             self._take_counts()
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
             logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
@@ -345,7 +343,9 @@ class FinetuneTrainer(Trainer):
         self.events.text("eval/captions", caption_table(found), step)
         if not self._images_shown and self.events.kinds:
             for one in found:
-                self.events.image("eval/" + one.id.replace("#", "_"), self.captions.thumbnail(one.id), step)
+                thumbnail = self.captions.thumbnail(one.id)
+                if thumbnail is not None:
+                    self.events.image("eval/" + one.id.replace("#", "_"), thumbnail, step)
         self._images_shown = True
 
     # ---- a step
@@ -593,7 +593,7 @@ class _Bookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # What was loaded before is no part of the first interval.
         self.trainer._counted_since = time.time()
-        # PaddleNLP 3 says it in a debug line only.
+        # PaddleNLP says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
 
@@ -706,6 +706,8 @@ def prepare(
         trainer.score_captions = data_args.eval_with_do_generation
         trainer.save_captions = data_args.save_generation_output
         trainer.shown_captions = data_args.shown_captions
+    if training.do_train and trainer.planned_steps() == 0:
+        raise ConfigError(TOO_FEW_EPOCHS.format(training.num_train_epochs))
     # Only now, when everything a wrong config could break has been read, and every process has seen the folder.
     if training_args.world_size > 1:
         paddle.distributed.barrier()
@@ -741,7 +743,8 @@ def finetune(
                 trainer.save_state()
                 if trainer.is_world_process_zero():
                     draw_loss(trainer.state.log_history, os.path.join(training.output_dir, CURVE_NAME))
-    if training.do_eval and training.evaluation_strategy == "no":
+    # A strategy evaluates while training.
+    if training.do_eval and (training.evaluation_strategy == "no" or not training.do_train):
         found = trainer.evaluate()
         metrics.update(found)
         if not training.benchmark:

@@ -50,24 +50,24 @@ def _spelled_out(pattern: str) -> List[str]:
     return [one for number in range(first, last + 1) for one in _spelled_out(f"{before}{number}{after}")]
 
 
-def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> set:
-    """Names matched by any of the patterns. Raises ConfigError for a pattern, or one of its range, without a match."""
-    found = set()
+def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> Tuple[set, List[str]]:
+    """Names matched by any of the patterns, and a sentence for each pattern, or one of its range, without a match."""
+    found, problems = set(), []
     for pattern in patterns or ():
         spelled = _spelled_out(pattern)
         if not spelled:
-            raise ConfigError(f'{key}: "{pattern}" holds an empty range')
+            problems.append(f'{key}: "{pattern}" holds an empty range')
         for one in spelled:
             # fnmatch.filter would fold case on some systems.
             compiled = re.compile(fnmatch.translate(one))
             matches = [name for name in names if compiled.match(name)]
             if not matches:
                 within = "" if one == pattern else f' (of "{pattern}")'
-                raise ConfigError(
+                problems.append(
                     f'{key}: "{one}"{within} matches no parameter (names are like {names[0]} and {names[-1]})'
                 )
             found.update(matches)
-    return found
+    return found, problems
 
 
 def plan_freeze(
@@ -82,10 +82,12 @@ def plan_freeze(
     but those that `exclude` matches. CONSTANTS are frozen always.
 
     Raises:
-        ConfigError: a pattern matches no name, or nothing is left to train.
+        ConfigError: patterns match no name (each is named), or nothing is left to train.
     """
-    included = _matched(include, names, "freeze_include")
-    excluded = _matched(exclude, names, "freeze_exclude")
+    included, unmatched = _matched(include, names, "freeze_include")
+    excluded, more = _matched(exclude, names, "freeze_exclude")
+    if unmatched or more:
+        raise ConfigError("; ".join(unmatched + more))
     trainable, frozen = [], []
     for name in names:
         trains = name in excluded if lora else (name not in included or name in excluded)

@@ -17,10 +17,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from paddlemix.datasets.packing import plan_packs
-from paddlemix.models.lora import adapter_shapes, check_claims
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, cut_problems, parameter_shapes
+from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, cut_problems, parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory, parallel
 from paddlemix.trainer.arguments import (
+    TOO_FEW_EPOCHS,
     Arguments,
     blocks_of,
     dataset_entries,
@@ -38,18 +39,19 @@ EXACT_UP_TO = 20_000
 _SIDE_FILES = 4 << 20
 _PAD_TO = 8
 
-# Memory in GiB and compute capability, for --plan_for.
-CARDS: Dict[str, Tuple[int, Tuple[int, int]]] = {
-    "V100-16GB": (16, (7, 0)),
-    "V100-32GB": (32, (7, 0)),
-    "T4-16GB": (16, (7, 5)),
-    "A10-24GB": (24, (8, 6)),
-    "RTX3090-24GB": (24, (8, 6)),
-    "RTX4090-24GB": (24, (8, 9)),
-    "L40S-48GB": (48, (8, 9)),
-    "A100-40GB": (40, (8, 0)),
-    "A100-80GB": (80, (8, 0)),
-    "H100-80GB": (80, (9, 0)),
+# Memory in GiB and compute capability, for --plan_for. The memory is what CUDA reports, not the name's: error
+# correction takes a sixteenth of a T4, A10 or L40S, and the driver keeps some of each.
+CARDS: Dict[str, Tuple[float, Tuple[int, int]]] = {
+    "V100-16GB": (15.78, (7, 0)),
+    "V100-32GB": (31.74, (7, 0)),
+    "T4-16GB": (14.58, (7, 5)),
+    "A10-24GB": (22.06, (8, 6)),
+    "RTX3090-24GB": (23.67, (8, 6)),
+    "RTX4090-24GB": (23.65, (8, 9)),
+    "L40S-48GB": (44.4, (8, 9)),
+    "A100-40GB": (39.5, (8, 0)),
+    "A100-80GB": (79.15, (8, 0)),
+    "H100-80GB": (79.1, (9, 0)),
 }
 # The first with bfloat16 (A100).
 _BF16_FROM = (8, 0)
@@ -78,7 +80,7 @@ def card(text: str) -> Machine:
         raise ConfigError(f"--plan_for: {text!r} is not [N x] one of {', '.join(CARDS)}")
     name = names[found.group(2).lower()]
     gibibytes, capability = CARDS[name]
-    return Machine("gpu", name, gibibytes << 30, capability, capability >= _BF16_FROM, int(found.group(1) or 1))
+    return Machine("gpu", name, int(gibibytes * 2**30), capability, capability >= _BF16_FROM, int(found.group(1) or 1))
 
 
 def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
@@ -253,10 +255,11 @@ def make_plan(argv: Sequence[str], plan_for: Optional[str] = None) -> Plan:
     _plan_model(plan, arguments)
     _plan_output(plan, arguments)
     _plan_data(plan, arguments)
-    _plan_steps(plan, arguments)
-    _plan_resume(plan, arguments)
-    _plan_memory(plan, arguments)
-    _plan_disk(plan, arguments)
+    if arguments.training.do_train:
+        _plan_steps(plan, arguments)
+        _plan_resume(plan, arguments)
+        _plan_memory(plan, arguments)
+        _plan_disk(plan, arguments)
     return plan
 
 
@@ -302,6 +305,11 @@ def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) 
     )
 
 
+def _is_model(folder: Optional[str]) -> bool:
+    """Whether a key names a model's folder; find_problems has said it when it names something else."""
+    return folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
+
+
 def _plan_model(plan: Plan, arguments: Arguments) -> None:
     """Configuration, shapes, what trains, and whether the weights' headers fit."""
     from paddlemix.models.mgen_vl.configuration import MGenConfig
@@ -309,14 +317,14 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
 
     model = arguments.model
     folder = model.model_name_or_path
-    if folder is None or not os.path.isfile(os.path.join(folder, "config.json")):
-        return  # find_problems has said it
+    if not _is_model(folder):
+        return
     plan.config = plan.attempt(MGenConfig.from_pretrained, folder)
     if plan.config is None:
         return
     shapes = parameter_shapes(plan.config)
     plan.weights = _weights_line(plan, folder, shapes) or ""
-    if model.text_model_name_or_path is not None:
+    if _is_model(model.text_model_name_or_path):
         plan.attempt(check_text_model, plan.config, model.text_model_name_or_path)
     for problem in cut_problems(plan.config, plan.setting.tensor):
         plan.problem(problem)
@@ -332,11 +340,19 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
         plan.attempt(check_claims, adapters, trainable or ())
         if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
             plan.attempt(freeze.check_lora_path, model)
+            if trainable is not None and adapters:
+                beside = {name: shapes[name] for name in trainable}
+                plan.attempt(_check_lora_weights, model.lora_path, {**adapters, **beside})
     if trainable is None:
         trainable = []
     trained = set(trainable) | set(adapters)
     plan.trained = memory.Trained({**shapes, **adapters}, trainable + list(adapters))
     plan.counts = freeze.count_groups((name, shape, name in trained) for name, shape in plan.trained.shapes.items())
+
+
+def _check_lora_weights(folder: str, trained: memory.Shapes) -> None:
+    with open_lora_weights(folder, trained):
+        pass
 
 
 def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[str]:
@@ -345,15 +361,7 @@ def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[st
 
     try:
         with open_weights(folder) as reader:
-            wrong = [
-                f"{name} is {list(reader.info(name).shape) if name in reader else 'missing'}, not {list(shape)}"
-                for name, shape in shapes.items()
-                if name not in reader or tuple(reader.info(name).shape) != tuple(shape)
-            ]
-            wrong += [f"{name} is not the model's" for name in sorted(set(reader.keys()) - set(shapes))]
-            if wrong:
-                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                plan.problem(f"the weights in {folder} do not fit config.json: {'; '.join(wrong[:3])}{more}")
+            plan.attempt(check_weights, reader, shapes, folder)
             dtypes = Counter(reader.info(name).dtype for name in reader.keys())
             stored = ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common())
             return f"{len(reader)} tensors in {len(reader.files)} files, {_size(reader.total_bytes)}, {stored}"
@@ -362,8 +370,22 @@ def _weights_line(plan: Plan, folder: str, shapes: memory.Shapes) -> Optional[st
     return None
 
 
+def _nearest(path: str) -> str:
+    """The path, or the folder nearest above it that there is."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def _plan_output(plan: Plan, arguments: Arguments) -> None:
     training = arguments.training
+    if training.output_dir is not None:
+        found = _nearest(training.output_dir)
+        if not os.path.isdir(found):
+            plan.problem(f"output_dir: {found} is a file")
+        elif not os.access(found, os.W_OK | os.X_OK):
+            plan.problem(f"output_dir: {found} cannot be written to")
     if not training.do_train or training.output_dir is None or not os.path.isdir(training.output_dir):
         return
     found = plan.attempt(
@@ -412,6 +434,10 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
             continue  # find_problems has said what is wrong with them
         if not entries:
             continue
+        for entry in entries:
+            # One that is missing is a problem already, and no reason to look at no record.
+            if entry["chat_template"] is not None and not os.path.isfile(entry["chat_template"]):
+                entry["chat_template"] = None
         dataset = plan.attempt(build_dataset, entries, tokenizer, None, arguments.data)
         if dataset is None:
             continue
@@ -451,6 +477,8 @@ def _plan_steps(plan: Plan, arguments: Arguments) -> None:
     plan.steps_per_epoch = max(batches // accumulation, 1)
     plan.left_over = max(count - plan.steps_per_epoch * plan.per_step, 0)
     plan.steps = training.max_steps if training.max_steps > 0 else int(plan.steps_per_epoch * training.num_train_epochs)
+    if plan.steps == 0:
+        plan.problem(TOO_FEW_EPOCHS.format(training.num_train_epochs))
     if plan.left_over:
         plan.notes.append(
             f"{count:,} {unit} are not a multiple of the {plan.per_step} of an optimizer step: each epoch leaves out "
@@ -522,7 +550,7 @@ def estimate(plan: Plan, **changes: Any) -> memory.Estimate:
 
 def _plan_disk(plan: Plan, arguments: Arguments) -> None:
     training = arguments.training
-    if plan.trained is None or training.output_dir is None or not training.do_train:
+    if plan.trained is None or training.output_dir is None:
         return
     # What changed alone, unless that is everything (tuned_model.save_tuned).
     shapes, saved = plan.trained.shapes, plan.trained.trainable
@@ -542,10 +570,7 @@ def _plan_disk(plan: Plan, arguments: Arguments) -> None:
         # Old ones go when the new one is whole; the best one is kept besides.
         kept = min(plan.saves, training.save_total_limit + 1 + training.load_best_model_at_end)
     plan.disk_needed = kept * plan.checkpoint + final
-    folder = os.path.abspath(training.output_dir)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    plan.disk_free = shutil.disk_usage(folder).free
+    plan.disk_free = shutil.disk_usage(_nearest(training.output_dir)).free
     if plan.disk_needed > plan.disk_free:
         plan.problem(
             f"output_dir: {kept} checkpoints and the result take {_size(plan.disk_needed)}, the disk has "
@@ -634,7 +659,8 @@ def render(plan: Plan) -> List[str]:
             f"{packs.filled:.1%} filled; {plan.data['train'].records / packs.count:.2f} samples in each, at most "
             f"{packs.most}"
         )
-    lines += ["", "==== steps", f"{plan.per_step:,} {unit} in an optimizer step"]
+    if plan.per_step:
+        lines += ["", "==== steps", f"{plan.per_step:,} {unit} in an optimizer step"]
     if plan.steps_per_epoch:
         epochs = plan.steps / plan.steps_per_epoch
         lines.append(f"{plan.steps_per_epoch:,} steps in an epoch; {plan.left_over:,} {unit} left out of each epoch")
@@ -646,12 +672,12 @@ def render(plan: Plan) -> List[str]:
         seen = "the longest sample seen" if plan.data.get("train") else "max_length, without data to look at"
         seen = seen if packs is None else "the fullest sequence"
         lines.append(
-            f"a batch of {plan.batch.rows} × {plan.batch.tokens:,} tokens ({seen}), {plan.batch.images} images, "
-            f"{plan.batch.labels:,} labelled positions"
+            f"a batch of {plan.batch.rows} × {plan.batch.tokens:,} tokens ({seen}); images: {plan.batch.images}, "
+            f"labelled positions: {plan.batch.labels:,}"
         )
         lines += memory_lines(plan)
     if plan.checkpoint:
-        lines += ["", "==== disk", f"checkpoint {_size(plan.checkpoint)}; {plan.saves:,} are written"]
+        lines += ["", "==== disk", f"checkpoints written: {plan.saves:,} of {_size(plan.checkpoint)} each"]
         lines.append(f"at most {_size(plan.disk_needed)} at once, {_size(plan.disk_free)} free")
     if plan.notes:
         lines += ["", "==== notes", *(f"- {note}" for note in plan.notes)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import re
 import sys
-from typing import Callable, Optional
+from typing import IO, Callable, Optional
 
 from paddlemix.utils.errors import UserError
 
@@ -29,6 +32,24 @@ def one_line(text: str, limit: int = 4000) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
+def let_go(stream: IO) -> None:
+    """Point a stream that takes no more (a reader that went away, a full disk) to nowhere, with what it still holds."""
+    with contextlib.suppress(OSError):
+        number = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """`text` with the characters that steer a terminal as escapes: what a model says may be a stranger's, too. Line
+    breaks and tabs stay."""
+    return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
@@ -46,5 +67,5 @@ def run(main: Callable[[], Optional[int]]) -> int:
         return 130
     except BrokenPipeError:
         # Python flushes stdout again at exit; point it somewhere that takes the bytes.
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        let_go(sys.stdout)
         return 1

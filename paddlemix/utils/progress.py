@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 from typing import Any, Iterator, List, Optional
@@ -23,14 +22,8 @@ class _Lines:
 
     def write(self, text: str) -> None:
         text = text.strip()
-        if not text:
-            return
-        try:
+        if text:
             self._file.write(text + "\n")
-        except OSError as error:
-            # The log's disk is full: what the program does may be on another.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -41,14 +34,16 @@ def bars_aside() -> Iterator[None]:
     """Take the bars off the terminal while a line is printed, and put them below it."""
     # Without tqdm's lock, which a forked process may have inherited locked.
     for bar in _STANDING:
-        bar.clear(nolock=True)
+        with contextlib.suppress(OSError):
+            bar.clear(nolock=True)
     try:
         yield
     finally:
         for bar in _STANDING:
             # A loader worker knows its parent's bar as it was long ago.
             if bar.drawn_by == os.getpid():
-                bar.refresh(nolock=True)
+                with contextlib.suppress(OSError):
+                    bar.refresh(nolock=True)
 
 
 class Progress:
@@ -89,14 +84,17 @@ class Progress:
             _STANDING.append(self._bar)
 
     def update(self, n: int = 1) -> None:
-        self._bar.update(n)
+        # A bar that can no longer be drawn ends no job.
+        with contextlib.suppress(OSError):
+            self._bar.update(n)
 
     def note(self, text: str) -> None:
         """Show a few words behind the bar (a loss, a count of failures)."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         if self._bar in _STANDING:
             _STANDING.remove(self._bar)
 

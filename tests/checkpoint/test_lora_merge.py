@@ -210,6 +210,10 @@ def f32(*shape):
             {"llm.h.1.attn.c_attn.lora_A": ("float32", np.full((16, 3), np.nan, np.float32))},
             "NaN or infinite values: the run has diverged",
         ),
+        (
+            {"llm.h.1.attn.c_attn.lora_A": ("float32", np.full((16, 3), -3e38, np.float32))},
+            "c_attn.weight, times lora_alpha / r = 2.66667, is too large for float32",
+        ),
     ],
 )
 def test_keys_that_do_not_fit(folders, change, match):
@@ -233,6 +237,9 @@ def test_keys_that_do_not_fit(folders, change, match):
         ({"lora_alpha": 1e999}, "Infinity is no number"),
         ({"target_modules": [1]}, "list of regular expressions"),
         ({"scaling": 1.0}, "which one is right"),
+        ({"scaling": [1] * 10_000}, r"scaling is [\[\]1, ]{80}…, but"),
+        ({"r": [1] * 10_000}, r"not [\[\]1, ]{80}…$"),
+        ({"lora_alpha": 1e308, "scaling": None}, r"lora_alpha / r = 3.33333e\+307, is too large"),
         ({"rslora": True}, "rslora"),
         ({"pissa": True}, "pissa"),
         ({"use_mora": True}, "use_mora"),

@@ -71,6 +71,15 @@ def test_protocol_2_text_is_decoded_when_read(tmp_path):
     (tmp_path / "x.pdparams").write_bytes(data)
     with pytest.raises(WeightsError, match="text at byte"):
         read_pdparams(str(tmp_path / "x.pdparams"))
+    # A short text is at hand when the file is opened, and still decoded no earlier.
+    path = pickled({"w": array[:200]}, tmp_path / "y.pdparams", 2)
+    np.testing.assert_array_equal(read_pdparams(path)["w"], array[:200])
+    data = bytearray(open(path, "rb").read())
+    at = data.index(b"\xc2")
+    data[at : at + 2] = "ā".encode()
+    (tmp_path / "y.pdparams").write_bytes(data)
+    with pytest.raises(WeightsError, match="broken .an array's text"):
+        read_pdparams(path)
 
 
 def test_arrays_in_pieces(tmp_path):

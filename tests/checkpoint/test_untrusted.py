@@ -99,6 +99,26 @@ def test_bombs(tmp_path, name):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 
+def test_a_text_that_is_asked_for_a_hundred_thousand_times(tmp_path):
+    """6 GB, were each of them made: 5 million instructions and 65,000 letters would be 39 GB."""
+    path = tmp_path / "w.pdparams"
+    pieces = text("a" * 60_000) + b"\x940c_codecs\nencode\n\x940" + text("latin1") + b"\x940"
+    path.write_bytes(b"\x80\x04" + pieces + b"](" + b"h\x01h\x00h\x02\x86R" * 100_000 + b"e.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (open_weights, load_pdparams_object):
+        refused(read, str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_numbers_as_keys_are_small(tmp_path):
+    """Larger ones can be chosen so that each is compared with all before it."""
+    path = tmp_path / "w.pdopt"
+    for key in (-65_535, 0, 65_535):
+        assert load_pdparams_object(pickled({key: 1}, path)) == {key: 1}
+    for key in (-65_536, 65_536, 1 + (2**61 - 1) * 5):
+        assert "a number beyond" in refused(load_pdparams_object, pickled({key: 1}, path))
+
+
 def test_a_list_that_grows_without_end_is_not_looked_at(tmp_path):
     """Twice the same list, forty times: a valid state, of which nobody may make a text."""
     (tmp_path / "w").write_bytes(b"\x80\x04" + ENDLESS + b".")

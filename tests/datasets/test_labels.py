@@ -265,16 +265,27 @@ def test_verify_looks_behind_a_long_header():
     assert labels.decode_problem(base64.b64encode(padded)) is None
 
 
+@pytest.mark.parametrize("verify", ["header", "decode"])
+def test_workers_read_as_much_as_it_takes(tmp_path, verify):
+    data, path = image_bytes(0), tmp_path / "in.tsv"
+    padded = data[:2] + (b"\xff\xe2\xea\x60" + bytes(59_998)) * 2 + data[2:]
+    texts = [base64.b64encode(data), base64.b64encode(padded), base64.b64encode(bytes(20_000))]
+    path.write_bytes(b"".join(texts))
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    places = [(end - len(text), len(text)) for end, text in zip(ends, texts)]
+    assert labels._verify_task(verify, str(path), places) == [None, None, "not an image"]
+
+
 def test_a_decoder_that_dies_costs_its_image_alone(run, monkeypatch):
     """os.abort in place of a decoder's crash; the same worker has other rows, too."""
-    monkeypatch.setattr(labels, "_decode_task", _die_on_marked)
+    monkeypatch.setattr(labels, "_verify_task", _die_on_marked)
     lines = [row(n, image=base64.b64encode(b"die" if n == 19 else b"ok").decode()) for n in range(22)]
     train, _, rejected, _ = run(lines, val_every=0, verify="decode", workers=1)
     assert rejected == [("20", "ad19", labels.DECODER_DIED)]
     assert len(train) == 21
 
 
-def _die_on_marked(path, places):
+def _die_on_marked(verify, path, places):
     with open(path, "rb") as file:
         content = file.read()
     for offset, length in places:
@@ -286,7 +297,7 @@ def _die_on_marked(path, places):
 def test_memory_held_for_decoding_is_bounded(monkeypatch):
     """Rows wait for their images' results, but no more of them than _HELD_BYTES allow."""
     monkeypatch.setattr(labels, "_HELD_BYTES", 1000)
-    monkeypatch.setattr(labels, "_Decoders", _NoDecoders)
+    monkeypatch.setattr(labels, "_Verifiers", _NoVerifiers)
     drawn = []
 
     def stream():
@@ -295,14 +306,14 @@ def test_memory_held_for_decoding_is_bounded(monkeypatch):
             drawn.append(number)
             yield labels.Checked(item, b"", "", None)
 
-    for done, item in enumerate(labels._decode_checked(stream(), "", 8)):
+    for done, item in enumerate(labels._verified(stream(), "decode", "", 8)):
         assert item.row.line_no == done
         assert len(drawn) - done <= 10 + labels._VERIFY_BATCH
     assert len(drawn) == 500
 
 
-class _NoDecoders:
-    def __init__(self, path, workers):
+class _NoVerifiers:
+    def __init__(self, verify, path, workers):
         pass
 
     def submit(self, places):

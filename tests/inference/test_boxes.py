@@ -72,6 +72,8 @@ def test_the_model_folders_font_goes_first(tmp_path, monkeypatch):
 def test_a_broken_font_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_FONTS", str(tmp_path / "none") + "/")
     (tmp_path / "SimSun.ttf").write_bytes(b"no font at all")
+    # A pipe would be waited for.
+    os.mkfifo(tmp_path / "pipe.ttf")
     assert find_font(str(tmp_path), 12) is None
 
 
@@ -90,6 +92,13 @@ def test_save_boxes(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "c.png").exists()
     assert save_boxes(answer, image, str(tmp_path / "a.png" / "c.png"), str(tmp_path)) == 1
     assert "could not be written" in capfd.readouterr().err
+    # WebP ends at 16383 pixels.
+    assert save_boxes(answer, Image.new("RGB", (16400, 2)), str(tmp_path / "c.webp"), str(tmp_path)) == 1
+    assert "could not be written" in capfd.readouterr().err
+    assert save_boxes("<ref>\x1b[2J杯</ref><box>(1,2),(3,4)</box>", image, str(tmp_path / "d.png"), str(tmp_path)) == 1
+    err = capfd.readouterr().err
+    assert "1 is \\x1b[2J杯" in err and "\x1b" not in err
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "d.png", "new"]
 
 
 def test_endings():

@@ -169,7 +169,14 @@ def test_answers_come_out_before_the_input_is_read_to_its_end(parts, monkeypatch
     assert len(read) == 4
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(parts, images):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0."),
+        OSError("(External) CUDA error(2), out of memory."),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(parts, images, error):
     model, tokenizer, image_processor = parts
     sizes = []
 
@@ -182,7 +189,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(parts, images):
         def generate(self, ids, **kwargs):
             sizes.append(ids.shape[0])
             if ids.shape[0] > 3:
-                raise RuntimeError("ResourceExhaustedError: Out of memory error on GPU 0.")
+                raise error
             return model.generate(ids, **kwargs)
 
     answers = ask((Small(), tokenizer, image_processor), images, batch_size=8)
@@ -194,7 +201,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(parts, images):
 def test_out_of_memory_with_one_image_ends_the_job(parts, images):
     model, tokenizer, image_processor = parts
     broken = SimpleNamespace(generation_config=model.generation_config, stop_ids=model.stop_ids, config=model.config)
-    for raised, expected in ((MemoryError(), JobFailed), (RuntimeError("a bug"), RuntimeError)):
+    bug, fault = RuntimeError("a bug"), OSError("(External) CUDA error(700)")
+    for raised, expected in ((MemoryError(), JobFailed), (bug, RuntimeError), (fault, OSError)):
 
         def generate(*args, raised=raised, **kwargs):
             raise raised
@@ -207,6 +215,7 @@ def test_out_of_memory_with_one_image_ends_the_job(parts, images):
 def test_is_out_of_memory():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("(ResourceExhausted) Out of memory error"))
+    assert is_out_of_memory(OSError("(External) CUBLAS error(3). [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'.]"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 

@@ -1,7 +1,9 @@
 """Caption scores against values worked out by hand. Run: pytest tests/metrics"""
 
 import math
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from paddlemix.metrics.captions import (
     tokenize_words,
     tokenizer_name,
 )
-from paddlemix.utils.errors import UserError
+from paddlemix.utils.errors import JobFailed, UserError
 
 
 def test_characters_with_latin_and_digit_runs_whole():
@@ -124,6 +126,14 @@ def test_parts_of_the_rows_score_as_pycocoevalcap_scores_all_of_them(monkeypatch
     np.testing.assert_allclose([found.corpus[name] for name in BLEU], corpus, rtol=1e-12)
     np.testing.assert_array_equal([found.rows[name] for name in BLEU], each)
     np.testing.assert_allclose(bleu_of_counts(found.bleu_counts.sum(axis=0)), corpus, rtol=1e-12)
+
+
+def test_a_worker_that_is_killed_ends_the_scoring_in_words(monkeypatch):
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    monkeypatch.setattr(Rouge, "calc_score", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(JobFailed, match="fewer --workers"):
+        CaptionScorer({"a": ["红杯"]}, workers=1).score({"a": "红杯"})
 
 
 def test_words_of_jieba():

@@ -156,6 +156,13 @@ def test_sort_and_search_from_the_controls_and_from_the_address(browser, page):
     scores = dict(zip(evaluation.ids, change.round(3)))
     shown = [scores[key] for key in browser.run(IDS)]
     assert shown == sorted(shown)
+    # What is sorted by is shown, with the difference to the other file.
+    browser.open(page.as_uri() + "#sort=BLEU-2%40difference&lang=en")
+    first = evaluation.ids.index(browser.run(IDS)[0])
+    ours, theirs = (system.scores.rows["BLEU-2"][first] for system in (evaluation.results, evaluation.other))
+    assert browser.run("document.querySelector('article .scores .sorted').textContent").split() == [
+        "BLEU-2", f"{ours:.2f}", f"{ours - theirs:+.3f}".replace("-", "−")
+    ]  # fmt: skip
     assert browser.problems == []
 
 
@@ -179,6 +186,24 @@ def test_rows_come_and_go_as_one_scrolls_and_keys_walk_through_them(browser, pag
     browser.wait_for("document.activeElement.dataset.id === 'id100'")
     box = "document.activeElement.getBoundingClientRect()"
     browser.wait_for(f"{box}.top >= 0 && {box}.top < innerHeight")
+    assert browser.problems == []
+
+
+def test_ten_thousand_rows_have_few_elements_at_a_time(browser, tmp_path):
+    evaluation = some_evaluation(compare=False)
+    pictures = {key: (webp((9, 9, 9)), "") for key in evaluation.ids}
+    page = tmp_path / "large.html"
+    report.write_report(str(page), evaluation, list(range(N)) * 77, pictures)
+    browser.open(page.as_uri() + "#lang=en&sort=file+order")
+    assert browser.run(COUNT) == "10010 rows"
+    browser.run("document.documentElement.classList.remove('ready'); scrollTo(0, document.body.scrollHeight)")
+    last = "[...document.querySelectorAll('article')].pop()"
+    browser.wait_for(f"{last}.dataset.index === '10009' && {last}.querySelector('img').naturalWidth === 16")
+    browser.wait_for(f"!{IDS}.includes('id0')")
+    assert browser.run("document.querySelectorAll('article').length") <= 100
+    assert browser.run("document.images.length") <= 100
+    browser.open(page.as_uri() + "#lang=en&sort=file+order&order=desc&q=%E5%B0%BE12")
+    assert browser.run(COUNT) == f"{77 * 11} of 10010 rows" and browser.run(IDS)[0] == "id129"
     assert browser.problems == []
 
 

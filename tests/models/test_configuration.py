@@ -85,6 +85,11 @@ def test_the_cards_of_the_run_that_wrote_it_are_forgotten(tmp_path):
         ({"seq_length": 1}, "seq_length"),
         ({"dtype": "complex64"}, "dtype must be"),
         ({"use_long_sequence_strategies": True}, "use_long_sequence_strategies"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon"),
+        ({"use_logn_attn": "false"}, "use_logn_attn must be true or false"),
+        ({"use_dynamic_ntk": None}, "use_dynamic_ntk must be true or false"),
     ],
 )
 def test_values_that_cannot_be(values, message):

@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from paddlemix.checkpoint.lora_config import read_lora_config
-from paddlemix.models.lora import adapted_modules, apply_lora, load_lora
+from paddlemix.models.lora import adapted_modules, adapter_shapes, apply_lora, load_lora
 from paddlemix.utils.errors import ConfigError, WeightsError
 from tests.helpers import make_tiny_model, prompt_ids
 
@@ -163,8 +163,13 @@ def test_targets_are_checked():
         adapted_modules(names, [".*q_proj.*"])
     with pytest.raises(ConfigError, match="is no regular expression"):
         adapted_modules(names, ["("])
+    with pytest.raises(ConfigError, match="is no regular expression.*matches no module"):
+        adapted_modules(names, ["(", ".*c_attn", ".*q_proj"])
     with pytest.raises(ConfigError, match="is no Linear layer but a"):
         apply_lora(make_tiny_model(), rank=4, alpha=8, target_modules=[".*wte"])
+    for target in (".*wte", ".*ln_f", ".*conv1"):
+        with pytest.raises(ConfigError, match="is no Linear layer"):
+            adapter_shapes(make_tiny_model().whole_shapes(), [target], 4)
     with pytest.raises(ConfigError, match="both claim transformer.llm.h.0.attn.c_attn.weight"):
         apply_lora(
             make_tiny_model(),

@@ -138,6 +138,34 @@ def test_transparency_lies_over_white():
     assert key[0, 0].tolist() == [255, 255, 255]
 
 
+def test_what_is_done_by_bands_has_no_seams(monkeypatch):
+    rng = np.random.default_rng(0)
+    kinds = {
+        "RGBA": (rng.integers(0, 256, (37, 10, 4), dtype=np.uint8), "PNG"),
+        "LA": (rng.integers(0, 256, (37, 10, 2), dtype=np.uint8), "PNG"),
+        "F": (rng.uniform(0, 900, (37, 10)).astype(np.float32), "TIFF"),
+    }
+    for values, format in kinds.values():
+        data = encoded(Image.fromarray(values), format)
+        whole = np.asarray(open_image(data))
+        # The largest value of all bands says what white is.
+        for pixels in (1, 40, 100):
+            with monkeypatch.context() as small:
+                small.setattr(images, "_BAND", pixels)
+                assert np.array_equal(np.asarray(open_image(data)), whole)
+
+
+@pytest.mark.parametrize("mode, format", [("RGBA", "PNG"), ("LA", "PNG"), ("F", "TIFF")])
+def test_no_copy_of_the_whole_is_made_on_the_way_to_rgb(mode, format, monkeypatch):
+    seen = []
+    for name in ("alpha_composite", "fromarray"):
+        made = getattr(Image, name)
+        monkeypatch.setattr(Image, name, lambda *args, made=made: seen.append(made(*args)) or seen[-1])
+    monkeypatch.setattr(images, "_BAND", 100)
+    open_image(encoded(Image.new(mode, (50, 40)), format))
+    assert len(seen) == 20 and all(part.size == (50, 2) for part in seen)
+
+
 def test_first_frame_of_a_gif():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

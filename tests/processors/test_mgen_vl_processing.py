@@ -211,6 +211,16 @@ def test_hostile_templates(tmp_path, text):
         ChatTemplate.from_file(str(tmp_path / "none.json"))
 
 
+def test_a_template_longer_than_any_window(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"conversation": ["{{user}}", "{{bot}}\n"], "system": "x" * 16_000}))
+    assert ChatTemplate.from_file(str(path)).system == "x" * 16_000
+    for more in ({"system": "x" * 16_384}, {"conversation": ["x" * 16_384 + "{{user}}", "{{bot}}"]}):
+        path.write_text(json.dumps({"conversation": ["{{user}}", "{{bot}}\n"], **more}))
+        with pytest.raises(ConfigError, match="more than 16,384 letters"):
+            ChatTemplate.from_file(str(path))
+
+
 # ---- results and the processor
 
 

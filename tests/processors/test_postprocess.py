@@ -1,5 +1,7 @@
 """Repairs of captions. `pytest tests/processors/test_postprocess.py`"""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,8 @@ def test_full_width(text, expected):
         ("大大大大的字", "大的字"),
         ("谢谢，哈哈", "谢谢，哈哈"),
         ("售价10000元，尺码XXXXL", "售价10000元，尺码XXXXL"),
+        ("1000000元大奖，电话8888888", "1000000元大奖，电话8888888"),
+        ("5折起5折起5折起", "5折起"),
         ("卖1,000元，送2,000元", "卖1,000元，送2,000元"),
         ("a red cup, a red cup, a red cup", "a red cup,"),
     ],
@@ -140,6 +144,14 @@ def test_whatever_the_text(text, repair):
     assert len(done.splitlines()) <= 1 and "\t" not in done and done == done.strip()
     assert repair.max_chars is None or len(done) <= repair.max_chars
     assert repair(done, PROMPT) == done
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(["0", "00", "8", "1", "元", "只", "大奖"]), max_size=30).map("".join))
+def test_a_number_is_no_stutter(text):
+    """Numbers go only with the words that are said again."""
+    numbers = re.findall("[0-9]+", text)
+    assert all(number in numbers for number in re.findall("[0-9]+", cut_repeats(text)))
 
 
 @pytest.mark.parametrize("unit", ["猫", "一只猫，", "(", "()", ",;", "a", "描述：", "一只大猫，两"])

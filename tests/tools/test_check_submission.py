@@ -167,6 +167,14 @@ def test_names_that_do_not_travel(stand_in, submission, tmp_path):
         assert text in said(report, "names")
 
 
+def test_the_line_ends_of_windows(stand_in, submission):
+    run_sh = submission / "run.sh"
+    run_sh.write_bytes(run_sh.read_bytes().replace(b"\n", b"\r\n"))
+    report = check(submission)
+    assert report["names"].problems == ["run.sh has the line ends of Windows (CR LF): save it with LF alone"]
+    assert not report.passed and report["runs"].status == NOT_RUN
+
+
 def test_imports_and_requirements(stand_in, submission):
     stand_in("try:\n    import spare\nexcept ImportError:\n    pass\nif 0:\n    import torch\n    import absent.part")
     with open(submission / "requirements.txt", "a") as file:
@@ -390,6 +398,20 @@ def test_what_is_written_is_seen_without_modes(stand_in, monkeypatch):
     monkeypatch.setattr(trial.Place, "freeze", lambda self: self._before.update(self._state()))
     report = check(stand_in("open(__file__.replace('predict.py', 'cache.txt'), 'w').close()"))
     assert failed(report) == {"read_only"} and "it wrote src/cache.txt" in said(report, "read_only")
+
+
+def test_linked_weights_are_read_only_while_it_runs(stand_in, submission, monkeypatch):
+    weights = submission / WEIGHTS / "model_state.pdparams"
+    os.chmod(weights, 0o640)
+    os.link(weights, submission / WEIGHTS / "again.bin")
+    before = weights.read_bytes()
+    monkeypatch.setattr(trial, "_LINK_FROM", 1)
+    report = check(stand_in(f"open(sys.argv[3] + '/{weights.parent.name}/model_state.pdparams', 'r+b').write(b'!')"))
+    if os.geteuid() != 0 or trial._if_possible(trial._bind_root):
+        assert "runs" in failed(report) and "Permission denied" in said(report, "runs")
+        assert weights.read_bytes() == before
+    assert "read_only" in failed(report) or weights.read_bytes() == before
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o640
 
 
 def test_empty_captions_are_noted(stand_in):

@@ -6,6 +6,7 @@ That a packed folder predicts is tested in test_check_submission.py.
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -183,8 +184,11 @@ def test_weights_apart(call, tmp_path, packed):
     with zipfile.ZipFile(tmp_path / "submission.zip") as archive:
         assert set(archive.namelist()) == {f"submission/{name}" for name in all_files(packed) - {large}}
         archive.extractall(tmp_path / "home")
-    # Put back, it is what was packed.
-    shutil.move(beside / name, tmp_path / "home" / "submission" / large)
+    # Put back as --help says, it is what was packed.
+    (move,) = [line.strip() for line in pack_submission.MORE.splitlines() if line.strip().startswith("mv ")]
+    shutil.move(str(beside), tmp_path / "home")
+    subprocess.run(["sh", "-ec", move], cwd=tmp_path / "home", check=True)
+    assert os.listdir(tmp_path / "home" / "submission.weights") == ["SHA256SUMS"]
     assert all_files(tmp_path / "home" / "submission") == all_files(packed)
 
 

@@ -253,6 +253,11 @@ def test_broken_config_files(tmp_path):
         ({"tensor_parallel_degree": 2}, "needs 2 processes"),
         ({"sharding": "stage1"}, "sharding needs several processes"),
         ({"chat_template": "/no.json"}, "no file at /no.json"),
+        ({"lora_dropout": 0.1}, "lora_dropout needs lora=true"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "set constant_with_warmup"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "set constant_with_warmup"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-6, "lr_end": 1e-6}, "must be above lr_end=1e-06"),
+        ({"mm_projector_lr": 1e-4, "learning_rate": 0}, "mm_projector_lr is scheduled as a multiple"),
     ],
 )
 def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes, says):
@@ -328,6 +333,48 @@ def test_script_answers_without_paddle(root):
     assert wrong.returncode == 2
     assert wrong.stderr == 'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?\n'
     assert run().returncode == 2
+
+
+# What the notebook's log prints in its blocks, by name; its table of keys names no other.
+NOTEBOOK = """
+aistudio_repo_id aistudio_repo_license aistudio_repo_private aistudio_token freeze_exclude freeze_include from_aistudio
+lora lora_alpha lora_dropout lora_path lora_rank lora_target_modules model_name_or_path neftune neftune_noise_alpha
+num_prefix_tokens prefix_tuning save_to_aistudio text_model_name_or_path use_flash_attention
+
+chat_template dataset eval_with_do_generation lazy max_length mixtoken save_generation_output splits src_length
+task_name
+
+top_k top_p
+
+_no_sync_in_gradient_accumulation adam_beta1 adam_beta2 adam_epsilon amp_custom_black_list amp_custom_white_list
+amp_master_grad benchmark bf16 bf16_full_eval current_device data_parallel_rank dataloader_drop_last
+dataloader_num_workers dataset_rank dataset_world_size device disable_tqdm distributed_dataloader do_eval do_export
+do_predict do_train eta_min eval_accumulation_steps eval_batch_size eval_steps evaluation_strategy flatten_param_grads
+force_reshard_pp fp16 fp16_full_eval fp16_opt_level gradient_accumulation_steps greater_is_better
+group_by_modality_length hybrid_parallel_topo_order ignore_data_skip ignore_load_lr_and_optim label_names
+lazy_data_processing learning_rate load_best_model_at_end load_sharded_model local_process_index local_rank log_level
+log_level_replica log_on_each_node logging_dir logging_first_step logging_steps logging_strategy logical_process_index
+lr_end lr_scheduler_name lr_scheduler_type max_evaluate_steps max_grad_norm max_steps metric_for_best_model
+minimum_eval_times mm_projector_lr no_cuda num_cycles num_train_epochs optim optimizer_name_suffix output_dir
+overwrite_output_dir past_index per_device_eval_batch_size per_device_train_batch_size pipeline_parallel_config
+pipeline_parallel_degree pipeline_parallel_rank power prediction_loss_only process_index profiler_options recompute
+remove_unused_columns report_to resume_from_checkpoint run_name save_on_each_node save_sharded_model save_steps
+save_strategy save_total_limit scale_loss seed sep_parallel_degree sharding sharding_degree sharding_parallel_config
+sharding_parallel_degree sharding_parallel_rank should_load_dataset should_load_sharding_stage1_model should_log
+should_save should_save_model_state should_save_sharding_stage1_model skip_memory_metrics skip_profile_timer
+tensor_parallel_config tensor_parallel_degree tensor_parallel_rank to_static train_batch_size unified_checkpoint
+unified_checkpoint_config use_auto_parallel use_hybrid_parallel warmup_ratio warmup_start_lr warmup_steps weight_decay
+weight_name_suffix world_size
+"""
+
+
+def test_every_name_of_the_notebooks_log_has_a_row(root):
+    text = (root / "docs" / "config.md").read_text(encoding="utf-8")
+    titles = ["Model", "Data", "Generation", "Training"]
+    tables = dict(part.split("\n", 1) for part in text.split("\n## ") if "\n" in part)
+    for title, names in zip(titles, NOTEBOOK.strip().split("\n\n")):
+        for name in names.split():
+            assert f"| `{name}` | " in tables[title] or f"| `{name}` | " in tables["Names that are no settings"], name
 
 
 def test_docs_tables_are_the_codes(root):

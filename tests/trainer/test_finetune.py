@@ -286,10 +286,11 @@ def test_captions_are_bounded_and_leave_bad_samples_out(run_keys, tmp_path):
     assert [one.reference for one in found] == ["red", "blue", "white", "red", "green"]
 
 
-def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path):
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path, strategy):
     out = tmp_path / "out"
     (out / "checkpoint-1").mkdir(parents=True)
-    metrics = run(run_keys(do_train=False, do_eval=True))
+    metrics = run(run_keys(do_train=False, do_eval=True, evaluation_strategy=strategy))
     assert set(metrics) >= {"eval_loss", "eval_samples_per_second"} and (out / "checkpoint-1").exists()
 
 
@@ -389,6 +390,13 @@ def test_an_unfinished_run_is_not_overwritten(run_keys, tmp_path):
     (tmp_path / "out" / "train_results.json").unlink()
     with pytest.raises(ConfigError, match="unfinished run .checkpoint-2."):
         run(keys)
+
+
+def test_a_run_without_a_step_is_refused_and_deletes_nothing(run_keys, tmp_path):
+    run(run_keys(**LORA, max_steps=1, save_strategy="no"))
+    with pytest.raises(ConfigError, match="before the first optimizer step"):
+        run(run_keys(**LORA, max_steps=-1, num_train_epochs=0.1, overwrite_output_dir=True))
+    assert final_weights(tmp_path / "out")
 
 
 def test_the_old_result_stays_until_the_new_run_can_start(run_keys, tmp_path):

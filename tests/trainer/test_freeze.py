@@ -124,6 +124,8 @@ def test_a_pattern_without_a_match_is_an_error():
         freeze.plan_freeze(NAMES, ["visual"])
     with pytest.raises(ConfigError, match='freeze_exclude: "[*]VISUAL[*]" matches no parameter'):
         freeze.plan_freeze(NAMES, ["*visual*"], ["*VISUAL*"])
+    with pytest.raises(ConfigError, match='include: "a.*include: "b.*exclude: "d{2..1}" holds an empty range'):
+        freeze.plan_freeze(NAMES, ["a*", "*visual*", "b*"], ["d{2..1}"])
 
 
 def test_nothing_left_to_train_is_an_error():

@@ -26,7 +26,10 @@ def script(monkeypatch):
     return importlib.import_module("memory_estimate")
 
 
-@pytest.mark.parametrize("case", ["LoRA", "LoRA and attn_pool, recompute", "full", "the two upper layers"])
+@pytest.mark.parametrize(
+    "case",
+    ["LoRA", "LoRA and attn_pool, recompute", "full", "the two upper layers", "LoRA, two rows of six packed"],
+)
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(script, case):
     found = script.measure(script.CASES[case])
     assert found["measured"] > 50e6, "too small to mean anything"

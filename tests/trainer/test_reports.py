@@ -11,7 +11,7 @@ import pytest
 
 from paddlemix.trainer import reports
 from paddlemix.utils.errors import ConfigError
-from tests.trainer.runs import COLOURS, LORA, run
+from tests.trainer.runs import COLOURS, LORA, run, write_data
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,21 @@ def test_the_images_of_the_table_are_there_once(finished):
         assert step == 2 and pixels.shape == (56, 56, 3)
         np.testing.assert_allclose(pixels[20, 20], colour, atol=2)
         assert len(vdl[tag]) == 1
+
+
+def test_a_sample_without_an_image_has_its_row_and_no_picture(run_keys, tmp_path):
+    path = tmp_path / "mixed.json"
+    write_data(path, ["red", "green"])
+    records = json.loads(path.read_text())
+    records[0]["image"] = ""
+    path.write_text(json.dumps(records))
+    entry = [{"data_files": str(path)}]
+    keys = {"evaluation_strategy": "steps", "shown_captions": 2, "max_new_tokens": 3, "max_steps": 1}
+    run(run_keys(**LORA, **keys, save_strategy="no", dataset={"train": entry, "eval": entry}))
+    runs = tmp_path / "out" / "runs"
+    (table,) = visualdl(runs, "text")["eval/captions"]
+    assert table.text.encoded_text_string.count("| identity_") == 2
+    assert list(visualdl(runs, "image")) == ["eval/identity_1_1"]
 
 
 def test_the_loss_is_drawn(finished):

@@ -145,6 +145,12 @@ def test_thread_defaults_and_the_users_own():
     assert "freed memory" not in line
 
 
+def test_zlib_works_after_paddle():
+    """Paddle 2.6 has zlib symbols of its own, on which the first use of zlib after its import dies of SIGSEGV."""
+    code = "import paddlemix, paddle, json, zlib; print(json.dumps(len(zlib.decompress(zlib.compress(bytes(99))))))"
+    assert fresh(code) == 99
+
+
 def test_seed_makes_the_same_numbers():
     import random
 

@@ -116,6 +116,11 @@ class MGenConfig(QWenConfig):
         must(self.rotary_pct == 1.0, "rotary_pct must be 1.0")
         base = self.rotary_emb_base
         must(type(base) in (int, float) and 1 < base < 1e12, "rotary_emb_base must be a number from 1 to 10¹²")
+        epsilon = self.layer_norm_epsilon
+        must(type(epsilon) in (int, float) and 0 < epsilon < 1, "layer_norm_epsilon must be a number between 0 and 1")
+        for key in ("no_bias", "use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings"):
+            # Any text would count as true, "false" too.
+            must(isinstance(getattr(self, key), bool), f"{key} must be true or false")
         must(self.seq_length > 1, "seq_length must be at least 2")
         must(
             self.dtype is None or str(self.dtype).replace("paddle.", "") in ("float32", "float16", "bfloat16"),
