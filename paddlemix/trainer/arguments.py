@@ -147,7 +147,9 @@ class TrainingKeys:
         False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
     )
     resume: bool = key(False, "Go on from the last whole checkpoint in output_dir, or start anew if there is none.")
-    resume_from_checkpoint: Optional[str] = key(None, "Go on from this checkpoint folder.")
+    resume_from_checkpoint: Optional[str] = key(
+        None, "Go on from this checkpoint folder, the newest in output_dir or one elsewhere."
+    )
     do_train: bool = key(False, "Train.")
     do_eval: bool = key(
         False, 'Evaluate. With evaluation_strategy "no": once, after training. A strategy implies do_eval.'

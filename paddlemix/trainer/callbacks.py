@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
 import signal
 from typing import Optional
@@ -49,18 +52,41 @@ class LogLines(TrainerCallback):
             logger.info(format_logs(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, however the training ended: what is said next stands below it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
-def _leave_children_alone() -> None:
-    """A loader worker is ended by SIGTERM: with its parent's handler it would go on, and be waited for."""
-    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopOnSignal):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+# Of <linux/prctl.h>: the signal that a process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
+# 1 while a training minds SIGTERM, seen by the processes forked from this one.
+_MINDED = mmap.mmap(-1, 1)
 
 
-os.register_at_fork(after_in_child=_leave_children_alone)
+def leave_sigterm_to_parent(number: int = 0) -> None:
+    """What loader worker `number` begins with.
+
+    Launchers and schedulers send SIGTERM to all processes of a run, and a run whose worker dies fails in place of
+    saving. So a worker goes on while its parent minds the signal; afterwards it is ended by it, as always.
+    """
+
+    def end(signum, frame):
+        if not _MINDED[0]:
+            # A worker killed by a signal is an error to Paddle, also while the parent exits.
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    # A parent that was killed leaves none behind: Paddle's own watch over it waits for an index without end.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# From the first moment on. Paddle gives a worker a handler of its own, so it calls this once more.
+os.register_at_fork(after_in_child=lambda: leave_sigterm_to_parent() if _MINDED[0] else None)
 
 
 class EvaluationLeftOut(Exception):
@@ -96,6 +122,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._previous = signal.signal(signal.SIGTERM, self._note)
+        _MINDED[0] = 1
 
     def _note(self, number, frame):
         self.received = True
@@ -119,5 +146,6 @@ class StopOnSignal(TrainerCallback):
     def disarm(self):
         """Give SIGTERM back its former meaning, however the training ended."""
         if self._previous is not None:
+            _MINDED[0] = 0
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None

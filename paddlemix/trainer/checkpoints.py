@@ -118,11 +118,13 @@ def last_whole(output_dir: str) -> Optional[str]:
 
 
 def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
-    """Delete the oldest checkpoints so that `keep` remain; the best one is kept besides. None keeps all."""
-    if not keep:
+    """Delete the oldest checkpoints so that `keep` whole ones remain; the best one is kept besides. None keeps all."""
+    whole = [path for path in checkpoints(output_dir) if read_seal(path) is not None]
+    if not keep or len(whole) < keep:
         return
-    for path in checkpoints(output_dir)[:-keep]:
-        if best is None or os.path.abspath(path) != os.path.abspath(best):
+    # A broken one counts for nothing: it may be newer than what a resumed run has just saved.
+    for path in checkpoints(output_dir):
+        if step_of(path) < step_of(whole[-keep]) and (best is None or os.path.abspath(path) != os.path.abspath(best)):
             logger.info(f"Deleting older checkpoint [{path}] due to save_total_limit={keep}")
             shutil.rmtree(path)
 
@@ -132,21 +134,30 @@ def check_output(
 ) -> Tuple[Optional[str], List[str]]:
     """What a run begins with: (the checkpoint to resume from or None, files of a finished run to delete).
 
-    resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder. Otherwise a
-    folder with an unfinished run is refused, and the result of a finished one is replaced only with
-    `overwrite`. Nothing is changed here.
+    A finished run that goes on, to more steps, is an unfinished one from then on: its RESULT_NAME is to delete.
+
+    resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder, which must be that
+    one if there is any. Otherwise a folder with an unfinished run is refused, and the result of a finished one is
+    replaced only with `overwrite`. Nothing is changed here.
 
     Raises:
         ConfigError: the folder holds a run and neither resume nor overwrite says what to do with it.
     """
+    if resume_from and read_seal(resume_from) is None:
+        raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program")
+    last, result = last_whole(output_dir), os.path.join(output_dir, RESULT_NAME)
+    finished = [result] if os.path.isfile(result) else []
     if resume_from:
-        if read_seal(resume_from) is None:
-            raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program")
-        return resume_from, []
-    last = last_whole(output_dir)
+        if last is not None and not os.path.samefile(last, resume_from):
+            # Were both kept, the next --resume would take the newest, of whichever run.
+            raise ConfigError(
+                f"{output_dir} holds {os.path.basename(last)} besides: --resume goes on with that; to go on from "
+                f"{resume_from}, set another output_dir, or delete the newer checkpoints"
+            )
+        return resume_from, finished
     if resume and last is not None:
-        return last, []
-    if last is not None and not os.path.isfile(os.path.join(output_dir, RESULT_NAME)):
+        return last, finished
+    if last is not None and not finished:
         raise ConfigError(
             f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
             "with it, or delete the folder to begin anew"
@@ -173,4 +184,4 @@ def clear_output(output_dir: str, old: List[str]) -> None:
             os.unlink(path)
     if old:
         names = ", ".join(os.path.basename(path) for path in old)
-        logger.warning(f"overwrite_output_dir: deleted from {output_dir} the finished run's {names}")
+        logger.warning(f"deleted from {output_dir} the finished run's {names}")

@@ -53,7 +53,7 @@ from paddlemix.trainer.arguments import (
     TrainingKeys,
     dataset_entries,
 )
-from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal
+from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
 from paddlemix.trainer.numerics import Numerics
@@ -233,7 +233,8 @@ class FinetuneTrainer(Trainer):
         self.add_callback(self.stop)
         self.add_callback(self.numerics)
         self.add_callback(_Bookkeeping(self))
-        self.callback_handler.callbacks.insert(0, LogLines())
+        self.lines = LogLines()
+        self.callback_handler.callbacks.insert(0, self.lines)
         self.events = EventFiles(self.args.logging_dir, self.args.report_to if self.is_world_process_zero() else [])
         self.add_callback(self.events)
 
@@ -256,7 +257,8 @@ class FinetuneTrainer(Trainer):
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
             logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
             logs["train_steps_per_second"] = round(rate, 4)
-        skipped = sum(data.n_skipped for data in (self.train_dataset, self.eval_dataset) if data is not None)
+        datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+        (skipped,) = self._of_all_processes(sum(data.n_skipped for data in datasets))
         if skipped or "loss" in logs:
             logs["skipped_samples"] = skipped
         super().log(logs, **kwargs)
@@ -266,14 +268,18 @@ class FinetuneTrainer(Trainer):
 
     def _take_counts(self) -> Tuple[int, int]:
         """Tokens and samples trained on since the last call, by all processes."""
-        counts = paddle.to_tensor([int(self._tokens), int(self._samples)], dtype="int64")
-        if self.args.world_size > 1:
-            paddle.distributed.all_reduce(counts)
-        # Tensor-parallel processes work on the same samples.
-        copies = self.args.world_size // self.args.dataset_world_size
-        tokens, samples = (count // copies for count in counts.tolist())
+        tokens, samples = self._of_all_processes(self._tokens, self._samples)
         self._tokens, self._samples, self._samples_seen = 0, 0, self._samples_seen + samples
         return tokens, samples
+
+    def _of_all_processes(self, *counts) -> List[int]:
+        """Counts of samples, or in samples, added up. All processes must call this at the same point."""
+        summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
+        if self.args.world_size > 1:
+            paddle.distributed.all_reduce(summed)
+        # Tensor-parallel processes work on the same samples.
+        copies = self.args.world_size // self.args.dataset_world_size
+        return [count // copies for count in summed.tolist()]
 
     # ---- data
 
@@ -290,6 +296,16 @@ class FinetuneTrainer(Trainer):
             lengths=self.lengths,
         )
         return self.sampler
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
 
     # ---- evaluation
 
@@ -544,6 +560,7 @@ class FinetuneTrainer(Trainer):
             ) from error
         finally:
             self.stop.disarm()
+            self.lines.close()
         best = self.state.best_model_checkpoint
         if self.load_best and best is not None:
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
@@ -574,6 +591,8 @@ class _Bookkeeping(TrainerCallback):
         return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # What was loaded before is no part of the first interval.
+        self.trainer._counted_since = time.time()
         # PaddleNLP says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")

@@ -401,7 +401,7 @@ def _plan_output(plan: Plan, arguments: Arguments) -> None:
     plan.resume_from = resume_from
     if resume_from is not None:
         plan.notes.append(f"goes on from {resume_from}")
-    if old:
+    elif old:
         names = ", ".join(os.path.basename(path) for path in old[:6]) + (" …" if len(old) > 6 else "")
         plan.notes.append(f"overwrite_output_dir: deletes from {training.output_dir} {names}")
 

@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import os
+import shutil
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from paddlenlp.trainer import TrainerCallback
 
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.log import logger
 
 # report_to → the package that writes its files.
 _PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX"}
 CURVE_NAME = "loss_curve.png"
+# Bytes a disk must have left for an entry to be written: more than any entry takes.
+_ROOM = 1 << 20
 
 
 def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
@@ -34,6 +41,9 @@ def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
 
 class EventFiles(TrainerCallback):
     """Event files of one run, opened with the first entry. Only the first process should have one.
+
+    A disk without room ends them, not the run. Their packages write in threads of their own, which a failed write ends
+    or blocks: so room is asked for beforehand.
 
     folder: where they go. kinds: "visualdl", "tensorboard".
     """
@@ -60,28 +70,49 @@ class EventFiles(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Each number under train/ or, for eval_…, under eval/."""
-        for writer in self._open().values():
+
+        def write(writer):
             for name, value in logs.items():
                 if isinstance(value, (int, float)):
                     tag = f"eval/{name[len('eval_'):]}" if name.startswith("eval_") else f"train/{name}"
                     writer.add_scalar(tag, value, state.global_step)
-        self._flush()
+
+        self._enter(write)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A text in Markdown."""
-        for writer in self._open().values():
-            writer.add_text(tag, text, step)
-        self._flush()
+        self._enter(lambda writer: writer.add_text(tag, text, step))
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """A picture: uint8 [H, W, 3]."""
-        for writer in self._open().values():
-            writer.add_image(tag, pixels, step, dataformats="HWC")
-        self._flush()
+        self._enter(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
-    def _flush(self) -> None:
-        for kind, writer in self._writers.items():
-            (writer if kind == "visualdl" else writer.file_writer).flush()
+    def _enter(self, write: Callable[[Any], None]) -> None:
+        """Let `write` make an entry with each writer, and flush them."""
+        if not self.kinds:
+            return
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for kind, writer in self._open().items():
+                write(writer)
+                (writer if kind == "visualdl" else writer.file_writer).flush()
+        except OSError as error:
+            logger.warning(f"event files in {self.folder} end here: {error.strerror or error}")
+            self.kinds = []
+            self._cut_off()
+            self.close()
+
+    def _cut_off(self) -> None:
+        """Let what the writers still hold, and would fail to write until the program exits, go into memory."""
+        nowhere = os.memfd_create("event files that found no room")
+        inside = os.path.join(os.path.realpath(self.folder), "")
+        for handle in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{handle}").startswith(inside):
+                    os.dup2(nowhere, int(handle), inheritable=False)
+        os.close(nowhere)
 
     def close(self) -> None:
         for writer in self._writers.values():

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 
+from paddlemix.utils.progress import bars_aside
+
 FORMAT = "[%(asctime)s] [%(levelname)8s] - %(message)s"
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is now, so that redirection and pytest's capture both see the lines."""
+    """Writes to whatever sys.stderr is now, so that redirection and pytest's capture both see the lines; over a bar."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -20,6 +22,10 @@ class _CurrentStderr(logging.StreamHandler):
     @property
     def stream(self):
         return sys.stderr
+
+    def emit(self, record):
+        with bars_aside():
+            super().emit(record)
 
 
 def _make_logger() -> logging.Logger:

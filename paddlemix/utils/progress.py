@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from typing import Optional
+from typing import Any, Iterator, List, Optional
 
-# In a log file a bar redraws as a new line each time, so it is drawn rarely there.
+# In a log file each drawing is a line of its own, so it is drawn rarely there.
 LOG_SECONDS = 10.0
+
+# tqdm's bars that stand on the terminal now.
+_STANDING: List[Any] = []
+
+
+class _Lines:
+    """A log file, as tqdm writes to it: no carriage returns and no padding, a line for each drawing."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text:
+            self._file.write(text + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def bars_aside() -> Iterator[None]:
+    """Take the bars off the terminal while a line is printed, and put them below it."""
+    # Without tqdm's lock, which a forked process may have inherited locked.
+    for bar in _STANDING:
+        with contextlib.suppress(OSError):
+            bar.clear(nolock=True)
+    try:
+        yield
+    finally:
+        for bar in _STANDING:
+            # A loader worker knows its parent's bar as it was long ago.
+            if bar.drawn_by == os.getpid():
+                with contextlib.suppress(OSError):
+                    bar.refresh(nolock=True)
 
 
 class Progress:
@@ -41,8 +77,11 @@ class Progress:
             # A log has no width, and no line that can be redrawn.
             ncols=None if terminal else 100,
             ascii=not terminal,
-            file=sys.stderr,
+            file=sys.stderr if terminal else _Lines(sys.stderr),
         )
+        if terminal and not disable:
+            self._bar.drawn_by = os.getpid()
+            _STANDING.append(self._bar)
 
     def update(self, n: int = 1) -> None:
         # A bar that can no longer be drawn ends no job.
@@ -56,6 +95,8 @@ class Progress:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.close()
+        if self._bar in _STANDING:
+            _STANDING.remove(self._bar)
 
     def __enter__(self) -> Progress:
         return self

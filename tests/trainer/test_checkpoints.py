@@ -77,6 +77,17 @@ def test_thin_out_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoints.checkpoints(str(tmp_path)) == [paths[0], paths[2], paths[3]]
 
 
+def test_a_broken_checkpoint_does_not_count(tmp_path):
+    """A run that began anew beside a newer, broken one must keep what it has just saved."""
+    old, new = make(tmp_path, 2), make(tmp_path, 4)
+    broken = [make(tmp_path, step, whole=False) for step in (1, 20)][1]
+    checkpoints.thin_out(str(tmp_path), 2, None)
+    assert checkpoints.checkpoints(str(tmp_path)) == [old, new, broken]
+    checkpoints.thin_out(str(tmp_path), 1, None)
+    assert checkpoints.checkpoints(str(tmp_path)) == [new, broken]
+    assert checkpoints.last_whole(str(tmp_path)) == new
+
+
 def test_fresh_folder_starts_anew_with_or_without_resume(tmp_path):
     assert prepare(tmp_path / "none") is None
     assert prepare(tmp_path / "none", resume=True) is None
@@ -92,11 +103,31 @@ def test_resume_finds_the_last_whole_one(tmp_path):
         prepare(tmp_path, resume_from=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, inside):
+    """A newer one of this folder would be what the next --resume takes."""
+    path = make(tmp_path if inside else tmp_path / "elsewhere", 2)
+    last = make(tmp_path, 4)
+    with pytest.raises(ConfigError, match="holds checkpoint-4 besides: --resume .*/checkpoint-2, set another"):
+        prepare(tmp_path, resume_from=path)
+    assert checkpoints.read_seal(last) is not None
+    assert prepare(tmp_path / "other", resume_from=path) == path
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
     path = make(tmp_path, 4)
     with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
         prepare(tmp_path, overwrite=overwrite)
+    assert checkpoints.read_seal(path) is not None
+
+
+def test_a_finished_run_that_went_on_is_unfinished_again(tmp_path):
+    path = make(tmp_path, 4)
+    (tmp_path / "train_results.json").write_text("x")
+    assert prepare(tmp_path, overwrite=True, resume=True) == path
+    with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
+        prepare(tmp_path, overwrite=True)
     assert checkpoints.read_seal(path) is not None
 
 

@@ -5,6 +5,7 @@ Real runs of the script, killed from outside at moments of the machine's own cho
 
 import functools
 import json
+import mmap
 import os
 import random
 import resource
@@ -14,11 +15,12 @@ import time
 import numpy as np
 import pytest
 
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import callbacks, checkpoints
 from tests.trainer.forked import PATIENCE
 from tests.trainer.runs import final_weights
 
 STEPS = 14
+
 
 @pytest.fixture
 def start(start_run):
@@ -61,17 +63,63 @@ def test_killed_while_the_first_checkpoint_is_written(start):
     assert again.status() == 0, again.log.read_text()
 
 
-def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start):
-    run = start(max_steps=10**6, save_steps=10**6)
+def children(pid):
+    """Processes that this one forked and that live."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return list(map(int, file.read().split()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start, workers):
+    """Sent to all processes of the run, the loader's workers first, as launchers and schedulers do."""
+    run = start(max_steps=10**6, save_steps=10**6, dataloader_num_workers=workers)
     end = time.monotonic() + PATIENCE
     while "global_step: 5" not in (run.log.read_text() if run.log.exists() else ""):
         assert time.monotonic() < end
         time.sleep(0.01)
-    os.kill(run.pid, signal.SIGTERM)
-    assert run.status() == 0
+    loaders = children(run.pid)
+    assert len(loaders) == workers
+    for pid in [*loaders, run.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert run.status() == 0, run.log.read_text()
     last = checkpoints.step_of(checkpoints.last_whole(str(run.out)))
     assert f"stopped after step {last}: resume with --resume" in run.log.read_text()
     assert not (run.out / checkpoints.RESULT_NAME).exists()
+
+
+def test_a_killed_run_leaves_no_worker_behind(start):
+    run = start(max_steps=10**6, save_steps=1, dataloader_num_workers=1)
+    run.wait_for("checkpoint-2")
+    (loader,) = children(run.pid)
+    run.kill()
+    end = time.monotonic() + PATIENCE
+    while os.path.exists(f"/proc/{loader}/exe"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_worker_ends_by_sigterm_only_when_its_parent_minds_it_no_more(monkeypatch):
+    minded = mmap.mmap(-1, 1)
+    monkeypatch.setattr(callbacks, "_MINDED", minded)
+    (request, ask), (reply, answer) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        callbacks.leave_sigterm_to_parent()
+        while True:
+            os.write(answer, os.read(request, 1))
+    try:
+        os.write(ask, b"1")
+        assert os.read(reply, 1) == b"1"
+        minded[0] = 1
+        os.kill(pid, signal.SIGTERM)
+        os.write(ask, b"2")
+        assert os.read(reply, 1) == b"2"
+        minded[0] = 0
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0) == (pid, 0)
+    finally:
+        for handle in (request, ask, reply, answer):
+            os.close(handle)
 
 
 def test_no_room_on_the_disk_is_one_line_and_the_last_checkpoint_stands(start):

@@ -13,7 +13,7 @@ import pytest
 
 from paddlemix.checkpoint import open_weights
 from paddlemix.trainer import checkpoints
-from tests.trainer.runs import final_weights
+from tests.trainer.runs import COLOURS, final_weights, write_data
 
 # Without dropout, whose random numbers each process draws for itself.
 ALIKE = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.0, "per_device_train_batch_size": 2}
@@ -84,6 +84,14 @@ def test_resuming_several_processes_ends_with_the_weights_of_one_go(alike, start
     assert "global_step: 3" in again.log.read_text()
     assert_equal(final_weights(part.out), final_weights(whole.out))
     assert not list(part.out.glob(".*"))
+
+
+def test_skipped_samples_of_all_processes_are_in_the_log(alike, tmp_path):
+    """An epoch, in which each unreadable sample is met once, by one process or the other."""
+    data = write_data(tmp_path / "some_bad.json", list(COLOURS) * 3, bad=(1, 4, 7, 10))
+    for processes in (2, 1):
+        run = alike(f"on {processes}", processes, dataset={"train": [{"data_files": data}]}, max_steps=3)
+        assert [line.count("skipped_samples: 4,") for line in run.lines() if " loss: " in line][-1] == 1
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(start_run):

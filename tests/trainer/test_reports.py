@@ -1,7 +1,10 @@
 """What a run leaves to look at, read back. Run: pytest tests/trainer/test_reports.py"""
 
+import errno
 import json
+import os
 import struct
+import types
 
 import numpy as np
 import pytest
@@ -136,6 +139,36 @@ def test_curves_leave_out_what_is_no_number():
 def test_nothing_to_draw_draws_nothing(tmp_path):
     assert not reports.draw_loss([{"train_loss": 1.0, "global_step": 3}], str(tmp_path / "x.png"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails", ["no room", "write"])
+def test_a_full_disk_ends_the_event_files_not_the_run(tmp_path, monkeypatch, log, fails):
+    state = types.SimpleNamespace(global_step=1)
+    events = reports.EventFiles(str(tmp_path / "runs"), ["visualdl", "tensorboard"])
+    events.on_log(None, state, None, {"loss": 1.0})
+    if fails == "no room":
+        full = types.SimpleNamespace(free=reports._ROOM - 1)
+        monkeypatch.setattr(reports.shutil, "disk_usage", lambda folder: full)
+    else:
+        fsync = os.fsync
+
+        def refuse(handle):
+            if os.readlink(f"/proc/self/fd/{handle}").startswith(str(tmp_path)):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+    state.global_step = 2
+    events.on_log(None, state, None, {"loss": 2.0})
+    events.text("more", "text", 2)
+    events.close()
+    assert [line for line in log.messages if "event files" in line] == [
+        f"event files in {tmp_path / 'runs'} end here: No space left on device"
+    ]
+    assert visualdl(tmp_path / "runs", "scalar")["train/loss"][0].value == 1.0
+    # Nothing of them is open for a write that would fail while the program exits.
+    handles = [os.path.join("/proc/self/fd", handle) for handle in os.listdir("/proc/self/fd")]
+    assert not any(os.readlink(path).startswith(str(tmp_path)) for path in handles if os.path.exists(path))
 
 
 def test_a_table_keeps_its_columns():

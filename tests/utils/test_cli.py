@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import sys
 
 import pytest
 
@@ -76,9 +77,44 @@ def test_progress_shows_rate_and_count(capsys, monkeypatch):
     with Progress(total=4, desc="rows") as bar:
         for _ in range(4):
             bar.update()
+            logger.info("a line")
         bar.note("1 skipped")
     shown = capsys.readouterr().err
     assert "rows: 100%" in shown and "4/4" in shown and "row/s" in shown
+    # A log file gets whole lines: nothing is drawn over, and a message begins its own.
+    assert "\r" not in shown and shown.endswith("\n")
+    assert all(line.startswith(("rows: ", "[")) for line in shown.splitlines())
+    assert sum(line.endswith("a line") for line in shown.splitlines()) == 4
     with Progress(total=4, disable=True) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
+
+
+def screen(text):
+    """The lines that a terminal shows of `text`: a carriage return goes back, and what follows is written over."""
+    lines, at = [""], 0
+    for char in text:
+        if char == "\n":
+            lines.append("")
+        if char in "\r\n":
+            at = 0
+            continue
+        lines[-1] = lines[-1][:at].ljust(at) + char + lines[-1][at + 1 :]
+        at += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_a_message_stands_above_the_bar_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    with Progress(total=4, desc="rows") as bar:
+        for _ in range(4):
+            logger.info("a line")
+            bar.update()
+        before = screen(capsys.readouterr().err)
+    after = screen(capsys.readouterr().err)
+    logger.info("the last")
+    assert all(line.startswith("[20") and line.endswith("] - a line") for line in before[:4])
+    assert [line[:6] for line in before[4:]] == ["rows: "]
+    assert [line[:10] for line in after] == ["rows: 100%", ""]
+    assert screen(capsys.readouterr().err)[0].endswith("] - the last")
