@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from paddlemix.utils.errors import UserError
@@ -150,6 +152,20 @@ def _parse(line: bytes, start: int, stop: int, line_no: int, offset: int, want_c
     )
 
 
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """What the file holds, in pieces that a thread reads while those before them are gone through."""
+    with ThreadPoolExecutor(1) as reader:
+        # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
+        # it would have to wait for Python's lock.
+        ahead = deque(reader.submit(file.read, BUFFER_BYTES) for _ in range(2))
+        while True:
+            block = ahead.popleft().result()
+            if not block:
+                return
+            ahead.append(reader.submit(file.read, BUFFER_BYTES))
+            yield block
+
+
 def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
     """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
     max_line_bytes and a buffer, memory may hold the first part only.
@@ -158,10 +174,7 @@ def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[Tuple[bytes, int, in
     """
     held: List[bytes] = []
     length = 0
-    while True:
-        block = file.read(BUFFER_BYTES)
-        if not block:
-            break
+    for block in _blocks(file):
         begin, end = 0, block.find(b"\n") + 1
         if held:
             length += end or len(block)

@@ -12,6 +12,7 @@ handed on as they are, unlooked at beyond their first few blocks.
 from __future__ import annotations
 
 import struct
+from itertools import islice
 from typing import Dict, Iterator, List, Optional, Tuple
 
 # An EXIF block is at most this long by its standard. Larger ones are not read.
@@ -84,6 +85,21 @@ def _markers(data: bytes) -> Iterator[Tuple[int, int, int]]:
             if at == begin:
                 return
             yield marker, begin, min(at, len(data))
+
+
+def jpeg_size(data: bytes) -> Tuple[int, int]:
+    """(width, height) of a JPEG that Pillow would open, from its frame header; (0, 0) of anything else."""
+    if data[:3] != b"\xff\xd8\xff":
+        return 0, 0
+    for marker, begin, end in islice(_markers(data), MAX_MARKERS):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            at = data.index(marker, begin) + 3
+            if at + 6 <= end:
+                bits, height, width, components = struct.unpack_from(">BHHB", data, at)
+                if bits == 8 and components in (1, 3, 4):
+                    return width, height
+            break
+    return 0, 0
 
 
 def _is_metadata(marker: int) -> bool:

@@ -194,6 +194,33 @@ def test_a_webp_is_measured_before_it_is_opened(options, monkeypatch):
         assert caught.value.reason == "too many pixels"
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(900)}, {"quality": 100}])
+def test_the_size_of_a_jpeg_is_pillows(mode, options):
+    file = io.BytesIO()
+    Image.effect_noise((133, 57), 80).convert(mode).save(file, "JPEG", **options)
+    data = file.getvalue()
+    assert metadata.jpeg_size(data) == (133, 57) == open_image(data).size
+    # Bytes that fill up before a marker, and a block of any length in front.
+    assert metadata.jpeg_size(data[:2] + b"\xff\xff" + segment(0xE5, bytes(60_000)) + data[2:]) == (133, 57)
+    frame = next(begin for marker, begin, _ in metadata._markers(data) if marker in (0xC0, 0xC2))
+    assert metadata.jpeg_size(data[: frame + 10]) == (133, 57)
+    assert all(metadata.jpeg_size(data[:length]) == (0, 0) for length in range(frame + 10))
+
+
+def test_what_pillow_would_not_open_has_no_size():
+    data = image_bytes()
+    frame = next(begin for marker, begin, _ in metadata._markers(data) if marker == 0xC0)
+    for at, value in ((frame + 4, 12), (frame + 9, 2), (frame + 1, 0xC8)):  # bits, components, not a frame
+        broken = bytearray(data)
+        broken[at] = value
+        assert metadata.jpeg_size(bytes(broken)) == (0, 0)
+        with pytest.raises(ImageError):
+            read_header(bytes(broken))
+    assert metadata.jpeg_size(data[:2] + b"\xff\xe5\0\2" * MAX_MARKERS + data[2:]) == (0, 0)
+    assert metadata.jpeg_size(image_bytes(format="PNG")) == (0, 0) == metadata.jpeg_size(b"")
+
+
 def png(*chunks):
     data = image_bytes(format="PNG")
     added = b"".join(
