@@ -196,6 +196,8 @@ class Ours(Way):
     """The project's own code."""
 
     def __init__(self, size: str, layers: int = 0):
+        import paddle
+
         from paddlemix.models.mgen_vl.configuration import MGenConfig
         from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
         from paddlemix.models.mgen_vl.parameters import parameter_shapes
@@ -209,7 +211,8 @@ class Ours(Way):
         self.model = MGenLMHeadModel.build_lazily(config)
         tensors = self.model.state_dict()
         for name, value in made_values(parameter_shapes(config)):
-            tensors[name].set_value(value)
+            # Without a copy, as weights are loaded: what is freed here would count as memory of what follows.
+            tensors[name].get_tensor().set(value, paddle.CPUPlace(), True)
         self.model.eval()
 
     def loss(self, ids, mask, labels, pixels):
