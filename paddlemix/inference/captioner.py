@@ -63,8 +63,8 @@ def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str) -> in
     """Device memory that one more row in a batch takes at most, in bytes.
 
     The cache of keys and values up to the last token, and the larger of the two working sets: the ViT's
-    attention scores (float32, twice: before and after the softmax) with its widened MLP, or the decoder's
-    prefill.
+    attention scores (8 bytes each: in float32, and before and after it in the model's dtype) with its widened
+    MLP, or the decoder's prefill.
     """
     size = 4 if dtype == "float32" else 2
     visual = config.visual
