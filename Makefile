@@ -31,7 +31,7 @@ NO_PADDLE := tests/metrics tests/test_house.py tests/test_run_sh.py tests/tools/
 
 help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
-	@echo "make test    all tests, with coverage of paddlemix/"
+	@echo "make test    all tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only those"
 	@echo "make test-paddle26   those that have to do with Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
 	@echo "make fuzz    broken weights, configurations, rows and images, FUZZ_EXAMPLES new ones of each kind (10000)"
 	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"
@@ -61,7 +61,7 @@ demo: $(READY)
 
 test: $(READY)
 	rm -f .coverage .coverage.*
-	$(RUN) -m $(PYTEST) --cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
+	$(RUN) -m $(PYTEST) --cov --cov-report=term $(if $(PYTEST_ARGS),,--cov-fail-under=90) $(PYTEST_ARGS)
 
 # Beside the main environment, if that is there, each reads what the other has written (tests/test_two_paddles.py).
 test-paddle26: $(READY26)

@@ -478,6 +478,7 @@ def _convert(
                 array.finish()
             writer.drain()
             ChatTemplate.default().save(out_dir)
+            bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
             bar.update(max(0, os.path.getsize(path) - done))
         for name, index in zip(names, indexes):
             index.write_for(name)
