@@ -446,11 +446,15 @@ def _convert(
             writer = _BackgroundWriter()
             files.callback(writer.close)
             arrays = [_JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
+
+            def tell_counts() -> None:
+                bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
+
             for row, image, caption, reason in stream:
                 if row.next_offset - done >= _PROGRESS_BYTES:
                     bar.update(row.next_offset - done)
                     done = row.next_offset
-                    bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
+                    tell_counts()
                 if reason is None and options.dedupe:
                     digest = hashlib.sha1(image)
                     digest.update(b"\t" + caption.encode())
@@ -478,7 +482,7 @@ def _convert(
                 array.finish()
             writer.drain()
             ChatTemplate.default().save(out_dir)
-            bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
+            tell_counts()
             bar.update(max(0, os.path.getsize(path) - done))
         for name, index in zip(names, indexes):
             index.write_for(name)

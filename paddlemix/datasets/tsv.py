@@ -12,7 +12,7 @@ import re
 import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from paddlemix.utils.errors import UserError
 
@@ -152,9 +152,10 @@ def _parse(line: bytes, start: int, stop: int, line_no: int, offset: int, want_c
     )
 
 
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
+def _blocks(path: str) -> Iterator[bytes]:
     """What the file holds, in pieces that a thread reads while those before them are gone through."""
-    with ThreadPoolExecutor(1) as reader:
+    # The thread ends before the file is closed, also where the rows are not read to their end.
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
         ahead = deque(reader.submit(file.read, BUFFER_BYTES) for _ in range(2))
@@ -166,7 +167,7 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
             yield block
 
 
-def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
+def _lines(path: str, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
     """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
     max_line_bytes and a buffer, memory may hold the first part only.
 
@@ -174,7 +175,7 @@ def _lines(file: BinaryIO, max_line_bytes: int) -> Iterator[Tuple[bytes, int, in
     """
     held: List[bytes] = []
     length = 0
-    for block in _blocks(file):
+    for block in _blocks(path):
         begin, end = 0, block.find(b"\n") + 1
         if held:
             length += end or len(block)
@@ -208,16 +209,15 @@ def read_rows(path: str, want_caption: bool, max_line_bytes: int = MAX_ROW_BYTES
         UserError: as check_input.
     """
     check_input(path)
-    with open(path, "rb", buffering=0) as file:
-        offset = 0
-        for line_no, (line, begin, end, length) in enumerate(_lines(file, max_line_bytes), 1):
-            if length > max_line_bytes:
-                begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
-                id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)
-                row_id = line[begin : max(begin, id_end)].decode("utf-8", "replace")
-                row = TsvRow(line_no, row_id, b"", offset, 0, None, LINE_TOO_LONG, offset + length)
-            else:
-                row = _parse(line, begin, end, line_no, offset, want_caption)
-            offset += length
-            if row is not None:
-                yield row
+    offset = 0
+    for line_no, (line, begin, end, length) in enumerate(_lines(path, max_line_bytes), 1):
+        if length > max_line_bytes:
+            begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
+            id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)
+            row_id = line[begin : max(begin, id_end)].decode("utf-8", "replace")
+            row = TsvRow(line_no, row_id, b"", offset, 0, None, LINE_TOO_LONG, offset + length)
+        else:
+            row = _parse(line, begin, end, line_no, offset, want_caption)
+        offset += length
+        if row is not None:
+            yield row

@@ -79,8 +79,8 @@ def predict_file(
 
     shard: answer that share of the rows only, into a file of its own (shards.py); one of several processes that
     paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
-    settings, stays as it is. A share may lack a single good row without that
-    being an error; the whole may not, which merge_shards' caller sees.
+    settings, stays as it is. A share may lack a single good row without that being an error; the whole may not, which
+    merge_shards' caller sees.
 
     Raises:
         UserError: bad arguments, input or model.

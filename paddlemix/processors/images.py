@@ -78,10 +78,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS):
     """A PIL image of which only the header has been read."""
     from PIL import Image, UnidentifiedImageError
 
-    if not data:
-        raise ImageError("empty image")
-    if len(data) > MAX_BYTES:
-        raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
+    _check_bytes(data)
     _check_size(webp_size(data), max_pixels)
     plain = bounded(data)
     if plain is None:
@@ -111,12 +108,20 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Tuple[str, Tuple[i
     Raises:
         ImageError: no image, or one of more than max_pixels.
     """
+    _check_bytes(data)
     size = jpeg_size(data)
     if all(size):
         _check_size(size, max_pixels)
         return "JPEG", size
     image = _open(data, max_pixels)
     return image.format, image.size
+
+
+def _check_bytes(data: bytes) -> None:
+    if not data:
+        raise ImageError("empty image")
+    if len(data) > MAX_BYTES:
+        raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
 
 
 def _check_size(size: Tuple[int, int], max_pixels: int) -> None:

@@ -77,6 +77,8 @@ def test_huge_base64_is_not_decoded(monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
     assert reason(decode_base64, "A" * 4000) == "image too large"
     assert reason(open_image, bytes(2000)) == "image too large"
+    # A JPEG's header is read without opening it.
+    assert reason(read_header, image_bytes(size=(64, 48)) + bytes(2000)) == "image too large"
 
 
 # ---- pictures
