@@ -102,7 +102,8 @@ def measure(case: Case) -> Dict[str, int]:
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
     from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.trainer import arguments, finetune, memory, tuned_model
+    from paddlemix.trainer import arguments, memory, tuned_model
+    from paddlemix.trainer import trainer as trainer_module
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import decide_precision, resolve_device
 
@@ -121,9 +122,9 @@ def measure(case: Case) -> Dict[str, int]:
             model = MGenLMHeadModel(config)
             model.train()
             model = tuned_model.choose_trainable(model, model_keys)
-        trainer = finetune.FinetuneTrainer(
+        trainer = trainer_module.FinetuneTrainer(
             model=model,
-            args=finetune.paddlenlp_arguments(training, decide_precision("float32", "O1")),
+            args=trainer_module.paddlenlp_arguments(training, decide_precision("float32", "O1")),
             train_dataset=_Samples(config, case),
             data_collator=MGenVLCollator(0),
             tokenizer=_Tokenizer(),

@@ -12,8 +12,8 @@ No other module asks for a version. Where one way serves both, it is taken, and 
 - LoRA is merged by `merge_weights=True` and `eval()` in PaddleNLP 2.8, by `merge()` in 3: checkpoint/lora_merge.py
   merges files.
 - Tensors made in a loader's worker crash Paddle 2.6: datasets/collator.py makes numpy arrays.
-- PaddleNLP 2.8 appends logs to `state.log_history`, 3 empties it: trainer/finetune.py sets it to a copy of its own.
-- PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/finetune.py sets it in any case.
+- PaddleNLP 2.8 appends logs to `state.log_history`, 3 empties it: trainer/trainer.py sets it to a copy of its own.
+- PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/trainer.py sets it in any case.
 - PaddleNLP 2.8 sets `use_flash_attention` back to its default: models' configuration sets it last.
 - The current place has no `is_cpu_place()` on 2.6: loading asks for the device by name.
 - The peak of host memory cannot be reset on 2.6: benchmarks/memory_estimate.py measures in a fresh process.

@@ -15,7 +15,7 @@ import pytest
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
 from paddlemix.models.lora import load_lora
 from paddlemix.trainer import checkpoints
-from paddlemix.trainer.finetune import EpochSampler
+from paddlemix.trainer.order import EpochSampler
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
 from tests.helpers import make_tiny_model, save_tiny_model

@@ -11,7 +11,8 @@ import pytest
 
 from paddlemix.datasets.packing import SampleLengths, plan_packs
 from paddlemix.trainer import arguments
-from paddlemix.trainer.finetune import EpochSampler, finetune, prepare
+from paddlemix.trainer.finetune import finetune, prepare
+from paddlemix.trainer.order import EpochSampler
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import image_base64, save_tiny_model
 

@@ -1,0 +1,533 @@
+"""FinetuneTrainer: PaddleNLP's Trainer, wrapped and not rewritten. What the subclass changes, and why:
+
+  order of samples   a permutation per epoch from the seed alone, so that a resumed run goes on where it stood by index
+  checkpoints        written under another name, sealed, renamed; read without executing anything they hold
+  optimizer          takes the parameters that train only; no decay on vectors (norms, biases)
+  log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
+Losses of accumulated batches are averaged batch by batch, as PaddleNLP does, not label by label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+import re
+import shutil
+import time
+import types
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import paddle
+import paddlenlp
+from paddlenlp.trainer import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
+from paddlenlp.transformers.model_utils import _add_variant
+
+from paddlemix.datasets.collator import raise_failure
+from paddlemix.datasets.packing import Packs, SampleLengths
+from paddlemix.models.mgen_vl.parameters import group_of
+from paddlemix.processors.mgen_vl_processing import ChatTemplate
+from paddlemix.trainer import checkpoints, parallel, resume
+from paddlemix.trainer.arguments import (
+    TrainingKeys,
+)
+from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
+from paddlemix.trainer.captions import Caption, CaptionEvaluator
+from paddlemix.trainer.guard import LanguageGuard
+from paddlemix.trainer.numerics import Numerics
+from paddlemix.trainer.order import EpochSampler
+from paddlemix.trainer.reports import EventFiles, caption_table, choose_reports
+from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
+from paddlemix.utils.compat import handed_over
+from paddlemix.utils.errors import ConfigError, JobFailed
+from paddlemix.utils.log import logger
+from paddlemix.utils.runtime import (
+    Precision,
+    seed_step,
+)
+
+# The parts between vision and language, which mm_projector_lr is for.
+_PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """PaddleNLP's TrainingArguments and the keys that PaddleMIX added to them."""
+
+    benchmark: bool = False
+    group_by_modality_length: bool = False
+    mm_projector_lr: Optional[float] = None
+    # Not a key: the optimizer keeps float32 copies of half-precision weights.
+    master_weights: bool = False
+
+
+def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> FinetuneArguments:
+    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device.
+
+    Raises:
+        ConfigError: a key is set that the installed PaddleNLP does not have, or two do not fit together.
+    """
+    known = {field.name for field in dataclasses.fields(FinetuneArguments)}
+    values = {}
+    for field in dataclasses.fields(TrainingKeys):
+        value = getattr(training, field.name)
+        if field.name in known:
+            values[field.name] = value
+    values.update(
+        fp16=precision.compute == "float16",
+        bf16=precision.compute == "bfloat16",
+        master_weights=precision.master_weights,
+        device=paddle.get_device().split(":")[0],
+        report_to=choose_reports(training.report_to),
+        # Our own words for a device; PaddleNLP's flag would only repeat it.
+        no_cuda=False,
+        # Resuming and "evaluate once at the end" are decided here, not there.
+        do_eval=training.evaluation_strategy != "no",
+        resume_from_checkpoint=None,
+    )
+    if training.benchmark:
+        values["save_strategy"] = "no"
+    try:
+        return FinetuneArguments(**values)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def print_block(title: str, block: Any) -> None:
+    """One block of arguments, as the notebook shows it: sorted names, padded to 30."""
+    logger.info("=" * 60)
+    logger.info("{:^40}".format(f"{title} Configuration Arguments"))
+    logger.info("{:30}: {}".format("paddle commit id", paddle.version.commit))
+    logger.info("{:30}: {}".format("paddlenlp commit id", paddlenlp.version.commit))
+    for name in dir(block):
+        if not name.startswith("__"):
+            value = getattr(block, name)
+            if not isinstance(value, types.MethodType):
+                logger.info(f"{name:30}: {value}")
+    logger.info("")
+
+
+class FinetuneTrainer(Trainer):
+    """PaddleNLP's Trainer with the changes that this module's head lists."""
+
+    def __init__(
+        self,
+        *args,
+        chat_template: ChatTemplate,
+        origin: Origin,
+        guard: LanguageGuard,
+        packs: Optional[Packs] = None,
+        lengths: Optional[SampleLengths] = None,
+        **kwargs,
+    ):
+        self.chat_template = chat_template
+        self.origin, self.guard = origin, guard
+        # How the training samples share sequences, or batches; see datasets.packing.
+        self.packs, self.lengths = packs, lengths
+        self.captions: Optional[CaptionEvaluator] = None
+        self.score_captions = self.save_captions = False
+        self.shown_captions, self._images_shown = 0, False
+        self.sampler: Optional[EpochSampler] = None
+        self.stop = StopOnSignal()
+        self.numerics = Numerics()
+        self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
+        self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
+        self._history: List[dict] = []
+        super().__init__(*args, **kwargs)
+        self.output_dir = self.args.output_dir
+        # The stock loop lowers it when an epoch holds fewer batches.
+        self.accumulation = self.args.gradient_accumulation_steps
+        # The base class would read the best checkpoint with paddle.load; `train` does it with the safe reader.
+        self.load_best = self.args.load_best_model_at_end
+        self.args.load_best_model_at_end = False
+        for stock in (PrinterCallback, ProgressCallback, VisualDLCallback, TensorBoardCallback):
+            self.remove_callback(stock)
+        self.add_callback(self.stop)
+        self.add_callback(self.numerics)
+        self.add_callback(_Bookkeeping(self))
+        self.lines = LogLines()
+        self.callback_handler.callbacks.insert(0, self.lines)
+        self.events = EventFiles(self.args.logging_dir, self.args.report_to if self.is_world_process_zero() else [])
+        self.add_callback(self.events)
+
+    # ---- what is printed
+
+    def print_config(self, args=None, key=""):
+        print_block("Training" if args is None else key, self.args if args is None else args)
+
+    def log(self, logs: Dict[str, float], **kwargs) -> None:
+        if "loss" in logs:
+            tokens, samples = self._take_counts()
+            seconds = time.time() - self._counted_since
+            logs["interval_samples_per_second"] = round(samples / seconds, 4)
+            logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
+            self._counted_since = time.time()
+            logs.update(self.numerics.scalars())
+        if "train_runtime" in logs:
+            # The stock rates take all planned steps for done in this session, which a resume or a signal belies.
+            self._take_counts()
+            rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
+            logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
+            logs["train_steps_per_second"] = round(rate, 4)
+        datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
+        (skipped,) = self._of_all_processes(sum(data.n_skipped for data in datasets))
+        if skipped or "loss" in logs:
+            logs["skipped_samples"] = skipped
+        super().log(logs, **kwargs)
+        self._history.append(dict(logs, global_step=self.state.global_step))
+        # A copy: PaddleNLP 2.8 appends to it by itself.
+        self.state.log_history = list(self._history)
+
+    def _take_counts(self) -> Tuple[int, int]:
+        """Tokens and samples trained on since the last call, by all processes."""
+        tokens, samples = self._of_all_processes(self._tokens, self._samples)
+        self._tokens, self._samples, self._samples_seen = 0, 0, self._samples_seen + samples
+        return tokens, samples
+
+    def _of_all_processes(self, *counts) -> List[int]:
+        """Counts of samples, or in samples, added up. All processes must call this at the same point."""
+        summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
+        if self.args.world_size > 1:
+            paddle.distributed.all_reduce(summed)
+        # Tensor-parallel processes work on the same samples.
+        copies = self.args.world_size // self.args.dataset_world_size
+        return [count // copies for count in summed.tolist()]
+
+    # ---- data
+
+    def _get_train_sampler(self):
+        self.sampler = EpochSampler(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            accumulation=self.accumulation,
+            drop_last=self.args.dataloader_drop_last,
+            rank=self.args.dataset_rank,
+            processes=self.args.dataset_world_size,
+            packs=self.packs,
+            lengths=self.lengths,
+        )
+        return self.sampler
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.worker_init_fn = leave_sigterm_to_parent
+        return loader
+
+    # ---- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The loss, and with `captions` set what the model says: scored if `score_captions`, and a few of it shown.
+
+        None when SIGTERM ended it.
+        """
+        try:
+            return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        except EvaluationLeftOut:
+            self.stop.stop(self.args, self.state, self.control)
+            return None
+
+    def _evaluate(self, *words):
+        metrics, between = super().evaluate(*words), self.stop.leave_evaluation
+        if self.captions is not None and not self.score_captions:
+            self.show_captions(self.captions.captions(base_of(self.model), between))
+        elif self.captions is not None:
+            path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
+            write = self.save_captions and self.args.should_save
+            scores, found = self.captions.evaluate(base_of(self.model), path if write else None, between)
+            self.show_captions(found[: self.shown_captions])
+            self.log(dict(scores, global_step=self.state.global_step))
+            metrics.update(scores)
+        return metrics
+
+    def show_captions(self, found: List[Caption]) -> None:
+        """Captions as lines of the log and as a table in the event files, their images there too, once."""
+        if not found or not self.is_world_process_zero():
+            return
+        for one in found:
+            logger.info(f"{one.id}: {one.text} | reference: {one.reference}")
+        step = self.state.global_step
+        self.events.text("eval/captions", caption_table(found), step)
+        if not self._images_shown and self.events.kinds:
+            for one in found:
+                thumbnail = self.captions.thumbnail(one.id)
+                if thumbnail is not None:
+                    self.events.image("eval/" + one.id.replace("#", "_"), thumbnail, step)
+        self._images_shown = True
+
+    # ---- a step
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        """The model's own loss: the mean over the labelled positions of the batch."""
+        outputs = model(**inputs, return_dict=True)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _wrap_model(self, model, training=True):
+        wrapped = super()._wrap_model(model, training)
+        if self.args.tensor_parallel_degree > 1:
+            parallel.keep_cards_alike(wrapped)
+        return wrapped
+
+    def _prepare_inputs(self, inputs):
+        # The loader hands over what an error in it could not say.
+        raise_failure(inputs)
+        return super()._prepare_inputs(inputs)
+
+    def training_step(self, model, inputs, **kwargs):
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        packed = inputs.get("sample_lengths")
+        self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else (packed > 0).sum())
+        loss = super().training_step(model, inputs, **kwargs)
+        if self.do_grad_scaling:
+            return self.numerics.finite_loss(loss)
+        self.numerics.check_loss(float(loss), self.state.global_step + 1)
+        return loss
+
+    def _check_loss_valid(self, loss):
+        """Done by training_step, on every PaddleNLP."""
+
+    def create_optimizer(self, lr_scheduler=None):
+        """AdamW over the parameters that train; weight decay on matrices only."""
+        if self.optimizer is None:
+            named = [(name, p) for name, p in base_of(self.model).state_dict().items() if not p.stop_gradient]
+            decayed = {p.name for _, p in named if p.ndim > 1}
+            if self.args.mm_projector_lr is not None:
+                for name, parameter in named:
+                    if group_of(name) in _PROJECTOR_GROUPS:
+                        parameter.optimize_attr["learning_rate"] = self.args.mm_projector_lr / self.args.learning_rate
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            clip = paddle.nn.ClipGradByGlobalNorm(self.args.max_grad_norm) if self.args.max_grad_norm > 0 else None
+            self.optimizer = optimizer_class(
+                learning_rate=lr_scheduler if lr_scheduler is not None else self.lr_scheduler,
+                apply_decay_param_fun=lambda name: name in decayed,
+                parameters=[parameter for _, parameter in named],
+                weight_decay=self.args.weight_decay,
+                grad_clip=clip,
+                multi_precision=self.args.master_weights,
+                **options,
+            )
+        return self.optimizer
+
+    # ---- checkpoints
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        if self.control.should_save:
+            # The loss of steps not logged yet belongs to the sum that a checkpoint keeps.
+            self._pending_loss = 0.0 if self.control.should_log else float(tr_loss)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model, metrics=None):
+        """Write a checkpoint beside its place, seal it and rename it."""
+        output_dir, step = self.args.output_dir, self.state.global_step
+        final = os.path.join(output_dir, f"checkpoint-{step}")
+        partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
+        written = os.path.join(partial, f"checkpoint-{step}")
+        with disk_errors(f"checkpoint-{step}", partial):
+            with self._writing_to(partial):
+                super()._save_checkpoint(model, metrics)
+            if self.state.best_model_checkpoint == written:
+                self.state.best_model_checkpoint = final
+            if self.args.world_size > 1:
+                paddle.distributed.barrier()
+            if not self.args.should_save:
+                return
+            self.state.save_to_json(os.path.join(written, "trainer_state.json"))
+            checkpoints.seal(
+                written,
+                {
+                    "global_step": step,
+                    "loss_sum": self._total_loss_scalar + self._pending_loss,
+                    "order": self._order_settings(),
+                },
+            )
+            checkpoints.publish(written, final)
+        shutil.rmtree(partial)
+        checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _writing_to(self, folder: str):
+        """Let the base class write under another folder."""
+        # PaddleNLP 2.8 has no output_signal_dir; setting it there harms nothing.
+        kept = self.args.output_dir
+        self.args.output_dir = self.args.output_signal_dir = folder
+        try:
+            yield
+        finally:
+            self.args.output_dir = self.args.output_signal_dir = kept
+
+    def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
+        """Done by _save_checkpoint; the stock one runs too early, and only under a launcher."""
+
+    def _order_settings(self) -> Dict[str, int]:
+        """What the order of samples depends on. A resumed run must agree in it."""
+        settings = {
+            "samples": len(self.train_dataset),
+            "batch": self.args.per_device_train_batch_size * self.args.dataset_world_size,
+            "accumulation": self.accumulation,
+            "seed": self.args.seed,
+        }
+        if self.packs is not None:
+            settings.update(
+                mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length
+            )
+        if self.lengths is not None:
+            settings["group_by_modality_length"] = self.lengths.digest()
+        return settings
+
+    def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
+        """Weights (see save_tuned), configuration, tokenizer, chat template, arguments.
+
+        The first process writes; those that share its matrices come here too and hand it their parts.
+        """
+        folder = output_dir or self.args.output_dir
+        logger.info(f"Saving model checkpoint to {folder}")
+        partial = os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")
+        self.guard.check(base_of(self.model))
+        if not self.args.should_save:
+            save_tuned(self.model, partial, self.origin, False)
+            return
+        os.makedirs(partial, exist_ok=True)
+        save_tuned(self.model, partial, self.origin, True)
+        self.tokenizer.save_pretrained(partial)
+        self.chat_template.save(partial)
+        arguments = copy.copy(self.args)
+        arguments.output_dir = arguments.output_signal_dir = self.output_dir
+        paddle.save(arguments, os.path.join(partial, "training_args.bin"))
+        for name in os.listdir(partial):
+            os.replace(os.path.join(partial, name), os.path.join(folder, name))
+        os.rmdir(partial)
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
+        load_tuned(self.model, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint is not None:
+            logger.info(f"Loading model from {resume_from_checkpoint}")
+            self.load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        trained = [parameter for parameter in self.model.parameters() if not parameter.stop_gradient]
+        paths = [os.path.join(checkpoint, name) for name in self._optimizer_names()]
+        resume.load_optimizer(self.optimizer, trained, paths[max(self.args.sharding_parallel_rank, 0)], paths)
+        scheduler = os.path.join(checkpoint, resume.SCHEDULER_NAME)
+        resume.load_scheduler(self.lr_scheduler, scheduler, self._first_step)
+        if self.do_grad_scaling:
+            resume.load_scaler(self.scaler, os.path.join(checkpoint, resume.SCALER_NAME))
+
+    def _optimizer_names(self) -> List[str]:
+        """Files with the optimizer's state of this process's parameters: several under sharding."""
+        suffix = self.args.optimizer_name_suffix
+        shards = range(max(self.args.sharding_parallel_degree, 1))
+        variants = [re.sub(r"shard\d+", f"shard{rank:02d}", suffix) if suffix else None for rank in shards]
+        return [_add_variant(resume.OPTIMIZER_NAME, variant) for variant in variants]
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing to do: see seed_step."""
+
+    # ---- the run
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = max(len(self._get_train_sampler()) // self.accumulation, 1)
+        return int(per_epoch * self.args.num_train_epochs)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
+        given = contextlib.nullcontext()
+        if resume_from_checkpoint is not None:
+            progress = resume.read_progress(resume_from_checkpoint)
+            checkpoints.check_order(resume_from_checkpoint, progress.order, self._order_settings())
+            self._first_step, self._resumed_loss = progress.step, progress.loss_sum
+            state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
+            given = handed_over(state)
+            self._history = state.log_history
+            self.numerics.overflow.skipped = next(
+                (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
+            )
+            if progress.step >= self.planned_steps():
+                logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
+                self.load_weights(resume_from_checkpoint)
+                self.state = state
+                return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
+        try:
+            # The optimizer's states get running names too (see prepare).
+            with paddle.utils.unique_name.guard(), given:
+                metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+        except SystemError as error:
+            # Paddle's words for a loader worker that died; the worker's own do not arrive.
+            if "DataLoader process" not in str(error):
+                raise
+            raise JobFailed(
+                "a process that reads samples died, perhaps for want of memory: try fewer dataloader_num_workers"
+            ) from error
+        finally:
+            self.stop.disarm()
+            self.lines.close()
+        best = self.state.best_model_checkpoint
+        if self.load_best and best is not None:
+            logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
+            self.load_weights(best)
+        return metrics
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, partial: str):
+    """Turn a failed write into one line that says what to do, and remove the partial folder, if there is one."""
+    try:
+        yield
+    except (OSError, JobFailed) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise JobFailed(
+            f"{what} could not be written ({reason}); earlier checkpoints are intact: mend the disk and add --resume"
+        ) from error
+
+
+class _Bookkeeping(TrainerCallback):
+    """Keeps the sampler, the epoch and the loss sum right, which the stock loop loses on a resume."""
+
+    def __init__(self, trainer: FinetuneTrainer):
+        self.trainer = trainer
+
+    def _steps_per_epoch(self, args) -> int:
+        return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # What was loaded before is no part of the first interval.
+        self.trainer._counted_since = time.time()
+        # PaddleNLP says it in a debug line only.
+        count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
+        logger.info(f"  Number of trainable parameters = {count:,} (per device)")
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The loop has just set its sum to 0.
+        self.trainer._total_loss_scalar += self.trainer._resumed_loss
+        self.trainer._resumed_loss = 0.0
+        epoch, step = divmod(state.global_step, self._steps_per_epoch(args))
+        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        seed_step(args.seed, state.global_step, args.dataset_rank, max(args.tensor_parallel_rank, 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / self._steps_per_epoch(args)
