@@ -138,11 +138,10 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         if n_images == 0:
             return embeds
         B, T, D = embeds.shape
-        filled = paddle.scatter(
-            embeds.reshape([B * T, D]),
-            paddle.to_tensor(positions),
-            image_features.reshape([-1, D]).astype(embeds.dtype),
-        )
+        features = image_features.reshape([-1, D]).astype(embeds.dtype)
+        # Autocast would run this in float32, and everything that meets its result, down to the last block, with it.
+        with full_precision():
+            filled = paddle.scatter(embeds.reshape([B * T, D]), paddle.to_tensor(positions), features)
         return filled.reshape([B, T, D])
 
     def _logits(self, hidden):
