@@ -159,11 +159,30 @@ def resolve_device(requested: Optional[str] = None) -> Choice:
     selected = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"
     choice = decide_device(requested, cuda_build, cards, selected)
     paddle.set_device(choice.value)
+    if choice.value == "cpu" and cuda_build:
+        _look_for_cudnn_in_silence()
     if choice.value == "cpu" and "FLAGS_use_stride_kernel" not in os.environ:
         # A transpose that only relabels strides makes every kernel behind it walk memory in jumps: splitting c_attn's
         # output into heads, with its gradient, takes 11 ms so and 1.2 ms copied; a training step a sixth longer.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
     return choice
+
+
+def _look_for_cudnn_in_silence() -> None:
+    """Paddle's GPU wheel looks for cuDNN once, at the first convolution, and warns in seven lines when it finds none.
+
+    On the CPU that says nothing: here it looks while stderr points elsewhere.
+    """
+    import paddle
+
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        paddle.device.get_cudnn_version()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:

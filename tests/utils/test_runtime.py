@@ -121,6 +121,20 @@ def test_resolve_here():
         assert runtime.resolve_device(None) == ("cpu", None)
 
 
+def test_a_gpu_wheel_without_a_card_is_quiet_about_cudnn():
+    import paddle
+
+    if not paddle.is_compiled_with_cuda() or paddle.device.cuda.device_count():
+        pytest.skip("needs a GPU wheel on a machine without a card")
+    code = (
+        "import paddlemix, paddle; from paddlemix.utils.runtime import resolve_device; choice = resolve_device('gpu')\n"
+        "assert choice.value == 'cpu' and 'none is visible' in choice.reason, choice\n"
+        "paddle.nn.Conv2D(3, 4, 2)(paddle.zeros([1, 3, 4, 4]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "cudnn" not in done.stderr, done.stderr
+
+
 def fresh(code, **environment):
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")}
     out = subprocess.run([sys.executable, "-c", code], env=dict(env, **environment), capture_output=True, text=True)
