@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from paddlemix.trainer import arguments
+from paddlemix.trainer import command_line, keys_help
 from paddlemix.utils import cli
 
 
 def main() -> int:
     argv = sys.argv[1:]
     if not argv or "-h" in argv or "--help" in argv:
-        print(arguments.help_text())
+        print(keys_help.help_text())
         return 0 if argv else 2
-    dry_run, cards, argv = arguments.split_dry_run(argv)
+    dry_run, cards, argv = command_line.split_dry_run(argv)
     if dry_run:
         from paddlemix.trainer import plan
 
         return plan.dry_run(argv, cards)
-    parsed = arguments.parse(argv)
+    parsed = command_line.parse(argv)
 
     from paddlemix.trainer.finetune import finetune
 

@@ -102,7 +102,7 @@ def measure(case: Case) -> Dict[str, int]:
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
     from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.trainer import arguments, memory, tuned_model
+    from paddlemix.trainer import keys, memory, tuned_model
     from paddlemix.trainer import trainer as trainer_module
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import decide_precision, resolve_device
@@ -115,7 +115,7 @@ def measure(case: Case) -> Dict[str, int]:
             "output_dir": folder, "do_train": True, "max_steps": 2, "logging_steps": 100, "save_strategy": "no",
             "disable_tqdm": True, "report_to": ["none"], **case.keys,
         }  # fmt: skip
-        model_keys, _, _, training = arguments.blocks_of(values)[:4]
+        model_keys, _, _, training = keys.blocks_of(values)[:4]
         gc.collect()
         before = core.host_memory_stat_current_value("Allocated", 0)
         with paddle.utils.unique_name.guard():

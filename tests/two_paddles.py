@@ -24,7 +24,7 @@ KEYS = {"lora": True, "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.0, "ma
 
 def train(folder, output, **changes):
     """A LoRA run on the model and the data in `folder`."""
-    from paddlemix.trainer.arguments import from_values
+    from paddlemix.trainer.command_line import from_values
     from tests.trainer.runs import run
 
     run(

@@ -25,6 +25,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from paddlemix.datasets.entries import Entry
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.packing import SampleLengths
@@ -494,32 +495,19 @@ class ChatmlDataset:
         return f"{label} (record {row} of {part.path})"
 
 
-ENTRY_KEYS = ("name", "data_files", "chat_template")
+def build_dataset(entries: Sequence[Entry], tokenizer: Any, image_processor: Any, settings: Any) -> ChatmlDataset:
+    """The dataset of a config's `dataset.train` or `dataset.eval`: its entries, one at least, one after the other.
 
-
-def build_dataset(
-    entries: Sequence[Dict[str, Any]], tokenizer: Any, image_processor: Any, settings: Any
-) -> ChatmlDataset:
-    """The dataset of a config's `dataset.train` or `dataset.eval`: its entries one after the other.
-
-    entries: {"name": "chatml_dataset", "data_files": …, "chat_template": …}. settings: has max_length and
-    label_all_turn_markers.
+    settings: has max_length and label_all_turn_markers.
 
     Raises:
-        UserError: an entry is not of this form, or its files cannot be used.
+        UserError: an entry's files cannot be used.
     """
     built: Optional[ChatmlDataset] = None
     for entry in entries:
-        unknown = sorted(set(entry) - set(ENTRY_KEYS))
-        if unknown:
-            raise ConfigError(f"dataset: unknown key {unknown[0]!r}; known are {', '.join(ENTRY_KEYS)}")
-        if entry.get("name", "chatml_dataset") != "chatml_dataset":
-            raise ConfigError(f"dataset: unknown name {entry['name']!r}; there is chatml_dataset")
-        if not entry.get("data_files"):
-            raise ConfigError('dataset: an entry needs "data_files"')
         dataset = ChatmlDataset(
-            entry["data_files"],
-            entry.get("chat_template"),
+            entry.data_files,
+            entry.chat_template,
             tokenizer,
             image_processor,
             max_length=settings.max_length,
@@ -529,6 +517,4 @@ def build_dataset(
             built = dataset
         else:
             built.extend(dataset)
-    if built is None:
-        raise ConfigError("dataset: there is no entry")
     return built

@@ -1,1 +1,1 @@
-"""Finetuning: arguments (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""
+"""Finetuning: keys and rules (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""

@@ -14,7 +14,7 @@ import paddle
 from paddlemix.metrics.captions import score_captions
 from paddlemix.models.mgen_vl.generation import decode_response
 from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, clean_caption
-from paddlemix.trainer.arguments import GenerationArguments
+from paddlemix.trainer.keys import GenerationArguments
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 

@@ -11,20 +11,15 @@ from paddlenlp.utils.log import logger as paddlenlp_logger
 from paddlemix.auto import AutoTokenizerMIX
 from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator
+from paddlemix.datasets.entries import read_entries
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze, parallel
-from paddlemix.trainer.arguments import (
-    TOO_FEW_EPOCHS,
-    DataArguments,
-    GenerationArguments,
-    ModelArguments,
-    TrainingKeys,
-    dataset_entries,
-)
 from paddlemix.trainer.captions import CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard, check_vocabulary
+from paddlemix.trainer.keys import DataArguments, GenerationArguments, ModelArguments, TrainingKeys
+from paddlemix.trainer.order import TOO_FEW_EPOCHS
 from paddlemix.trainer.reports import CURVE_NAME, draw_loss
 from paddlemix.trainer.trainer import FinetuneTrainer, disk_errors, paddlenlp_arguments, print_block
 from paddlemix.trainer.tuned_model import Origin, base_of, choose_trainable, load_model
@@ -93,11 +88,8 @@ def prepare(
     tokenizer = AutoTokenizerMIX.from_pretrained(model_args.model_name_or_path)
     check_vocabulary(tokenizer, base_of(model).config)
     image_processor = MGenVLImageProcessor.from_config(base_of(model).config)
-    datasets = {
-        part: build_dataset(dataset_entries(data_args, part), tokenizer, image_processor, data_args)
-        for part in ("train", "eval")
-        if dataset_entries(data_args, part)
-    }
+    entries, _ = read_entries(data_args.dataset, data_args.chat_template)
+    datasets = {part: build_dataset(found, tokenizer, image_processor, data_args) for part, found in entries.items()}
     packs = lengths = None
     if training.do_train and (data_args.mixtoken or training.group_by_modality_length):
         # The first process counts and keeps the lengths; the others find them.
@@ -111,7 +103,7 @@ def prepare(
                 f"{data_args.max_length} tokens, {filled:.1%} filled"
             )
             lengths = None
-    template = dataset_entries(data_args, "train" if "train" in datasets else "eval")[0]["chat_template"]
+    template = entries["train" if "train" in datasets else "eval"][0].chat_template
     trainer = FinetuneTrainer(
         model=model,
         args=training_args,
@@ -125,8 +117,8 @@ def prepare(
         origin=Origin(model_args.model_name_or_path, model_args.text_model_name_or_path),
         guard=guard,
     )
-    evaluates = training.do_eval or training.evaluation_strategy != "no"
-    if evaluates and (data_args.eval_with_do_generation or (data_args.shown_captions and not training.benchmark)):
+    shown = 0 if training.benchmark else data_args.shown_captions
+    if training.evaluates and (data_args.eval_with_do_generation or shown):
         size, most = training.per_device_eval_batch_size, training.max_evaluate_steps
         limit = size * most if most > 0 else None
         if not data_args.eval_with_do_generation:

@@ -13,7 +13,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, GROUPS, group_of
-from paddlemix.trainer.arguments import ModelArguments
+from paddlemix.trainer.keys import ModelArguments
 from paddlemix.utils.errors import ConfigError
 
 # In the order of the data flow.

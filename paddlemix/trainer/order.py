@@ -11,6 +11,9 @@ from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length
 from paddlemix.utils.errors import ConfigError
 
+# Said when the steps are counted, by the run and by its plan.
+TOO_FEW_EPOCHS = "num_train_epochs={} ends before the first optimizer step: raise it, or set max_steps"
+
 
 class EpochSampler(DistributedBatchSampler):
     """Batches of indices in an order that depends on the seed and the epoch alone.

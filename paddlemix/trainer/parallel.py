@@ -5,7 +5,7 @@ Data parallel and sharding stage 1 run on GPUs and on the CPU; sharding stage 2 
 
 from __future__ import annotations
 
-from paddlemix.trainer.arguments import TrainingKeys
+from paddlemix.trainer.keys import TrainingKeys
 from paddlemix.utils.errors import ConfigError
 
 

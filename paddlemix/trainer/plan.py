@@ -16,18 +16,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from paddlemix.datasets.entries import read_entries
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, cut_problems, parameter_shapes
 from paddlemix.trainer import checkpoints, freeze, memory, parallel
-from paddlemix.trainer.arguments import (
-    TOO_FEW_EPOCHS,
-    Arguments,
-    blocks_of,
-    dataset_entries,
-    find_problems,
-    read_values,
-)
+from paddlemix.trainer.command_line import read
+from paddlemix.trainer.keys import Arguments
+from paddlemix.trainer.order import TOO_FEW_EPOCHS
+from paddlemix.trainer.rules import find_problems
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.runtime import decide_dtype, decide_flash, resolve_device, world_size
 
@@ -245,11 +242,9 @@ def make_plan(argv: Sequence[str], plan_for: Optional[str] = None) -> Plan:
         ConfigError: the config file cannot be read at all, or plan_for is no card.
     """
     machine = card(plan_for) if plan_for is not None else None
-    values, problems = read_values(argv)
-    arguments = blocks_of(values)
-    processes = machine.cards if machine else world_size()
+    arguments, problems = read(argv, machine.cards if machine else None)
     plan = Plan(problems=problems)
-    for problem in find_problems(arguments, processes):
+    for problem in find_problems(arguments):
         plan.problem(problem)
     _plan_machine(plan, arguments, machine)
     _plan_model(plan, arguments)
@@ -423,22 +418,15 @@ def _plan_data(plan: Plan, arguments: Arguments) -> None:
             f"an image span has {tokenizer.n_queries} ids in the tokenizer and {plan.config.n_queries} in config.json "
             "(visual.n_queries): use the tokenizer that belongs to the model"
         )
-    training = arguments.training
+    training, template = arguments.training, arguments.data.chat_template
+    entries, _ = read_entries(arguments.data.dataset, template if template and os.path.isfile(template) else None)
     for part, size in (
         ("train", training.per_device_train_batch_size),
         ("eval", training.per_device_eval_batch_size),
     ):
-        try:
-            entries = dataset_entries(arguments.data, part)
-        except (KeyError, TypeError, AttributeError):
-            continue  # find_problems has said what is wrong with them
-        if not entries:
+        if part not in entries:
             continue
-        for entry in entries:
-            # One that is missing is a problem already, and no reason to look at no record.
-            if entry["chat_template"] is not None and not os.path.isfile(entry["chat_template"]):
-                entry["chat_template"] = None
-        dataset = plan.attempt(build_dataset, entries, tokenizer, None, arguments.data)
+        dataset = plan.attempt(build_dataset, entries[part], tokenizer, None, arguments.data)
         if dataset is None:
             continue
         grouped = part == "train" and training.group_by_modality_length

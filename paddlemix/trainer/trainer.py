@@ -38,12 +38,10 @@ from paddlemix.datasets.packing import Packs, SampleLengths
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, parallel, resume
-from paddlemix.trainer.arguments import (
-    TrainingKeys,
-)
 from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
+from paddlemix.trainer.keys import TrainingKeys
 from paddlemix.trainer.numerics import Numerics
 from paddlemix.trainer.order import EpochSampler
 from paddlemix.trainer.reports import EventFiles, caption_table, choose_reports
@@ -382,9 +380,7 @@ class FinetuneTrainer(Trainer):
             "seed": self.args.seed,
         }
         if self.packs is not None:
-            settings.update(
-                mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length
-            )
+            settings.update(mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length)
         if self.lengths is not None:
             settings["group_by_modality_length"] = self.lengths.digest()
         return settings

@@ -28,8 +28,8 @@ from paddlemix.models.mgen_vl.parameters import (
     parameter_shapes,
 )
 from paddlemix.trainer import freeze
-from paddlemix.trainer.arguments import ModelArguments
 from paddlemix.trainer.guard import check_text_model
+from paddlemix.trainer.keys import ModelArguments
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
 

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 def memory():
     """ru_maxrss counts kilobytes."""
     import paddlemix.models.mgen_vl.configuration  # noqa: F401 - what it takes is not the cases'
-    import paddlemix.trainer.arguments  # noqa: F401
+    import paddlemix.trainer.command_line  # noqa: F401
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     yield
@@ -254,19 +254,19 @@ RUN = {
 
 
 def known_keys():
-    from paddlemix.trainer.arguments import known_keys
+    from paddlemix.trainer.keys import REFUSED, known_keys
 
-    return sorted(known_keys())
+    return sorted([*known_keys(), *REFUSED])
 
 
 @FUZZ
 @given(data=st.deferred(lambda: changed(RUN, known_keys())))
 def test_run_configs(folder, data):
-    from paddlemix.trainer import arguments
+    from paddlemix.trainer import command_line
     from paddlemix.utils.errors import ConfigError
 
     with targets.only(ConfigError):
-        arguments.parse([targets.put(folder, "run.json", data)])
+        command_line.parse([targets.put(folder, "run.json", data)])
 
 
 # ---- data

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from paddlemix.trainer import arguments
+from paddlemix.trainer import command_line
 from tests.helpers import save_tiny_model
 from tests.trainer.forked import Run
 from tests.trainer.runs import COLOURS, LORA_POOL, write_data
@@ -41,7 +41,7 @@ def run_keys_in(world):
             "shown_captions": 0,
         }
         values.update(changes)
-        return arguments.from_values({name: value for name, value in values.items() if value is not ...})
+        return command_line.from_values({name: value for name, value in values.items() if value is not ...})
 
     return keys
 

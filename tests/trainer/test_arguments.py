@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from paddlemix.trainer import arguments
+from paddlemix.datasets.entries import Entry, read_entries
+from paddlemix.trainer import command_line, keys, keys_help, reading, rules
 from paddlemix.utils.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ def parse(base, tmp_path):
         values = dict(base, **dict(changes))
         path = tmp_path / "config.json"
         path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
-        return arguments.parse([str(path), *words])
+        return command_line.parse([str(path), *words])
 
     return run
 
@@ -49,8 +50,8 @@ def test_notebook_config_is_accepted_as_it_stands(root, base, tmp_path):
     entry = [{"name": "chatml_dataset", "data_files": data, "chat_template": str(template)}]
     given = json.dumps({"train": entry, "eval": entry})
     words = ["--model_name_or_path", base["model_name_or_path"], "--dataset", given]
-    lora = arguments.parse([str(root / "config/mgen_vl/lora_sft_argument.json"), *words])
-    full = arguments.parse([str(root / "config/mgen_vl/sft_argument.json"), *words])
+    lora = command_line.parse([str(root / "config/mgen_vl/lora_sft_argument.json"), *words])
+    full = command_line.parse([str(root / "config/mgen_vl/sft_argument.json"), *words])
     assert (lora.model.lora, full.model.lora) == (True, False)
     assert lora.model.lora_rank == 64 and lora.model.lora_alpha == 16 and lora.model.lora_dropout == 0.05
     assert lora.model.freeze_exclude == ["*visual.attn_pool*"]
@@ -58,19 +59,18 @@ def test_notebook_config_is_accepted_as_it_stands(root, base, tmp_path):
     assert training.learning_rate == 1e-5 and training.adam_beta2 == 0.95 and training.max_steps == 10
     assert training.gradient_accumulation_steps == 16 and training.fp16 and training.fp16_opt_level == "O2"
     assert training.evaluation_strategy == "epoch" and training.lr_scheduler_type == "cosine"
-    assert arguments.dataset_entries(lora.data, "eval") == [
-        {"name": "chatml_dataset", "data_files": [data], "chat_template": str(template)}
-    ]
+    entries, problems = read_entries(lora.data.dataset)
+    assert entries["eval"] == [Entry("chatml_dataset", (data,), str(template))] and not problems
 
 
 def test_every_config_file_uses_known_keys_of_the_right_kind(root):
-    known = arguments.known_keys()
+    known = keys.known_keys()
     paths = sorted((root / "config").rglob("*.json"))
     assert len(paths) >= 4
     for path in paths:
-        for name, value in arguments.read_config(str(path)).items():
+        for name, value in reading.read_config(str(path)).items():
             assert name in known, f"{path}: {name}"
-            assert arguments._from_json(known[name], value) == value
+            assert reading.from_json(known[name], value) == value
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_unknown_key_names_the_nearest(parse, wrong, right):
 def test_configs_that_are_none(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=says) as caught:
-        arguments.parse([str(tmp_path / "config.json")])
+        command_line.parse([str(tmp_path / "config.json")])
     assert "\n" not in str(caught.value)
 
 
@@ -152,24 +152,23 @@ def test_keys_that_cannot_work_are_refused_with_a_reason(parse, name, value):
 
 
 def test_refused_keys_may_stand_with_the_value_that_leaves_them_off(parse):
-    known = arguments.known_keys()
-    off = {name: one.default for name, one in known.items() if "refused" in one.rules}
+    off = {name: one.may_be[0] for name, one in keys.REFUSED.items() if one.may_be}
     assert len(off) > 20
-    parsed = parse(dict(off, pipeline_parallel_degree=1, sep_parallel_degree=0))
-    assert parsed.model.prefix_tuning is False and parsed.training.pipeline_parallel_degree == 1
+    assert parse(dict(off, pipeline_parallel_degree=1, sep_parallel_degree=0)) == parse()
+    assert parse({}, "--prefix_tuning", "no", "--aistudio_token", "null", "--past_index=-1") == parse()
 
 
 def test_printed_names_that_are_no_settings_say_what_decides(parse):
     with pytest.raises(ConfigError, match="train_batch_size is not a setting here: .*per_device_train_batch_size"):
         parse({"train_batch_size": 4})
-    assert not set(arguments.NOT_SETTINGS) & set(arguments.known_keys())
+    assert not set(keys.REFUSED) & set(keys.known_keys())
 
 
 def test_command_line_wins_over_the_file_and_stands_alone(base, parse):
     assert parse({"max_steps": 7}, "--max_steps", "9").training.max_steps == 9
     words = ["--model_name_or_path", base["model_name_or_path"], f"--output_dir={base['output_dir']}"]
     words += ["--dataset", json.dumps(base["dataset"]), "--do_train", "--learning-rate", "2e-4"]
-    parsed = arguments.parse(words)
+    parsed = command_line.parse(words)
     assert parsed.training.do_train is True and parsed.training.learning_rate == 2e-4
     assert parsed.given == {"model_name_or_path", "output_dir", "dataset", "do_train", "learning_rate"}
 
@@ -215,55 +214,101 @@ def test_broken_config_files(tmp_path):
     ]:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ConfigError) as caught:
-            arguments.parse([str(path)])
+            command_line.parse([str(path)])
         assert says in str(caught.value) and str(path) in str(caught.value)
     with pytest.raises(ConfigError, match="no such config file"):
-        arguments.parse([str(tmp_path / "missing.json")])
+        command_line.parse([str(tmp_path / "missing.json")])
     with pytest.raises(ConfigError, match="cannot be read"):
-        arguments.parse([str(tmp_path)])
+        command_line.parse([str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    "changes, says",
-    [
-        ({"do_train": False}, "nothing to do"),
-        ({"model_name_or_path": ...}, "model_name_or_path is missing"),
-        ({"model_name_or_path": "/no/such"}, "/no/such is no folder"),
-        ({"output_dir": ...}, "output_dir is missing"),
-        ({"dataset": ...}, "do_train needs data"),
-        ({"do_eval": True}, "do_eval needs data"),
-        ({"evaluation_strategy": "epoch"}, "evaluation_strategy needs data"),
-        ({"dataset": {"train": [{"data_files": "/no/such.json"}]}}, "no file matches /no/such.json"),
-        ({"dataset": {"train": [{"data_file": "x"}]}}, 'did you mean "data_files"'),
-        ({"dataset": {"train": ["x.json"]}}, "dataset.train must be a list of objects"),
-        ({"dataset": {"training": []}}, 'unknown part "training"'),
-        ({"dataset": {"train": [{"name": "llava", "data_files": "x"}]}}, 'unknown dataset "llava"'),
-        ({"fp16": True, "bf16": True}, "fp16 or bf16, not both"),
-        ({"lora_path": "x"}, "lora_path needs lora=true"),
-        ({"lora": True, "lora_path": "/no"}, "/no has no lora_config.json"),
-        ({"lora_rank": 8}, "lora_rank needs lora=true"),
-        ({"lora": True, "lora_target_modules": []}, "lora_target_modules is empty"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluation_strategy"),
-        ({"metric_for_best_model": "cider"}, "cider needs eval_with_do_generation"),
-        ({"save_generation_output": True}, "needs eval_with_do_generation"),
-        ({"eval_with_do_generation": True}, "needs do_eval or evaluation_strategy"),
-        ({"benchmark": True, "resume": True}, "benchmark saves nothing"),
-        ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
-        ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
-        ({"tensor_parallel_degree": 2}, "needs 2 processes"),
-        ({"sharding": "stage1"}, "sharding needs several processes"),
-        ({"chat_template": "/no.json"}, "no file at /no.json"),
-        ({"lora_dropout": 0.1}, "lora_dropout needs lora=true"),
-        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "set constant_with_warmup"),
-        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "set constant_with_warmup"),
-        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-6, "lr_end": 1e-6}, "must be above lr_end=1e-06"),
-        ({"mm_projector_lr": 1e-4, "learning_rate": 0}, "mm_projector_lr is scheduled as a multiple"),
-    ],
-)
+WRONG = [
+    ({"do_train": False}, "nothing to do"),
+    ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    ({"model_name_or_path": "/no/such"}, "/no/such is no folder"),
+    ({"output_dir": None}, "output_dir is missing"),
+    ({"dataset": None}, "do_train needs data"),
+    ({"do_eval": True}, "do_eval needs data"),
+    ({"evaluation_strategy": "epoch"}, "evaluation_strategy needs data"),
+    ({"dataset": {"train": [{"data_files": "/no/such.json"}]}}, "no file matches /no/such.json"),
+    ({"dataset": {"train": [{"data_file": "x"}]}}, 'did you mean "data_files"'),
+    ({"dataset": {"train": ["x.json"]}}, "dataset.train must be a list of objects"),
+    ({"dataset": {"training": []}}, 'unknown part "training"'),
+    ({"dataset": {"train": [{"name": "llava", "data_files": "x"}]}}, 'unknown dataset "llava"'),
+    ({"fp16": True, "bf16": True}, "fp16 or bf16, not both"),
+    ({"lora_path": "x"}, "lora_path needs lora=true"),
+    ({"lora": True, "lora_path": "/no"}, "/no has no lora_config.json"),
+    ({"lora_rank": 8}, "lora_rank needs lora=true"),
+    ({"lora": True, "lora_target_modules": []}, "lora_target_modules is empty"),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluation_strategy"),
+    ({"metric_for_best_model": "cider"}, "cider needs eval_with_do_generation"),
+    ({"save_generation_output": True}, "needs eval_with_do_generation"),
+    ({"eval_with_do_generation": True}, "needs do_eval or evaluation_strategy"),
+    ({"benchmark": True, "resume": True}, "benchmark saves nothing"),
+    ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
+    ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
+    ({"tensor_parallel_degree": 2}, "needs 2 processes"),
+    ({"sharding": "stage1"}, "sharding needs several processes"),
+    ({"chat_template": "/no.json"}, "no file at /no.json"),
+    ({"lora_dropout": 0.1}, "lora_dropout needs lora=true"),
+    ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "set constant_with_warmup"),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "set constant_with_warmup"),
+    ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-6, "lr_end": 1e-6}, "must be above lr_end=1e-06"),
+    ({"mm_projector_lr": 1e-4, "learning_rate": 0}, "mm_projector_lr is scheduled as a multiple"),
+    ({"lora_alpha": 8}, "lora_alpha needs lora=true"),
+    ({"lora_target_modules": ["a"]}, "lora_target_modules needs lora=true"),
+    ({"mixtoken": True, "group_by_modality_length": True}, "set mixtoken or group_by_modality_length, not both"),
+    ({"mixtoken": True, "neftune": True}, "mixtoken cannot go with neftune"),
+    (
+        {"load_best_model_at_end": True, "evaluation_strategy": "steps", "save_steps": 3, "eval_steps": 2},
+        "save_steps to be a multiple of eval_steps",
+    ),
+    ({"do_train": False, "do_eval": True, "resume": True}, "resume needs do_train"),
+    ({"dataset": {"train": 3}}, "dataset.train must be a list of objects"),
+    ({"dataset": {"train": [{"data_files": [3]}]}}, '"data_files" must be a path or a list of paths'),
+    ({"dataset": {"train": [{"data_files": "x", "chat_template": 3}]}}, '"chat_template" must be a path'),
+    ({"dataset": {"train": [{"data_files": "x", "name": ["y"]}]}}, "unknown dataset"),
+]
+# With three processes.
+WRONG_TOGETHER = [
+    ({"sharding": "stage1", "sharding_parallel_degree": 2}, "3 processes cannot be divided"),
+    ({"sharding_parallel_degree": 3}, "sharding_parallel_degree needs sharding=stage1 or stage2"),
+    *(
+        (
+            {"sharding": "stage1", "sharding_parallel_config": f"enable_stage1_overlap {option}"},
+            f"with {option} a checkpoint could not be resumed",
+        )
+        for option in (
+            "split_param",
+            "enable_stage1_tensor_fusion",
+            "enable_stage1_allgather_overlap",
+            "enable_fuse_optimizer_states",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, says", WRONG)
 def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes, says):
     with pytest.raises(ConfigError) as caught:
         parse(changes)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, says", WRONG_TOGETHER)
+def test_what_several_processes_cannot(parse, monkeypatch, changes, says):
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
+    with pytest.raises(ConfigError) as caught:
+        parse(changes)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.says[:40])
+def test_every_rule_has_a_run_that_breaks_it(base, rule):
+    assert not rule.broken(keys.blocks_of(base)) and not rule.broken(keys.blocks_of(base, 3))
+    wrong = [keys.blocks_of({**base, **changes}) for changes, _ in WRONG]
+    wrong += [keys.blocks_of({**base, **changes}, 3) for changes, _ in WRONG_TOGETHER]
+    assert any(rule.broken(arguments) for arguments in wrong)
 
 
 def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
@@ -274,13 +319,8 @@ def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
 
 
 def test_degrees_must_divide_the_processes(parse, monkeypatch):
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
-    with pytest.raises(ConfigError, match="3 processes cannot be divided"):
-        parse({"sharding": "stage1", "sharding_parallel_degree": 2})
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "4")
     assert parse({"sharding": "stage1", "sharding_parallel_degree": 2}).training.sharding_parallel_degree == 2
-    with pytest.raises(ConfigError, match="with split_param a checkpoint could not be resumed"):
-        parse({"sharding": "stage1", "sharding_parallel_config": "enable_stage1_overlap split_param"})
 
 
 def test_several_problems_are_said_at_once(parse):
@@ -290,10 +330,10 @@ def test_several_problems_are_said_at_once(parse):
 
 
 def test_values_from_code_are_checked_the_same_way(base):
-    assert arguments.from_values(base).training.do_train is True
+    assert command_line.from_values(base).training.do_train is True
     for change in ({"lora_rnak": 1}, {"lora_rank": "1"}, {"to_static": True}):
         with pytest.raises(ConfigError):
-            arguments.from_values(dict(base, **change))
+            command_line.from_values(dict(base, **change))
 
 
 def test_defaults_are_paddlenlps():
@@ -306,7 +346,7 @@ def test_defaults_are_paddlenlps():
     # Chosen by the device, and a bar unless it is turned off.
     ours_differ = {"device": None, "disable_tqdm": False, "output_dir": None}
     shared = 0
-    for field in dataclasses.fields(arguments.TrainingKeys):
+    for field in dataclasses.fields(keys.TrainingKeys):
         if field.name in theirs:
             shared += 1
             default = theirs[field.name]
@@ -379,6 +419,6 @@ def test_every_name_of_the_notebooks_log_has_a_row(root):
 
 def test_docs_tables_are_the_codes(root):
     text = (root / "docs" / "config.md").read_text(encoding="utf-8")
-    tables = arguments.config_tables()
-    assert text.endswith(tables), "docs/config.md: replace its tables by arguments.config_tables()"
-    assert text.count("\n| `") == len(arguments.known_keys()) + len(arguments.NOT_SETTINGS)
+    tables = keys_help.config_tables()
+    assert text.endswith(tables), "docs/config.md: replace its tables by keys_help.config_tables()"
+    assert tables.count("\n| `") == len(keys.known_keys()) + len(keys.REFUSED)

@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 from paddlemix.datasets.packing import SampleLengths, plan_packs
-from paddlemix.trainer import arguments
+from paddlemix.trainer import command_line
 from paddlemix.trainer.finetune import finetune, prepare
 from paddlemix.trainer.order import EpochSampler
 from paddlemix.utils.errors import ConfigError, UserError
@@ -57,7 +57,7 @@ def run_keys(world, tmp_path):
             "save_strategy": "no",
         }
         values.update(changes)
-        return arguments.from_values(values)
+        return command_line.from_values(values)
 
     return keys
 

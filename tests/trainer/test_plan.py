@@ -15,7 +15,7 @@ import pytest
 from paddlemix.checkpoint.shards import WeightsReader
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
-from paddlemix.trainer import arguments, checkpoints, plan
+from paddlemix.trainer import checkpoints, command_line, plan
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import IMAGE_START_ID, byte_vocab_tokenizer
 from tests.trainer.runs import LORA_POOL, write_data
@@ -81,7 +81,7 @@ def test_what_is_planned_is_what_runs(words):
 
     command = words(**LORA_POOL, gradient_accumulation_steps=4, num_train_epochs=3, disable_tqdm=True)
     found = plan.make_plan(command)
-    trainer = start(arguments.parse(command))
+    trainer = start(command_line.parse(command))
     assert found.steps == trainer.planned_steps() == 3 and found.left_over == 4
     assert found.counts == model_counts(base_of(trainer.model))
     lengths = [len(trainer.train_dataset[i]["input_ids"]) for i in range(12)]
@@ -93,7 +93,7 @@ def test_packing_is_planned_by_the_planner(words):
 
     command = words(mixtoken=True, disable_tqdm=True)
     found = plan.make_plan(command)
-    trainer = start(arguments.parse(command))
+    trainer = start(command_line.parse(command))
     assert found.problems == [] and found.packs.exact
     assert found.packs.count == trainer.packs.count < 12 and found.steps == trainer.planned_steps()
     text = "\n".join(plan.render(found))
@@ -322,13 +322,13 @@ def test_what_a_card_cannot_do(words, key, card, why):
 
 
 def test_the_dry_runs_own_words():
-    assert arguments.split_dry_run(["c.json", "--dry_run"]) == (True, None, ["c.json"])
-    assert arguments.split_dry_run(["c.json", "--plan-for=A100-80GB", "--dry-run", "--max_steps", "3"]) == (
+    assert command_line.split_dry_run(["c.json", "--dry_run"]) == (True, None, ["c.json"])
+    assert command_line.split_dry_run(["c.json", "--plan-for=A100-80GB", "--dry-run", "--max_steps", "3"]) == (
         True, "A100-80GB", ["c.json", "--max_steps", "3"],
     )  # fmt: skip
     for bad in (["--dry_run=true"], ["--dry_run", "true"], ["--dry_run", "--plan_for"], ["--plan_for", "A100-80GB"]):
         with pytest.raises(ConfigError):
-            arguments.split_dry_run(bad)
+            command_line.split_dry_run(bad)
     for bad in ("A100", "0xA100-80GB", "8 A100-80GB"):
         with pytest.raises(ConfigError, match="is not"):
             plan.card(bad)

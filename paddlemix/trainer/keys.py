@@ -1,0 +1,343 @@
+"""The keys of a finetuning run: every name, type, default and meaning.
+
+They form four blocks, as the training log prints them: Model, Data, Generation, Training. Training keys carry
+PaddleNLP's names, types and defaults and are handed to its TrainingArguments. Names that notebooks and older configs
+hold and that set nothing here are in REFUSED, with the reason. Neither Paddle nor PaddleNLP is imported, so that
+`--help` and a typo are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Optional
+
+from paddlemix.trainer.reading import Key
+from paddlemix.utils.runtime import world_size
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """A dataclass field with its meaning and limits (see reading.Key)."""
+    metadata = dict(limits, help=meaning)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parameters train."""
+
+    model_name_or_path: Optional[str] = key(None, "Folder of the model to tune (config.json, weights, tokenizer).")
+    text_model_name_or_path: Optional[str] = key(
+        None, "Folder of another MGen-VL model; its transformer.llm.* and lm_head replace the first's."
+    )
+    freeze_include: Optional[List[str]] = key(
+        None, "Parameter name patterns (* matches anything) that do not train, such as *visual*."
+    )
+    freeze_exclude: Optional[List[str]] = key(
+        None,
+        "Patterns that train although freeze_include matches them. With lora, what they match trains "
+        "whole beside the adapters and is saved with them.",
+    )
+    lora: bool = key(False, "Train low-rank adapters in place of the weights they stand beside.")
+    lora_path: Optional[str] = key(None, "Folder of a LoRA checkpoint to start from.")
+    lora_rank: int = key(64, "Rank r of the adapters.", at_least=1)
+    lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", at_least=1)
+    lora_dropout: float = key(0.05, "Dropout on the adapters' input.", at_least=0, at_most=0.99)
+    lora_target_modules: List[str] = key(
+        [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
+        "Regular expressions; Linear layers whose whole name matches get an adapter.",
+    )
+    neftune: bool = key(False, "Add uniform noise to the token embeddings while training (NEFTune).")
+    neftune_noise_alpha: float = key(5.0, "Noise scale of neftune.", above=0)
+    use_flash_attention: bool = key(False, "Use Paddle's fused attention kernel: less memory on a GPU.")
+
+
+@dataclass
+class DataArguments:
+    """Which samples, and how they become token sequences."""
+
+    dataset: Optional[Dict[str, Any]] = key(
+        None,
+        'The data: {"train": [{"name": "chatml_dataset", "data_files": FILE, "chat_template": FILE}], '
+        '"eval": […]}. '
+        "data_files is a path, a list of paths, or a pattern with *; chat_template may be left out.",
+    )
+    chat_template: Optional[str] = key(None, "Chat template of entries that name none (default: chatml).")
+    max_length: int = key(2048, "Longest sample in tokens; longer texts are shortened, image spans never.", at_least=16)
+    label_all_turn_markers: bool = key(
+        True, "Learn the <|im_start|>, <|im_end|> and newline of every turn too; false: the captions alone."
+    )
+    lazy: bool = key(False, "Kept for older configs: samples are always read by index and decoded when needed.")
+    mixtoken: bool = key(
+        False,
+        "Pack samples into sequences of at most max_length tokens, each attending to itself alone. Batch sizes then "
+        "count sequences.",
+    )
+    eval_with_do_generation: bool = key(
+        False, "At each evaluation, also generate the validation captions and score them (eval_cider)."
+    )
+    save_generation_output: bool = key(
+        False, "Write those captions to output_dir/generation-<step>.tsv: id, caption, reference."
+    )
+    shown_captions: int = key(
+        4,
+        "Validation captions generated and shown at each evaluation, in the log and in report_to; 0: none. With "
+        "eval_with_do_generation they are the first of those.",
+        at_least=0,
+    )
+
+
+@dataclass
+class GenerationArguments:
+    """How captions are generated at evaluation (eval_with_do_generation)."""
+
+    top_k: int = key(1, "Sample among the k most likely tokens; 1 is greedy, 0 all tokens.", at_least=0)
+    top_p: float = key(1.0, "Sample among the most likely tokens of this total probability.", above=0, at_most=1)
+    max_new_tokens: int = key(512, "Longest caption in tokens.", at_least=1)
+
+
+_STRATEGIES = ("no", "steps", "epoch")
+
+
+@dataclass
+class TrainingKeys:
+    """Keys of PaddleNLP's TrainingArguments that work here, with its defaults, and a few of our own."""
+
+    output_dir: Optional[str] = key(None, "Where checkpoints, logs and the result are written.")
+    overwrite_output_dir: bool = key(
+        False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
+    )
+    resume: bool = key(False, "Go on from the last whole checkpoint in output_dir, or start anew if there is none.")
+    resume_from_checkpoint: Optional[str] = key(
+        None, "Go on from this checkpoint folder, the newest in output_dir or one elsewhere."
+    )
+    do_train: bool = key(False, "Train.")
+    do_eval: bool = key(
+        False, 'Evaluate. With evaluation_strategy "no": once, after training. A strategy implies do_eval.'
+    )
+    per_device_train_batch_size: int = key(8, "Samples (with mixtoken: sequences) per step and card.", at_least=1)
+    per_device_eval_batch_size: int = key(8, "Samples per evaluation step and card.", at_least=1)
+    gradient_accumulation_steps: int = key(
+        1, "Batches per optimizer step; their losses are averaged batch by batch.", at_least=1
+    )
+    eval_accumulation_steps: Optional[int] = key(None, "Evaluation steps kept on the card at a time.", at_least=1)
+    num_train_epochs: float = key(1.0, "Passes over the data.", above=0)
+    max_steps: int = key(-1, "Optimizer steps; when positive it wins over num_train_epochs.", at_least=-1)
+    learning_rate: float = key(5e-5, "Highest learning rate.", at_least=0)
+    mm_projector_lr: Optional[float] = key(
+        None, "Learning rate of visual.attn_pool, ln_post and proj (default: learning_rate).", above=0
+    )
+    lr_scheduler_type: str = key(
+        "linear",
+        "How the rate falls after warmup.",
+        choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial"),
+    )
+    warmup_ratio: float = key(0.0, "Part of all steps over which the rate rises from 0.", at_least=0, at_most=1)
+    warmup_steps: int = key(0, "The same in steps; wins when positive.", at_least=0)
+    num_cycles: float = key(0.5, "Cosine: half waves over the run (0.5 falls to 0).", above=0)
+    lr_end: float = key(1e-7, "Polynomial: last rate.", at_least=0)
+    power: float = key(1.0, "Polynomial: power.", above=0)
+    optim: str = key("adamw", "Optimizer.", choices=("adamw",))
+    weight_decay: float = key(0.0, "Decay of matrices; biases and norms have none.", at_least=0)
+    adam_beta1: float = key(0.9, "AdamW beta1.", at_least=0, at_most=0.9999999)
+    adam_beta2: float = key(0.999, "AdamW beta2.", at_least=0, at_most=0.9999999)
+    adam_epsilon: float = key(1e-8, "AdamW epsilon.", above=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: not clipped.", at_least=0)
+    fp16: bool = key(False, "Train in float16 (GPU; float32 on the CPU).")
+    bf16: bool = key(False, "Train in bfloat16 (A100 and newer; float32 on the CPU).")
+    fp16_opt_level: str = key(
+        "O1", "O1: float32 weights, half-precision matmuls. O2: half-precision weights.", choices=("O1", "O2")
+    )
+    amp_master_grad: bool = key(False, "O2: keep gradients in float32.")
+    amp_custom_black_list: Optional[List[str]] = key(None, "Operators kept in float32.")
+    amp_custom_white_list: Optional[List[str]] = key(None, "Operators run in half precision.")
+    scale_loss: float = key(32768.0, "float16: first loss scale.", above=0)
+    recompute: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
+    seed: int = key(42, "Seed of the adapters, dropout and the order of samples.", at_least=0)
+    device: Optional[str] = key(None, "cpu, gpu or gpu:N (default: a GPU where there is one).")
+    no_cuda: bool = key(False, "Use the CPU although there is a GPU.")
+    dataloader_num_workers: int = key(0, "Processes that read and decode samples; 0: the training process.", at_least=0)
+    dataloader_drop_last: bool = key(False, "Leave out a last batch that is not full.")
+    remove_unused_columns: bool = key(
+        True, "Kept for older configs: the collator hands over only what the model takes."
+    )
+    logging_strategy: str = key("steps", "When to log.", choices=_STRATEGIES)
+    logging_steps: int = key(500, "Steps between log lines.", at_least=1)
+    logging_first_step: bool = key(False, "Log the first step too.")
+    logging_dir: Optional[str] = key(None, "Folder of report_to (default: output_dir/runs/DATE_HOST).")
+    run_name: Optional[str] = key(None, "Name of the run in the logs (default: output_dir).")
+    report_to: Optional[List[str]] = key(
+        None,
+        "Where scalars and captions go (default: visualdl and tensorboard).",
+        choices=("visualdl", "tensorboard", "none"),
+    )
+    disable_tqdm: bool = key(False, "No progress bar, log lines only.")
+    skip_memory_metrics: bool = key(
+        True, "Leave memory out of the log. Watching it slows small runs on the CPU several times."
+    )
+    benchmark: bool = key(False, "Measure only: nothing is saved, and samples and tokens per second are printed.")
+    save_strategy: str = key("steps", "When to write a checkpoint.", choices=_STRATEGIES)
+    save_steps: int = key(500, "Steps between checkpoints.", at_least=1)
+    save_total_limit: Optional[int] = key(None, "Newest checkpoints kept; the best one is kept besides.", at_least=1)
+    evaluation_strategy: str = key("no", "When to evaluate while training.", choices=_STRATEGIES)
+    eval_steps: Optional[int] = key(None, "Steps between evaluations (default: logging_steps).", at_least=1)
+    max_evaluate_steps: int = key(-1, "Batches of an evaluation; -1: all.", at_least=-1)
+    load_best_model_at_end: bool = key(False, "End with the weights of the best evaluation, not the last ones.")
+    metric_for_best_model: Optional[str] = key(
+        None,
+        "What best means (default: loss); cider needs eval_with_do_generation.",
+        choices=("loss", "eval_loss", "cider", "eval_cider"),
+    )
+    greater_is_better: Optional[bool] = key(None, "Whether more of it is better (default: not for a loss).")
+    ignore_data_skip: bool = key(False, "On resume, begin the epoch's data again in place of going on where it stood.")
+    sharding: str = key(
+        "", "Split optimizer states (stage1) and gradients (stage2) over cards.", choices=("", "stage1", "stage2")
+    )
+    sharding_parallel_degree: int = key(-1, "Cards that share them.", at_least=-1)
+    sharding_parallel_config: str = key("", "PaddleNLP's sharding options, separated by spaces.")
+    tensor_parallel_degree: int = key(-1, "Cards that share each matrix of the LLM; needs GPUs.", at_least=-1)
+    hybrid_parallel_topo_order: Optional[str] = key(
+        None, "Order of the parallel groups.", choices=("pp_first", "sharding_first")
+    )
+    group_by_modality_length: bool = key(
+        False, "Make batches of samples of like length, those with and without an image apart."
+    )
+    prediction_loss_only: bool = key(False, "Kept for older configs: evaluation reports the loss.")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is an evaluation, while training or after it."""
+        return self.do_eval or self.evaluation_strategy != "no"
+
+
+BLOCKS = (
+    ("Model", ModelArguments),
+    ("Data", DataArguments),
+    ("Generation", GenerationArguments),
+    ("Training", TrainingKeys),
+)
+
+
+class Refused(NamedTuple):
+    """Why a name sets nothing here, and the values it may have all the same: those that leave it off."""
+
+    why: str
+    may_be: tuple = ()
+
+
+def _off(why: str, **values: Any) -> Dict[str, Refused]:
+    """Names that may keep the value that leaves them off, or one of a tuple of such values."""
+    return {name: Refused(why, value if isinstance(value, tuple) else (value,)) for name, value in values.items()}
+
+
+def _never(why: str, names: str) -> Dict[str, Refused]:
+    return dict.fromkeys(names.split(), Refused(why))
+
+
+_RATE = "the rate is set by learning_rate, lr_scheduler_type, warmup_ratio or warmup_steps"
+_WHOLE = "a checkpoint is resumed as a whole"
+_LAYOUT = "checkpoints are written in one layout (lora_model_state or model_state files), see docs/config.md"
+_PIPELINE = "pipeline parallelism needs a PipelineLayer, and the model is none; use sharding"
+_EXPERTS = "the model has no experts"
+
+REFUSED: Dict[str, Refused] = {
+    **_off(
+        "weights come from and go to local folders, nothing is fetched or uploaded",
+        aistudio_repo_id=None, aistudio_repo_license="Apache License 2.0", aistudio_repo_private=True,
+        aistudio_token=None, from_aistudio=False, save_to_aistudio=False,
+    ),
+    **_off(
+        "prefix tuning is not built here; use lora, or full tuning with freeze_include and freeze_exclude",
+        prefix_tuning=False, num_prefix_tokens=128,
+    ),
+    **_off("max_length bounds a sample", src_length=1024),
+    **_off("name the files in `dataset`", splits=None, task_name=None),
+    **_off("data is always read when needed", lazy_data_processing=True),
+    **_off("each card reads its own samples", distributed_dataloader=False),
+    **_off("the model's inputs are fixed", label_names=None, past_index=-1),
+    **_off("predict.py does that", do_predict=False),
+    **_off("merge_lora_params.py writes the folder that predict.py reads", do_export=False),
+    **_off("evaluation uses the dtype of training", fp16_full_eval=False, bf16_full_eval=False),
+    **_off("set eval_steps", minimum_eval_times=None),
+    **_off(_RATE, lr_scheduler_name="CosineDecayWithWarmup", eta_min=1e-5, warmup_start_lr=1e-6),
+    **_off(
+        "what all cards hold is kept alike (sync_grad); the other options are for models of another layout",
+        tensor_parallel_config="",
+    ),
+    **_off(_PIPELINE, pipeline_parallel_degree=(-1, 0, 1), pipeline_parallel_config="", force_reshard_pp=False),
+    **_off(
+        "one sample is a single short sequence with its image span, which is not split over cards",
+        sep_parallel_degree=(-1, 0, 1), context_parallel_degree=(-1, 0, 1), sequence_parallel=False,
+    ),
+    **_off(_EXPERTS, use_expert_parallel=False),
+    **_off("use sharding", use_auto_parallel=False, enable_auto_parallel=False),
+    **_off("write sharding_parallel_degree", sharding_degree=-1),
+    **_off(
+        _LAYOUT, unified_checkpoint=False, unified_checkpoint_config="", save_on_each_node=False,
+        save_sharded_model=False, load_sharded_model=False,
+    ),
+    **_off("a checkpoint counts only when it is whole", use_async_save=False),
+    **_off(_WHOLE, ignore_load_lr_and_optim=False),
+    **_off("the model runs in dynamic mode", to_static=False),
+    **_off("it works on NPUs only", flatten_param_grads=False),
+    **_off("the first process logs", log_level=-1, log_level_replica=-1, log_on_each_node=True),
+    **_off("use benchmark", profiler_options=None, skip_profile_timer=True),
+    **_never(_RATE, "decay_steps"),
+    **_never("it follows from per_device_train_batch_size and its like", "train_batch_size eval_batch_size"),
+    **_never(
+        "the launcher (python -m paddle.distributed.launch) decides it",
+        "local_rank process_index local_process_index logical_process_index world_size data_parallel_rank "
+        "data_parallel_degree dataset_rank dataset_world_size sharding_parallel_rank tensor_parallel_rank "
+        "pipeline_parallel_rank",
+    ),
+    **_never(
+        "it follows from the degrees and from which process it is",
+        "should_log should_save should_save_model_state should_save_sharding_stage1_model should_load_dataset "
+        "should_load_sharding_stage1_model optimizer_name_suffix weight_name_suffix use_hybrid_parallel "
+        "_no_sync_in_gradient_accumulation",
+    ),
+    **_never("write device", "current_device"),
+    **_never("write fp16_opt_level; it serves bf16 too", "bf16_opt_level amp_level"),
+    **_never(_WHOLE, "ignore_save_lr_and_optim"),
+    **_never(_LAYOUT, "output_signal_dir"),
+    **_never(_EXPERTS, "expert_parallel_degree expert_tensor_parallel_degree"),
+    **_never("write chat_template inside the entry of `dataset`", "chat_template_file"),
+}  # fmt: skip
+
+
+def known_keys() -> Dict[str, Key]:
+    """Every key that sets something, by name, in the order of the blocks."""
+    found = {}
+    for block, arguments in BLOCKS:
+        hints = typing.get_type_hints(arguments)
+        for field in dataclasses.fields(arguments):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            limits = {name: value for name, value in field.metadata.items() if name != "help"}
+            found[field.name] = Key(field.name, hints[field.name], default, field.metadata["help"], block, limits)
+    return found
+
+
+class Arguments(NamedTuple):
+    """What a run was asked for. given: the keys that were set. cards: processes of the run, one each."""
+
+    model: ModelArguments
+    data: DataArguments
+    generation: GenerationArguments
+    training: TrainingKeys
+    given: frozenset
+    cards: int
+
+
+def blocks_of(values: Dict[str, Any], cards: Optional[int] = None) -> Arguments:
+    """Arguments with these values, each of the right type, and not checked against each other.
+
+    cards: as the launcher says by default.
+    """
+    blocks = [
+        arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments) if field.name in values})
+        for _, arguments in BLOCKS
+    ]
+    return Arguments(*blocks, frozenset(values), world_size() if cards is None else cards)

@@ -1,0 +1,19 @@
+"""Small things that messages are made of."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, Optional, Sequence
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to 60 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def nearest(name: str, known: Sequence[str]) -> Optional[str]:
+    """The known name that this one is most like, None when it is like none of them."""
+    near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
+    return near[0] if near else None
