@@ -59,12 +59,12 @@ def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int) -> List[
     return list(ids)
 
 
-def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str) -> int:
+def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str, fused: bool = False) -> int:
     """Device memory that one more row in a batch takes at most, in bytes.
 
     The cache of keys and values up to the last token, and the larger of the two working sets: the ViT's
     attention scores (8 bytes each: in float32, and before and after it in the model's dtype) with its widened
-    MLP, or the decoder's prefill.
+    MLP, or the decoder's prefill. fused: the kernel that holds no scores.
     """
     size = 4 if dtype == "float32" else 2
     visual = config.visual
@@ -72,15 +72,18 @@ def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str) -> in
     cache = 2 * config.num_hidden_layers * tokens * config.hidden_size * size
     patches = (visual["image_size"] // visual["patch_size"]) ** 2
     vit_mlp = 4 * patches * int(visual["width"] * visual["mlp_ratio"]) * size
-    vit = 2 * visual["heads"] * patches**2 * 4 + vit_mlp
+    score = 0 if fused else 8
+    vit = visual["heads"] * patches**2 * score + vit_mlp
     mlp = 4 * prompt_length * config.intermediate_size * size
-    prefill = 2 * config.num_attention_heads * prompt_length**2 * 4 + mlp
+    prefill = config.num_attention_heads * prompt_length**2 * score + mlp
     return cache + max(vit, prefill)
 
 
-def choose_batch_size(config, prompt_length: int, new_tokens: int, dtype: str, free: int) -> int:
+def choose_batch_size(
+    config, prompt_length: int, new_tokens: int, dtype: str, free: int, fused: bool = False
+) -> int:
     """As many rows as fit into `free` bytes of memory, from 1 to MAX_BATCH."""
-    return max(1, min(MAX_BATCH, free // bytes_per_row(config, prompt_length, new_tokens, dtype)))
+    return max(1, min(MAX_BATCH, free // bytes_per_row(config, prompt_length, new_tokens, dtype, fused)))
 
 
 def free_memory(device: str) -> int:
@@ -150,8 +153,8 @@ class Captioner:
         if batch_size is None:
             device, dtype = paddle.get_device(), str(model.config.dtype)
             length = len(self.prompt_ids)
-            free = free_memory(device)
-            batch_size = choose_batch_size(model.config, length, self.max_new_tokens, dtype, free)
+            free, fused = free_memory(device), model.generates_fused()
+            batch_size = choose_batch_size(model.config, length, self.max_new_tokens, dtype, free, fused)
         self.batch_size = batch_size
 
     def captions(self, images: Iterable) -> Iterator[Answer]:

@@ -60,5 +60,6 @@ def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] =
     template = ChatTemplate.from_file(path) if os.path.isfile(path) else ChatTemplate.default()
     if template._replace(system="") != ChatTemplate.default()._replace(system=""):
         logger.warning("%s has turn markers of its own; prompts are made with those of chatml", path)
-    logger.info("%s on %s in %s; %s", folder, chosen.value, model.config.dtype, describe_threads())
+    fused = ", fused attention" if model.generates_fused() else ""
+    logger.info("%s on %s in %s%s; %s", folder, chosen.value, model.config.dtype, fused, describe_threads())
     return Loaded(model, processor.tokenizer, processor, image_processor, template.system)

@@ -52,10 +52,18 @@ def swiglu(gate, up):
     return _fused_swiglu(gate, up)
 
 
-def autocast_is_on() -> bool:
-    """Whether automatic mixed precision is casting. Paddle 2.6 has no public question for it."""
+def autocast_dtype():
+    """The half dtype that automatic mixed precision casts to ("float16" or "bfloat16"), None while it is off.
+
+    Paddle 2.6 has no public question for it.
+    """
     tracer = framework._dygraph_tracer()
-    return tracer is not None and tracer._amp_level != core.AmpLevel.O0
+    return None if tracer is None or tracer._amp_level == core.AmpLevel.O0 else tracer._amp_dtype
+
+
+def keep_from_decorate(layer) -> None:
+    """Let paddle.amp.decorate leave this layer's own parameters and buffers in their dtypes. 2.6 misspells the flag."""
+    layer._cast_to_low_precision = layer._cast_to_low_precison = False
 
 
 def overflowed(scaler) -> bool:

@@ -260,6 +260,20 @@ def test_batch_size_of_the_7b_on_a_32_gb_card():
     # 2 × 32 layers × 800 tokens × 4096 × 2 bytes = 419 MB of cache, and 0.2 GB more while the image is seen.
     assert 0.5e9 < bytes_per_row(config, 288, 512, "float16") < 0.8e9
     assert 12 <= choose_batch_size(config, 288, 512, "float16", 12 * 10**9) <= 24
+    # Fused attention holds no scores.
+    assert bytes_per_row(config, 288, 512, "float16", fused=True) < 0.5e9
+    assert choose_batch_size(config, 288, 512, "float16", 12 * 10**9, fused=True) >= 24
+
+
+def test_the_batch_rule_knows_of_fused_attention(parts, monkeypatch):
+    """A pretended card, with room for a few rows."""
+    model = parts[0]
+    rows = {}
+    monkeypatch.setattr("paddlemix.inference.captioner.free_memory", lambda device: 3 << 20)
+    for fused in (False, True):
+        monkeypatch.setattr(model, "generates_fused", lambda fused=fused: fused)
+        rows[fused] = Captioner(*parts, max_new_tokens=8).batch_size
+    assert 1 < rows[False] < rows[True]
 
 
 def test_free_memory_of_this_machine():

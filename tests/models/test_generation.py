@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from paddlemix.models.mgen_vl import attention, connector, generation, language, vision
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.models.mgen_vl.generation import (
     CaptionGeneration,
@@ -160,6 +161,41 @@ def test_lm_head_sees_the_last_position_only(model, monkeypatch):
     monkeypatch.setattr(type(model), "_logits", lambda self, h: shapes.append(list(h.shape)) or plain(self, h))
     model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=3, eos_token_id=NEVER)
     assert shapes == [[1, 1, 128]] * 3
+
+
+@pytest.mark.parametrize("device, trained, works, fused", [
+    ("cpu", False, True, False), ("cpu", True, False, True),
+    ("gpu:0", False, True, True), ("gpu:0", True, False, False),
+])  # fmt: skip
+def test_generation_takes_fused_attention_where_the_card_has_it(model, monkeypatch, device, trained, works, fused):
+    """A pretended card; float32 weights on one (training at O1) have no fused kernel whatever the key says."""
+    asked, used = [], []
+    monkeypatch.setattr(generation.paddle, "get_device", lambda: device)
+    monkeypatch.setattr(generation, "resolve_flash", lambda *which: asked.append(which) or (works, None))
+    plain = attention.attend
+
+    def spy(query, *args, use_flash=False, **kwargs):
+        used.append((use_flash, query.shape[2] == 1))
+        return plain(query, *args, **kwargs)
+
+    for module in (vision, connector, language):
+        monkeypatch.setattr(module, "attend", spy)
+    monkeypatch.setattr(model.config, "use_flash_attention", trained)
+    monkeypatch.setattr(model.visual, "use_flash_attention", trained)
+    model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=2, eos_token_id=NEVER)
+    # ViT, connector and prefill; not the one query of a step.
+    assert used == [(fused, False)] * 5 + [(False, True)] * 2
+    assert set(asked) == ({(True, "float32", "gpu:0")} if device == "gpu:0" else set())
+    assert model.config.use_flash_attention is model.visual.use_flash_attention is trained
+
+
+def test_a_shortest_answer_with_several_stop_ids(model):
+    free = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=6, eos_token_id=NEVER)[0].numpy()[0]
+    stop_ids = [int(free[0]), int(free[1]), NEVER]
+    with_stops = dict(images=pixels(1), max_new_tokens=6, eos_token_id=stop_ids)
+    assert model.generate(batch(PROMPTS[0]), **with_stops)[0].shape == [1, 1]
+    longer = model.generate(batch(PROMPTS[0]), min_new_tokens=4, **with_stops)[0].numpy()[0]
+    assert len(longer) >= 4 and not set(longer[:4].tolist()) & set(stop_ids)
 
 
 def test_generation_leaves_the_training_mode_alone(model):

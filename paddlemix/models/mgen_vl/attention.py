@@ -10,7 +10,11 @@ import math
 import paddle
 import paddle.nn.functional as F
 
+from paddlemix.utils.compat import autocast_dtype
 from paddlemix.utils.runtime import full_precision
+
+# float16 scores are computed smaller by this factor, and float32 ones multiplied by it (PaddleNLP takes 32, too).
+GUARD = 32.0
 
 
 def spread(tensor, shape):
@@ -24,27 +28,43 @@ def spread(tensor, shape):
     return tensor.tile([whole // part for whole, part in zip(shape, tensor.shape)])
 
 
+def compute_dtype(tensor):
+    """The dtype in which matmuls of `tensor` compute: autocast's while it is on, else the tensor's own."""
+    half = autocast_dtype()
+    return tensor.dtype if half is None else getattr(paddle, half)
+
+
+def fused_bias(bias, dtype):
+    """`bias` in `dtype`, where a float32 -1e30 would be -inf in float16."""
+    return bias if bias.dtype == dtype else bias.clip(min=float(paddle.finfo(dtype).min)).astype(dtype)
+
+
 def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=False):
     """softmax(q kᵀ / √d + bias) v ("Attention Is All You Need", §3.2.1), softmax in float32.
 
-    query [B, H, T, d]; key, value [B, H, S, d], contiguous; bias float32, broadcast to [B, H, T, S], or None.
-    use_flash: Paddle's fused kernel, which never holds the [T, S] scores. Returns [B, T, H × d] in query's dtype.
+    query [B, H, T, d]; key, value [B, H, S, d], contiguous; bias broadcast to [B, H, T, S], or None.
+    use_flash: Paddle's fused kernel, which never holds the [T, S] scores. Returns [B, T, H × d].
     """
     B, H, T, d = query.shape
+    dtype = compute_dtype(query)
     if use_flash:
-        # The fused kernel wants [B, T, H, d] and a bias of the query's dtype.
-        out = F.scaled_dot_product_attention(
-            query.transpose([0, 2, 1, 3]),
-            key.transpose([0, 2, 1, 3]),
-            value.transpose([0, 2, 1, 3]),
-            attn_mask=None if bias is None else bias.astype(query.dtype),
-            dropout_p=dropout,
-            training=training,
-        )
+        # The kernel wants [B, T, H, d], one half dtype for all inputs and a bias for every row. Autocast knows it on no
+        # list of Paddle 2.6, and 3 takes the plain form, without a word, when the dtypes differ.
+        with full_precision():
+            query, key, value = (x.transpose([0, 2, 1, 3]).astype(dtype) for x in (query, key, value))
+            if bias is not None:
+                bias = fused_bias(bias, dtype).expand([B, -1, -1, -1])
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, dropout_p=dropout, training=training
+            )
         return out.reshape([B, T, H * d])
-    # Dividing q first keeps the products inside float16's range.
-    scores = paddle.matmul(query * (1.0 / math.sqrt(d)), key, transpose_y=True).astype("float32")
+    # float16 ends at 65504: with the guard, scores up to 2 million pass. It is a power of two, so nothing is rounded
+    # but what is next to zero.
+    guard = GUARD if dtype == paddle.float16 else 1.0
+    scores = paddle.matmul(query * (1.0 / (guard * math.sqrt(d))), key, transpose_y=True).astype("float32")
     with full_precision():
+        if guard != 1.0:
+            scores = scores * guard
         if bias is not None:
             scores = scores + bias
         # In place: the scores are the largest tensor there is (a ViT's of 32 images: 2 GB), and nobody else's.

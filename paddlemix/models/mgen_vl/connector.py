@@ -14,6 +14,7 @@ from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.configuration import RESAMPLER_HEAD_DIM
+from paddlemix.utils.compat import keep_from_decorate
 from paddlemix.utils.runtime import full_precision
 
 # Every LayerNorm of the visual part.
@@ -87,6 +88,8 @@ class AttentionPool(nn.Layer):
         self.register_buffer(
             "pos_embed", paddle.to_tensor(sincos_positions(output_dim, math.isqrt(n_queries))), persistable=True
         )
+        # The table stays float32 in a bfloat16 model; the query parameter is made in the dtype it trains in.
+        keep_from_decorate(self)
         self.query = self.create_parameter([n_queries, output_dim], default_initializer=nn.initializer.Normal(std=0.02))
         self.kv_proj = nn.Linear(width, output_dim, bias_attr=False) if width != output_dim else nn.Identity()
         self.attn = CrossAttention(output_dim)

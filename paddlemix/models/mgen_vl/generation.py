@@ -12,11 +12,12 @@ import os
 
 import numpy as np
 import paddle
-from paddlenlp.generation import GenerationConfig
+from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
 from paddlemix.models.mgen_vl.language import KVCache, position_ids_from_mask
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import read_config_object
+from paddlemix.utils.runtime import resolve_flash
 
 # What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.
 _NUMBERS = {
@@ -109,8 +110,9 @@ class CaptionGeneration:
         Raises:
             UserError: the spans in the text do not match the images.
         """
-        was_training = self.training
+        was_training, was_fused = self.training, self.config.use_flash_attention
         self.eval()
+        self._fuse(self.generates_fused())
         try:
             if image_features is None and images is not None and images.shape[0]:
                 image_features = self.visual(images)
@@ -120,8 +122,30 @@ class CaptionGeneration:
                 input_ids, attention_mask=attention_mask.astype("int64"), image_features=image_features, **kwargs
             )
         finally:
+            self._fuse(was_fused)
             if was_training:
                 self.train()
+
+    def generates_fused(self) -> bool:
+        """Whether prompts and images go through Paddle's fused attention: where card and weights allow it.
+
+        Training has a key for it, generation needs none. On the CPU as the configuration has it.
+        """
+        device = paddle.get_device()
+        if not device.startswith("gpu"):
+            return self.config.use_flash_attention
+        return resolve_flash(True, str(self.lm_head.weight.dtype).replace("paddle.", ""), device)[0]
+
+    def _fuse(self, fused: bool) -> None:
+        self.config.use_flash_attention = self.visual.use_flash_attention = fused
+
+    def get_logits_processor(self, min_length=None, eos_token_id=None, **kwargs):
+        """PaddleNLP's, whose minimum length knows a single stop id: here one for each."""
+        processors = super().get_logits_processor(**kwargs)
+        if min_length is not None:
+            for stop in eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]:
+                processors.append(MinLengthLogitsProcessor(min_length, stop))
+        return processors
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask, past_key_values=None, **kwargs):
         """Inputs of one step: the whole prompt first, then the newest token with the cache."""

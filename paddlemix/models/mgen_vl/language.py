@@ -16,7 +16,7 @@ import paddle
 from paddle import nn
 from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPretrainedModel, QWenRMSNorm
 
-from paddlemix.models.mgen_vl.attention import attend, attend_within, spread
+from paddlemix.models.mgen_vl.attention import attend, attend_within, compute_dtype, fused_bias, spread
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.compat import swiglu
 from paddlemix.utils.runtime import full_precision
@@ -145,7 +145,8 @@ class MGenAttention(QWenAttention):
             bias,
             dropout=self.config.attn_dropout_prob,
             training=self.training,
-            use_flash=self.config.use_flash_attention,
+            # One query reads each key once, fused or not, and the kernel would have the cache in another layout.
+            use_flash=self.config.use_flash_attention and T > 1,
         )
         return self.c_proj(out)
 
@@ -320,6 +321,10 @@ class MGenDecoder(MGenPretrainedModel):
         if segments is None:
             bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
             bias = spread(bias, [B, heads, T, bias.shape[-1]])
+            if self.config.use_flash_attention and T > 1:
+                # Once, not in every layer.
+                with full_precision():
+                    bias = fused_bias(bias, compute_dtype(inputs_embeds))
         else:
             bias = segments
 
