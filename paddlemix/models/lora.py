@@ -19,28 +19,44 @@ from paddlemix.models.mgen_vl.parameters import check_weights
 from paddlemix.utils.errors import ConfigError, WeightsError
 
 
-def adapted_modules(names: Sequence[str], target_modules: Sequence[str]) -> List[str]:
-    """Modules that get an adapter: those whose whole name matches one of the regular expressions.
+def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence[str]) -> List[str]:
+    """Linear layers that get an adapter: those whose whole name matches one of the regular expressions, and all inside
+    a container whose name does (`.*attn` means its c_attn and c_proj).
 
-    names: parameter names of the model; a module is one that has a `.weight`.
+    shapes: of the model's parameters by name.
 
     Raises:
-        ConfigError: expressions are broken or match no module (each is named).
+        ConfigError: expressions are broken, match nothing, or match a layer that is not Linear (each is named).
     """
-    modules = [name[: -len(".weight")] for name in names if name.endswith(".weight")]
+    # Two matrices are not a Linear layer's: the table of embeddings, and lm_head (PaddleNLP's QWenLMHead).
+    linear = {
+        name[: -len(".weight")]: len(shape) == 2 and not name.endswith(("wte.weight", "lm_head.weight"))
+        for name, shape in shapes.items()
+        if name.endswith(".weight")
+    }
+    containers = {name[:end] for name in shapes for end, letter in enumerate(name) if letter == "."} - set(linear)
     chosen, problems = set(), []
     for pattern in target_modules:
         try:
-            matches = [module for module in modules if re.fullmatch(pattern, module)]
+            matches = re.compile(pattern).fullmatch
         except re.error as error:
             problems.append(f'lora_target_modules: "{pattern}" is no regular expression ({error})')
             continue
-        if not matches:
-            problems.append(f'lora_target_modules: "{pattern}" matches no module (names are like {modules[-2]})')
-        chosen.update(matches)
+        around = tuple(container + "." for container in containers if matches(container))
+        direct = {module for module in linear if matches(module)}
+        found = {module for module in linear if linear[module] and (module in direct or module.startswith(around))}
+        others = [module for module in linear if module in direct and not linear[module]]
+        # With a container, what is not Linear in it is left out.
+        others = [module for module in others if not module.startswith(around)]
+        if others:
+            weight = list(shapes[others[0] + ".weight"])
+            problems.append(f"lora_target_modules: {others[0]} is no Linear layer (its weight is {weight})")
+        elif not found:
+            problems.append(f'lora_target_modules: "{pattern}" matches no module (names are like {list(linear)[-2]})')
+        chosen |= found
     if problems:
         raise ConfigError("; ".join(problems))
-    return [module for module in modules if module in chosen]
+    return [module for module in linear if module in chosen]
 
 
 def adapter_shapes(
@@ -48,13 +64,10 @@ def adapter_shapes(
 ) -> Dict[str, Tuple[int, ...]]:
     """Names and shapes of the adapters on a model with these parameter shapes."""
     found = {}
-    for module in adapted_modules(list(shapes), target_modules):
-        weight = shapes[module + ".weight"]
-        # The one matrix that is no Linear layer's.
-        if len(weight) != 2 or module.endswith(".wte"):
-            raise ConfigError(f"lora_target_modules: {module} is no Linear layer (its weight is {list(weight)})")
-        found[module + ".lora_A"] = (weight[0], rank)
-        found[module + ".lora_B"] = (rank, weight[1])
+    for module in adapted_modules(shapes, target_modules):
+        n_in, n_out = shapes[module + ".weight"]
+        found[module + ".lora_A"] = (n_in, rank)
+        found[module + ".lora_B"] = (rank, n_out)
     return found
 
 
@@ -85,23 +98,17 @@ def apply_lora(
         ConfigError: a target matches nothing or is no Linear layer, or a weight would both train and carry
         an adapter.
     """
-    from paddle import nn
     from paddlenlp.peft import LoRAConfig
 
     from paddlemix.models.mgen_vl.tensor_parallel import MGenLoRAModel
 
-    names = list(model.state_dict())
-    modules = adapted_modules(names, target_modules)
-    layers = dict(model.named_sublayers())
-    for module in modules:
-        if not isinstance(layers[module], nn.Linear) and "Parallel" not in type(layers[module]).__name__:
-            raise ConfigError(f"lora_target_modules: {module} is no Linear layer but a {type(layers[module]).__name__}")
+    modules = adapted_modules(model.whole_shapes(), target_modules)
     check_claims([module + ".lora_A" for module in modules], trainable)
     config = LoRAConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=list(target_modules),
+        target_modules=_targets(model, modules, target_modules),
         # Expressions again, so each name is spelled out.
         trainable_modules=[re.escape(name) for name in trainable] or None,
         tensor_parallel_degree=model.config.tensor_parallel_degree,
@@ -109,6 +116,12 @@ def apply_lora(
         base_model_name_or_path=base_model_name_or_path,
     )
     return MGenLoRAModel(model, config)
+
+
+def _targets(model, modules: Sequence[str], target_modules: Sequence[str]) -> List[str]:
+    """The expressions as given, or the layers' names where PaddleNLP would take another layer, too, and refuse it."""
+    matched = {name for name, _ in model.named_sublayers() if any(re.fullmatch(one, name) for one in target_modules)}
+    return list(target_modules) if matched == set(modules) else list(modules)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import re
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.models.lora import adapted_modules
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, GROUPS, group_of
 from paddlemix.trainer.keys import ModelArguments
 from paddlemix.utils.errors import ConfigError
@@ -97,8 +98,11 @@ def plan_freeze(
     return FreezePlan(trainable, frozen)
 
 
-def check_lora_path(model_args: ModelArguments) -> None:
-    """Raise ConfigError when the adapters in lora_path are not of the kind that the other keys ask for."""
+def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...]]) -> None:
+    """Raise ConfigError when the adapters in lora_path are not of the kind that the other keys ask for.
+
+    shapes: of the model's parameters by name.
+    """
     stored = read_lora_config(model_args.lora_path)
     wanted = {
         "lora_rank": (model_args.lora_rank, stored["r"]),
@@ -106,7 +110,11 @@ def check_lora_path(model_args: ModelArguments) -> None:
         "lora_target_modules": (model_args.lora_target_modules, stored["target_modules"]),
     }
     for name, (ours, theirs) in wanted.items():
-        if ours != theirs:
+        same = ours == theirs
+        if name == "lora_target_modules" and not same:
+            # Other expressions may mean the same layers.
+            same = adapted_modules(shapes, ours) == adapted_modules(shapes, theirs)
+        if not same:
             raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
 
 

@@ -48,7 +48,7 @@ class ModelArguments:
     lora_dropout: float = key(0.05, "Dropout on the adapters' input.", at_least=0, at_most=0.99)
     lora_target_modules: List[str] = key(
         [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
-        "Regular expressions; Linear layers whose whole name matches get an adapter.",
+        "Regular expressions; Linear layers whose whole name matches, or that of a module around them, get an adapter.",
     )
     neftune: bool = key(False, "Add uniform noise to the token embeddings while training (NEFTune).")
     neftune_noise_alpha: float = key(5.0, "Noise scale of neftune.", above=0)

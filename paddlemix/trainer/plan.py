@@ -334,7 +334,7 @@ def _plan_model(plan: Plan, arguments: Arguments) -> None:
         adapters = plan.attempt(adapter_shapes, shapes, model.lora_target_modules, model.lora_rank) or {}
         plan.attempt(check_claims, adapters, trainable or ())
         if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
-            plan.attempt(freeze.check_lora_path, model)
+            plan.attempt(freeze.check_lora_path, model, shapes)
             if trainable is not None and adapters:
                 beside = {name: shapes[name] for name in trainable}
                 plan.attempt(_check_lora_weights, model.lora_path, {**adapters, **beside})

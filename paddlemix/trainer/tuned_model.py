@@ -105,7 +105,7 @@ def choose_trainable(model, model_args: ModelArguments):
     if not model_args.lora:
         return model
     if model_args.lora_path is not None:
-        freeze.check_lora_path(model_args)
+        freeze.check_lora_path(model_args, model.whole_shapes())
     model = apply_lora(
         model,
         rank=model_args.lora_rank,

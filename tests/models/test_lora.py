@@ -158,16 +158,16 @@ def test_config_of_another_model_is_said_to_be_the_folders_fault(tmp_path):
 
 
 def test_targets_are_checked():
-    names = list(make_tiny_model().state_dict())
+    names = make_tiny_model().whole_shapes()
     with pytest.raises(ConfigError, match='".[*]q_proj.[*]" matches no module'):
         adapted_modules(names, [".*q_proj.*"])
     with pytest.raises(ConfigError, match="is no regular expression"):
         adapted_modules(names, ["("])
     with pytest.raises(ConfigError, match="is no regular expression.*matches no module"):
         adapted_modules(names, ["(", ".*c_attn", ".*q_proj"])
-    with pytest.raises(ConfigError, match="is no Linear layer but a"):
+    with pytest.raises(ConfigError, match="is no Linear layer"):
         apply_lora(make_tiny_model(), rank=4, alpha=8, target_modules=[".*wte"])
-    for target in (".*wte", ".*ln_f", ".*conv1"):
+    for target in (".*wte", ".*ln_f", ".*conv1", "lm_head"):
         with pytest.raises(ConfigError, match="is no Linear layer"):
             adapter_shapes(make_tiny_model().whole_shapes(), [target], 4)
     with pytest.raises(ConfigError, match="both claim transformer.llm.h.0.attn.c_attn.weight"):
@@ -178,3 +178,35 @@ def test_targets_are_checked():
             target_modules=TARGETS,
             trainable=["transformer.llm.h.0.attn.c_attn.weight"],
         )
+
+
+CONTAINERS = {
+    ".*llm.h.0.mlp": {"transformer.llm.h.0.mlp." + name for name in ("w1", "w2", "c_proj")},
+    ".*mlp.*": {
+        *(f"transformer.llm.h.{i}.mlp.{name}" for i in (0, 1) for name in ("w1", "w2", "c_proj")),
+        *(f"visual.vit.transformer.resblocks.{i}.mlp.{name}" for i in (0, 1) for name in ("c_fc", "c_proj")),
+    },
+    ".*llm.*attn.*": {f"transformer.llm.h.{i}.attn.{name}" for i in (0, 1) for name in ("c_attn", "c_proj")},
+}
+
+
+@pytest.mark.parametrize("target", CONTAINERS)
+def test_a_container_means_the_linear_layers_in_it(target, tmp_path):
+    model = with_adapters(target_modules=[target])
+    named = {name[: -len(".lora_A")] for name in model.model.state_dict() if name.endswith(".lora_A")}
+    assert named == CONTAINERS[target] == set(adapted_modules(make_tiny_model().whole_shapes(), [target]))
+    model.save_pretrained(str(tmp_path))
+    np.testing.assert_array_equal(logits(load_lora(make_tiny_model(), str(tmp_path))), logits(model))
+
+
+def test_every_linear_layer_can_have_adapters_that_learn():
+    """Shapes alone say which layers are Linear, and none is used past its adapters."""
+    model = apply_lora(make_tiny_model(), rank=2, alpha=2, target_modules=["visual", "transformer"])
+    linear = {name for name, layer in make_tiny_model().named_sublayers() if isinstance(layer, paddle.nn.Linear)}
+    state = model.model.state_dict()
+    assert {name[: -len(".lora_B")] for name in state if name.endswith(".lora_B")} == linear
+    model.train()
+    ids = inputs()["input_ids"]
+    model(**inputs(), labels=ids).loss.backward()
+    for name in linear:
+        assert float(state[name + ".lora_B"].grad.abs().max()) > 0, name
