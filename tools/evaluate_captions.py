@@ -7,7 +7,7 @@ RESULTS is what predict.py writes: id \\t caption. REFERENCES is one of
     id \\t base64 \\t caption     the contest's training rows
     train.json, val.json         chatml records; the first answer is the reference
 
-CIDEr, CIDEr-D, BLEU-1…4 and ROUGE-L are pycocoevalcap's, without Java. METEOR is not included: it needs Java.
+CIDEr, CIDEr-D, BLEU-1…4 and ROUGE-L equal pycocoevalcap's. METEOR is not included: it needs Java.
 Intervals are 95 % percentiles of a bootstrap over rows, with CIDEr's document frequencies held fixed. Ids that are
 missing, doubled or unknown are an error that lists them. docs/evaluation.md says what each number means.
 """
@@ -45,8 +45,14 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument(
         "--intersection", action="store_true", help="score the ids that all files have, say how many that leaves out"
     )
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap; 0: no intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--sample", type=cli.positive, metavar="N",
+        help="score N rows, drawn with --seed; CIDEr's document frequencies stay those of all references",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="bootstrap draws (default: 1000; 0: no intervals)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap (default: 0)")
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
         help="processes that score; 0: none beside this one (default: the number of cores)",
@@ -111,9 +117,9 @@ def main() -> None:
     if args.images:
         # Now, not after minutes of scoring.
         check_input(args.images)
-    captions = read_captions(args.results)
-    references = read_references(args.references)
-    other = read_captions(args.compare) if args.compare else None
+    captions = read_captions(args.results, args.quiet)
+    references = read_references(args.references, args.quiet)
+    other = read_captions(args.compare, args.quiet) if args.compare else None
     texts = references.texts
     if args.intersection:
         sides = [texts, captions] if other is None else [texts, captions, other]
@@ -126,13 +132,14 @@ def main() -> None:
         print(f"{len(ids)} ids are in all files; {left_out} are not and are left out")
 
     evaluation = evaluate(
-        captions, texts, other, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet
+        captions, texts, other, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet, args.sample
     )
     evaluation.settings["files"] = {
         "results": args.results, "references": args.references, "other": args.compare,
     }  # fmt: skip
     n_references = sum(map(len, texts.values()))
-    print(f"captions: {args.results} ({len(captions)} rows)")
+    sampled = f"; {len(evaluation.ids)} of them, drawn with seed {args.seed}, are scored" * (args.sample is not None)
+    print(f"captions: {args.results} ({len(captions)} rows{sampled})")
     if args.compare:
         print(f"other: {args.compare}")
     print(f"references: {args.references} ({n_references} for {len(texts)} rows)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Dict, List, Mapping, NamedTuple
 
 from paddlemix.datasets.chatml import SampleError, parse_record
@@ -17,6 +18,7 @@ from paddlemix.datasets.tsv import (
     read_rows,
 )
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.progress import Progress
 
 SHOWN = 10
 
@@ -28,23 +30,28 @@ class References(NamedTuple):
     has_images: bool
 
 
+def _reading(path: str, size: int, quiet: bool) -> Progress:
+    return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=quiet)
+
+
 def _listed(things: List[str]) -> str:
     return ", ".join(things[:SHOWN]) + (f" and {len(things) - SHOWN} more" if len(things) > SHOWN else "")
 
 
-def read_captions(path: str) -> Dict[str, str]:
-    """`id \\t caption` lines (SPEC §3) by id, in the order of the file; a caption may be empty.
+def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
+    """`id \\t caption` lines by id, in the order of the file; a caption may be empty. quiet: show no progress.
 
     Raises:
         UserError: the file cannot be read, a line is not two columns of UTF-8, or an id comes twice; lines and ids
         are listed (the first ten and the number).
     """
-    check_input(path)
+    size = check_input(path)
     found: Dict[str, str] = {}
     doubled: Dict[str, int] = {}
     bad: List[str] = []
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, _reading(path, size, quiet) as bar:
         for number, line in enumerate(file, 1):
+            bar.update(len(line))
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 line = line[3:]
             line = line.rstrip(b"\r\n")
@@ -69,29 +76,33 @@ def read_captions(path: str) -> Dict[str, str]:
     return found
 
 
-def read_references(path: str) -> References:
+def read_references(path: str, quiet: bool = True) -> References:
     """References by id. An id may come several times, each time with a further reference.
 
-    A JSON file holds chatml records (SPEC §3), whose first answer is the reference. In any other file a line is
+    A JSON file holds chatml records, whose first answer is the reference. In any other file a line is
     `id \\t base64 \\t caption`, or `id \\t caption`; behind the latter each further column is one more reference.
+    quiet: show no progress.
 
     Raises:
         UserError: the file cannot be read, or a row has no reference; the lines are listed.
     """
-    check_input(path)
+    size = check_input(path)
     with open(path, "rb") as file:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    found = _of_json(path) if head in (b"[", b"{") else _of_rows(path)
+    found = (_of_json if head in (b"[", b"{") else _of_rows)(path, _reading(path, size, quiet))
     if not found.texts:
         raise UserError(f"{path} has no references")
     return found
 
 
-def _of_json(path: str) -> References:
+def _of_json(path: str, bar: Progress) -> References:
     texts: Dict[str, List[str]] = {}
     bad = []
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, bar:
+        position = 0
         for number, (begin, end) in enumerate(record_bounds(path).tolist(), 1):
+            bar.update(end - position)
+            position = end
             file.seek(begin)
             try:
                 record = parse_record(file.read(end - begin))
@@ -104,32 +115,36 @@ def _of_json(path: str) -> References:
     return References(texts, False)
 
 
-def _of_rows(path: str) -> References:
+def _of_rows(path: str, bar: Progress) -> References:
     texts: Dict[str, List[str]] = {}
     bad: List[str] = []
     has_images = False
-    for row in read_rows(path, want_caption=True):
-        second = bytes(row.image)
-        reason = row.error
-        if is_image(second):
-            has_images = True
-            captions = [row.caption]
-        else:
-            # A line of text; TsvRow says what it lacks as a row with an image.
-            if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION):
-                reason = None
-            elif reason == EMPTY_IMAGE and row.caption is None:
-                reason = EMPTY_CAPTION
-            try:
-                captions = [second.decode("utf-8"), *(row.caption or "").split("\t")]
-            except UnicodeDecodeError:
-                reason = CAPTION_NOT_UTF8
-        if reason is None and not row.id:
-            reason = "no id"
-        if reason in (None, EMPTY_IMAGE):
-            texts.setdefault(row.id, []).extend(caption for caption in captions if caption.strip())
-        else:
-            bad.append(f"{row.line_no} ({reason})")
+    with bar:
+        position = 0
+        for row in read_rows(path, want_caption=True):
+            bar.update(row.next_offset - position)
+            position = row.next_offset
+            second = bytes(row.image)
+            reason = row.error
+            if is_image(second):
+                has_images = True
+                captions = [row.caption]
+            else:
+                # A line of text; TsvRow says what it lacks as a row with an image.
+                if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION):
+                    reason = None
+                elif reason == EMPTY_IMAGE and row.caption is None:
+                    reason = EMPTY_CAPTION
+                try:
+                    captions = [second.decode("utf-8"), *(row.caption or "").split("\t")]
+                except UnicodeDecodeError:
+                    reason = CAPTION_NOT_UTF8
+            if reason is None and not row.id:
+                reason = "no id"
+            if reason in (None, EMPTY_IMAGE):
+                texts.setdefault(row.id, []).extend(caption for caption in captions if caption.strip())
+            else:
+                bad.append(f"{row.line_no} ({reason})")
     if bad:
         raise UserError(f"{path}: {len(bad)} lines have no reference: {_listed(bad)}")
     return References(texts, has_images)

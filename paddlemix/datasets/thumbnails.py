@@ -54,6 +54,8 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
                     found[row.id] = Thumbnail(shrink(decode_base64(row.image), side), "")
                 except ImageError as error:
                     found[row.id] = Thumbnail(b"", error.reason)
+                if len(found) == len(wanted):
+                    break
             bar.update(row.next_offset - position)
             position = row.next_offset
     return found

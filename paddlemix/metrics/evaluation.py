@@ -19,6 +19,7 @@ from paddlemix.metrics.captions import (
     CaptionScorer,
     CaptionScores,
     bleu_of_counts,
+    check_ids,
     tokenizer_name,
 )
 from paddlemix.metrics.wording import DISTINCT, EMPTY, KINDS, REPEATED, TOKENS, UNSUPPORTED, Wording, WordList, describe
@@ -55,7 +56,7 @@ class Evaluation(NamedTuple):
     """results: the file in question. other, difference: what it is compared with, and results minus other."""
 
     ids: List[str]
-    references: List[List[str]]
+    references: List[Sequence[str]]
     results: System
     other: Optional[System]
     difference: Optional[Dict[str, Measure]]
@@ -93,24 +94,32 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     quiet: bool = True,
+    sample: Optional[int] = None,
 ) -> Evaluation:
     """Evaluate `captions`, and `other` beside it if given, against one or more references per id.
 
     tokenizer: a name in TOKENIZERS. resamples: draws of the bootstrap, 0 for no intervals. workers: processes
-    that score, see CaptionScorer.
+    that score, see CaptionScorer. sample: score that many rows, drawn with `seed`; document frequencies stay those of
+    all references.
 
     Raises:
         UserError: ids that do not agree, or references without text.
     """
-    scorer = CaptionScorer(references, tokenizer, workers, quiet)
-    ids, texts = scorer.ids, [list(row) for row in references.values()]
+    check_ids(captions, references)
+    ids = list(references)
+    if sample is not None and sample < len(ids):
+        ids = [ids[row] for row in sorted(np.random.default_rng(seed).choice(len(ids), sample, replace=False).tolist())]
+    scorer = CaptionScorer(references, tokenizer, workers, quiet, ids)
+    texts = [references[key] for key in ids]
     words = WordList()
     found = []
     for name, said in (("captions", captions), ("other", other)):
         if said is not None:
-            scores = scorer.score(said, name)
-            rows = [said[key] for key in ids]
-            found.append((rows, scores, describe(rows, texts, TOKENIZERS[tokenizer], words)))
+            check_ids(said, references)
+            rows = {key: said[key] for key in ids}
+            scores, rows = scorer.score(rows, name), list(rows.values())
+            wording = describe(rows, texts, TOKENIZERS[tokenizer], words, workers=workers, quiet=quiet)
+            found.append((rows, scores, wording))
     draws = _draw([_columns(scores, wording) for _, scores, wording in found], resamples, seed, quiet)
     systems = []
     for (rows, scores, wording), drawn in zip(found, draws):
@@ -130,6 +139,7 @@ def evaluate(
         }
     settings = {
         "tokenizer": tokenizer_name(tokenizer),
+        "sample": {"rows": len(ids), "of": len(references), "seed": seed},
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL, "document_frequencies": "held fixed"},
     }
     return Evaluation(ids, texts, systems[0], systems[1] if other is not None else None, difference, settings)

@@ -16,6 +16,10 @@ from typing import Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 
+from paddlemix.metrics.captions import CHUNK_ROWS, ngram_hashes, token_hash
+from paddlemix.metrics.parallel import map_chunks
+from paddlemix.utils.progress import Progress
+
 WORDS_FILE = os.path.join(os.path.dirname(__file__), "words.json")
 KINDS = ("colour", "count", "object")
 DISTINCT = (1, 2)
@@ -47,15 +51,13 @@ def repeats_itself(tokens: Sequence[str]) -> bool:
     return _STUCK.search(text) is not None
 
 
-def distinct(rows: Iterable[Sequence[str]], n: int) -> float:
-    """distinct-n: different n-grams over all n-grams of all captions (Li et al. 2016, arXiv 1510.03055); 0 of none."""
-    found: Set[Tuple[str, ...]] = set()
-    total = 0
-    for tokens in rows:
-        for begin in range(len(tokens) - n + 1):
-            found.add(tuple(tokens[begin : begin + n]))
-            total += 1
-    return len(found) / total if total else 0.0
+def distinct_ngrams(rows: Iterable[Sequence[str]], n: int) -> Tuple[np.ndarray, int]:
+    """The different n-grams of some captions, as sorted hashes (uint64), and the number of all."""
+    rows = list(rows)
+    tokens = np.array([token_hash(token) for row in rows for token in row], dtype=np.uint64)
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    *_, (found, _) = ngram_hashes(tokens, owner, n)
+    return np.unique(found), len(found)
 
 
 class WordList:
@@ -114,12 +116,13 @@ class WordList:
 
 
 class Wording(NamedTuple):
-    """rows: measure → float64 [n]; a rate's mean is the rate. distinct: n → value.
-    unsupported: per row (kind, word). most: kind → [(word, rows)], the most frequent first."""
+    """rows: measure → float64 [n]; a rate's mean is the rate. distinct: n → different n-grams over all n-grams of all
+    captions (Li et al. 2016, arXiv 1510.03055), 0 of none. unsupported: per row (kind, word). most: kind → [(word,
+    rows)], the most frequent first."""
 
     rows: Dict[str, np.ndarray]
     distinct: Dict[int, float]
-    unsupported: List[List[Tuple[str, str]]]
+    unsupported: List[Sequence[Tuple[str, str]]]
     most: Dict[str, List[Tuple[str, int]]]
 
 
@@ -133,21 +136,43 @@ def describe(
     split,
     words: WordList,
     top: int = 10,
+    workers: int = 0,
+    quiet: bool = True,
 ) -> Wording:
-    """Look at captions; references: those of each row. split: a tokenizer of metrics.captions.TOKENIZERS."""
-    tokens = [split(caption) for caption in captions]
-    unsupported = [words.unsupported(caption, row) for caption, row in zip(captions, references)]
-    kinds = [{kind for kind, _ in row} for row in unsupported]
-    rows: Dict[str, List] = {
-        TOKENS: [len(row) for row in tokens],
-        REPEATED: [repeats_itself(row) for row in tokens],
-        EMPTY: [not row for row in tokens],
-        **{name: [kind in row for row in kinds] for kind, name in UNSUPPORTED.items()},
-    }
+    """Look at captions; references: those of each row. split: a tokenizer of metrics.captions.TOKENIZERS. workers,
+    quiet: see CaptionScorer."""
+    names = (TOKENS, REPEATED, EMPTY, *UNSUPPORTED.values())
+    table = np.empty((len(captions), len(names)))
+    unsupported: List[Sequence[Tuple[str, str]]] = []
+    different = {n: np.empty(0, np.uint64) for n in DISTINCT}
+    total = dict.fromkeys(DISTINCT, 0)
+
+    def look(rows: List[Tuple[str, Sequence[str]]]):
+        tokens = [split(caption) for caption, _ in rows]
+        claims = [words.unsupported(caption, row) or () for caption, row in rows]
+        kinds = [{kind for kind, _ in row} for row in claims]
+        columns = [
+            [len(row) for row in tokens],
+            [repeats_itself(row) for row in tokens],
+            [not row for row in tokens],
+            *([kind in row for row in kinds] for kind in KINDS),
+        ]
+        return np.array(columns, np.float64).T, claims, {n: distinct_ngrams(tokens, n) for n in DISTINCT}
+
+    starts = range(0, len(captions), CHUNK_ROWS)
+    chunks = (list(zip(captions[at : at + CHUNK_ROWS], references[at : at + CHUNK_ROWS])) for at in starts)
+    with Progress(len(captions), "wording", disable=quiet) as bar:
+        for part, claims, ngrams in map_chunks(look, chunks, workers):
+            table[len(unsupported) : len(unsupported) + len(part)] = part
+            unsupported.extend(claims)
+            for n, (found, count) in ngrams.items():
+                different[n] = np.union1d(different[n], found)
+                total[n] += count
+            bar.update(len(part))
     tally = {kind: Counter(word for row in unsupported for found, word in row if found == kind) for kind in KINDS}
     return Wording(
-        {name: np.array(values, dtype=np.float64) for name, values in rows.items()},
-        {n: distinct(tokens, n) for n in DISTINCT},
+        {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(names)},
+        {n: len(different[n]) / total[n] if total[n] else 0.0 for n in DISTINCT},
         unsupported,
         {kind: counts.most_common(top) for kind, counts in tally.items()},
     )

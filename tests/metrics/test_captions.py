@@ -124,16 +124,52 @@ def test_parts_of_the_rows_score_as_pycocoevalcap_scores_all_of_them(monkeypatch
     np.testing.assert_array_equal(found.rows["ROUGE-L"], each)
     corpus, each = Bleu(4).compute_score(theirs, ours, verbose=0)
     np.testing.assert_allclose([found.corpus[name] for name in BLEU], corpus, rtol=1e-12)
-    np.testing.assert_array_equal([found.rows[name] for name in BLEU], each)
+    np.testing.assert_allclose([found.rows[name] for name in BLEU], each, rtol=1e-14)
     np.testing.assert_allclose(bleu_of_counts(found.bleu_counts.sum(axis=0)), corpus, rtol=1e-12)
 
 
 def test_a_worker_that_is_killed_ends_the_scoring_in_words(monkeypatch):
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    monkeypatch.setattr(Rouge, "calc_score", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(captions, "_rouge_l", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(JobFailed, match="fewer --workers"):
         CaptionScorer({"a": ["红杯"]}, workers=1).score({"a": "红杯"})
+
+
+def test_document_frequencies_counted_in_parts(monkeypatch):
+    """Any number of parts gives the rows that have an n-gram; several references of a row count once."""
+    rng = random.Random(3)
+    rows = [[rng.choices("甲乙丙丁", k=rng.randint(1, 9)) for _ in range(rng.randint(1, 3))] for _ in range(60)]
+    naive = {}
+    for row in rows:
+        for ngram in {tuple(text[i : i + n]) for text in row for n in (1, 2, 3, 4) for i in range(len(text) - n + 1)}:
+            naive[ngram] = naive.get(ngram, 0) + 1
+
+    def hashed(ngram):
+        *_, (value, _) = captions.ngram_hashes(
+            np.array([captions.token_hash(token) for token in ngram], np.uint64), np.zeros(len(ngram), int), len(ngram)
+        )
+        return value[0]
+
+    for at_once in (1 << 24, 100, 7):
+        monkeypatch.setattr(captions, "_COUNTED_AT_ONCE", at_once)
+        monkeypatch.setattr(captions, "_HASHED_AT_ONCE", at_once // 2)
+        frequencies = captions.DocumentFrequencies()
+        for row in rows:
+            frequencies.add(row)
+        frequencies.finish()
+        found = frequencies(np.array([hashed(ngram) for ngram in naive], np.uint64))
+        assert found.tolist() == list(naive.values())
+    assert frequencies(np.array([5], np.uint64)).tolist() == [1.0]
+
+
+def test_longest_common_subsequence_against_the_table():
+    rng = random.Random(4)
+    for _ in range(200):
+        one, other = (rng.choices("甲乙丙丁", k=rng.randint(0, 80)) for _ in range(2))
+        table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+        for i, left in enumerate(one):
+            for j, right in enumerate(other):
+                table[i + 1][j + 1] = table[i][j] + 1 if left == right else max(table[i][j + 1], table[i + 1][j])
+        assert captions._common_subsequence(one, other) == table[-1][-1]
 
 
 def test_words_of_jieba():

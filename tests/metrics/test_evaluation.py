@@ -86,3 +86,16 @@ def test_seeds_repeat_and_no_draws_mean_no_intervals():
 def test_the_other_file_must_have_the_same_rows():
     with pytest.raises(UserError, match="1 ids have no caption: d"):
         evaluate(GOOD, REFERENCES, {key: "x" for key in "abc"})
+
+
+def test_a_sample_scores_its_rows_as_all_rows_do():
+    references = {str(i): [f"第{i}张图有{i % 3}只猫"] for i in range(30)}
+    captions = {key: texts[0][:-1] + "狗" for key, texts in references.items()}
+    every, some = evaluate(captions, references, resamples=0), evaluate(captions, references, resamples=0, sample=7)
+    assert len(some.ids) == 7 and some.settings["sample"] == {"rows": 7, "of": 30, "seed": 0}
+    rows = [every.ids.index(key) for key in some.ids]
+    assert rows == sorted(rows)
+    for name, values in some.results.scores.rows.items():
+        np.testing.assert_array_equal(values, every.results.scores.rows[name][rows])
+    assert evaluate(captions, references, resamples=0, sample=7, seed=1).ids != some.ids
+    assert evaluate(captions, references, resamples=0, sample=99).ids == every.ids

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from paddlemix.metrics import wording
 from paddlemix.metrics.captions import tokenize_characters
-from paddlemix.metrics.wording import WordList, describe, distinct, repeats_itself
+from paddlemix.metrics.wording import WordList, describe, repeats_itself
 
 
 @pytest.mark.parametrize(
@@ -26,16 +27,17 @@ def test_repeated_phrases(text, repeats):
     assert repeats_itself(tokenize_characters(text)) is repeats
 
 
-def test_distinct_by_hand():
-    rows = [list("甲乙甲"), list("甲乙")]
-    assert distinct(rows, 1) == 2 / 5
-    assert distinct(rows, 2) == 2 / 3
-    assert distinct([[], ["甲"]], 2) == 0.0
-
-
 @pytest.fixture(scope="module")
 def words():
     return WordList()
+
+
+def test_distinct_by_hand(words):
+    def distinct(*captions):
+        return describe(captions, [[""]] * len(captions), tokenize_characters, words).distinct
+
+    assert distinct("甲乙甲", "甲乙") == {1: 2 / 5, 2: 2 / 3}
+    assert distinct("", "甲") == {1: 1.0, 2: 0.0}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,17 @@ def words():
 )
 def test_words_that_no_reference_has(words, caption, references, found):
     assert words.unsupported(caption, references) == found
+
+
+def test_any_number_of_chunks_and_workers_describes_alike(words, monkeypatch):
+    rows = [f"{i % 7}只{'红蓝'[i % 2]}色的杯子" * (i % 5) for i in range(40)]
+    references = [["两只红色的猫"]] * len(rows)
+    found = describe(rows, references, tokenize_characters, words)
+    monkeypatch.setattr(wording, "CHUNK_ROWS", 7)
+    parts = describe(rows, references, tokenize_characters, words, workers=2)
+    for name, values in found.rows.items():
+        assert values.tolist() == parts.rows[name].tolist()
+    assert parts[1:] == found[1:]
 
 
 def test_describe_counts_rows(words):
