@@ -15,6 +15,7 @@ MORE = """\
 OUTPUT is what predict.py was given; its shards OUTPUT.shard-1-of-n … n-of-n and their .run.json files lie beside it.
 All must be there, whole, as they were written, and of one run: the same input, model and settings. The lines come out
 in the order of the input, and OUTPUT and OUTPUT.run.json are what a single run over all rows writes. The shards stay.
+An OUTPUT that a single process has finished stays as it is.
 
 exit status: 0 joined; 1 joined, but not one row could be captioned; 2 something is missing or does not belong together
 """
@@ -27,7 +28,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", metavar="OUTPUT", help="the results file to write")
-    parser.add_argument("--input", help="the file that was captioned: each line's id is held against its row, too")
+    parser.add_argument("--input", help="the file that was captioned: each line's id is compared with its row's")
     return parser.parse_args(argv)
 
 

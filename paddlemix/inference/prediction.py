@@ -10,7 +10,7 @@ from typing import Callable, Iterator, Optional
 from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
-from paddlemix.inference.results import ResultsWriter, file_facts, fingerprint_folder, report_notes, row_id
+from paddlemix.inference.results import ResultsWriter, fingerprint_folder, input_facts, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils.cli import harmless, let_go
@@ -93,7 +93,7 @@ def predict_file(
             raise UserError("paddle.distributed.launch gives each process its shard: give no --shard with it")
         shard = Shard(rank() + 1, world_size())
     check_input(input)
-    facts = file_facts(input)
+    facts = input_facts(input)
     folder = find_model_folder(model)
     if shard is not None:
         output = shard.path(output)

@@ -22,13 +22,16 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
 
 FORMAT = 1
 # The note of a row whose image file was cut short: it has a caption, of what there was.
@@ -38,6 +41,8 @@ SIDECAR = ".run.json"
 # Lines are handed to the system with every flush; to the disk itself this often.
 SYNC_SECONDS = 5.0
 _CHUNK = 1 << 20
+# A file of this size takes a tenth of a second to read.
+_BAR_BYTES = 64 << 20
 # What a field cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
 _UNFIT = re.compile("[\t\r\n\0]")
 # Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
@@ -52,23 +57,75 @@ class FileFacts(NamedTuple):
     sha256: str
 
 
+def reading(path: str) -> Progress:
+    """A bar over the bytes of a file, drawn if reading it takes more than a moment."""
+    size = os.path.getsize(path)
+    return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=size < _BAR_BYTES)
+
+
 def file_facts(path: str) -> FileFacts:
-    """Read a file once, in pieces: about a second per GB, next to hours of captioning.
+    """Read a file once, in pieces.
 
     Raises:
         UserError: it cannot be read.
     """
     digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
     try:
-        with open(path, "rb") as file:
+        # hashlib lets go of Python's lock, so the lines are counted meanwhile.
+        with open(path, "rb") as file, ThreadPoolExecutor(1) as hashing, reading(path) as bar:
+            hashed = None
             for chunk in iter(lambda: file.read(_CHUNK), b""):
-                digest.update(chunk)
+                if hashed is not None:
+                    hashed.result()
+                hashed = hashing.submit(digest.update, chunk)
                 size += len(chunk)
                 lines += chunk.count(b"\n")
                 last = chunk[-1:]
+                bar.update(len(chunk))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     return FileFacts(size, lines + (last != b"\n"), digest.hexdigest())
+
+
+def input_facts(path: str) -> FileFacts:
+    """file_facts, read once per machine: those of a large file are noted in the temporary folder, and the note is
+    believed while the file keeps its size, time and inode. Processes that start together wait for the first one's note.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if found.st_size < _BAR_BYTES:
+        return file_facts(path)
+    state = [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
+    folder = os.path.join(tempfile.gettempdir(), f"mgen-vl-{os.getuid()}")
+    with contextlib.ExitStack() as opened:
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.lstat(folder).st_uid != os.getuid():
+                raise PermissionError
+            note = opened.enter_context(open(os.path.join(folder, f"{found.st_dev}-{found.st_ino}.json"), "a+"))
+            fcntl.flock(note, fcntl.LOCK_EX)
+        except OSError:
+            return file_facts(path)
+        note.seek(0)
+        try:
+            noted = json.load(note)
+            if noted["state"] == state:
+                return FileFacts(*noted["facts"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        facts = file_facts(path)
+        # A file that changed meanwhile is not noted.
+        now = os.stat(path)
+        if [now.st_size, now.st_mtime_ns, now.st_ino, now.st_dev] == state:
+            with contextlib.suppress(OSError):
+                note.truncate(0)
+                json.dump({"state": state, "facts": facts}, note)
+        return facts
 
 
 # Blocks of a large file that go into a fingerprint, spread evenly from its first byte to its last.

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 from paddlemix.datasets.tsv import read_rows
 from paddlemix.inference.results import (
@@ -23,11 +24,14 @@ from paddlemix.inference.results import (
     SIDECAR,
     differences,
     file_facts,
+    input_facts,
+    reading,
     row_id,
     write_sidecar,
 )
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write, read_config_object
+from paddlemix.utils.log import logger
 
 # How many rows of a broken shard an error names.
 _NAMED = 5
@@ -71,13 +75,17 @@ def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
 def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as one run over all rows writes them.
 
-    input: the file that was captioned; then each line's id is also held against its row. Returns what OUTPUT.run.json
-    holds.
+    input: the file that was captioned; then each line's id is also compared with its row's. An OUTPUT without shards
+    that a single process finished stays as it is. Returns what OUTPUT.run.json holds.
 
     Raises:
         UserError: no shards, some missing or unfinished, shards of different inputs, models or settings, or one that
             was changed since it was written. OUTPUT is not touched then.
     """
+    whole = _whole(output, input)
+    if whole is not None:
+        logger.info("%s is complete, written by a single process: nothing to join", output)
+        return whole
     shards = _find(output)
     sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
     for shard, there in zip(shards[1:], sidecars[1:]):
@@ -85,12 +93,14 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         if different:
             raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}")
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
+    unlike: Set[int] = set()
     if input is not None:
-        facts = file_facts(input)
+        facts = input_facts(input)
         if facts.sha256 != run["input"]["sha256"]:
             raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}")
+        unlike = _unlike(shards, output, input)
     for shard, there in zip(shards, sidecars):
-        _check_lines(shard, shard.path(output), there, rows, input)
+        _check_lines(shard, shard.path(output), there, rows, input if shard.index in unlike else None)
 
     notes: Counter = Counter()
     for there in sidecars:
@@ -106,6 +116,20 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     write_sidecar(output, run, rows, notes)
     with open(output + SIDECAR, encoding="utf-8") as file:
         return json.load(file)
+
+
+def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:
+    """What OUTPUT.run.json holds, if OUTPUT is complete as it was written and there are no shards beside it."""
+    if glob.glob(glob.escape(output) + ".shard-*") or not os.path.isfile(output + SIDECAR):
+        return None
+    there = read_config_object(output + SIDECAR)
+    written, captioned = there.get("output"), there.get("input")
+    sound = isinstance(written, dict) and isinstance(captioned, dict) and isinstance(there.get("settings"), dict)
+    if not sound or not os.path.isfile(output) or file_facts(output).sha256 != written.get("sha256"):
+        return None
+    if input is not None and input_facts(input).sha256 != captioned.get("sha256"):
+        raise UserError(f"{output} is complete, but {input} is not the file that was captioned")
+    return there
 
 
 def _find(output: str) -> List[Shard]:
@@ -148,22 +172,43 @@ def _common(sidecar: Dict[str, Any]) -> Dict[str, Any]:
     return {key: sidecar[key] for key in ("format", "input", "model", "settings", "input_rows")}
 
 
-def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, input: Optional[str]) -> None:
-    """Raise a UserError unless the shard is as it was written, and its ids are those of its rows."""
+def _unlike(shards: List[Shard], output: str, input: str) -> Set[int]:
+    """The indexes of the shards whose ids are not those of their rows, in one pass over the input."""
+    found = set()
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
+        bar = opened.enter_context(reading(input))
+        position = 0
+        for number, row in enumerate(read_rows(input, False)):
+            turn = number % len(files)
+            # The order is looked at too: counting ids would not see two lines that have changed places.
+            if _line_id(files[turn].readline()) != row_id(row):
+                found.add(turn + 1)
+            bar.update(row.next_offset - position)
+            position = row.next_offset
+        found.update(turn for turn, file in enumerate(files, 1) if file.readline())
+    return found
+
+
+def _line_id(line: bytes) -> str:
+    return line.split(b"\t", 1)[0].decode("utf-8", "replace").rstrip("\n")
+
+
+def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, unlike: Optional[str]) -> None:
+    """Raise a UserError unless the shard is as it was written. unlike: the input, if the shard does not answer its rows
+    of it; the error says which."""
     facts, share = file_facts(path), shard.share(rows)
     changed = facts.sha256 != sidecar["output"].get("sha256")
     if not changed and facts.lines != share:
         raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share")
-    if input is not None:
-        wanted = (row_id(row) for i, row in enumerate(read_rows(input, False)) if i % shard.of == shard.index - 1)
+    if unlike is not None:
+        rows_of = itertools.islice(read_rows(unlike, False), shard.index - 1, None, shard.of)
+        wanted = Counter(map(row_id, rows_of))
         with open(path, "rb") as file:
-            found = (line.split(b"\t", 1)[0].decode("utf-8", "replace").rstrip("\n") for line in file)
-            # The order is looked at too: a counter alone would not see two lines changed over.
-            wanted, found = list(wanted), list(found)
-        if wanted != found:
-            lacking, surplus = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
-            what = [f"missing: {_listed(lacking)}"] * bool(lacking) + [f"too many: {_listed(surplus)}"] * bool(surplus)
-            raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}")
+            found = Counter(map(_line_id, file))
+        lacking, surplus = wanted - found, found - wanted
+        what = [f"missing: {_listed(lacking)}"] * bool(lacking) + [f"too many: {_listed(surplus)}"] * bool(surplus)
+        raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}")
     if changed:
         raise UserError(f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)")
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from paddlemix.inference import results
-from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder
+from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder, input_facts
 from paddlemix.utils.errors import JobFailed, UserError
 
 RUN = {"input": {"sha256": "a"}, "model": {"sha256": "m"}, "settings": {"prompt": None, "fallback": "x"}}
@@ -256,6 +256,29 @@ with ResultsWriter(sys.argv[1], {"settings": {}}) as writer:
     assert done.returncode == -signal.SIGKILL
     with ResultsWriter(str(out), {"settings": {}}) as writer:
         assert writer.done == 100
+
+
+def test_a_large_input_is_read_once_per_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_BAR_BYTES", 10)
+    monkeypatch.setattr(results.tempfile, "gettempdir", lambda: str(tmp_path))
+    path = tmp_path / "in.tsv"
+    path.write_bytes(b"a\tAAAA\n" * 5)
+    facts = file_facts(str(path))
+    assert input_facts(str(path)) == facts
+    calls = []
+    monkeypatch.setattr(results, "file_facts", lambda name: calls.append(name) or facts)
+    assert input_facts(str(path)) == facts and not calls
+    path.write_bytes(b"b\tAAAA\n" * 5)
+    os.utime(path, ns=(1, 1))
+    input_facts(str(path))
+    assert calls == [str(path)]
+    # A note that cannot be read, and a folder of somebody else's making, cost a reading.
+    for note in (tmp_path / f"mgen-vl-{os.getuid()}").iterdir():
+        note.write_text("{")
+    input_facts(str(path))
+    monkeypatch.setattr(results.tempfile, "gettempdir", lambda: str(path))
+    input_facts(str(path))
+    assert len(calls) == 3
 
 
 def test_file_facts(tmp_path):

@@ -8,6 +8,8 @@ import json
 
 import pytest
 
+from paddlemix.datasets.tsv import read_rows
+from paddlemix.inference import shards as module
 from paddlemix.inference.results import ResultsWriter, file_facts
 from paddlemix.inference.shards import Shard, merge_shards
 from paddlemix.utils.errors import UserError
@@ -113,6 +115,38 @@ def test_a_shard_that_was_changed(shards, tmp_path, change, says):
     assert "was changed since it was written" in refusal(tmp_path)
     path.write_bytes(b"".join(change(rows if "order" in says or "since" in says else [rows[0], rows[2], rows[1]])))
     assert says in refusal(tmp_path, input=str(tmp_path / "in.tsv"))
+
+
+def test_the_input_is_read_once_for_any_number_of_shards(shards, tmp_path, monkeypatch):
+    read = []
+
+    def rows(path, want_caption):
+        read.append(path)
+        return read_rows(path, want_caption)
+
+    monkeypatch.setattr(module, "read_rows", rows)
+    merge(tmp_path, input=str(tmp_path / "in.tsv"))
+    assert len(read) == 1
+
+
+def test_what_a_single_process_finished_has_nothing_to_join(shards, tmp_path):
+    source = str(tmp_path / "in.tsv")
+    for path in tmp_path.glob("out.shard-*"):
+        path.unlink()
+    run = {"input": {"sha256": file_facts(source).sha256}, "model": {}, "settings": {"fallback": "x"}}
+    with ResultsWriter(str(tmp_path / "out"), run) as writer:
+        for name, caption in ROWS:
+            writer.write(name, caption)
+        writer.finish(len(ROWS))
+    before = (tmp_path / "out").read_bytes()
+    assert merge(tmp_path, input=source)["rows"] == 7
+    assert (tmp_path / "out").read_bytes() == before
+    (tmp_path / "other").write_text("id 0\tAAAA\n")
+    with pytest.raises(UserError, match="not the file that was captioned"):
+        merge(tmp_path, input=str(tmp_path / "other"))
+    (tmp_path / "out").write_text("changed\tby hand\n")
+    with pytest.raises(UserError, match="no shards"):
+        merge(tmp_path)
 
 
 def test_another_input(shards, tmp_path):
