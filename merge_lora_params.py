@@ -25,7 +25,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--text_model_name_or_path",
         metavar="TEXT",
-        help="where the LLM that the run took from another model is now (default: where it was)",
+        help="folder whose LLM the run took, if it took another one than the base's",
     )
     parser.add_argument(
         "--dtype",
@@ -37,6 +37,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="merge although BASE or TEXT is not the model that LORA was tuned from"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and not empty")
     parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bar")
@@ -59,6 +62,7 @@ def main() -> int:
         overwrite=args.overwrite,
         progress=not args.disable_tqdm,
         text_folder=args.text_model_name_or_path,
+        force=args.force,
     )
     logger.info(
         f"{result.merged} tensors merged, {result.replaced} replaced, {result.copied} copied into "

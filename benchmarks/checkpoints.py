@@ -52,7 +52,7 @@ def write_lora(folder: str, size: str) -> None:
     """Adapters of rank 64 on the four matrices of each decoder layer that the shipped config tunes."""
     import numpy as np
 
-    from paddlemix.checkpoint.shards import LORA_WEIGHTS_NAME, write_pdparams
+    from paddlemix.checkpoint import LORA_WEIGHTS_NAME, write_pdparams
     from paddlemix.models.mgen_vl.parameters import parameter_shapes
 
     os.makedirs(folder, exist_ok=True)

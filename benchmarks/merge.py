@@ -49,7 +49,7 @@ def roundings_apart(base: str, lora: str, out: str) -> int:
     """The largest difference between merged weights and W + scaling · A @ B in float32, in steps of bfloat16."""
     import numpy as np
 
-    from paddlemix.checkpoint.shards import LORA_WEIGHTS_NAME, open_weights
+    from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
     from paddlemix.checkpoint.tensors import convert_dtype
 
     apart = 0

@@ -3,23 +3,14 @@
 Nothing here imports Paddle or PyTorch.
 """
 
+from paddlemix.checkpoint.model_folder import LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME, find_weights
 from paddlemix.checkpoint.pdparams import load_pdparams_object, read_pdparams
-from paddlemix.checkpoint.shards import (
-    LORA_WEIGHTS_NAME,
-    PARTIAL_WEIGHTS_NAME,
-    PDPARAMS_NAME,
-    WeightsReader,
-    find_weights,
-    open_weights,
-    write_pdparams,
-    write_sharded,
-)
+from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_items, write_pdparams, write_sharded
 from paddlemix.checkpoint.tensors import TensorInfo, convert_dtype
 
 __all__ = [
     "LORA_WEIGHTS_NAME",
     "PARTIAL_WEIGHTS_NAME",
-    "PDPARAMS_NAME",
     "TensorInfo",
     "WeightsReader",
     "convert_dtype",
@@ -27,6 +18,7 @@ __all__ = [
     "load_pdparams_object",
     "open_weights",
     "read_pdparams",
+    "write_items",
     "write_pdparams",
     "write_sharded",
 ]

@@ -6,6 +6,7 @@ Paddle's are [in, out]. Everything else is the same, tensor for tensor. One tens
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -15,13 +16,20 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from paddlemix.checkpoint.json_files import read_json_object, write_json
-from paddlemix.checkpoint.lora_merge import check_output
-from paddlemix.checkpoint.shards import Item, WeightsReader, inside, open_weights, write_sharded
-from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, convert_dtype, printable
-from paddlemix.utils.errors import JobFailed, UserError, WeightsError
-from paddlemix.utils.files import atomic_folder
+from paddlemix.checkpoint.model_folder import (
+    FONT,
+    LICENCE,
+    TOKENIZER,
+    VOCABULARIES,
+    check_new_folder,
+    gather,
+    inside,
+)
+from paddlemix.checkpoint.shards import Item, WeightsReader, open_weights, write_model
+from paddlemix.checkpoint.structure import VISUAL_KEYS
+from paddlemix.checkpoint.tensors import FLOATS, convert_dtype, printable
+from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.log import logger
-from paddlemix.utils.progress import Progress
 
 # Public name → ours. A rule with True transposes [out, in] to [in, out].
 _RULES: Tuple[Tuple[str, str, bool], ...] = (
@@ -98,17 +106,6 @@ _CONFIG_KEYS = (
     "attn_dropout_prob",
     "emb_dropout_prob",
     "tie_word_embeddings",
-)
-_VISUAL_KEYS = (
-    "image_size",
-    "patch_size",
-    "width",
-    "layers",
-    "heads",
-    "mlp_ratio",
-    "output_dim",
-    "image_start_id",
-    "n_queries",
 )
 _GENERATION_KEYS = (
     "max_new_tokens",
@@ -221,7 +218,7 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
     if not isinstance(visual, dict):
         raise WeightsError("config.json has no visual part: this is a text model, not Qwen-VL")
     needed = [key for key in _CONFIG_KEYS[:6] if key not in public] + [
-        f"visual.{key}" for key in _VISUAL_KEYS[:8] if key not in visual
+        f"visual.{key}" for key in VISUAL_KEYS[:8] if key not in visual
     ]
     if needed:
         raise WeightsError(f"config.json lacks {', '.join(needed)}")
@@ -235,7 +232,7 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
     }
     config.update((key, public[key]) for key in _CONFIG_KEYS if key in public)
     config.update(dtype=dtype, bos_token_id=eod, eos_token_id=eod, pad_token_id=eod)
-    config["visual"] = {key: visual[key] for key in _VISUAL_KEYS if key in visual}
+    config["visual"] = {key: visual[key] for key in VISUAL_KEYS if key in visual}
     return config
 
 
@@ -277,7 +274,7 @@ def convert_qwen_vl(
         UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a whole
         Qwen-VL. ConfigError: config.json cannot be a MGen-VL's. JobFailed: the disk is full.
     """
-    check_output(target, [source], overwrite)
+    check_new_folder(target, [source], overwrite)
     if dtype is not None and dtype not in FLOATS[1:]:
         raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
     if not os.path.isdir(source):
@@ -292,30 +289,20 @@ def convert_qwen_vl(
         if ignored:
             logger.info(f"Left out, because they are computed: {_list(ignored)}")
         items = []
-        total = 0
         for name, ours, transpose in plan:
             info = reader.info(name)
             to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
             shape = info.shape[::-1] if transpose else info.shape
             item: Item = (ours, to, shape, _reading(reader, name, to, transpose))
             items.append(item)
-            total += info.nbytes // NUMPY_TYPES[info.dtype].itemsize * NUMPY_TYPES[to].itemsize
-        try:
-            with atomic_folder(target) as folder:
-                with Progress(
-                    total=total, desc="convert", unit="B", unit_scale=True, disable=not progress
-                ) as bar:
-                    files = write_sharded(
-                        folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update
-                    )
-                write_json(os.path.join(folder, "config.json"), config)
-                eod = config["eos_token_id"]
-                write_json(
-                    os.path.join(folder, "generation_config.json"), our_generation_config(generation, eod)
-                )
-                files += ["config.json", "generation_config.json"] + _copy_texts(source, folder, config)
-        except OSError as error:
-            raise JobFailed(f"could not write {target}: {error.strerror}") from None
+        files = write_model(
+            target,
+            items,
+            functools.partial(_write_side_files, source, config, generation),
+            format=format,
+            max_shard_size=max_shard_size,
+            progress="convert" if progress else None,
+        )
     return ConvertResult(len(items), ignored, files)
 
 
@@ -334,25 +321,23 @@ def _reading(reader: WeightsReader, name: str, to: str, transpose: bool) -> Call
     return read
 
 
-def _copy_texts(source: str, folder: str, config: Dict[str, Any]) -> List[str]:
-    """The tokenizer's files, and the license that the weights come with."""
-    written = []
-    for name, new in (
-        ("mgen.tiktoken", "mgen.tiktoken"),
-        ("qwen.tiktoken", "mgen.tiktoken"),
-        ("SimSun.ttf",) * 2,
-    ):
-        path = inside(source, name)
-        if os.path.isfile(path) and new not in written:
-            shutil.copyfile(path, os.path.join(folder, new))
-            written.append(new)
-    for name in sorted(os.listdir(source)):
-        if re.fullmatch(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?", name):
-            shutil.copyfile(inside(source, name), os.path.join(folder, name))
-            written.append(name)
+def _write_side_files(source: str, config: Dict[str, Any], generation: Dict[str, Any], folder: str) -> List[str]:
+    """Configurations, the tokenizer's files, and the license that the weights come with."""
     names = dict.fromkeys(("pad_token", "eos_token"), "<|endoftext|>")
     n_queries = config["visual"].get("n_queries", 256)
-    tokenizer = {"tokenizer_class": "MGenVLTokenizer", "n_queries": n_queries, **names}
-    write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer)
-    write_json(os.path.join(folder, "special_tokens_map.json"), names)
-    return written + ["tokenizer_config.json", "special_tokens_map.json"]
+    made = {
+        "config.json": config,
+        "generation_config.json": our_generation_config(generation, config["eos_token_id"]),
+        "tokenizer_config.json": {"tokenizer_class": "MGenVLTokenizer", "n_queries": n_queries, **names},
+        "special_tokens_map.json": names,
+    }
+    copied = {
+        VOCABULARIES[0] if name in VOCABULARIES else name: path
+        for name, path in gather([source], TOKENIZER, FONT, LICENCE).items()
+        if not name.endswith(".json")
+    }
+    for name, path in copied.items():
+        shutil.copyfile(path, os.path.join(folder, name))
+    for name, values in made.items():
+        write_json(os.path.join(folder, name), values)
+    return [*made, *copied]

@@ -5,69 +5,40 @@ A checkpoint (LoRA, or a part of the model trained whole) holds two kinds of ent
     adapter pairs   NAME.lora_A [in, r] and NAME.lora_B [r, out]: NAME.weight becomes W + (alpha / r) · A @ B
     whole tensors   under a base tensor's own name: it takes its place
 
-All other tensors are copied as they are: from the base, or the LLM's from the model that it was taken from
+All other tensors are copied as they are: from the base, or the LLM's from the model that the run took it from
 (text_model_name_or_path). The arithmetic is float32, whatever the tensors are stored in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
+from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.json_files import read_json_object, write_json
-from paddlemix.checkpoint.lora_config import LORA_CONFIG_NAME, read_lora_config
-from paddlemix.checkpoint.shards import (
-    FORMATS,
+from paddlemix.checkpoint.lora_config import read_lora_config
+from paddlemix.checkpoint.model_folder import (
+    LORA_CONFIG_NAME,
     LORA_WEIGHTS_NAME,
     PARTIAL_WEIGHTS_NAME,
-    Item,
-    WeightsReader,
+    find_tuned_weights,
     find_weights,
+    gather,
     inside,
-    open_weights,
-    write_sharded,
 )
-from paddlemix.checkpoint.tensors import FLOATS, NUMPY_TYPES, FileBytes, Rows, TensorInfo, convert_dtype, printable
-from paddlemix.checkpoint.tuned_from import TUNED_FROM_NAME, read_tuned_from
-from paddlemix.utils.errors import JobFailed, UserError, WeightsError
-from paddlemix.utils.files import atomic_folder
+from paddlemix.checkpoint.origin import Origin, model_fingerprint
+from paddlemix.checkpoint.shards import FORMATS, Item, WeightsReader, open_weights, write_model
+from paddlemix.checkpoint.structure import is_language
+from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, TensorInfo, convert_dtype, printable, rows_of
+from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.log import logger
-from paddlemix.utils.progress import Progress
-
-# Files beside the weights, all that a prediction reads. What the run wrote goes before what the base has: the
-# tokenizer and the template that it trained with are the ones to predict with.
-FROM_BASE = ("config.json", "generation_config.json")
-FROM_EITHER = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "mgen.tiktoken",
-    "qwen.tiktoken",
-    "chat_template.json",
-    "SimSun.ttf",
-    "LICENSE",
-    "NOTICE",
-)
-_FROM_LORA = (
-    LORA_CONFIG_NAME,
-    TUNED_FROM_NAME,
-    "train_results.json",
-    "eval_results.json",
-    "all_results.json",
-    "trainer_state.json",
-    "training_args.bin",
-)
-VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
-LICENCES = re.compile(r"(?i)(license|notice|model_license)(\.(txt|md|pdf))?")
-
-# Parameters outside the LLM.
-_NOT_LANGUAGE = "visual."
 
 # About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call
 # is long enough that threads do not wait for each other (Python's lock).
@@ -95,9 +66,9 @@ def _list(names: List[str], limit: int = 10) -> str:
 def _open_tuned(folder: str) -> WeightsReader:
     if not os.path.isdir(folder):
         raise WeightsError(f"there is no folder {folder}")
-    for name in (LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
-        if os.path.lexists(os.path.join(folder, name)):
-            return open_weights(inside(folder, name))
+    path = find_tuned_weights(folder)
+    if path is not None:
+        return open_weights(path)
     try:
         full = find_weights(folder)
     except WeightsError:
@@ -113,16 +84,15 @@ class _TwoModels:
     """The base with the LLM of another model, for one reader: `text` has the language tensors, `base` the others."""
 
     def __init__(self, base: WeightsReader, text: WeightsReader):
-        ours = [name for name in base.keys() if not name.startswith(_NOT_LANGUAGE)]
+        ours = [name for name in base.keys() if is_language(name)]
         lost = [name for name in ours if name not in text or text.info(name).shape != base.info(name).shape]
         if lost:
             raise WeightsError(f"{text.files[0]} has another LLM than {base.files[0]}: {_list(lost)}")
         self._base, self._text = base, text
         self.keys, self.files = base.keys, base.files
-        self.total_bytes = base.total_bytes
 
     def _reader(self, name: str) -> WeightsReader:
-        return self._base if name.startswith(_NOT_LANGUAGE) else self._text
+        return self._text if is_language(name) else self._base
 
     def __contains__(self, name: object) -> bool:
         return name in self._base
@@ -139,20 +109,41 @@ class _TwoModels:
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
         return self._reader(name).raw(name)
 
-    def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
-        return self._reader(name).rows(name)
 
+def check_origin(origin: Origin, tuned: str, base: str, text: Optional[str], force: bool = False) -> None:
+    """Whether the run in `tuned` started from the model in `base`, and from the LLM of the one in `text`, if given.
 
-def _text_folder(lora_folder: str, given: Optional[str]) -> Optional[str]:
-    """Where the LLM came from, if not from the base: as given, else as the run noted it."""
-    noted = read_tuned_from(lora_folder).text
-    if given is None and noted is not None and not os.path.isdir(noted):
-        raise UserError(
-            f"the run took its LLM from {noted}, which is not there: give --text_model_name_or_path, where it is now"
+    A note without a fingerprint, or no note, is a warning. force: so is everything else.
+
+    Raises:
+        WeightsError: it did not.
+    """
+    if origin.base_fingerprint is None:
+        logger.warning(
+            f"{tuned} does not say from which weights it was tuned (it is of an older version): "
+            f"nothing shows that {base} is that model"
         )
-    if given is not None and noted is None:
-        raise UserError(f"the run in {lora_folder} took its LLM from the base: leave --text_model_name_or_path out")
-    return given or noted
+    pairs = ((base, origin.base, origin.base_fingerprint), (text, origin.text, origin.text_fingerprint))
+    for folder, there, noted in pairs:
+        if folder is None or noted is None or model_fingerprint(folder) == noted:
+            continue
+        again = Origin.read(folder).base_fingerprint == noted
+        problem = f"{tuned} was tuned from {printable(str(there), 300)}, and {folder} is another model" + (
+            ", itself tuned from that one: is this tuning merged into it already?" if again else ""
+        )
+        if not force:
+            raise WeightsError(f"{problem} (--force merges all the same)")
+        logger.warning(problem)
+
+
+def _check_text_folder(origin: Origin, tuned: str, text: Optional[str]) -> None:
+    if text is None and origin.text is not None:
+        raise UserError(
+            f"the run in {tuned} took its LLM from {printable(origin.text, 300)}: "
+            f"add --text_model_name_or_path {shlex.quote(printable(origin.text, 300))}, or where it is now"
+        )
+    if text is not None and origin.text is None:
+        raise UserError(f"the run in {tuned} took its LLM from the base: leave --text_model_name_or_path out")
 
 
 def _scaling(folder: str) -> Tuple[int, float]:
@@ -225,10 +216,12 @@ def merge(
     overwrite: bool = False,
     progress: bool = True,
     text_folder: Optional[str] = None,
+    force: bool = False,
 ) -> MergeResult:
-    """Write the base model with the checkpoint merged into it as a whole model folder (SPEC §3).
+    """Write the base model with the checkpoint merged into it as a model folder.
 
-    text_folder: where the LLM that the run took from another model is now (default: where it was).
+    text_folder: the folder whose LLM the run took, if it took another one than the base's. No folder is read that is
+    not given here. force: merge into a base, or with an LLM, that the checkpoint was not tuned from.
 
     dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or
     "safetensors" (default: the base's). The folder appears when it is whole; an existing one that is not
@@ -236,17 +229,19 @@ def merge(
     other tensor that comes from the checkpoint or changes dtype; the rest is copied from file to file.
 
     Raises:
-        UserError: out_folder is one of the inputs or in one, or not empty. WeightsError: files or keys do
-        not fit.
+        UserError: out_folder is one of the inputs or in one, or not empty; or text_folder is missing, or too much.
+        WeightsError: files or keys do not fit, or the checkpoint was tuned from another model.
         JobFailed: the disk is full.
     """
-    text_folder = _text_folder(lora_folder, text_folder)
-    check_output(out_folder, [folder for folder in (base_folder, lora_folder, text_folder) if folder], overwrite)
+    inputs = [folder for folder in (base_folder, lora_folder, text_folder) if folder]
+    model_folder.check_new_folder(out_folder, inputs, overwrite)
     if dtype is not None and dtype not in FLOATS[1:]:
         raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_weights(base_folder))
         lora = stack.enter_context(_open_tuned(lora_folder))
+        origin = Origin.read(lora_folder)
+        _check_text_folder(origin, lora_folder, text_folder)
         if text_folder is not None:
             base = _TwoModels(base, stack.enter_context(open_weights(text_folder)))
         adapters = any(key.endswith((".lora_A", ".lora_B")) for key in lora.keys())
@@ -254,146 +249,99 @@ def merge(
         merged, replaced = plan_merge(base, lora, rank)
         if not merged and not replaced:
             raise WeightsError(f"{lora.files[0]} holds no tensors")
-        if format is None:
-            format = default_format(base)
-        total = 0
+        check_origin(origin, lora_folder, base_folder, text_folder, force)
         items = []
         adapted, whole = set(merged), set(replaced)
         for name in base.keys():
             info = base.info(name)
             to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
             if name in adapted:
-                read = _adapted(base, lora, name, scaling, to)
+                read: Callable = _Adapted(base, lora, name, scaling, to).rows
             elif name in whole:
-                read = _replacement(lora, name, to)
+                read = functools.partial(lora.read, name, to)
             elif to == info.dtype:
-                read = _copied(base, name)
+                read = functools.partial(base.raw, name)
             else:
-                read = _converted(base, name, to)
+                read = functools.partial(base.read, name, to)
             item: Item = (name, to, info.shape, read)
             items.append(item)
-            total += info.nbytes // NUMPY_TYPES[info.dtype].itemsize * NUMPY_TYPES[to].itemsize
         logger.info(
             f"Merging {len(merged)} adapters (r {rank}, scale {scaling:g}) and {len(replaced)} whole tensors "
             f"into {len(base)} tensors of {base_folder}"
             if merged
             else f"Putting {len(replaced)} whole tensors into {len(base)} tensors of {base_folder}"
         )
-        try:
-            with atomic_folder(out_folder) as folder:
-                with Progress(
-                    total=total, desc="merge", unit="B", unit_scale=True, disable=not progress
-                ) as bar:
-                    files = write_sharded(
-                        folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update
-                    )
-                files += copy_side_files(base_folder, lora_folder, folder, dtype)
-        except OSError as error:
-            raise JobFailed(f"could not write {out_folder}: {error.strerror}") from None
+        files = write_model(
+            out_folder,
+            items,
+            functools.partial(copy_side_files, base_folder, lora_folder, dtype),
+            format=format or default_format(base),
+            max_shard_size=max_shard_size,
+            progress="merge" if progress else None,
+        )
     return MergeResult(len(merged), len(replaced), len(items) - len(merged) - len(replaced), files)
 
 
-def _adapted(base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str) -> Callable[[], Rows]:
-    module = name[: -len(".weight")]
+class _Adapted:
+    """W + scaling · A · B of one weight. `rows` is called when its turn comes, `block` by the threads that write."""
 
-    def read() -> Rows:
-        a, b = (lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
+    def __init__(self, base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str):
+        self.base, self.lora, self.name, self.scaling, self.to = base, lora, name, scaling, to
+
+    def rows(self) -> Rows:
+        """Raises WeightsError: A or B holds what a sum in float32 cannot."""
+        module = self.name[: -len(".weight")]
+        a, b = (self.lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise WeightsError(f"the adapter of {name} holds NaN or infinite values: the run has diverged")
+            raise WeightsError(f"the adapter of {self.name} holds NaN or infinite values: the run has diverged")
         # The most that an element can become. Beyond what float32 holds, weights would be infinite without a word.
         largest = [float(max(part.max(), -part.min())) if part.size else 0.0 for part in (a, b)]
-        if max(1.0, scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
-            raise WeightsError(f"the adapter of {name}, times lora_alpha / r = {scaling:g}, is too large for float32")
+        if max(1.0, self.scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
+            raise WeightsError(
+                f"the adapter of {self.name}, times lora_alpha / r = {self.scaling:g}, is too large for float32"
+            )
         # In one piece: the last bits of a matmul depend on how it is cut.
         delta = a @ b
-        weight, dtype = base.rows(name), base.info(name).dtype
+        step = max(1, _ELEMENTS // delta.shape[1])
+        return Rows(step, functools.partial(self.block, delta, self.base.raw(self.name)))
 
-        def make(start: int, stop: int) -> np.ndarray:
-            merged = delta[start:stop]
-            merged *= np.float32(scaling)
-            merged += convert_dtype(weight(start, stop), dtype, "float32")
-            try:
-                return convert_dtype(merged, "float32", to)
-            except WeightsError as error:
-                raise WeightsError(f"{name} with its adapter: {error}") from None
-
-        return Rows(max(1, _ELEMENTS // delta.shape[1]), make)
-
-    return read
-
-
-def _replacement(lora: WeightsReader, name: str, to: str) -> Callable[[], np.ndarray]:
-    return lambda: lora.read(name, to)
+    def block(self, delta: np.ndarray, stored: Union[FileBytes, np.ndarray], start: int, stop: int) -> np.ndarray:
+        """Rows start to stop, in the dtype to write; those of `delta` are used up."""
+        dtype = self.base.info(self.name).dtype
+        merged = delta[start:stop]
+        merged *= np.float32(self.scaling)
+        merged += convert_dtype(rows_of(stored, start, stop, dtype, delta.shape[1:]), dtype, "float32")
+        try:
+            return convert_dtype(merged, "float32", self.to)
+        except WeightsError as error:
+            raise WeightsError(f"{self.name} with its adapter: {error}") from None
 
 
-def _converted(base: WeightsReader, name: str, to: str) -> Callable[[], np.ndarray]:
-    return lambda: base.read(name, to)
+# ---- files
 
 
-def _copied(base: WeightsReader, name: str) -> Callable:
-    return lambda: base.raw(name)
+def copy_side_files(base_folder: str, lora_folder: str, dtype: Optional[str], out_folder: str) -> List[str]:
+    """Copy what chat.py and predict.py need beside the weights, and the records of the run. Returns the names.
 
-
-# ---- folders and files
-
-
-def check_output(out_folder: str, inputs: List[str], overwrite: bool) -> None:
-    """Refuse an output folder that would harm an input, or something else that stands there.
+    The tokenizer and the template to predict with are those that the run trained with, where it wrote them.
 
     Raises:
-        UserError: it is an input, holds one, lies in one, is a file, or is not empty without `overwrite`.
+        WeightsError: no config.json in the base, or a link that leads out of its folder.
     """
-    out = os.path.realpath(out_folder)
-    for folder in inputs:
-        real = os.path.realpath(folder)
-        if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):
-            raise UserError(f"{out_folder} and {folder} overlap: give an output folder of its own")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{out_folder} is a file: give a folder")
-    if os.path.isdir(out) and os.listdir(out) and not overwrite:
-        raise UserError(f"{out_folder} is not empty: give another folder, or --overwrite to replace it")
-
-
-def copy_side_files(base_folder: str, lora_folder: str, out_folder: str, dtype: Optional[str]) -> List[str]:
-    """Copy what chat.py and predict.py need beside the weights, and the records of the run. Returns the
-    names.
-
-    Links that lead out of the folders are refused, as for weights.
-
-    Raises:
-        WeightsError: no config.json in the base, or a refused link.
-    """
-    written = []
-
-    def copy(folders: Tuple[str, ...], name: str) -> None:
-        for folder in folders:
-            path = inside(folder, name)
-            if os.path.isfile(path):
-                shutil.copyfile(path, os.path.join(out_folder, name))
-                written.append(name)
-                return
-
     config = read_json_object(inside(base_folder, "config.json"))
-    for name in FROM_BASE:
-        copy((base_folder,), name)
+    either = (model_folder.TOKENIZER, model_folder.TEMPLATE, model_folder.FONT, model_folder.LICENCE)
+    paths = {
+        **gather([base_folder], model_folder.CONFIG),
+        **gather([lora_folder, base_folder], *either),
+        **gather([lora_folder], model_folder.TUNING, model_folder.RECORD),
+    }
+    for name, path in paths.items():
+        shutil.copyfile(path, os.path.join(out_folder, name))
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         write_json(os.path.join(out_folder, "config.json"), config)
-    # Either vocabulary name is fine, but two vocabularies in one folder are not.
-    ours = [name for name in VOCABULARIES if os.path.isfile(os.path.join(lora_folder, name))]
-    for name in FROM_EITHER:
-        if name not in VOCABULARIES:
-            copy((lora_folder, base_folder), name)
-        elif not ours or name == ours[0]:
-            copy((lora_folder, base_folder), name)
-    for name in _FROM_LORA:
-        copy((lora_folder,), name)
-    # A license or model card of the base under another name goes with the weights that it covers.
-    for name in sorted(os.listdir(base_folder)):
-        if LICENCES.fullmatch(name) and name not in written:
-            copy((base_folder,), name)
-    return written
+    return list(paths)
 
 
 def default_format(reader: WeightsReader) -> str:

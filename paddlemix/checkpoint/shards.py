@@ -21,6 +21,7 @@ import numpy as np
 
 from paddlemix.checkpoint import pdparams, safetensors, torch_bin
 from paddlemix.checkpoint.json_files import read_json_object
+from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, WEIGHTS, files_of, find_weights, inside
 from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     FLOATS,
@@ -38,51 +39,16 @@ from paddlemix.checkpoint.tensors import (
     size_of,
 )
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_folder, atomic_write
+from paddlemix.utils.progress import Progress
 
-PDPARAMS_NAME = "model_state.pdparams"
-SAFETENSORS_NAME = "model.safetensors"
-TORCH_NAME = "pytorch_model.bin"
-LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
-# What a run that trains a part of the model whole leaves: the tensors that trained.
-PARTIAL_WEIGHTS_NAME = "partial_model_state.pdparams"
-INDEX_SUFFIX = ".index.json"
+# Values of a tensor that sample() gives, and the stretches that they are in.
+_SAMPLE, _STRETCHES = 1024, 4
 
 # Base name and extension of each format that is written.
 FORMATS = {"pdparams": ("model_state", ".pdparams"), "safetensors": ("model", ".safetensors")}
 
-# The layouts of a model folder, in the order they are looked for.
-_SINGLE = (PDPARAMS_NAME, SAFETENSORS_NAME, TORCH_NAME)
-_SHARD = re.compile(r"(model_state|model|pytorch_model)-\d{5}-of-\d{5}\.(pdparams|safetensors|bin)")
-
-
 # ---- reading
-
-
-def inside(folder: str, name: str) -> str:
-    """The path of `name` in `folder`, if it is a plain, printable file name and does not lead out of the folder by a
-    link.
-
-    Links into the `blobs` beside a `snapshots` folder are how a Hugging Face cache keeps its files; they are
-    allowed.
-
-    Raises:
-        WeightsError: it leads elsewhere.
-    """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder")
-    path = os.path.join(folder, name)
-    if os.path.islink(path):
-        real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)
-        snapshots = os.path.dirname(real_folder)
-        allowed = [real_folder]
-        if os.path.basename(snapshots) == "snapshots":
-            allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
-        if os.path.dirname(real_path) not in allowed:
-            raise WeightsError(
-                f"{path}: refused: a link that leads out of the folder; put the file itself there"
-            )
-    return path
 
 
 def _parse(file: MappedFile) -> Dict[str, StoredTensor]:
@@ -104,38 +70,6 @@ def _read_index(folder: str, name: str) -> Dict[str, str]:
     ):
         raise WeightsError(f"{path} has no weight_map of keys and files")
     return table
-
-
-def find_weights(folder: str) -> str:
-    """Name of the weights file or index in a model folder.
-
-    Raises:
-        WeightsError: there is none, there are several, or shards have lost their index.
-    """
-    if not os.path.isdir(folder):
-        raise WeightsError(f"there is no folder {folder}")
-    names = set(os.listdir(folder))
-    found = [name for single in _SINGLE for name in (single, single + INDEX_SUFFIX) if name in names]
-    # A public checkpoint may hold its weights as safetensors and, for older programs, as .bin too.
-    ours = [name for name in found if not name.startswith(TORCH_NAME)]
-    if len(ours or found) > 1:
-        raise WeightsError(
-            f"{folder} holds several sets of weights ({', '.join(ours or found)}); keep one of them"
-        )
-    if found:
-        return (ours or found)[0]
-    shards = sorted(name for name in names if _SHARD.fullmatch(name))
-    if shards:
-        raise WeightsError(f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)")
-    if LORA_WEIGHTS_NAME in names:
-        raise WeightsError(
-            f"{folder} is a LoRA checkpoint, not a model: merge it first (merge_lora_params.py)"
-        )
-    if PARTIAL_WEIGHTS_NAME in names:
-        raise WeightsError(
-            f"{folder} holds the tensors that a run trained, not a model: merge it first (merge_lora_params.py)"
-        )
-    raise WeightsError(f"no weights in {folder} (looked for {', '.join(_SINGLE)} and their shards)")
 
 
 class WeightsReader:
@@ -244,19 +178,29 @@ class WeightsReader:
         """
         return self._tensor(name).where or self.read(name)
 
-    def rows(self, name: str) -> Callable[[int, int], np.ndarray]:
-        """A function that gives rows start to stop of a tensor as stored; any thread may call it."""
+    def sample(self, name: str) -> np.ndarray:
+        """Up to _SAMPLE values spread over a tensor, in one dimension; those of floating-point types as float32.
+
+        Raises:
+            WeightsError: no such tensor, or the file is broken there.
+        """
         tensor = self._tensor(name)
-        where, kind, rest = tensor.where, NUMPY_TYPES[tensor.dtype], tensor.shape[1:]
-        if where is None:
-            whole = tensor.load()
-            return lambda start, stop: whole[start:stop]
-        size = kind.itemsize * math.prod(rest)
-
-        def read(start: int, stop: int) -> np.ndarray:
-            return where.read(start * size, np.empty((stop - start,) + rest, kind))
-
-        return read
+        kind, size = NUMPY_TYPES[tensor.dtype], math.prod(tensor.shape)
+        if size <= _SAMPLE:
+            values = tensor.load().reshape(-1)
+        else:
+            length = _SAMPLE // _STRETCHES
+            starts = [(size - length) * i // (_STRETCHES - 1) for i in range(_STRETCHES)]
+            if tensor.where is not None:
+                parts = [tensor.where.read(start * kind.itemsize, np.empty(length, kind)) for start in starts]
+                values = np.concatenate(parts)
+            else:
+                places = np.concatenate([np.arange(start, start + length) for start in starts])
+                values = tensor.load()[np.unravel_index(places, tensor.shape)]
+        if tensor.dtype == "bfloat16":
+            return convert_dtype(values, "bfloat16", "float32")
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(np.float32) if tensor.dtype in FLOATS else values
 
     def close(self) -> None:
         for file in self._files:
@@ -394,28 +338,20 @@ def _write_tensor(sink: Sink, name: str, dtype: str, shape: Tuple[int, ...], dat
         sink.array(data)
 
 
-def _others(folder: str, base: str, extension: str, kept: List[str]) -> List[str]:
-    """Files of an earlier set of weights of the same kind in `folder`."""
-    pattern = re.compile(re.escape(base) + r"(-\d{5}-of-\d{5})?" + re.escape(extension) + r"(\.index\.json)?")
-    return [name for name in os.listdir(folder) if pattern.fullmatch(name) and name not in kept]
-
-
 def write_sharded(
     folder: str,
     items: Iterable[Item],
     *,
     format: str = "pdparams",
     max_shard_size: Union[int, str] = "10GB",
-    base: Optional[str] = None,
     progress: Optional[Callable[[int], None]] = None,
 ) -> List[str]:
     """Write weights into a folder, a tensor at a time: one file if it fits `max_shard_size`, else shards and
     an index.
 
-    items: (name, dtype, shape, read) per tensor; read() is called once, when its turn comes. base: the
-    files' base name (default model_state or model). progress: told the bytes written, as it goes. All files
-    take their names when all are whole; weights of the same kind that stood there before are then removed.
-    Returns the file names written.
+    items: (name, dtype, shape, read) per tensor; read() is called once, when its turn comes. progress: told the bytes
+    written, as it goes. All files take their names when all are whole; weights that were there before are then
+    removed. Returns the file names written.
 
     Raises:
         UserError: unknown format or size. WeightsError: the folder holds weights of another format, or a
@@ -424,8 +360,7 @@ def write_sharded(
     """
     if format not in FORMATS:
         raise UserError(f"weights can be written as {' or '.join(FORMATS)}, not {format}")
-    standard, extension = FORMATS[format]
-    base = base or standard
+    base, extension = FORMATS[format]
     items = list(items)
     seen = set()
     for name, dtype, _, _ in items:
@@ -437,13 +372,10 @@ def write_sharded(
     shards = _plan(items, format, base, extension, parse_size(max_shard_size))
     try:
         os.makedirs(folder, exist_ok=True)
-        if base == standard:
-            for other, (name, ending) in FORMATS.items():
-                old = _others(folder, name, ending, []) if other != format else []
-                if old:
-                    raise WeightsError(
-                        f"{folder} already holds {old[0]}: give another folder, or remove it first"
-                    )
+        old = files_of(folder, WEIGHTS)
+        other = [name for name in old if extension not in name]
+        if other:
+            raise WeightsError(f"{folder} already holds {other[0]}: give another folder, or remove it first")
         written = [shard.name for shard in shards]
         with contextlib.ExitStack() as stack:
             if len(shards) > 1:
@@ -457,24 +389,55 @@ def write_sharded(
             for shard in shards:
                 file = stack.enter_context(atomic_write(os.path.join(folder, shard.name), "wb", buffering=0))
                 _write_file(file, format, shard.items, progress)
-        for name in _others(folder, base, extension, written):
+        for name in set(old) - set(written):
             os.unlink(os.path.join(folder, name))
     except OSError as error:
         raise JobFailed(f"could not write the weights into {folder}: {error.strerror}") from None
     return written
 
 
-def write_pdparams(path: str, tensors: Dict[str, Tuple[str, np.ndarray]]) -> None:
-    """Write {name: (dtype, array)} as one .pdparams file at `path` (bfloat16 arrays are uint16).
+def write_model(
+    target: str,
+    items: List[Item],
+    beside: Callable[[str], List[str]],
+    *,
+    format: str,
+    max_shard_size: Union[int, str],
+    progress: Optional[str],
+) -> List[str]:
+    """Write a model folder that appears at `target` when it is whole: weights, and what beside(folder) writes.
+
+    progress: the title of a bar, or None. Returns the names of the files, as beside() does for its own.
+
+    Raises:
+        JobFailed: the disk is full, or the folder cannot be written.
+    """
+    total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
+    try:
+        with atomic_folder(target) as folder:
+            with Progress(total, desc=progress or "", unit="B", unit_scale=True, disable=progress is None) as bar:
+                files = write_sharded(
+                    folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update
+                )
+            return files + beside(folder)
+    except OSError as error:
+        raise JobFailed(f"could not write {target}: {error.strerror}") from None
+
+
+def write_items(path: str, items: Iterable[Item]) -> None:
+    """Write one .pdparams file at `path`, a tensor at a time.
 
     Raises:
         JobFailed: the disk is full or cannot be written.
     """
-    items = [
-        (name, dtype, np.shape(array), lambda array=array: array) for name, (dtype, array) in tensors.items()
-    ]
     try:
         with atomic_write(path, "wb", buffering=0) as file:
-            _write_file(file, "pdparams", items, None)
+            _write_file(file, "pdparams", list(items), None)
     except OSError as error:
         raise JobFailed(f"could not write {path}: {error.strerror}") from None
+
+
+def write_pdparams(path: str, tensors: Dict[str, Tuple[str, np.ndarray]]) -> None:
+    """Write {name: (dtype, array)} as one .pdparams file (bfloat16 arrays are uint16); raises as write_items."""
+    items = [(name, dtype, np.shape(array), lambda array=array: array) for name, (dtype, array) in tensors.items()]
+    write_items(path, items)

@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
@@ -92,6 +92,20 @@ class Rows(NamedTuple):
 
     step: int
     make: Callable[[int, int], np.ndarray]
+
+
+def rows_of(
+    stored: Union[FileBytes, np.ndarray], start: int, stop: int, dtype: str, rest: Tuple[int, ...]
+) -> np.ndarray:
+    """Rows start to stop of a tensor [n, *rest] as stored; any thread may call it.
+
+    Raises:
+        WeightsError: the file has become shorter than it was when it was opened.
+    """
+    if not isinstance(stored, FileBytes):
+        return stored[start:stop]
+    kind = NUMPY_TYPES[dtype]
+    return stored.read(start * kind.itemsize * math.prod(rest), np.empty((stop - start, *rest), kind))
 
 
 @dataclass(frozen=True)

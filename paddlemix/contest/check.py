@@ -12,6 +12,7 @@ import tempfile
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from paddlemix.checkpoint import WeightsReader, open_weights
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
 from paddlemix.contest import fresh, trial
 from paddlemix.contest.pack import NAMES, README, RUN_SH, SCRIPT, SOURCE, WEIGHTS
 from paddlemix.contest.sources import REQUIREMENTS_NAME, Import, foreign_imports, modules_of, parse_requirement
@@ -19,7 +20,7 @@ from paddlemix.contest.weights import Change, language_shapes, look_through
 from paddlemix.datasets.tsv import check_input, read_rows
 from paddlemix.inference.loading import find_model_folder
 from paddlemix.inference.results import row_id
-from paddlemix.models.mgen_vl.parameters import check_weights, count, is_language, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
 
@@ -47,12 +48,6 @@ _FRAMEWORKS = {
     "torch", "torchvision", "tensorflow", "keras", "jax", "flax", "mxnet", "mindspore", "onnxruntime", "tensorrt",
     "vllm", "oneflow", "megengine",
 }  # fmt: skip
-# What makes the LLM compute as it does; the number of positions is a limit only.
-_STRUCTURE = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size", "vocab_size",
-    "seq_length", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base", "no_bias", "use_dynamic_ntk",
-    "use_logn_attn", "tie_word_embeddings",
-)  # fmt: skip
 # What may hold tensors, or be taken for them.
 _WEIGHTS_LIKE = (".pdparams", ".safetensors", ".bin", ".pdopt", ".pkl", ".pth", ".pt")
 _OF_RUNS = ("runs", "read_only", "offline", "lines")
@@ -209,7 +204,7 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
         found.notes.append("held against its own config.json; give --base for the model that was tuned")
     else:
         theirs = language_shapes(base.reader)
-        for key in _STRUCTURE:
+        for key in LANGUAGE_KEYS:
             mine, its = getattr(model.config, key), getattr(base.config, key)
             if mine != its:
                 found.problems.append(f"config.json: {key} is {mine}, the base has {its}")

@@ -17,9 +17,8 @@ import shutil
 import zipfile
 from typing import Iterator, List, NamedTuple, Set
 
-from paddlemix.checkpoint import LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME, WeightsReader, find_weights, open_weights
-from paddlemix.checkpoint.lora_merge import FROM_BASE, FROM_EITHER, LICENCES, VOCABULARIES, check_output
-from paddlemix.checkpoint.shards import INDEX_SUFFIX, inside
+from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open_weights
+from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, VOCABULARIES, find_tuned_weights, gather, inside
 from paddlemix.contest.sources import REQUIREMENTS_NAME, files_needed
 from paddlemix.inference.loading import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
@@ -67,7 +66,7 @@ def open_model(path: str) -> WeightsReader:
 
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give a merged model folder")
-    if any(os.path.lexists(os.path.join(path, name)) for name in (LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME)):
+    if find_tuned_weights(path) is not None:
         # The error says that it must be merged, unless whole weights stand there, too.
         find_weights(path)
     folder = find_model_folder(path)
@@ -90,7 +89,7 @@ def check_target(out: str, inputs: List[str], overwrite: bool) -> None:
         UserError: says which, and what to do.
     """
     there = sorted(set(os.listdir(out)) - {README}) if os.path.isdir(out) else []
-    check_output(out, inputs, overwrite or not there)
+    model_folder.check_new_folder(out, inputs, overwrite or not there)
     strange = [name for name in there if name not in NAMES]
     if strange:
         raise UserError(f"{out} holds {strange[0]}, which is no part of a submission: give another folder")
@@ -130,11 +129,11 @@ def pack_submission(
         folder = os.path.dirname(os.path.abspath(reader.files[0]))
         weight_bytes = sum(os.path.getsize(path) for path in reader.files)
     model = os.path.basename(os.path.realpath(folder))
-    small = [name for name in (*FROM_BASE, *FROM_EITHER) if os.path.isfile(inside(folder, name))]
-    small += [name for name in sorted(os.listdir(folder)) if LICENCES.fullmatch(name) and name not in small]
+    needed = (model_folder.CONFIG, model_folder.TOKENIZER, model_folder.TEMPLATE)
+    small = gather([folder], *needed, model_folder.FONT, model_folder.LICENCE)
     index = find_weights(folder)
     if index.endswith(INDEX_SUFFIX):
-        small.append(index)
+        small[index] = inside(folder, index)
 
     with _disk(out), atomic_folder(out) as partial:
         shutil.copyfile(requirements, os.path.join(partial, REQUIREMENTS_NAME))
@@ -149,8 +148,8 @@ def pack_submission(
             shutil.copy2(os.path.join(out, README), partial)
         target = os.path.join(partial, WEIGHTS, model)
         os.makedirs(target)
-        for name in small:
-            shutil.copyfile(inside(folder, name), os.path.join(target, name))
+        for name, path in small.items():
+            shutil.copyfile(path, os.path.join(target, name))
         linked = []
         with Progress(weight_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress) as bar:
             for name in large:

@@ -9,8 +9,9 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 
 from paddlemix.checkpoint import WeightsReader, convert_dtype
+from paddlemix.checkpoint.structure import is_language
 from paddlemix.checkpoint.tensors import FLOATS
-from paddlemix.models.mgen_vl.parameters import group_of, is_language
+from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.progress import Progress
 

@@ -28,6 +28,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
+from paddlemix.checkpoint.model_folder import ANSWERS, files_of
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
@@ -130,9 +131,6 @@ def input_facts(path: str) -> FileFacts:
 
 # Blocks of a large file that go into a fingerprint, spread evenly from its first byte to its last.
 _BLOCKS = 64
-# Files of a model folder that decide what it says.
-_MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.json")
-_MODEL_ENDINGS = (".tiktoken", ".pdparams", ".safetensors", ".index.json")
 
 
 def fingerprint_folder(folder: str) -> str:
@@ -142,10 +140,8 @@ def fingerprint_folder(folder: str) -> str:
     trained weights apart, which differ everywhere. It does not tell of a byte changed on purpose.
     """
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
+    for name in files_of(folder, *ANSWERS):
         path = os.path.join(folder, name)
-        if not (name in _MODEL_FILES or name.endswith(_MODEL_ENDINGS)) or not os.path.isfile(path):
-            continue
         size = os.path.getsize(path)
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from paddlemix.checkpoint import LORA_WEIGHTS_NAME, WeightsReader, open_weights
 from paddlemix.checkpoint.lora_config import read_lora_config
-from paddlemix.checkpoint.shards import inside
+from paddlemix.checkpoint.model_folder import inside
 from paddlemix.models.mgen_vl.parameters import check_weights
 from paddlemix.utils.errors import ConfigError, WeightsError
 

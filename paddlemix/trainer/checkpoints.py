@@ -14,8 +14,9 @@ import re
 import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
+from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.json_files import read_json_object
-from paddlemix.checkpoint.shards import inside
+from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import ConfigError, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
@@ -25,22 +26,7 @@ SEAL_NAME = "checkpoint.json"
 PARTIAL_PREFIX = ".partial-"
 # What a finished run leaves in output_dir beside its weights.
 RESULT_NAME = "train_results.json"
-_RESULTS = (
-    "all_results.json",
-    "eval_results.json",
-    "trainer_state.json",
-    "training_args.bin",
-    "lora_config.json",
-    "lora_model_state.pdparams",
-    "partial_model_state.pdparams",
-    "tuned_from.json",
-    "loss_curve.png",
-    "model_state*.pdparams",
-    "model_state.pdparams.index.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    RESULT_NAME,
-)
+_RESULTS = (model_folder.WEIGHTS, model_folder.TUNED_WEIGHTS, model_folder.TUNING, model_folder.RECORD)
 
 
 def step_of(folder: str) -> int:
@@ -164,8 +150,9 @@ def check_output(
         )
     # The result file last: while it stands, what is left cannot pass for an unfinished run.
     old = checkpoints(output_dir)
-    for name in _RESULTS:
-        old += sorted(glob.glob(os.path.join(glob.escape(output_dir), name)))
+    if os.path.isdir(output_dir):
+        old += [os.path.join(output_dir, name) for name in model_folder.files_of(output_dir, *_RESULTS)]
+    old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(
             f"{output_dir} holds the result of a run: set overwrite_output_dir=true or another output_dir"

@@ -114,7 +114,7 @@ def prepare(
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
         packs=packs,
         lengths=lengths,
-        origin=Origin(model_args.model_name_or_path, model_args.text_model_name_or_path),
+        origin=Origin.of(model_args.model_name_or_path, model_args.text_model_name_or_path),
         guard=guard,
     )
     shown = 0 if training.benchmark else data_args.shown_captions

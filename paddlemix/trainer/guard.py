@@ -9,25 +9,11 @@ from typing import Dict, List
 
 from paddlemix.auto import AutoConfigMIX
 from paddlemix.checkpoint import open_weights
-from paddlemix.models.mgen_vl.parameters import Shape, is_language, parameter_shapes
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
+from paddlemix.models.mgen_vl.parameters import Shape, parameter_shapes
 from paddlemix.utils.errors import ConfigError
 
 _RULE = "the language model's structure must not change"
-# What decides how the LLM computes beside its shapes: weights mean something else under another value.
-_LANGUAGE_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_channels",
-    "intermediate_size",
-    "vocab_size",
-    "rotary_emb_base",
-    "layer_norm_epsilon",
-    "no_bias",
-    "seq_length",
-    "use_dynamic_ntk",
-    "use_logn_attn",
-)
 
 
 def _differences(found: Dict[str, Shape], expected: Dict[str, Shape]) -> List[str]:
@@ -78,7 +64,7 @@ def check_text_model(config, folder: str) -> None:
     """
     other = AutoConfigMIX.from_pretrained(folder)
     lines = []
-    for key in _LANGUAGE_KEYS:
+    for key in LANGUAGE_KEYS:
         ours, theirs = getattr(config, key), getattr(other, key)
         if ours != theirs:
             lines.append(f"{key} is {theirs}, not {ours}")

@@ -2,29 +2,31 @@
 
 What is saved depends on what trains:
   adapters        PaddleNLP's LoRA files; what trains whole beside them is in there too
-  a part          partial_model_state.pdparams with the tensors that train, tuned_from.json with their base
+  a part          partial_model_state.pdparams with the tensors that train
   everything      a model folder
+each with tuned_from.json, the note of the models that the run started from.
 merge_lora_params.py makes a model folder of the first two and their base.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+import os
+from typing import Optional
 
 import paddle
 from paddlenlp.peft import LoRAModel
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX
-from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_sharded
-from paddlemix.checkpoint.shards import inside
-from paddlemix.checkpoint.tuned_from import write_tuned_from
+from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_items
+from paddlemix.checkpoint.model_folder import inside
+from paddlemix.checkpoint.origin import Origin
+from paddlemix.checkpoint.structure import is_language
 from paddlemix.models.lora import apply_lora, load_lora_weights
 from paddlemix.models.mgen_vl.parameters import (
     CONSTANTS,
     check_weights,
     cut_problems,
-    is_language,
     parameter_shapes,
 )
 from paddlemix.trainer import freeze
@@ -32,13 +34,6 @@ from paddlemix.trainer.guard import check_text_model
 from paddlemix.trainer.keys import ModelArguments
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
-
-
-class Origin(NamedTuple):
-    """The folders a run started from: the base model, and the one whose LLM took the place of the base's."""
-
-    base: str
-    text: Optional[str] = None
 
 
 def base_of(model):
@@ -143,14 +138,13 @@ def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> Non
         items = model.whole_items(trained)
         if is_main_process:
             # One file, as the adapters are.
-            write_sharded(folder, items, base=PARTIAL_WEIGHTS_NAME[: -len(".pdparams")], max_shard_size="100000GB")
+            write_items(os.path.join(folder, PARTIAL_WEIGHTS_NAME), items)
             model.config.save_pretrained(folder)
         else:
             for *_, read in items:
                 read()
-    # A LoRA folder names its base in lora_config.json, but has no word for an LLM from elsewhere.
-    if is_main_process and (trained is not None or (adapters and origin.text is not None)):
-        write_tuned_from(folder, origin.base, origin.text)
+    if is_main_process:
+        origin.write(folder)
 
 
 def load_tuned(model, folder: str) -> None:

@@ -304,6 +304,16 @@ def test_fingerprint_of_a_model_folder(tmp_path, monkeypatch):
     (tmp_path / "chat_template.json").write_text("{}")
     with_template = fingerprint_folder(str(tmp_path))
     assert with_template != first
+    # Also of a folder with adapters, or with weights of PyTorch, whole or in shards.
+    torch = ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin")
+    tuned = ("lora_model_state.pdparams", "lora_config.json", "partial_model_state.pdparams")
+    for name in (*torch, *tuned, "model_state-00001-of-00002.pdparams", "mgen.tiktoken"):
+        found = set()
+        for text in ("one", "two"):
+            (tmp_path / name).write_text(text)
+            found.add(fingerprint_folder(str(tmp_path)))
+        (tmp_path / name).unlink()
+        assert len(found | {with_template}) == 3, name
     # 512 bytes are more than 64 blocks of 4: sampled, but first and last bytes always count.
     for changed in (0, 511):
         data = bytearray(range(256)) * 2

@@ -93,6 +93,7 @@ def test_lora_run_leaves_the_files_of_the_spec_and_loads_again(run_keys, world, 
     assert names == {
         "lora_config.json",
         "lora_model_state.pdparams",
+        "tuned_from.json",
         "config.json",
         "tokenizer_config.json",
         "special_tokens_map.json",

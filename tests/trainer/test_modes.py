@@ -15,10 +15,11 @@ import pytest
 from paddlemix.auto import AutoModelMIX
 from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.lora_merge import merge
+from paddlemix.checkpoint.origin import model_fingerprint
+from paddlemix.checkpoint.structure import is_language
 from paddlemix.inference.captioner import Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.prediction import predict_file
-from paddlemix.models.mgen_vl.parameters import is_language
 from paddlemix.trainer import checkpoints
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.tuned_model import base_of
@@ -162,7 +163,12 @@ def test_a_part_is_saved_with_its_base_and_without_the_rest(run_keys, world, tmp
         "runs",
     }
     origin = json.loads((out / "tuned_from.json").read_text())
-    assert origin == {"model_name_or_path": world[0], "text_model_name_or_path": None}
+    assert origin == {
+        "model_name_or_path": world[0],
+        "text_model_name_or_path": None,
+        "base_fingerprint": model_fingerprint(world[0]),
+        "text_fingerprint": None,
+    }
     size = (out / "partial_model_state.pdparams").stat().st_size
     with open_weights(world[0]) as reader:
         assert size < 0.6 * reader.total_bytes

@@ -38,11 +38,6 @@ def group_of(name: str) -> str:
     raise KeyError(f"{name} belongs to no module of MGen-VL")
 
 
-def is_language(name: str) -> bool:
-    """Whether a parameter belongs to the LLM, whose structure must not change (SPEC §1)."""
-    return not name.startswith("visual.") and not name.endswith((".lora_A", ".lora_B"))
-
-
 def _read(config: Any, key: str, default: Any = None) -> Any:
     if isinstance(config, dict):
         return config.get(key, default)

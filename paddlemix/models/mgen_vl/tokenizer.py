@@ -16,6 +16,7 @@ from typing import Dict, List, Union
 
 from paddlenlp.transformers import PretrainedTokenizer
 
+from paddlemix.checkpoint.model_folder import VOCABULARIES
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
 from paddlemix.utils.files import atomic_write, read_config_object, short_int
 
@@ -28,7 +29,6 @@ IMG_START, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
 CONTENT_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", IMG_START, IMG_END, IMG_PAD)
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END) + tuple(f"<|extra_{i}|>" for i in range(205)) + CONTENT_TAGS
 
-VOCABULARY_NAMES = ("mgen.tiktoken", "qwen.tiktoken")
 # The real file is 2.6 MB; a stranger's may not eat the memory.
 _MAX_VOCABULARY_BYTES = 16 << 20
 # tiktoken's regular expressions run out of stack on some 10⁶ spaces in a row. No caption is this long.
@@ -76,7 +76,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
     Attributes: eod_id, im_start_id, im_end_id, img_start_id, img_end_id, img_pad_id, n_queries.
     """
 
-    resource_files_names = {"vocab_file": VOCABULARY_NAMES[0]}
+    resource_files_names = {"vocab_file": VOCABULARIES[0]}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file, n_queries=256, padding_side="left", **kwargs):
@@ -285,12 +285,12 @@ class MGenVLTokenizer(PretrainedTokenizer):
         Raises:
             UserError: no vocabulary, or a file that cannot be read.
         """
-        for name in VOCABULARY_NAMES:
+        for name in VOCABULARIES:
             path = os.path.join(folder, name)
             if os.path.isfile(path):
                 break
         else:
-            raise UserError(f"no {VOCABULARY_NAMES[0]} in {folder}: give the folder of a model")
+            raise UserError(f"no {VOCABULARIES[0]} in {folder}: give the folder of a model")
         if "n_queries" not in kwargs:
             n_queries = _read_json(folder, "tokenizer_config.json").get("n_queries")
             if n_queries is None:
@@ -302,7 +302,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
     def save_pretrained(self, folder, **kwargs):
         """Write mgen.tiktoken, tokenizer_config.json and special_tokens_map.json."""
         os.makedirs(folder, exist_ok=True)
-        with atomic_write(os.path.join(folder, VOCABULARY_NAMES[0]), "wb") as file:
+        with atomic_write(os.path.join(folder, VOCABULARIES[0]), "wb") as file:
             for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
                 file.write(base64.b64encode(token) + b" %d\n" % rank)
         names = {"pad_token": END_OF_TEXT, "eos_token": END_OF_TEXT}

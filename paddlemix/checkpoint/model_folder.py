@@ -1,0 +1,170 @@
+"""What a model folder is: the role of each file in it, where its weights are, and which folders may be written.
+
+Merging, importing, packing, the fingerprint of a prediction run, saving and clearing an output folder all read this
+table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Dict, List, Optional, Sequence
+
+from paddlemix.checkpoint.tensors import printable
+from paddlemix.utils.errors import UserError, WeightsError
+
+LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
+# What a run that trains a part of the model whole leaves: the tensors that trained.
+PARTIAL_WEIGHTS_NAME = "partial_model_state.pdparams"
+LORA_CONFIG_NAME = "lora_config.json"
+TUNED_FROM_NAME = "tuned_from.json"
+INDEX_SUFFIX = ".index.json"
+# In the order they are looked for. Either name is fine, but two vocabularies in one folder are not.
+VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
+
+# ---- roles
+
+CONFIG = "configuration"
+WEIGHTS = "weights"
+TORCH_WEIGHTS = "weights of PyTorch, which are read and never written"
+TUNED_WEIGHTS = "weights that a run tuned, without those of its base"
+TUNING = "what was tuned, and from which base"
+TOKENIZER = "tokenizer"
+TEMPLATE = "chat template"
+FONT = "font of drawn boxes"
+LICENCE = "licence"
+RECORD = "record of a run"
+
+_SHARD = r"(-\d{5}-of-\d{5})?"
+_INDEX = r"(\.index\.json)?"
+_TABLE = tuple(
+    (re.compile(pattern), role)
+    for pattern, role in (
+        (r"config\.json|generation_config\.json", CONFIG),
+        (rf"model_state{_SHARD}\.pdparams{_INDEX}|model{_SHARD}\.safetensors{_INDEX}", WEIGHTS),
+        (rf"pytorch_model{_SHARD}\.bin{_INDEX}", TORCH_WEIGHTS),
+        (r"(lora|partial)_model_state\.pdparams", TUNED_WEIGHTS),
+        (r"lora_config\.json|tuned_from\.json", TUNING),
+        (r"(mgen|qwen)\.tiktoken|(tokenizer_config|special_tokens_map|added_tokens)\.json", TOKENIZER),
+        (r"chat_template\.json", TEMPLATE),
+        (r"SimSun\.ttf", FONT),
+        (r"(?i:(license|notice|model_license)(\.(txt|md|pdf))?)", LICENCE),
+        (r"(all|eval|train)_results\.json|trainer_state\.json|training_args\.bin|loss_curve\.png", RECORD),
+    )
+)
+
+# What decides a model's answers.
+ANSWERS = (CONFIG, WEIGHTS, TORCH_WEIGHTS, TUNED_WEIGHTS, TUNING, TOKENIZER, TEMPLATE)
+
+
+def role(name: str) -> Optional[str]:
+    """The role of a file by its name, or None."""
+    return next((role for pattern, role in _TABLE if pattern.fullmatch(name)), None)
+
+
+def files_of(folder: str, *roles: str) -> List[str]:
+    """Names of the files in `folder` that have one of these roles, sorted."""
+    named = [name for name in sorted(os.listdir(folder)) if role(name) in roles]
+    return [name for name in named if os.path.isfile(os.path.join(folder, name))]
+
+
+def gather(folders: Sequence[str], *roles: str) -> Dict[str, str]:
+    """{name: path} of the files of these roles, each from the first folder that has it, and at most one vocabulary.
+
+    Raises:
+        WeightsError: one is a link that leads out of its folder.
+    """
+    found: Dict[str, str] = {}
+    for folder in folders:
+        for name in files_of(folder, *roles):
+            if name not in found and not (name in VOCABULARIES and any(other in found for other in VOCABULARIES)):
+                found[name] = inside(folder, name)
+    return found
+
+
+# ---- weights
+
+
+def inside(folder: str, name: str) -> str:
+    """The path of `name` in `folder`, if it is a plain, printable file name and does not lead out of the folder by a
+    link.
+
+    Links into the `blobs` beside a `snapshots` folder are how a Hugging Face cache keeps its files; they are
+    allowed.
+
+    Raises:
+        WeightsError: it leads elsewhere.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder")
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)
+        snapshots = os.path.dirname(real_folder)
+        allowed = [real_folder]
+        if os.path.basename(snapshots) == "snapshots":
+            allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+        if os.path.dirname(real_path) not in allowed:
+            raise WeightsError(f"{path}: refused: a link that leads out of the folder; put the file itself there")
+    return path
+
+
+def find_weights(folder: str) -> str:
+    """Name of the weights file or index in a model folder.
+
+    Raises:
+        WeightsError: there is none, there are several, or shards have lost their index.
+    """
+    if not os.path.isdir(folder):
+        raise WeightsError(f"there is no folder {folder}")
+    names = set(os.listdir(folder))
+    layouts = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
+    found = [name for single in layouts for name in (single, single + INDEX_SUFFIX) if name in names]
+    # A public checkpoint may hold its weights as safetensors and, for older programs, as .bin too.
+    ours = [name for name in found if role(name) == WEIGHTS]
+    if len(ours or found) > 1:
+        raise WeightsError(f"{folder} holds several sets of weights ({', '.join(ours or found)}); keep one of them")
+    if found:
+        return (ours or found)[0]
+    shards = sorted(name for name in names if role(name) in (WEIGHTS, TORCH_WEIGHTS))
+    if shards:
+        raise WeightsError(f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)")
+    if LORA_WEIGHTS_NAME in names:
+        raise WeightsError(f"{folder} is a LoRA checkpoint, not a model: merge it first (merge_lora_params.py)")
+    if PARTIAL_WEIGHTS_NAME in names:
+        raise WeightsError(
+            f"{folder} holds the tensors that a run trained, not a model: merge it first (merge_lora_params.py)"
+        )
+    raise WeightsError(f"no weights in {folder} (looked for {', '.join(layouts)} and their shards)")
+
+
+def find_tuned_weights(folder: str) -> Optional[str]:
+    """Path of the weights in a folder that a tuning run wrote beside nothing of its base; None in any other folder.
+
+    Raises:
+        WeightsError: it is a link that leads out of the folder.
+    """
+    for name in (LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
+        if os.path.lexists(os.path.join(folder, name)):
+            return inside(folder, name)
+    return None
+
+
+# ---- folders to write
+
+
+def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
+    """Refuse a folder to write that would harm an input, or something else in its place.
+
+    Raises:
+        UserError: it is an input, holds one, lies in one, is a file, or is not empty without `overwrite`.
+    """
+    out = os.path.realpath(new)
+    for folder in inputs:
+        real = os.path.realpath(folder)
+        if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):
+            raise UserError(f"{new} and {folder} overlap: give an output folder of its own")
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"{new} is a file: give a folder")
+    if os.path.isdir(out) and os.listdir(out) and not overwrite:
+        raise UserError(f"{new} is not empty: give another folder, or --overwrite to replace it")

@@ -1,0 +1,50 @@
+"""What makes the structure of a MGen-VL model: keys of config.json, and names of tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+# The keys that decide how the LLM computes, with the value of a config.json that leaves one out. Weights mean something
+# else under another value, even where all shapes fit. (The number of positions is a limit only.)
+LANGUAGE_KEYS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "seq_length": 2048,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_pct": 1.0,
+    "rotary_emb_base": 10000,
+    "no_bias": True,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "tie_word_embeddings": False,
+}
+# The same of the vision tower and the connector, under "visual" in config.json.
+VISUAL_KEYS = (
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "output_dim",
+    "image_start_id",
+    "n_queries",
+)
+
+
+def is_language(name: str) -> bool:
+    """Whether a tensor belongs to the LLM, whose structure must not change."""
+    return not name.startswith("visual.") and not name.endswith((".lora_A", ".lora_B"))
+
+
+def structure(config: Dict[str, Any]) -> Dict[str, Any]:
+    """The values of a config.json that decide how its model computes; 1 and 1.0 are one value."""
+    visual = config.get("visual")
+    visual = {"n_queries": 256, **(visual if isinstance(visual, dict) else {})}
+    values = {key: config.get(key, default) for key, default in LANGUAGE_KEYS.items()}
+    values.update((f"visual.{key}", visual.get(key)) for key in VISUAL_KEYS)
+    return {key: float(value) if type(value) is int else value for key, value in values.items()}
