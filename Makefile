@@ -22,20 +22,23 @@ PROGRAM := requirements/build.txt requirements.txt requirements/demo.txt require
 
 # Each file of tests goes to one process of several.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
+# Tests that take minutes; `make test QUICK=` runs them too.
+QUICK := -m "not slow"
 
 # What test-paddle26 leaves out: tests that import no Paddle. A new file is run on both until it is named here.
 NO_PADDLE := tests/metrics tests/test_house.py tests/test_run_sh.py tests/test_make_venv.py tests/utils/test_cli.py \
 	tests/utils/test_files.py tests/inference/test_shards.py tests/inference/test_boxes.py tests/datasets/test_tsv.py \
 	tests/datasets/test_json_index.py tests/processors/test_postprocess.py tests/processors/test_metadata.py
 
-.PHONY: help venv venv-paddle26 demo test test-paddle26 fuzz bench bench-large lint clean
+.PHONY: help venv venv-paddle26 demo test test-paddle26 test-all fuzz bench bench-large lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
-	@echo "make test    all tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only those"
+	@echo "make test    the tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only those"
 	@echo "make test-paddle26   those that have to do with Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
 	@echo "                     (CPU wheel; PADDLE=paddlepaddle-gpu==2.6.2, as in .ci/run, tests the GPU's kernels too)"
+	@echo "make test-all    both, and those that take minutes"
 	@echo "make fuzz    broken weights, configurations, rows and images, FUZZ_EXAMPLES new ones of each kind (10000)"
 	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"
 	@echo "make lint    ruff over the Python, vermin for what Python 3.8 lacks, shellcheck over the shell scripts"
@@ -86,11 +89,15 @@ demo: $(READY)
 
 test: $(READY)
 	rm -f .coverage .coverage.*
-	$(RUN) -m $(PYTEST) --cov --cov-report=term $(if $(PYTEST_ARGS),,--cov-fail-under=90) $(PYTEST_ARGS)
+	$(RUN) -m $(PYTEST) $(QUICK) --cov --cov-report=term $(if $(PYTEST_ARGS),,--cov-fail-under=90) $(PYTEST_ARGS)
 
 # Beside the main environment, if that is there, each reads what the other has written (tests/test_two_paddles.py).
 test-paddle26: $(READY26)
-	MGEN_OTHER_PYTHON="$(wildcard $(VENV)/bin/python)" "$(VENV26)/bin/python" -m $(PYTEST) $(NO_PADDLE:%=--ignore=%) $(PYTEST_ARGS)
+	MGEN_OTHER_PYTHON="$(wildcard $(VENV)/bin/python)" "$(VENV26)/bin/python" -m $(PYTEST) $(QUICK) $(NO_PADDLE:%=--ignore=%) $(PYTEST_ARGS)
+
+test-all:
+	$(MAKE) test QUICK=
+	$(MAKE) test-paddle26 QUICK=
 
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} $(RUN) -m pytest tests/fuzz --timeout=0 $(PYTEST_ARGS)

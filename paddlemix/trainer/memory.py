@@ -1,8 +1,9 @@
 """Memory of a training step on one card, by part, worked out from shapes alone. docs/memory.md explains each term.
 
 The activations are counted from the layers as they are written (language.py, vision.py, connector.py, PaddleNLP's
-LoRALinear): what each operation keeps for its gradient. benchmarks/memory_estimate.py holds the sum against measured
-peaks in float32 on the CPU; half precision and several cards are counted by the same rules and were never measured.
+LoRALinear): what each operation keeps for its gradient. benchmarks/memory_estimate.py compares the sum with measured
+peaks in float32 on the CPU, tests/half_precision/test_memory.py the layers with what autograd keeps under Paddle's
+rules of half precision; neither those nor several cards were measured on a GPU.
 Pure Python: nothing is allocated and Paddle is not imported.
 
 Shapes: B rows, T tokens, N = B × T, n images, P patches, Q queries, D hidden, F inner width of the MLP, H heads,
@@ -28,13 +29,15 @@ class Setting(NamedTuple):
     """How a step runs.
 
     precision: "float32", "O1" (float32 weights, half-precision products) or "O2" (half-precision weights). gpu: on a
-    GPU some operations are fused and nothing is spread out for the CPU's kernels. recompute, flash: the keys recompute
-    and use_flash_attention. tensor, sharding: cards that share matrices, and optimizer states (stage 1) or gradients
-    too (stage 2). clip: gradients are clipped to a norm. master_grad: O2 with float32 gradients.
+    GPU some operations are fused and nothing is spread out for the CPU's kernels. paddle_3: Paddle 3 fuses SwiGLU on a
+    GPU, and its autocast takes a Linear with its bias for one operation; 2.6 does neither. recompute, flash: the keys
+    recompute and use_flash_attention. tensor, sharding: cards that share matrices, and optimizer states (stage 1) or
+    gradients too (stage 2). clip: gradients are clipped to a norm. master_grad: O2 with float32 gradients.
     """
 
     precision: str = "float32"
     gpu: bool = False
+    paddle_3: bool = True
     recompute: bool = False
     flash: bool = False
     lora_dropout: float = 0.0
@@ -156,6 +159,13 @@ def _first_layer(names: Iterable[str], prefix: str, before: Sequence[str], layer
     return first
 
 
+def _copies(shapes: Shapes, prefix: str, setting: Setting) -> int:
+    """Bytes of the half-precision copies that autocast makes of the matrices there, and the backward needs."""
+    if setting.precision != "O1":
+        return 0
+    return 2 * elements(shapes, [n for n in shapes if n.startswith(prefix) and len(shapes[n]) == 2], setting.tensor)
+
+
 class _Counts(NamedTuple):
     """Bytes of one layer: kept for its backward, and needed at most on top of that while its backward runs."""
 
@@ -164,7 +174,10 @@ class _Counts(NamedTuple):
 
 
 def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
-    """Bytes that the adapters in `block` keep: x·A, and with dropout its mask and the dropped input."""
+    """Bytes that the adapters in `block` keep: x·A, and with dropout its mask and the dropped input.
+
+    O1 without dropout: an own copy of x, where that is float32.
+    """
     half = setting.precision != "float32"
     total = 0
     for name, shape in shapes.items():
@@ -173,6 +186,8 @@ def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
             total += N * shape[1] * (2 if half else 4)
             if setting.lora_dropout:
                 total += N * width * (3 if half else 5)
+            elif setting.precision == "O1" and not name.endswith("c_proj.lora_A"):
+                total += N * width * 2
     return total
 
 
@@ -182,29 +197,30 @@ def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, settin
     A = D // setting.tensor  # width of this card's heads
     act = 4 if setting.precision == "float32" else 2
     wide = 4 if setting.precision != "O2" else 2  # residual stream
-    # RMSNorm: the normalised x and the product with the weight, which the Linear behind it keeps; in half precision
-    # also x in float32. O1: normalised in float32, the product in half precision.
-    norm = {"float32": 8, "O1": 6, "O2": 8}[setting.precision]
-    # Halves of queries and keys before the rotation (2 A), scaled queries, keys, values, the result: A each.
-    turned = {"float32": 8, "O1": 8, "O2": 4}[setting.precision]
+    # Both RMSNorms: the residual stream in float32 (at O2 a copy), the normalised x and its product with the weight.
+    # O1: these are float32, and c_attn, w1 and w2 keep a half copy each instead of the product.
+    norms = {"float32": 24, "O1": 22, "O2": 16}[setting.precision]
+    # Halves of queries and keys before the rotation (2 A): float32 at O1, where each of their four products has an own
+    # copy if c_attn's result is half. Scaled queries, keys, values, the result: A each.
+    turned = {"float32": 8, "O1": 16 if setting.paddle_3 else 8, "O2": 4}[setting.precision]
     heads = N * A * (turned + 4 * act)
     # Softmax in float32, and its copy in half precision.
     scores = batch.pairs * H * (4 if act == 4 else 6)
     if setting.flash:
         # No scores; the mask in the queries' dtype, log-sums in float32.
         scores = batch.masked * act + N * H * 4
-    # w1, w2, their product; the CPU's SwiGLU is not fused and keeps silu too.
-    mlp = N * F * act * (3 if setting.gpu else 4)
-    residual = 2 * N * D * wide
-    kept = 2 * N * D * norm + heads + scores + mlp + residual
-    kept += _adapters(shapes, f"transformer.llm.h.{layer}.", N, setting)
+    # w1, w2, their product, and silu where SwiGLU is not fused.
+    mlp = N * F * act * (3 if setting.gpu and setting.paddle_3 else 4)
+    kept = N * D * norms + heads + scores + mlp
+    block = f"transformer.llm.h.{layer}."
+    kept += _adapters(shapes, block, N, setting) + _copies(shapes, block, setting)
     in_mlp = N * F * act * 2 + N * D * wide
     in_attention = 2 * (0 if setting.flash else batch.pairs * H * 4) + 4 * N * A * act + N * D * wide
-    in_attention -= mlp + N * D * (norm + wide)  # freed before the attention's turn
+    in_attention -= mlp + N * D * norms // 2  # freed before the attention's turn
     return _Counts(kept, max(in_mlp, in_attention))
 
 
-def _vision_layer(visual: Dict[str, Any], images: int, setting: Setting) -> _Counts:
+def _vision_layer(visual: Dict[str, Any], shapes: Shapes, images: int, setting: Setting) -> _Counts:
     w, P = visual["width"], (visual["image_size"] // visual["patch_size"]) ** 2
     m = int(w * visual["mlp_ratio"])
     act = 2 if setting.precision != "float32" else 4
@@ -213,19 +229,26 @@ def _vision_layer(visual: Dict[str, Any], images: int, setting: Setting) -> _Cou
     scores = images * visual["heads"] * P * P * (4 if act == 4 else 6)
     if setting.flash:
         scores = images * visual["heads"] * P * 4
-    # Two norms' inputs and outputs, scaled queries, keys, values, result; both sides of the GELU.
-    kept = x * (2 * wide + 2 * act + 4 * act) + scores + 2 * images * P * m * act
+    # Two norms' inputs and outputs, scaled queries, keys, values, result; both sides of the GELU, whose input is
+    # float32 at O1 where the bias is added by itself.
+    gelu = act + (4 if setting.precision == "O1" and not setting.paddle_3 else act)
+    kept = x * (2 * wide + 2 * act + 4 * act) + scores + images * P * m * gelu
+    kept += _copies(shapes, "visual.vit.transformer.resblocks.0.", setting)
     return _Counts(kept, images * P * m * act + x * wide)
 
 
-def _connector(config: Any, batch: Batch, setting: Setting) -> int:
+def _connector(config: Any, shapes: Shapes, batch: Batch, setting: Setting) -> int:
     visual = config["visual"]
     n, D, w, Q = batch.images, visual["output_dim"], visual["width"], visual["n_queries"]
     P = (visual["image_size"] // visual["patch_size"]) ** 2
     act = 2 if setting.precision != "float32" else 4
     # The ViT's output; input and output of ln_kv, keys with positions, projected keys and values; scaled queries,
-    # result, input and output of ln_post; the three parts of in_proj_weight.
-    kept = n * P * w * act + 5 * n * P * D * act + 4 * n * Q * D * act + 3 * D * D * act
+    # result, input and output of ln_post; once, the queries and the three parts of in_proj_weight. O1: the norms'
+    # inputs in float32.
+    wide = 2 if setting.precision == "O1" else 0
+    kept = n * P * w * act + n * P * D * (5 * act + wide) + n * Q * D * (4 * act + wide) + (Q + 3 * D) * D * act
+    for name in ("visual.attn_pool.kv_proj.", "visual.attn_pool.attn.out_proj.", "visual.proj"):
+        kept += _copies(shapes, name, setting)
     heads = D // _POOL_HEAD
     if not setting.flash:
         kept += n * heads * Q * P * (4 if act == 4 else 6)
@@ -252,7 +275,7 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
     blocks = "visual.vit.transformer.resblocks."
     in_front = ("visual.vit.conv1", "visual.vit.ln_pre", "visual.vit.positional")
     first = _first_layer(trainable, blocks, in_front, visual["layers"]) if n else visual["layers"]
-    layer = _vision_layer(visual, n, setting)
+    layer = _vision_layer(visual, shapes, n, setting)
     P = (visual["image_size"] // visual["patch_size"]) ** 2
     vision_trains = n > 0 and any(name.startswith("visual.") for name in trainable)
     stored["images"] = n * 3 * visual["image_size"] ** 2 * 4
@@ -264,7 +287,7 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
         else:
             stored["vision activations"] = with_graph * layer.kept
     if vision_trains:
-        stored["connector activations"] = _connector(config, batch, setting)
+        stored["connector activations"] = _connector(config, shapes, batch, setting)
 
     # Decoder.
     embeds = vision_trains or "transformer.llm.wte.weight" in trainable
@@ -288,12 +311,8 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
         stored["masks and tables"] = batch.masked * H * 4 + 2 * N * D * wide
     # Final norm, the states of labelled positions, and their logits: float32 softmax kept, its gradient on top.
     stored["logits and loss"] = N * D * (8 if not half else 6) + batch.labels * D * act + batch.labels * V * 4
+    stored["logits and loss"] += _copies(shapes, "lm_head.", setting)
     working.append(batch.labels * V * (4 if not half else 6))
-    if setting.precision == "O1":
-        stored["half-precision copies of weights"] = 2 * elements(
-            shapes, [name for name in shapes if len(shapes[name]) == 2 and name.startswith("transformer.llm.h.")],
-            setting.tensor,
-        )  # fmt: skip
 
     held = _held(trained, setting)
     clipped = held["gradients"] if setting.clip else 0

@@ -259,6 +259,8 @@ def make_plan(argv: Sequence[str], plan_for: Optional[str] = None) -> Plan:
 
 
 def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) -> None:
+    from paddlemix.utils.compat import PADDLE_3
+
     training = arguments.training
     requested = "cpu" if training.no_cuda else training.device
     reason = None
@@ -288,6 +290,7 @@ def _plan_machine(plan: Plan, arguments: Arguments, machine: Optional[Machine]) 
     plan.setting = memory.Setting(
         precision="float32" if dtype.value == "float32" else training.fp16_opt_level,
         gpu=machine.device == "gpu",
+        paddle_3=PADDLE_3,
         recompute=training.recompute,
         # On the CPU the call is answered with plain matmuls.
         flash=flash and machine.device == "gpu",

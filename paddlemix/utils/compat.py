@@ -31,8 +31,10 @@ from paddle.base import core, framework
 
 PADDLE_VERSION = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
 
-# scaled_dot_product_attention: on the CPU Paddle 2.6 has no kernel at all, and 3.2 only one that takes a mask.
 # A development build calls itself 0.0.
+PADDLE_3 = PADDLE_VERSION >= (3, 0) or PADDLE_VERSION == (0, 0)
+
+# scaled_dot_product_attention: on the CPU Paddle 2.6 has no kernel at all, and 3.2 only one that takes a mask.
 FUSED_ATTENTION_ON_CPU = PADDLE_VERSION >= (3, 3) or PADDLE_VERSION == (0, 0)
 
 # The fused kernel: Paddle 3.3 moved it out of `incubate` and warns at the old place; 2.6 has none.
