@@ -111,8 +111,9 @@ class Model:
         return 2 * 2 * self.config["hidden_size"] * self.config["num_hidden_layers"]
 
     def peak(self, trained: memory.Trained, rows: int, tokens: int, **setting: Any) -> float:
+        """By the rules of Paddle 2.6, the contest platform's; 3 keeps a little less (docs/memory.md)."""
         batch = memory.Batch(rows, tokens, rows, rows * LABELS)
-        return memory.estimate(self.config, trained, batch, memory.Setting("O2", True, **setting)).peak
+        return memory.estimate(self.config, trained, batch, memory.Setting("O2", True, False, **setting)).peak
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
