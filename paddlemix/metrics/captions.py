@@ -21,6 +21,7 @@ import hashlib
 import math
 import re
 from array import array
+from collections import Counter
 from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -246,53 +247,64 @@ class DocumentFrequencies:
         self._vocabulary: Dict[str, int] = {}
         # Tokens of all texts end to end; the length and the row of each text.
         self._tokens, self._lengths, self._row = array("I"), array("I"), array("I")
+        self._unigrams: Counter = Counter()
 
     def add(self, texts: Sequence[Sequence[str]]) -> None:
         """One row: the tokens of each of its references."""
-        number = self._vocabulary
+        number, begin = self._vocabulary, len(self._tokens)
         for tokens in texts:
             self._tokens.extend([number.setdefault(token, len(number)) for token in tokens])
             self._lengths.append(len(tokens))
             self._row.append(self.rows)
+        self._unigrams.update(set(self._tokens[begin:]))
         self.rows += 1
 
     def finish(self, workers: int = 0, quiet: bool = True) -> None:
         hashes = np.array([token_hash(token) for token in self._vocabulary], dtype=np.uint64)
         tokens, lengths, row = (np.frombuffer(part, np.uint32) for part in (self._tokens, self._lengths, self._row))
         ends = np.cumsum(lengths, dtype=np.int64)
-        # Texts that are hashed at once; those of a row together.
-        cuts = np.searchsorted(ends, np.arange(0, len(tokens), _HASHED_AT_ONCE))
-        cuts = np.unique(np.append(np.searchsorted(row, row[cuts]), len(lengths)))
-        parts = -(-len(tokens) * MAX_N // _COUNTED_AT_ONCE) or 1
-        width = (1 << 64) // parts + 1
+        # Tokens that are looked at together: those of some rows.
+        texts = np.searchsorted(ends, np.arange(0, len(tokens), _HASHED_AT_ONCE))
+        texts = np.unique(np.searchsorted(row, row[texts]))
+        cuts = np.append(ends[texts] - lengths[texts], len(tokens)).tolist()
+        # An n-gram of two tokens and more is counted in the part that its first two tokens belong to.
+        part_of = np.zeros(len(tokens), dtype=np.uint8)
+        for begin, end in zip(cuts[:-1], cuts[1:]):
+            value = hashes[tokens[begin : end + 1]]
+            part_of[begin : begin + len(value) - 1] = (value[:-1] * _FACTOR + value[1:]) >> np.uint64(56)
+        parts = min(-(-len(tokens) * (MAX_N - 1) // _COUNTED_AT_ONCE) or 1, 256)
 
         def count(part: int) -> Tuple[np.ndarray, np.ndarray]:
-            """The n-grams whose hash lies in a range: those of several rows, and of how many."""
-            low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 1 << 64) - 1)
+            """A part's n-grams of several rows, and of how many."""
+            low, high = 256 * part // parts, 256 * (part + 1) // parts - 1
             found = []
-            for first, last in zip(cuts[:-1], cuts[1:]):
-                begin = ends[first] - lengths[first]
-                text = np.repeat(np.arange(first, last), lengths[first:last])
-                for value, owner in ngram_hashes(hashes[tokens[begin : ends[last - 1]]], text):
-                    mine = (value >= low) & (value <= high)
-                    value = value[mine]
+            for begin, end in zip(cuts[:-1], cuts[1:]):
+                own = part_of[begin:end]
+                place = begin + np.flatnonzero((own >= low) & (own <= high))
+                text = np.searchsorted(ends, place, side="right")
+                value = hashes[tokens[place]]
+                for n in range(1, MAX_N):
+                    inside = place + n < ends[text]
+                    place, text, value = place[inside], text[inside], value[inside]
+                    value = value * _FACTOR + hashes[tokens[place + n]]
                     # A row counts once, however often it has the n-gram.
-                    found.append(value[np.unique(_row_key(value, row[owner[mine]]), return_index=True)[1]])
+                    found.append(value[np.unique(_row_key(value, row[text]), return_index=True)[1]])
             value, times = np.unique(np.concatenate(found), return_counts=True)
             return value[times > 1], times[times > 1].astype(np.uint32)
 
-        counted = []
+        unigrams = np.array(list(self._unigrams.values()), dtype=np.uint32)
+        counted = [(hashes[np.array(list(self._unigrams), dtype=np.int64)], unigrams)]
         with Progress(parts, "n-grams", unit="part", disable=quiet or parts == 1) as bar:
-            for part in map_chunks(count, range(parts), workers if parts > 1 else 0):
-                counted.append(part)
+            for found in map_chunks(count, range(parts), workers if parts > 1 else 0):
+                counted.append(found)
                 bar.update()
         self._hashes, self._counts = (np.concatenate(column) for column in zip(*counted))
-        del self._tokens, self._lengths, self._row, self._vocabulary
+        order = np.argsort(self._hashes)
+        self._hashes, self._counts = self._hashes[order], self._counts[order]
+        del self._tokens, self._lengths, self._row, self._vocabulary, self._unigrams
 
     def __call__(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [g] → float64 [g]: rows that have the n-gram, at least 1."""
-        if not len(self._hashes):
-            return np.ones(len(hashes))
         # In order: a search through a table of hundreds of MB then mostly finds what it needs in the cache.
         wanted, back = np.unique(hashes, return_inverse=True)
         places = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
