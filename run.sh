@@ -10,9 +10,9 @@
 #          python3 and .venv/bin/python beside this file that has Paddle
 # --FLAG   and all behind it goes to predict.py as it is: --shard 1/4, --max_chars 200, … (see predict.py --help)
 #
-# It stands in a submission folder (with predict.py under src/) or in the project's top folder (with predict.py beside
-# it). Relative paths count from the caller's folder if INPUT exists there, else from the folder of predict.py. An
-# absolute INPUT decides nothing: then the caller's folder counts if WEIGHTS exists there, else predict.py's.
+# It lies in a submission folder (with predict.py under src/) or in the project's top folder (with predict.py beside
+# it). Relative paths, all three of them, count from the caller's folder if INPUT and WEIGHTS exist there, else from the
+# folder of predict.py if both exist there.
 #
 # The exit status is that of predict.py: 0 when all is done, 2 for bad usage with one line that says what to mend.
 
@@ -56,23 +56,22 @@ else
 fi
 
 # Where relative paths count from.
-case $1 in
-    /*)
-        base=$caller
-        if [ ! -e "$caller/$3" ] && [ -e "$source_folder/$3" ]; then
-            base=$source_folder
-        fi
-        ;;
-    *)
-        if [ -e "$caller/$1" ]; then
-            base=$caller
-        elif [ -e "$source_folder/$1" ]; then
-            base=$source_folder
-        else
-            fail "no input $1, neither from $caller nor from $source_folder"
-        fi
-        ;;
-esac
+exists() {
+    case $2 in
+        /*) [ -e "$2" ] ;;
+        *) [ -e "$1/$2" ] ;;
+    esac
+}
+base=''
+lacks="input $1"
+for folder in "$caller" "$source_folder"; do
+    exists "$folder" "$1" || continue
+    lacks="weights $3 beside input $1"
+    exists "$folder" "$3" || continue
+    base=$folder
+    break
+done
+[ -n "$base" ] || fail "no $lacks, neither from $caller nor from $source_folder"
 
 absolute() {
     case $1 in

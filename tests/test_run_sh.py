@@ -34,6 +34,7 @@ def make_top(folder: pathlib.Path) -> pathlib.Path:
     """A top folder with a recording predict.py beside run.sh."""
     folder.mkdir(parents=True)
     (folder / "weights").mkdir()
+    (folder / "w").mkdir()
     shutil.copy(ROOT / "run.sh", folder)
     (folder / "predict.py").write_text(RECORDER)
     return folder
@@ -111,11 +112,28 @@ def test_else_relative_paths_are_those_of_predict(tmp_path, python, make):
     project = make(tmp_path / "the project")
     source = project / "src" if make is make_submission else project
     (source / "input.tsv").write_text("")
-    # An output and weights of these names with the caller change nothing: INPUT decides.
-    (tmp_path / "weights").mkdir()
-    done = run(tmp_path, "input.tsv", "output.tsv", "weights", python, script="the project/run.sh")
+    (source / "weights").mkdir(exist_ok=True)
+    # Weights of this name, and an input of this name, are with the caller, too: one of them alone changes nothing.
+    for name in ("weights", "input.tsv"):
+        there = tmp_path / name
+        there.mkdir()
+        (source / "output.tsv").unlink(missing_ok=True)
+        done = run(tmp_path, "input.tsv", "output.tsv", "weights", python, script="the project/run.sh")
+        assert done.returncode == 7, done.stderr
+        assert recorded(source / "output.tsv") == [str(source / x) for x in ("input.tsv", "output.tsv", "weights")]
+        there.rmdir()
+
+
+def test_a_file_of_another_is_no_base(tmp_path, python):
+    """The baseline's call, where ../../dataset exists from the caller's folder as well as from src/."""
+    submission = make_submission(tmp_path / "deep" / "submission")
+    for folder in (tmp_path, tmp_path / "deep"):
+        (folder / "dataset").mkdir()
+        (folder / "dataset" / "test_samples.txt").write_text("")
+    done = run(submission, "../../dataset/test_samples.txt", "../../dataset/results.txt", "../weights", python)
     assert done.returncode == 7, done.stderr
-    assert recorded(source / "output.tsv") == [str(source / x) for x in ("input.tsv", "output.tsv", "weights")]
+    assert recorded(tmp_path / "deep" / "dataset" / "results.txt")[2] == str(submission / "weights")
+    assert not (tmp_path / "dataset" / "results.txt").exists()
 
 
 def test_absolute_paths(tmp_path, python):
@@ -134,11 +152,13 @@ def test_an_absolute_input_leaves_it_to_the_weights(tmp_path, python):
     assert recorded(output)[2] == str(submission / "weights")
     assert run(submission, tmp_path / "input", output, "weights", python).returncode == 7
     assert recorded(output)[2] == str(submission / "weights")
+    assert run(submission, "/no input", output, "weights", python).returncode == 2
 
 
 def test_paths_like_options_and_patterns(tmp_path, python):
     project = make_top(tmp_path / "top")
     (project / "-n *").write_text("")
+    (project / "-weights").mkdir()
     assert run(project, "-n *", "$HOME;'\"", "-weights", python).returncode == 7
     assert recorded(project / "$HOME;'\"") == [str(project / x) for x in ("-n *", "$HOME;'\"", "-weights")]
 
@@ -147,6 +167,7 @@ def test_cdpath_does_not_lead_astray(tmp_path, python):
     make_top(tmp_path / "top")
     (tmp_path / "elsewhere" / "top").mkdir(parents=True)
     (tmp_path / "input").write_text("")
+    (tmp_path / "w").mkdir()
     environment = dict(os.environ, CDPATH=str(tmp_path / "elsewhere"))
     done = run(tmp_path, "input", "output", "w", python, script="top/run.sh", env=environment)
     assert done.returncode == 7, done.stderr
@@ -213,9 +234,11 @@ def test_missing_modules_are_named(tmp_path):
         (("a", "b", "c", "d", "", "--e"), "usage: "),
         (("input", "", "c"), "empty argument"),
         (("missing", "b", "c"), "no input missing"),
-        (("input", "b", "c", "no-such-python"), "no Python interpreter"),
-        (("input", "b", "c", "weights"), "no bin/python"),
-        (("input", "b", "c", "/bin/false"), "does not run as Python 3"),
+        (("input", "b", "c"), "no weights c beside input input"),
+        (("/", "b", "c"), "no weights c beside input /"),
+        (("input", "b", "w", "no-such-python"), "no Python interpreter"),
+        (("input", "b", "w", "weights"), "no bin/python"),
+        (("input", "b", "w", "/bin/false"), "does not run as Python 3"),
     ],
 )
 def test_bad_usage_is_one_line_and_2(tmp_path, arguments, says):

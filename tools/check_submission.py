@@ -14,8 +14,9 @@ from paddlemix.utils import cli  # noqa: E402
 MORE = """\
 The report has a line per rule of the notebook's sections (四), what is sent, and (六), what may change. run.sh is run
 twice in a read-only copy of the folder, at a path with blanks in it, without a network: with absolute paths, then with
-the notebook's own relative ones and a Python as the fourth argument. The copy stands beside the folder and is removed;
-its weights are hard links where the file system allows. The submission's own code is run: check only what you trust.
+the notebook's own relative ones and a Python as the fourth argument. The network is taken away by `unshare --net`;
+where the system does not allow that, the rule is not tried. The copy is made beside the folder and removed; its
+weights are hard links where the file system allows. The submission's own code is run: check only what you trust.
 
 exit status: 0 all rules pass; 1 a rule fails; 2 bad usage
 """

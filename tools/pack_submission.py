@@ -13,7 +13,7 @@ sys.path.insert(0, ROOT)
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
-OUT gets requirements.txt, run.sh, src/ (predict.py and the files it needs) and weights/<model folder>/. The weights
+OUT gets requirements.txt, run.sh, src/ (predict.py and paddlemix/) and weights/<model folder>/. The weights
 files are hard links where the file system allows, so they take no second place on the disk.
 
 The platform wants OUT as an archive. Two ways, both without compression, which weights do not gain by:
@@ -65,7 +65,7 @@ def main() -> int:
         pack.check_beside(beside)
     packed = pack.pack_submission(ROOT, args.weights, out, args.requirements, args.overwrite)
     print(
-        f"{out}: {len(packed.sources)} source files, {packed.model} in {len(packed.large)} weights files "
+        f"{out}: {packed.model} in {len(packed.large)} weights files "
         f"({'hard links' if packed.linked else 'copied'}), {packed.nbytes / 1e9:.2f} GB in all"
     )
     large = pack.split_weights(packed, beside) if args.split_weights else set()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -15,14 +13,20 @@ from paddlemix.checkpoint import WeightsReader, open_weights
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
 from paddlemix.contest import fresh, trial
 from paddlemix.contest.pack import NAMES, README, RUN_SH, SCRIPT, SOURCE, WEIGHTS
-from paddlemix.contest.sources import REQUIREMENTS_NAME, Import, foreign_imports, modules_of, parse_requirement
+from paddlemix.contest.sources import (
+    REQUIREMENTS_NAME,
+    Import,
+    files_reached,
+    foreign_imports,
+    modules_of,
+    parse_requirement,
+)
 from paddlemix.contest.weights import Change, language_shapes, look_through
 from paddlemix.datasets.tsv import check_input, read_rows
 from paddlemix.inference.loading import find_model_folder
 from paddlemix.inference.results import row_id
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
-from paddlemix.utils.log import logger
 
 # In the order of the report: (section and number of the rule, what it asks).
 RULES = {
@@ -30,7 +34,7 @@ RULES = {
     "config": ("(四) 3", "config.json is among the weights, with values that can be"),
     "weights": ("(四) 1", "the weights are whole, open without executing anything, and fit config.json"),
     "finite": ("(四) 1", "every weight is a finite number"),
-    "requirements": ("(四)", "requirements.txt names what src/ imports, and leaves Paddle alone"),
+    "requirements": ("(四)", "requirements.txt names what predict.py imports, and leaves Paddle alone"),
     "fresh": ("(四) 1", "in a fresh environment with nothing else, every import works"),
     "runs": ("(四) 1", "run.sh works at another path, with and without the fourth argument"),
     "read_only": ("(四) 1", "it writes nothing into its own folder, which may be read-only"),
@@ -104,23 +108,6 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def write_sample(path: str) -> None:
-    """A few rows as the platform's: two pictures, one image that is cut off, one that is none."""
-    from PIL import Image
-
-    rows = []
-    for seed, size in enumerate([(640, 480), (300, 500)]):
-        colors = [(seed * 90 + i * 60) % 256 for i in range(48)]
-        picture = Image.frombytes("RGB", (4, 4), bytes(colors)).resize(size, Image.BILINEAR)
-        file = io.BytesIO()
-        picture.save(file, "JPEG")
-        rows.append(file.getvalue())
-    rows += [rows[0][: len(rows[0]) // 2], b"no image"]
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for number, data in enumerate(rows):
-            file.write(f"sample{number}\t{base64.b64encode(data).decode()}\n")
-
-
 # ---- the rules, one function each
 
 
@@ -156,7 +143,7 @@ def _names(folder: str, found: _Findings) -> None:
 
 
 def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> None:
-    """tops: what the sources import."""
+    """tops: what predict.py imports, directly or not."""
     named = {}
     with open(os.path.join(folder, REQUIREMENTS_NAME), encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -183,7 +170,7 @@ def _paddle(tops: Dict[str, Import], found: _Findings) -> None:
     for top in sorted(_FRAMEWORKS & set(tops)):
         found.problems.append(f"{tops[top].file}:{tops[top].line} imports {top}")
     if "paddle" not in tops:
-        found.problems.append(f"nothing in {SOURCE}/ imports paddle")
+        found.problems.append(f"{SCRIPT} does not import paddle, directly or through another file of {SOURCE}/")
 
 
 def _finite(
@@ -333,14 +320,14 @@ def check_submission(
             base_folder = find_model_folder(base)
             reader = stack.enter_context(open_weights(base_folder))
             opened = _Model(base_folder, MGenConfig.from_pretrained(base_folder), reader)
-        _static(judge, folder)
+        files = _static(judge, folder)
         _weights_rules(judge, folder, opened, stack, progress)
     with tempfile.TemporaryDirectory(prefix="check") as scratch:
         if not fresh_venv:
             judge.left_out("give --fresh_venv to try it (some minutes, and a network)", "fresh")
             fourth = python
         elif judge.passed("names", "requirements"):
-            made = fresh.try_requirements(python, folder, os.path.join(scratch, "fresh environment"), paddle)
+            made = fresh.try_requirements(python, folder, files, os.path.join(scratch, "fresh environment"), paddle)
             judge.look("fresh", _fresh, made)
             fourth = made.python
         else:
@@ -350,29 +337,50 @@ def check_submission(
             return judge.report
         if sample is None:
             sample = os.path.join(scratch, "sample.tsv")
-            write_sample(sample)
+            trial.write_sample(sample)
         with trial.copied(folder, sample, progress) as place:
-            runs = _runs(place, python, fourth, time_limit, progress)
+            runs = trial.both_calls(place, python, fourth, time_limit, progress)
             judge.look("runs", _status, runs, time_limit)
             judge.look("read_only", _written, runs, place)
-            judge.look("offline", _offline, runs, place)
+            if not place.offline:
+                judge.left_out("not tried: this system does not let `unshare --net` take the network away", "offline")
+            elif not all(run.status == 0 for run in runs.values()):
+                judge.waits("not known: a run without a network broke off", "offline")
+            else:
+                judge.look("offline", _offline)
             judge.look("lines", _lines, sample, runs)
     return judge.report
 
 
-def _static(judge: _Judge, folder: str) -> None:
-    """The rules that need no more than the texts."""
+def _static(judge: _Judge, folder: str) -> List[str]:
+    """The rules that need no more than the texts. Returns the files of src/ that predict.py imports."""
     judge.look("names", _names, folder)
+    source = os.path.join(folder, SOURCE)
     try:
-        tops = foreign_imports(os.path.join(folder, SOURCE))
+        files = files_reached(source, SCRIPT)
+        tops = foreign_imports(source, files)
     except UserError as error:
         judge.waits(_reason(error), "requirements", "paddle")
-        return
+        return []
+    judge.report["names"].notes.extend(_unused(source, files))
     judge.look("paddle", _paddle, tops)
     if os.path.isfile(os.path.join(folder, REQUIREMENTS_NAME)):
         judge.look("requirements", _requirements, folder, tops)
     else:
         judge.waits("there is no requirements.txt", "requirements")
+    return files
+
+
+def _unused(source: str, files: List[str]) -> List[str]:
+    """A note on what lies in src/, from 0.1 MB on, without any of `files`; the largest first."""
+    sizes = {}
+    for name in set(os.listdir(source)) - {file.split(os.sep)[0] for file in files}:
+        path = os.path.join(source, name)
+        inner = [os.path.join(parent, one) for parent, _, names in os.walk(path) for one in names] or [path]
+        sizes[name] = sum(os.lstat(one).st_size for one in inner) / 1e6
+    large = sorted((name for name in sizes if sizes[name] >= 0.1), key=sizes.get, reverse=True)
+    unused = [f"{name} ({sizes[name]:.1f} MB)" for name in large]
+    return [f"also in {SOURCE}/, and not imported by {SCRIPT}: {_some(unused)}"] if unused else []
 
 
 def _weights_rules(
@@ -418,32 +426,6 @@ def _weights_rules(
         judge.look("changes", _changes, changes)
 
 
-def _runs(place: trial.Place, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, trial.Trial]:
-    """Both calls: absolute paths without the fourth argument, and the notebook's own with it."""
-    folder = os.path.dirname(place.input)
-    calls = {
-        "without the fourth argument": [place.input, os.path.join(folder, "results.txt"),
-                                        os.path.join(place.submission, WEIGHTS)],
-        "with it": ["../../dataset/test_samples.txt", "../../dataset/results 2.txt", f"../{WEIGHTS}", fourth],
-    }  # fmt: skip
-    runs = {}
-    for name, arguments in calls.items():
-        logger.info("sh run.sh, %s", name)
-        output = os.path.join(folder, os.path.basename(arguments[1]))
-        # With the fourth argument, nothing on the PATH shall help.
-        path = trial.python_path(python) if len(arguments) == 3 else os.defpath
-        runs[name] = place.run(arguments, output, path, time_limit, _echo if progress else _silence)
-    return runs
-
-
-def _echo(line: str) -> None:
-    print(f"    {line}", file=sys.stderr, flush=True)
-
-
-def _silence(line: str) -> None:
-    pass
-
-
 def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -> None:
     for name, run in runs.items():
         if run.status == 0:
@@ -461,11 +443,5 @@ def _written(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings)
     found.notes.append(f"held {place.how_read_only}")
 
 
-def _offline(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings) -> None:
-    reached = sorted({line for run in runs.values() for line in run.reached})
-    for line in reached[:_SHOWN]:
-        found.problems.append(f"it asked for {line}")
-    if not reached and any(run.status != 0 for run in runs.values()):
-        found.problems.append("a run broke off, so this is not known")
-    found.notes.append(f"shut by {place.how_offline}")
-
+def _offline(found: _Findings) -> None:
+    found.notes.append("the runs had none (unshare --net)")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import List, NamedTuple, Optional
 
-from paddlemix.contest.sources import foreign_imports, python_files
+from paddlemix.contest.sources import foreign_imports
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 
@@ -50,17 +50,17 @@ def _paddle_of(python: str) -> str:
     return subprocess.run([python, "-c", _PADDLE], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def modules_in(source: str) -> List[str]:
-    """Names by which the Python files under `source` are imported, those outside of packages by their own."""
-    names = []
-    for file in python_files(source):
-        parts = file[: -len(".py")].split(os.sep)
-        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return [name for name in names if name]
+def module_name(file: str) -> str:
+    """The name by which a Python file, relative to the folder that is on the path, is imported."""
+    parts = file[: -len(".py")].split(os.sep)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def try_requirements(python: str, submission: str, folder: str, paddle: Optional[str] = None) -> Fresh:
-    """Make an environment in `folder` with the interpreter `python`, and import in it all that src/ imports.
+def try_requirements(
+    python: str, submission: str, files: List[str], folder: str, paddle: Optional[str] = None
+) -> Fresh:
+    """Make an environment in `folder` with the interpreter `python`, and import in it `files` of the submission's src/
+    (sources.files_reached) and what they import.
 
     paddle: what pip is asked for (default: the package and version that `python` has). The network is needed.
 
@@ -86,9 +86,9 @@ def try_requirements(python: str, submission: str, folder: str, paddle: Optional
     if after != before:
         problems.append(f"requirements.txt changes the platform's Paddle from {before} to {after or 'none'}")
     source = os.path.join(submission, "src")
-    wanted = [name for name, one in foreign_imports(source).items() if not one.guarded]
+    wanted = [name for name, one in foreign_imports(source, files).items() if not one.guarded]
     # Our own package comes first: it sets what Paddle reads while it is imported.
-    own = sorted(modules_in(source), key=lambda name: name != "paddlemix")
+    own = sorted((module_name(file) for file in files), key=lambda name: name != "paddlemix")
     done = subprocess.run(
         [fresh, "-c", _IMPORT, json.dumps([*own, *wanted])], cwd=source, capture_output=True, text=True
     )

@@ -3,7 +3,7 @@
     submission/
       requirements.txt        what the platform lacks
       run.sh
-      src/                    predict.py and every file that it needs
+      src/                    predict.py and the package
       weights/<model folder>/ the merged weights, hard-linked where the file system allows
 """
 
@@ -19,30 +19,29 @@ from typing import Iterator, List, NamedTuple, Set
 
 from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open_weights
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, VOCABULARIES, find_tuned_weights, gather, inside
-from paddlemix.contest.sources import REQUIREMENTS_NAME, files_needed
+from paddlemix.contest.sources import REQUIREMENTS_NAME
 from paddlemix.inference.loading import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write, copy_file, link_or_copy
 from paddlemix.utils.progress import Progress
 
-SCRIPT, RUN_SH, SOURCE, WEIGHTS = "predict.py", "run.sh", "src", "weights"
+SCRIPT, PACKAGE, RUN_SH, SOURCE, WEIGHTS = "predict.py", "paddlemix", "run.sh", "src", "weights"
 NAMES = (REQUIREMENTS_NAME, RUN_SH, SOURCE, WEIGHTS)
 # The project's own submission/ folder has one, which stays where it is and is not sent.
 README = "README.md"
 SUMS_NAME = "SHA256SUMS"
 
-_LOCAL = (RUN_SH, SCRIPT, "paddlemix")
+_LOCAL = (RUN_SH, SCRIPT, PACKAGE)
 
 
 class Packed(NamedTuple):
-    """model: the model folder's name under weights/. large: names of its weights files. sources: files under src/.
-    linked: whether the weights are hard links. nbytes: of all files."""
+    """model: the model folder's name under weights/. large: names of its weights files. linked: whether these are hard
+    links. nbytes: of all files."""
 
     folder: str
     model: str
     large: List[str]
-    sources: List[str]
     linked: bool
     nbytes: int
 
@@ -123,7 +122,6 @@ def pack_submission(
     if not os.path.isfile(requirements):
         raise UserError(f"no file {requirements}")
     check_target(out, [weights, *(os.path.join(project, name) for name in _LOCAL)], overwrite)
-    sources = files_needed(project, SCRIPT)
     with open_model(weights) as reader:
         large = [os.path.basename(path) for path in reader.files]
         folder = os.path.dirname(os.path.abspath(reader.files[0]))
@@ -138,12 +136,12 @@ def pack_submission(
     with _disk(out), atomic_folder(out) as partial:
         shutil.copyfile(requirements, os.path.join(partial, REQUIREMENTS_NAME))
         shutil.copy(os.path.join(project, RUN_SH), partial)
-        for name in sources:
-            target = os.path.join(partial, SOURCE, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copy(os.path.join(project, name), target)
+        source = os.path.join(partial, SOURCE)
+        hidden = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(os.path.join(project, PACKAGE), os.path.join(source, PACKAGE), ignore=hidden)
+        shutil.copy(os.path.join(project, SCRIPT), source)
         if os.path.isfile(os.path.join(project, "LICENSE")):
-            shutil.copy(os.path.join(project, "LICENSE"), os.path.join(partial, SOURCE))
+            shutil.copy(os.path.join(project, "LICENSE"), source)
         if os.path.isfile(os.path.join(out, README)):
             shutil.copy2(os.path.join(out, README), partial)
         target = os.path.join(partial, WEIGHTS, model)
@@ -155,7 +153,7 @@ def pack_submission(
             for name in large:
                 linked.append(link_or_copy(inside(folder, name), os.path.join(target, name), bar.update))
     nbytes = sum(os.path.getsize(path) for path, _ in packed_files(out))
-    return Packed(out, model, large, sources, all(linked), nbytes)
+    return Packed(out, model, large, all(linked), nbytes)
 
 
 # ---- archives

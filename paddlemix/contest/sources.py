@@ -52,15 +52,6 @@ class Requirement(NamedTuple):
     text: str
 
 
-def python_files(folder: str) -> List[str]:
-    """Python files in a folder and all below it, relative, sorted. Caches and hidden folders are passed over."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names if name.endswith(".py")]
-    return sorted(found)
-
-
 def _guards(node: ast.Try) -> bool:
     for handler in node.handlers:
         caught = [handler.type] if not isinstance(handler.type, ast.Tuple) else handler.type.elts
@@ -83,30 +74,19 @@ def imports(folder: str, file: str) -> List[Import]:
             tree = ast.parse(source.read(), filename=path)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Python: {error}") from None
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and _guards(node)]
+    guarded = {inner for node in tries for child in node.body for inner in ast.walk(child)}
     found: List[Import] = []
     package = os.path.dirname(file).split(os.sep)
-
-    def visit(node: ast.AST, guarded: bool) -> None:
-        if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, file, node.lineno, guarded) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = [node.module] if node.module else []
-            if node.level:
-                base = package[: len(package) - node.level + 1] + base
-            found.extend(Import(".".join([*base, alias.name]), file, node.lineno, guarded) for alias in node.names)
-        elif isinstance(node, ast.Try):
-            for child in node.body:
-                visit(child, guarded or _guards(node))
-            for child in [*node.handlers, *node.orelse, *node.finalbody]:
-                visit(child, guarded)
-        else:
-            # An import is a statement: expressions, most of a tree, are passed over.
-            for part in ("body", "orelse", "cases"):
-                children = getattr(node, part, ())
-                for child in children if isinstance(children, list) else ():
-                    visit(child, guarded)
-
-    visit(tree, False)
+    for node in ast.walk(tree):
+        base: List[str] = []
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + ([node.module] if node.module else [])
+        elif not isinstance(node, ast.Import):
+            continue
+        for alias in node.names:
+            found.append(Import(".".join([*base, alias.name]), file, node.lineno, node in guarded))
     return found
 
 
@@ -116,43 +96,26 @@ def _module_files(folder: str, name: str) -> Iterator[str]:
     path = ""
     for part in name.split("."):
         path = os.path.join(path, part)
-        if os.path.isdir(os.path.join(folder, path)):
-            init = os.path.join(path, "__init__.py")
-            if os.path.isfile(os.path.join(folder, init)):
-                yield init
-        else:
-            if os.path.isfile(os.path.join(folder, path + ".py")):
-                yield path + ".py"
-            return
+        for file in (os.path.join(path, "__init__.py"), path + ".py"):
+            if os.path.isfile(os.path.join(folder, file)):
+                yield file
 
 
-def files_needed(folder: str, script: str) -> List[str]:
-    """Files under `folder` that `script` needs: what it imports directly or not, and what lies beside those modules
-    without being Python (a table, a template). Relative and sorted; `script` is one of them.
+def files_reached(folder: str, script: str) -> List[str]:
+    """Python files under `folder` that `script` imports, directly or not; relative and sorted, `script` among them.
 
     Imports by a computed name are not seen.
 
     Raises:
         UserError: a file cannot be read as Python.
     """
-    needed, waiting = {script}, [script]
+    reached, waiting = {script}, [script]
     while waiting:
         for found in imports(folder, waiting.pop()):
-            for file in _module_files(folder, found.name):
-                if file not in needed:
-                    needed.add(file)
-                    waiting.append(file)
-    modules = {os.path.dirname(file) for file in needed if os.path.basename(file) != "__init__.py"}
-    for package in sorted(modules - {""}):
-        for parent, folders, names in os.walk(os.path.join(folder, package)):
-            if parent != os.path.join(folder, package) and any(name.endswith(".py") for name in names):
-                folders[:] = []
-                continue
-            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-            for name in names:
-                if not name.startswith(".") and not name.endswith((".py", ".pyc", ".pyo")):
-                    needed.add(os.path.relpath(os.path.join(parent, name), folder))
-    return sorted(needed)
+            new = set(_module_files(folder, found.name)) - reached
+            reached |= new
+            waiting += new
+    return sorted(reached)
 
 
 def is_standard(module: str) -> bool:
@@ -173,20 +136,17 @@ def is_standard(module: str) -> bool:
     return not re.search(r"/(site|dist)-packages/", origin) and any(origin.startswith(f + os.sep) for f in folders)
 
 
-def foreign_imports(folder: str, files: Optional[List[str]] = None) -> Dict[str, Import]:
-    """{top module: where it is first imported} of what is neither Python's own nor a file under `folder`.
+def foreign_imports(folder: str, files: List[str]) -> Dict[str, Import]:
+    """{top module: where it is first imported} of what `files` import that is neither Python's own nor under `folder`.
 
     An import that may fail counts only if there is no other of the module.
     """
     found: Dict[str, Import] = {}
     standard: Dict[str, bool] = {}
-    for file in python_files(folder) if files is None else [name for name in files if name.endswith(".py")]:
-        beside = os.path.dirname(file)
+    for file in files:
         for one in imports(folder, file):
             top = one.top
-            # A script's own folder is on its path, too.
-            places = [os.path.join(folder, top), os.path.join(folder, beside, top)]
-            if any(os.path.isdir(place) or os.path.isfile(place + ".py") for place in places):
+            if os.path.isdir(os.path.join(folder, top)) or os.path.isfile(os.path.join(folder, top + ".py")):
                 continue
             if top not in standard:
                 standard[top] = is_standard(top)

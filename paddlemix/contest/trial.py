@@ -1,181 +1,99 @@
-"""Run a submission as the platform would: a copy elsewhere, read-only, without a network, watched.
+"""Run a submission as the platform would: a copy elsewhere, read-only, without a network.
 
-The network is shut twice, without root. Every Python of the run has an audit hook (PEP 578) that refuses to look up or
-connect to another machine, and notes who tried. On Linux a seccomp filter, inherited by every process of the run,
-refuses IPv4 and IPv6 sockets to native code, too. Neither changes user or mount namespaces, so file modes keep their
-meaning; where root runs the check, its right to pass over them is dropped for the run.
+`unshare` of util-linux takes the network away, with root's rights or in a user namespace where the system allows those;
+elsewhere the run keeps it. File modes keep their meaning in both; where root runs the check, `setpriv` drops its right
+to pass over them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import ctypes
-import errno
-import functools
+import io
 import os
-import platform
 import shutil
 import signal
 import site
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from paddlemix.contest.pack import RUN_SH
+from paddlemix.contest.pack import RUN_SH, WEIGHTS
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.files import link_or_copy
+from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
 # Smaller files are copied, so that the copy can be made read-only without touching the original.
 _LINK_FROM = 1 << 20
 
-_HOOK = '''\
-"""Refuses connections to other machines, and notes them."""
-import errno, os, socket, sys
-
-_LOG = {log!r}
-_LOCAL = {{None, "", "localhost", "::1", "0.0.0.0", "::", socket.gethostname()}}
-
-
-def _watch(event, args):
-    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        host = args[0]
-    elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        if not isinstance(args[1], tuple):
-            return
-        host = args[1][0]
-    else:
-        return
-    if isinstance(host, bytes):
-        host = host.decode("ascii", "replace")
-    if host in _LOCAL or str(host).startswith("127."):
-        return
-    frame, place = sys._getframe(1), ""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        place = place or f"{{name}}:{{frame.f_lineno}}"
-        if os.path.dirname(os.__file__) not in name or "-packages" in name:
-            place = f"{{name}}:{{frame.f_lineno}}"
-            break
-        frame = frame.f_back
-    with open(_LOG, "a", encoding="utf-8") as file:
-        file.write(f"{{host}} by {{place}}\\n")
-    raise OSError(errno.ENETUNREACH, "no network during the check")
+_NO_NETWORK = ("unshare", "--net")
+_NO_NETWORK_FOR_USERS = ("unshare", "--user", "--map-current-user", "--net")
+_MODES_BIND_ROOT = ("setpriv", "--bounding-set=-dac_override")
+# A new network has a loopback interface that is down; only root can bring it up.
+_LOOPBACK = ("sh", "-c", '/sbin/ip link set lo up 2>/dev/null; exec "$@"', "sh")
 
 
-sys.addaudithook(_watch)
-'''
-
-# linux/audit.h, asm/unistd.h: the architecture's mark and the number of its socket call.
-_SOCKET_CALL = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
-
-
-class _Instruction(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
-
-
-class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("first", ctypes.POINTER(_Instruction))]
-
-
-def _shut_sockets() -> Callable[[], None]:
-    """A function that shuts IPv4 and IPv6 to the process that calls it and to all that it starts.
-
-    Raises:
-        KeyError: on an architecture that is not known here.
-    """
-    mark, number = _SOCKET_CALL[platform.machine()]
-    load, equal, give = 0x20, 0x15, 0x06
-    steps = [
-        (load, 0, 0, 4),  # the architecture
-        (equal, 0, 5, mark),
-        (load, 0, 0, 0),  # the call
-        (equal, 0, 3, number),
-        (load, 0, 0, 16),  # its first argument
-        (equal, 2, 0, int(socket.AF_INET)),
-        (equal, 1, 0, int(socket.AF_INET6)),
-        (give, 0, 0, 0x7FFF0000),
-        (give, 0, 0, 0x00050000 | errno.ENETUNREACH),
-    ]
-    instructions = (_Instruction * len(steps))(*(_Instruction(*step) for step in steps))
-    program = _Program(len(steps), instructions)
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def shut() -> None:
-        # PR_SET_NO_NEW_PRIVS, without which only root may filter; then PR_SET_SECCOMP, mode filter.
-        if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl")
-
-    return shut
-
-
-def _bind_root() -> Callable[[], None]:
-    """A function after which file modes bind what root starts, too."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def bind() -> None:
-        # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE.
-        if libc.prctl(24, 1, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "prctl")
-
-    return bind
-
-
-@functools.lru_cache(maxsize=None)
-def _if_possible(make: Callable[[], Callable[[], None]]) -> Optional[Callable[[], None]]:
-    """What `make` gives, if this system lets a process do it to itself."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _works(*command: str) -> bool:
+    """Whether this system lets us start a program through `command`."""
     try:
-        step = make()
-        subprocess.run([sys.executable, "-S", "-c", ""], preexec_fn=step, check=True, capture_output=True)
-    except (KeyError, OSError, subprocess.SubprocessError):
-        return None
-    return step
+        return subprocess.run([*command, "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def write_sample(path: str) -> None:
+    """A few rows as the platform's: two pictures, one image that is cut off, one that is none."""
+    from PIL import Image
+
+    rows = []
+    for seed, size in enumerate([(640, 480), (300, 500)]):
+        colors = [(seed * 90 + i * 60) % 256 for i in range(48)]
+        picture = Image.frombytes("RGB", (4, 4), bytes(colors)).resize(size, Image.BILINEAR)
+        file = io.BytesIO()
+        picture.save(file, "JPEG")
+        rows.append(file.getvalue())
+    rows += [rows[0][: len(rows[0]) // 2], b"no image"]
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for number, data in enumerate(rows):
+            file.write(f"sample{number}\t{base64.b64encode(data).decode()}\n")
 
 
 class Trial(NamedTuple):
     """One call of run.sh. status: its exit status, or None when it took too long. said: the last lines it printed.
-    lines: of the results, or None without any. reached: hosts it asked for. written: paths in the submission that it
-    made, changed or removed."""
+    lines: of the results, or None without any. written: paths in the submission that it made, changed or removed."""
 
     status: Optional[int]
     seconds: float
     said: List[str]
     lines: Optional[List[bytes]]
-    reached: List[str]
     written: List[str]
 
 
 class Place:
-    """A copy of a submission, laid out as in the notebook: submission/ beside dataset/test_samples.txt."""
+    """A copy of a submission, laid out as in the notebook: submission/ beside dataset/test_samples.txt.
+
+    offline: whether the runs in it have no network.
+    """
 
     def __init__(self, folder: str, name: str):
-        self.folder = folder
-        self.submission = os.path.join(folder, name)
-        self.input = os.path.join(folder, "dataset", "test_samples.txt")
-        self._log = os.path.join(folder, "network.log")
-        self._hook = os.path.join(folder, "hook")
-        self._home = os.path.join(folder, "home")
-        for path in (os.path.dirname(self.input), self._hook, self._home):
+        # The notebook's relative paths, ../../dataset as seen from src/, end inside `folder` from submission/, too.
+        self.folder = os.path.join(folder, "work")
+        self.submission = os.path.join(self.folder, name)
+        self.input = os.path.join(self.folder, "dataset", "test_samples.txt")
+        self._home = os.path.join(self.folder, "home")
+        for path in (os.path.dirname(self.input), self._home):
             os.makedirs(path)
-        with open(os.path.join(self._hook, "sitecustomize.py"), "w", encoding="utf-8") as file:
-            file.write(_HOOK.format(log=self._log))
-        self._shut = _if_possible(_shut_sockets)
-        self._bind = _if_possible(_bind_root) if os.geteuid() == 0 else None
+        self._bind = _MODES_BIND_ROOT if os.geteuid() == 0 and _works(*_MODES_BIND_ROOT) else ()
+        apart = next((way for way in (_NO_NETWORK, _NO_NETWORK_FOR_USERS) if _works(*way)), ())
+        self.offline = bool(apart)
+        self._start = [*apart, *(_LOOPBACK if apart else ()), *self._bind]
         self._before: Dict[str, Tuple[int, int]] = {}
         self._modes: Dict[Tuple[int, int], Tuple[str, int]] = {}
-
-    @property
-    def how_offline(self) -> str:
-        """How the network is shut, for the report."""
-        hook = "an audit hook in every Python"
-        return f"{hook} and a seccomp filter on IPv4 and IPv6 sockets" if self._shut else f"{hook} (no seccomp here)"
 
     @property
     def how_read_only(self) -> str:
@@ -186,16 +104,11 @@ class Place:
             return "by file modes (root's right to pass over them was dropped), and compared afterwards"
         return "by comparing afterwards: file modes do not bind root"
 
-    def _confine(self) -> None:
-        for step in (self._bind, self._shut):
-            if step is not None:
-                step()
-
     def _environment(self, path: str) -> Dict[str, str]:
         left_out = ("PYTHON", "HF_", "PPNLP_", "XDG_", "TRANSFORMERS_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         # Nothing that an earlier run fetched into the home folder helps. Packages of the user do stay.
-        return dict(kept, PATH=path, HOME=self._home, PYTHONPATH=self._hook, PYTHONUSERBASE=site.getuserbase())
+        return dict(kept, PATH=path, HOME=self._home, PYTHONUSERBASE=site.getuserbase())
 
     def freeze(self) -> None:
         """Make the copy read-only, and remember it. Linked weights are so, too, until `thaw`: their mode is the
@@ -236,21 +149,18 @@ class Place:
                 state[os.path.relpath(path, self.submission)] = (found.st_size, found.st_mtime_ns)
         return state
 
-    def run(
-        self, arguments: List[str], output: str, path: str, time_limit: float, said: Callable[[str], None]
-    ) -> Trial:
+    def run(self, arguments: List[str], output: str, path: str, time_limit: float, echo: bool) -> Trial:
         """`sh run.sh ARGUMENTS` from inside the submission. path: the run's PATH. output: file that it must write.
-        said: told each line that it prints."""
+        echo: pass on what it prints, to stderr."""
         start = time.perf_counter()
         tail: List[str] = []
         process = subprocess.Popen(
-            ["sh", RUN_SH, *arguments],
+            [*self._start, "sh", RUN_SH, *arguments],
             cwd=self.submission,
             env=self._environment(path),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=self._confine,
             start_new_session=True,
         )
 
@@ -259,7 +169,8 @@ class Place:
                 text = line.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
                 tail.append(text)
                 del tail[:-8]
-                said(text)
+                if echo:
+                    print(f"    {text}", file=sys.stderr, flush=True)
 
         listener = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
         listener.start()
@@ -279,16 +190,11 @@ class Place:
                 lines = file.read().split(b"\n")
             if lines[-1] == b"":
                 lines.pop()
-        reached: List[str] = []
-        if os.path.exists(self._log):
-            with open(self._log, encoding="utf-8") as file:
-                reached = sorted(set(file.read().splitlines()))
-            os.unlink(self._log)
         after = self._state()
         written = sorted(
             name for name in {*after, *self._before} if after.get(name) != self._before.get(name)
         )
-        return Trial(status, time.perf_counter() - start, tail, lines, reached, written)
+        return Trial(status, time.perf_counter() - start, tail, lines, written)
 
 
 @contextlib.contextmanager
@@ -329,7 +235,19 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Plac
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def python_path(python: str) -> str:
-    """A PATH on which `python` is the interpreter at the path `python`, whatever that is called."""
-    return os.pathsep.join([os.path.dirname(os.path.abspath(python)), os.environ.get("PATH", os.defpath)])
-
+def both_calls(place: Place, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, Trial]:
+    """Both calls: absolute paths without the fourth argument, and the notebook's own with it."""
+    folder, beside = os.path.dirname(place.input), os.path.dirname(os.path.abspath(python))
+    calls = {
+        "without the fourth argument": [place.input, os.path.join(folder, "results.txt"),
+                                        os.path.join(place.submission, WEIGHTS)],
+        "with it": ["../../dataset/test_samples.txt", "../../dataset/results 2.txt", f"../{WEIGHTS}", fourth],
+    }  # fmt: skip
+    runs = {}
+    for name, arguments in calls.items():
+        logger.info("sh run.sh, %s", name)
+        output = os.path.join(folder, os.path.basename(arguments[1]))
+        # With the fourth argument, nothing on the PATH shall help.
+        path = os.defpath if len(arguments) == 4 else os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+        runs[name] = place.run(arguments, output, path, time_limit, echo=progress)
+    return runs

@@ -55,11 +55,10 @@ def test_what_is_in_it(packed, merged, root):
     assert os.path.samefile(packed / weights, os.path.join(merged, "model_state.pdparams"))
     source = {name[len("src/") :] for name in files if name.startswith("src/")}
     assert {"predict.py", "paddlemix/models/mgen_vl/vision.py", "paddlemix/inference/prediction.py"} <= source
-    # Neither tests nor caches, nor what only training, evaluation and chat need.
+    # The package and no more: neither tests nor caches.
+    assert {name.split(os.sep)[0] for name in source} == {"predict.py", "LICENSE", "paddlemix"}
     for name in source:
-        assert name in ("predict.py", "LICENSE") or name.startswith("paddlemix/")
-        assert not name.startswith(("paddlemix/trainer", "paddlemix/metrics", "paddlemix/contest")), name
-        assert "__pycache__" not in name and "boxes" not in name
+        assert "__pycache__" not in name
         assert (packed / "src" / name).read_bytes() == (root / name).read_bytes()
     assert (packed / "run.sh").read_bytes() == (root / "run.sh").read_bytes()
 
@@ -218,24 +217,21 @@ def project(tmp_path):
     return make
 
 
-def test_files_needed(project):
+def test_files_reached(project):
     folder = project({
         "predict.py": "def main():\n    from paddlemix.a import b\n    import helper\n",
         "helper.py": "", "other.py": "",
         "paddlemix/__init__.py": "",
         "paddlemix/a/__init__.py": "", "paddlemix/a/b.py": "from .c import NAME\nfrom .. import d\nfrom . import e\n",
-        "paddlemix/a/c.py": "NAME = 1\n", "paddlemix/a/e/__init__.py": "", "paddlemix/a/unused.py": "",
-        "paddlemix/a/table.json": "", "paddlemix/a/data/names.txt": "", "paddlemix/a/.hidden": "",
-        "paddlemix/a/__pycache__/b.pyc": "", "paddlemix/d.py": "", "paddlemix/z/__init__.py": "",
-        "paddlemix/z/page.html": "",
+        "paddlemix/a/c.py": "NAME = 1\n", "paddlemix/a/e/__init__.py": "", "paddlemix/a/unused.py": "def",
+        "paddlemix/d.py": "", "paddlemix/z/__init__.py": "",
     })  # fmt: skip
-    assert sources.files_needed(folder, "predict.py") == [
+    assert sources.files_reached(folder, "predict.py") == [
         "helper.py", "paddlemix/__init__.py", "paddlemix/a/__init__.py", "paddlemix/a/b.py", "paddlemix/a/c.py",
-        "paddlemix/a/data/names.txt", "paddlemix/a/e/__init__.py", "paddlemix/a/table.json", "paddlemix/d.py",
-        "predict.py",
+        "paddlemix/a/e/__init__.py", "paddlemix/d.py", "predict.py",
     ]  # fmt: skip
     with pytest.raises(UserError, match="cannot be read as Python"):
-        sources.files_needed(project({"paddlemix/d.py": "def"}), "predict.py")
+        sources.files_reached(project({"paddlemix/d.py": "def"}), "predict.py")
 
 
 def test_foreign_imports(project):
@@ -244,8 +240,9 @@ def test_foreign_imports(project):
         "try:\n    import quick\nexcept ImportError:\n    import slow\n"
         "try:\n    import asked\nexcept ValueError:\n    pass\n",
         "b.py": "try:\n    import numpy\nexcept (ImportError, OSError):\n    numpy = None\n",
+        "c.py": "import not_asked",
     })  # fmt: skip
-    found = sources.foreign_imports(folder)
+    found = sources.foreign_imports(folder, ["a.py", "b.py"])
     assert {name: one.guarded for name, one in found.items()} == {
         "numpy": False, "quick": True, "slow": False, "asked": False,
     }  # fmt: skip
@@ -306,7 +303,8 @@ def test_a_fresh_environment(tmp_path, monkeypatch, installed, problem):
             (site / name).write_text(version if name.endswith("METADATA") else text)
 
     monkeypatch.setattr(fresh, "_run", fake)
-    made = fresh.try_requirements(sys.executable, str(folder), str(tmp_path / "an env"), "paddlepaddle==2.6.2")
+    files = ["paddlemix/__init__.py"]
+    made = fresh.try_requirements(sys.executable, str(folder), files, str(tmp_path / "an env"), "paddlepaddle==2.6.2")
     assert "paddlepaddle==2.6.2" in asked[0] and str(folder / "requirements.txt") in asked[1]
     if problem is None:
         assert made.problems == [] and made.paddle == "paddlepaddle==2.6.2"
