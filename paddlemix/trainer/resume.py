@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+import re
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import paddle
@@ -144,56 +145,88 @@ def _tensor(array: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(np.array(array))
 
 
-def _accumulator(key: str, names: Sequence[str]) -> Tuple[str, str]:
-    """(parameter, accumulator) of a key like "linear_0.w_0_moment1_0", or two empty texts."""
-    for kind in _ACCUMULATORS:
-        name, found, number = key.rpartition(f"_{kind}_")
-        if found and number.isdecimal() and name in names:
-            return name, kind
-    return "", ""
+class _OptimizerState(NamedTuple):
+    """A file's content. accumulators: (parameter, kind) → array. masters: parameter → its float32 copy."""
+
+    accumulators: Dict[Tuple[str, str], np.ndarray]
+    masters: Dict[str, np.ndarray]
+    schedule: Optional[Dict[str, Any]]
+
+
+def _accumulator(key: str) -> Tuple[str, str, bool]:
+    """(parameter, kind, whether of a master weight) of a key; empty texts for one of another form.
+
+    Paddle writes "linear_0.w_0_moment1_0", and "linear_0.w_0_fp32_master_0_moment1_0" if the weight is half precision.
+    """
+    found = re.fullmatch(rf"(.+?)(_fp32_master_\d+)?_({'|'.join(_ACCUMULATORS)})_\d+", key)
+    return (found[1], found[3], found[2] is not None) if found else ("", "", False)
+
+
+def _read_optimizer(file: str, shapes: Dict[str, List[int]]) -> _OptimizerState:
+    """What a file holds for parameters of these names and shapes. Raises WeightsError: something else."""
+    state = _read(file)
+    schedule, masters = state.pop("LR_Scheduler", None), state.pop("master_weights", {})
+    if type(masters) is not dict:
+        raise WeightsError(f"{file} does not hold what it should")
+    for name, value in masters.items():
+        if name not in shapes or not _is_float32(value, shapes[name]):
+            raise WeightsError(f"{file}: the master weight {printable(str(name))} does not fit this run")
+    accumulators = {}
+    for key, value in state.items():
+        name, kind, of_master = _accumulator(key) if type(key) is str else ("", "", False)
+        if name not in shapes:
+            raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run")
+        fits = [shapes[name]] if kind.startswith("moment") else [[1], []]
+        if not _is_float32(value, *fits):
+            raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}")
+        if of_master and name not in masters:
+            raise WeightsError(f"{file} lacks the master weight of {printable(name)}")
+        accumulators[name, kind] = value
+    schedule = None if schedule is None else _schedule(schedule, file, _MOST_STEPS)
+    return _OptimizerState(accumulators, masters, schedule)
+
+
+def _is_float32(value: Any, *shapes: List[int]) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == np.float32 and list(value.shape) in shapes
 
 
 def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Sequence[str] = ()) -> None:
     """Set AdamW's state from a file.
 
-    parameters: the tensors that train in this process. others: files of the processes that share the state with
-    this one (sharding); together they must hold every parameter.
+    The file may be of a run in another precision: a parameter that is float32 now then becomes its master weight.
+
+    parameters: the tensors that train in this process, their weights already loaded. others: files of the processes
+    that share the state with this one (sharding); together they must hold every parameter.
 
     Raises:
         WeightsError: a file is missing or broken, or does not hold the state of these parameters.
     """
     shapes = {parameter.name: list(parameter.shape) for parameter in parameters}
-    held = set()
-    ours: Dict[str, Any] = {}
-    for file in dict.fromkeys([path, *others]):
-        state = _read(file)
-        schedule = state.pop("LR_Scheduler", None)
-        masters = state.pop("master_weights", {})
-        if type(masters) is not dict:
-            raise WeightsError(f"{file} does not hold what it should")
-        checked = {}
-        for key, value in state.items():
-            name, kind = _accumulator(key, shapes) if type(key) is str else ("", "")
-            if not name:
-                raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run")
-            fits = [shapes[name]] if kind.startswith("moment") else [[1], []]
-            if not isinstance(value, np.ndarray) or list(value.shape) not in fits:
-                raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}")
-            held.add((name, kind))
-            checked[key] = value
-        for name, value in masters.items():
-            if name not in shapes or not isinstance(value, np.ndarray) or list(value.shape) != shapes[name]:
-                raise WeightsError(f"{file}: the master weight {printable(str(name))} does not fit this run")
-        if file == path:
-            ours = {key: _tensor(value) for key, value in checked.items()}
-            if masters:
-                ours["master_weights"] = {name: _tensor(value) for name, value in masters.items()}
-            if schedule is not None:
-                ours["LR_Scheduler"] = _schedule(schedule, file, _MOST_STEPS)
-    lost = [name for name in shapes for kind in _ACCUMULATORS if (name, kind) not in held]
+    files = {file: _read_optimizer(file, shapes) for file in dict.fromkeys([path, *others])}
+    held = set().union(*(state.accumulators for state in files.values()))
+    lost = {name for name in shapes for kind in _ACCUMULATORS if (name, kind) not in held}
     if lost:
-        raise WeightsError(f"{path} lacks the state of {len(set(lost))} parameters that train in this run")
-    optimizer.set_state_dict(ours)
+        raise WeightsError(f"{path} lacks the state of {len(lost)} parameters that train in this run")
+    # Paddle finds a half-precision parameter's accumulators by the name of its master weight.
+    halves = (paddle.float16, paddle.bfloat16)
+    half = {p.name for p in parameters if optimizer._multi_precision and p.dtype in halves}
+    ours = files[path]
+    owners = {name: f"{name}_fp32_master_0" if name in half else name for name in shapes}
+    state: Dict[str, Any] = {
+        f"{owners[name]}_{kind}_0": _tensor(value) for (name, kind), value in ours.accumulators.items()
+    }
+    masters = {name: _tensor(value) for name, value in ours.masters.items() if name in half}
+    for name, master in masters.items():
+        master.name = owners[name]
+    if masters:
+        state["master_weights"] = masters
+    if ours.schedule is not None:
+        state["LR_Scheduler"] = ours.schedule
+    optimizer.set_state_dict(state)
+    for parameter in parameters:
+        for one in files.values():
+            if parameter.name in one.masters and parameter.name not in half:
+                parameter.set_value(_tensor(one.masters[parameter.name]))
 
 
 def _schedule(state: Any, path: str, most: int) -> Dict[str, Any]:

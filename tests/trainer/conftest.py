@@ -78,7 +78,7 @@ def forker(root):
 def start_run(forker, world, tmp_path):
     """Start the script on a LoRA run in tmp_path/name, with changes; `...` takes a key away. Returns the Run."""
 
-    def begin(name="run", processes=1, stand_ins=False, **changes):
+    def begin(name="run", processes=1, stand_ins=None, **changes):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         keys = {

@@ -13,7 +13,7 @@ PATIENCE = 60  # seconds until a run that shows nothing fails the test
 class Run:
     """One run of the script, in a folder of its own; of several processes, with a log each (log.0, log.1)."""
 
-    def __init__(self, forker, folder, processes=1, stand_ins=False, **keys):
+    def __init__(self, forker, folder, processes=1, stand_ins=None, **keys):
         self.out, self.forker = folder / "out", forker
         self.log = folder / ("log" if processes == 1 else "log.0")
         (folder / "config.json").write_text(json.dumps(dict(keys, output_dir=str(self.out))))

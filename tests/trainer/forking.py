@@ -1,12 +1,12 @@
 """Runs of supervised_finetune.py that cost no import each: a process that has imported everything forks them.
 
-    {"words": [command line], "log": FILE, "processes": N, "stand_ins": bool}   a line in: N processes, as launched
+    {"words": [command line], "log": FILE, "processes": N, "stand_ins": NAME}   a line in: N processes, as launched
     {"pids": [N]}, then {"rank": I, "status": S}   two lines out: of the first that failed, or of process 0; a negative
                                                    status: ended by that signal
     null                                           the end: a worker may hold the pipe's other end open
 
 With several processes, the log of process i is FILE.i, and when one fails the others are ended, as the launcher does.
-stand_ins: whether they run with those of cpu_tensor_parallel.
+stand_ins: a module of this folder whose `install` they call first, or null.
 """
 
 import json
@@ -15,6 +15,8 @@ import signal
 import socket
 import sys
 
+import pytest
+
 # What Paddle and PaddleNLP print while they are imported is no answer.
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
@@ -22,10 +24,12 @@ os.dup2(2, 1)
 import supervised_finetune  # noqa: E402
 from paddlemix.trainer import finetune  # noqa: E402, F401  what takes long
 from paddlemix.utils import cli  # noqa: E402
-from tests.trainer import cpu_tensor_parallel  # noqa: E402
+from tests.trainer import cpu_tensor_parallel, half_states  # noqa: E402
 
 # Behind paddlemix, which readies the process for it.
 import paddle  # noqa: E402, I001 isort:skip
+
+STAND_INS = {"cpu_tensor_parallel": cpu_tensor_parallel, "half_states": half_states}
 
 
 def free_ports(count):
@@ -71,8 +75,8 @@ def child(stand_ins, words, log, environment) -> int:
     os.environ.update(environment)
     # Paddle read its place among the processes when it was imported.
     paddle.distributed.parallel._global_parallel_env = None
-    if stand_ins:
-        cpu_tensor_parallel.install()
+    if stand_ins is not None:
+        STAND_INS[stand_ins].install(pytest.MonkeyPatch())
     sys.argv = ["supervised_finetune.py", *words]
     status = cli.run(supervised_finetune.main)
     sys.stderr.flush()

@@ -5,6 +5,7 @@ A checkpoint is data: whatever its files hold, nothing is executed, and a wrong 
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.datasets import chatml
 from paddlemix.trainer import checkpoints, resume
+from paddlemix.trainer.finetune import prepare
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.checkpoint.test_untrusted import NAMES, canary, refused  # noqa: F401
 from tests.pickles import attacks, text
-from tests.trainer.runs import LORA, final_weights, run, start
+from tests.trainer import half_states
+from tests.trainer.runs import LORA, LORA_POOL, final_weights, run, start
 
 KEYS = dict(LORA, save_steps=1, lora_dropout=0.2)
 
@@ -46,6 +49,91 @@ def reseal(folder):
     state = json.loads((folder / checkpoints.SEAL_NAME).read_text())["state"]
     (folder / checkpoints.SEAL_NAME).unlink()
     checkpoints.seal(str(folder), state)
+
+
+# ---- half precision
+
+POOL = {"freeze_include": ["*"], "freeze_exclude": ["*visual.attn_pool*"]}
+O2 = {d: {"fp16": d == "float16", "bf16": d == "bfloat16", "fp16_opt_level": "O2"} for d in ("float16", "bfloat16")}
+
+
+@pytest.fixture
+def in_half_precision(monkeypatch):
+    before = paddle.get_flags("FLAGS_use_stride_kernel")
+    half_states.install(monkeypatch)
+    yield
+    paddle.set_flags(before)
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [LORA, LORA_POOL, dict(LORA, amp_master_grad=True), POOL, {}],
+    ids=["LoRA", "LoRA and attn_pool", "float32 gradients", "attn_pool", "full"],
+)
+@pytest.mark.parametrize("dtype", list(O2))
+def test_half_precision_resumes_bit_for_bit(run_keys, in_half_precision, capsys, dtype, tuned):
+    """Moments, beta powers, master weights, weights and loss scale; see half_states."""
+    keys = dict(O2[dtype], **tuned)
+    start(run_keys(**keys)).train()
+    run_again = prepare(*run_keys(**keys, resume=True)[:4])
+    run_again[0].train(resume_from_checkpoint=run_again[1])
+    trained = sum(not p.stop_gradient for p in run_again[0].model.parameters())
+    assert f"{5 * trained} states are as they were" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", list(O2))
+def test_each_shard_of_half_precision_resumes_bit_for_bit(start_run, dtype):
+    keys = dict(O2[dtype], sharding="stage1", sharding_parallel_degree=2)
+    first = start_run("run", 2, "half_states", **keys)
+    assert first.status() == 0, first.log.read_text()[-3000:]
+    again = start_run("run", 2, "half_states", **keys, resume=True)
+    assert again.status() == 0, again.log.read_text()[-3000:]
+    counts = []
+    for rank in (0, 1):
+        found = re.search(r"^(\d+) states are as they were$", again.log.with_suffix(f".{rank}").read_text(), re.M)
+        counts.append(int(found[1]))
+    assert min(counts) > 0
+
+
+def half_adamw(dtype):
+    """An AdamW whose one parameter is of this dtype, named as in a new process, and the parameter."""
+    paddle.utils.unique_name.switch()
+    weight = paddle.create_parameter([2, 3], dtype, default_initializer=paddle.nn.initializer.Constant(0.5))
+    return paddle.optimizer.AdamW(parameters=[weight], multi_precision=dtype != "float32"), weight
+
+
+@pytest.mark.parametrize("before, now", [("float16", "float32"), ("float32", "float16"), ("bfloat16", "float16")])
+def test_another_precision_takes_the_moments_and_the_most_exact_weights(tmp_path, before, now):
+    path = str(tmp_path / resume.OPTIMIZER_NAME)
+    optimizer, _ = half_adamw(before)
+    half_states.make_states(optimizer)
+    for kind, tensors in optimizer._accumulators.items():
+        for tensor in tensors.values():
+            tensor.set_value(half_states.drawn(kind, tensor.shape))
+    for tensor in optimizer._master_weights.values():
+        tensor.set_value(half_states.drawn("master", tensor.shape))
+    paddle.save(optimizer.state_dict(), path)
+    optimizer, weight = half_adamw(now)
+    resume.load_optimizer(optimizer, [weight], path)
+    half_states.make_states(optimizer)
+    for kind, tensors in optimizer._accumulators.items():
+        for tensor in tensors.values():
+            assert np.array_equal(tensor.numpy(), half_states.drawn(kind, tensor.shape))
+    exact = [weight] if now == "float32" else list(optimizer._master_weights.values())
+    assert exact[0].dtype == paddle.float32
+    if before != "float32":
+        assert np.array_equal(exact[0].numpy(), half_states.drawn("master", [2, 3]))
+
+
+def test_a_lost_master_weight_is_not_made_of_the_rounded_one(tmp_path):
+    path = str(tmp_path / resume.OPTIMIZER_NAME)
+    optimizer, weight = half_adamw("float16")
+    half_states.make_states(optimizer)
+    state = optimizer.state_dict()
+    del state["master_weights"]
+    paddle.save(state, path)
+    with pytest.raises(WeightsError, match=f"lacks the master weight of {weight.name}"):
+        resume.load_optimizer(optimizer, [weight], path)
 
 
 # ---- broken checkpoints
@@ -167,6 +255,7 @@ def set_to(name, value):
         (set_to("{}_moment2_0", np.zeros([3, 2], "float32")), "does not fit a parameter of shape .2, 3."),
         (set_to("{}_beta1_pow_acc_0", np.zeros([2, 3], "float32")), "does not fit a parameter"),
         (set_to("{}_moment1_0", 7), "does not fit a parameter"),
+        (set_to("{}_moment1_0", np.zeros([2, 3], "float64")), "does not fit a parameter"),
         (set_to("master_weights", [1]), "does not hold what it should"),
         (set_to("master_weights", {"other": np.zeros([2, 3], "float32")}), "master weight other does not fit"),
         (set_to("LR_Scheduler", {"last_epoch": -1, "last_lr": 0.1}), "learning rate's state"),

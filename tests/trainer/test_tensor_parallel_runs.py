@@ -30,7 +30,8 @@ def finished(start_run):
     def begin(name, cards, **keys):
         if cards > 1:
             keys["tensor_parallel_degree"] = cards
-        run = start_run(name, cards, cards > 1, **dict({"max_steps": 3, "lora_dropout": 0.0}, **keys))
+        keys = dict({"max_steps": 3, "lora_dropout": 0.0}, **keys)
+        run = start_run(name, cards, "cpu_tensor_parallel" if cards > 1 else None, **keys)
         assert run.status() == 0, "\n".join(log.read_text()[-3000:] for log in run.out.parent.glob("log*"))
         return run
 
