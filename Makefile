@@ -37,7 +37,7 @@ help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
 	@echo "make test    the tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only those"
 	@echo "make test-paddle26   those that have to do with Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
-	@echo "                     (CPU wheel; PADDLE=paddlepaddle-gpu==2.6.2, as in .ci/run, tests the GPU's kernels too)"
+	@echo "                     (CPU wheel; PADDLE26=paddlepaddle-gpu==2.6.2, as in .ci/run, tests the GPU's kernels too)"
 	@echo "make test-all    both, and those that take minutes"
 	@echo "make fuzz    broken weights, configurations, rows and images, FUZZ_EXAMPLES new ones of each kind (10000)"
 	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"

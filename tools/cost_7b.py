@@ -48,12 +48,13 @@ GIB = 1 << 30
 
 
 class Model:
-    """The 7B with the notebook's LoRA (rank 64) and attn_pool, as the baseline's config has it."""
+    """A model (an MGenConfig; default: the 7B) with the notebook's LoRA (rank 64) and attn_pool."""
 
-    def __init__(self) -> None:
-        from paddlemix.models.mgen_vl.configuration import MGenConfig
+    def __init__(self, config: Any = None) -> None:
+        if config is None:
+            from paddlemix.models.mgen_vl.configuration import MGenConfig
 
-        config = MGenConfig()
+            config = MGenConfig()
         self.config = memory.plain(config)
         shapes = parameter_shapes(config)
         adapters = adapter_shapes(shapes, TARGETS, 64)

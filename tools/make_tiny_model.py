@@ -128,7 +128,7 @@ def make_config(args: argparse.Namespace, ranks: int):
         kv_channels=args.hidden // args.heads,
         seq_length=512,
         max_position_embeddings=512,
-        initializer_range=LANGUAGE_STD,
+        initializer_range=args.std,
         emb_dropout_prob=0.0,
         attn_dropout_prob=0.0,
         pad_token_id=ranks,
@@ -140,7 +140,7 @@ def make_config(args: argparse.Namespace, ranks: int):
             "width": args.vit_width,
             "layers": args.vit_layers,
             "heads": args.vit_heads,
-            "mlp_ratio": 3.0,
+            "mlp_ratio": args.mlp_ratio,
             "output_dim": args.hidden,
             "image_start_id": ranks + SPECIAL_TOKENS.index(IMG_START),
             "n_queries": args.n_queries,
@@ -232,11 +232,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     sizes.add_argument("--vit_width", type=int, default=96)
     sizes.add_argument("--vit_layers", type=int, default=2)
     sizes.add_argument("--vit_heads", type=int, default=4)
+    sizes.add_argument("--mlp_ratio", type=float, default=3.0, help="width of the ViT's MLP, in vit_width")
     sizes.add_argument("--n_queries", type=int, default=16, help="a square; best the number of patches")
     sizes.add_argument("--hidden", type=int, default=128, help="a multiple of 128")
     sizes.add_argument("--layers", type=int, default=1)
     sizes.add_argument("--heads", type=int, default=4)
     sizes.add_argument("--intermediate", type=int, default=512, help="w1 and w2 are half as wide each")
+    sizes.add_argument("--std", type=float, default=LANGUAGE_STD, help="of the language part's random weights")
     args = parser.parse_args(words)
     if args.heads < 1 or args.hidden % args.heads:
         raise UserError(f"--hidden {args.hidden} cannot be divided among {args.heads} heads")
