@@ -316,9 +316,10 @@ def choose_runs(device: str) -> Tuple[List[Run], List[str]]:
 
 def machine(device: str) -> str:
     import paddle
-    import paddlenlp
 
-    words = f"Paddle {paddle.__version__}, PaddleNLP {paddlenlp.__version__}, Python {sys.version.split()[0]}"
+    from paddlemix.utils.compat import versions
+
+    words = f"{versions()}, Python {sys.version.split()[0]}"
     if device == "cpu":
         return f"{words}, CPU"
     card = paddle.device.cuda.get_device_properties(int(device.split(":")[1]))

@@ -54,6 +54,13 @@ def swiglu(gate, up):
     return _fused_swiglu(gate, up)
 
 
+def versions() -> str:
+    """What a report names: Paddle's version and PaddleNLP's."""
+    import paddlenlp
+
+    return f"Paddle {paddle.__version__}, PaddleNLP {paddlenlp.__version__}"
+
+
 def autocast_dtype():
     """The half dtype that automatic mixed precision casts to ("float16" or "bfloat16"), None while it is off.
 
