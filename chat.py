@@ -79,7 +79,7 @@ def main() -> int:
     if not sources and not args.interactive:
         sources = [EXAMPLE]
     images = [fetch(source) for source in sources]
-    conversation = Conversation(load_model(folder, args.dtype, args.device), **options)
+    conversation = Conversation(load_model(folder, args.dtype, args.device), args.system, **options)
     for image in images:
         conversation.add_image(image)
     if args.seed is not None:

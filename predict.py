@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paddlemix.inference.options import add_model_options
+from paddlemix.inference.options import FALLBACK, add_model_options
 from paddlemix.inference.shards import Shard
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils import cli
@@ -40,7 +40,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="the question about each image (default: 请描述图片内容)")
     parser.add_argument(
         "--fallback",
-        default="一张广告图片。",
+        default=FALLBACK,
         help="caption of a row whose image cannot be read (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=cli.positive, help="images at a time (default: by memory, up to 32)")
@@ -52,6 +52,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=Shard.parse,
         help="answer rows i, i + n, i + 2n, … only, into OUTPUT.shard-i-of-n; tools/merge_results.py joins the shards",
     )
+    parser.add_argument("--keep_boxes", action="store_true", help="keep <ref>, <box> and <quad> of an answer")
     repairs = parser.add_argument_group("repairs of finished captions, made in this order; all are off unless given")
     repairs.add_argument("--strip_echo", action="store_true", help="drop the question, 图片描述： and its like")
     repairs.add_argument("--full_width", action="store_true", help="ASCII marks beside Chinese text become ，。 …")

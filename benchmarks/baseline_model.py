@@ -416,7 +416,7 @@ class Baseline(Way):
         from paddlemix.inference.captioner import caption_prompt_ids
         from paddlemix.models.mgen_vl.generation import decode_response
         from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
-        from paddlemix.processors.mgen_vl_processing import clean_caption
+        from paddlemix.processors.mgen_vl_processing import single_line
 
         words = tokenizer(self.size)
         processor = MGenVLImageProcessor(self.config["visual"]["image_size"])
@@ -427,7 +427,7 @@ class Baseline(Way):
         for picture in pictures:
             pixels = paddle.to_tensor(processor(open_image(decode_base64(picture)))).unsqueeze(0)
             new, _ = self._greedy(ids, paddle.ones_like(ids), pixels, new_tokens)
-            captions.append(clean_caption(decode_response(words, new[0].tolist(), stop)))
+            captions.append(single_line(decode_response(words, new[0].tolist(), stop)))
         return {"seconds": time.perf_counter() - start, "captions": captions, "batch": 1}
 
 

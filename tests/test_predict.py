@@ -512,7 +512,7 @@ class Captioner:
             yield image if isinstance(image, Answer) else Answer("一只" + bytes(image[:8]).decode())
 
 prediction.load_model = lambda *args: types.SimpleNamespace(
-    model=None, tokenizer=None, image_processor=None, system="")
+    model=None, tokenizer=None, image_processor=None, template=None)
 prediction.Captioner = Captioner
 from paddlemix.utils import cli
 sys.exit(cli.run(lambda: prediction.predict_file(*sys.argv[1:4])))

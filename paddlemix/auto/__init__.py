@@ -48,7 +48,8 @@ class AutoProcessorMIX:
     def from_pretrained(folder):
         """(processor, image_processor): prompts with images, and images alone (processors package)."""
         from paddlemix.processors.images import MGenVLImageProcessor
-        from paddlemix.processors.mgen_vl_processing import MGenVLProcessor
+        from paddlemix.processors.mgen_vl_processing import ChatTemplate, MGenVLProcessor
 
         image_processor = MGenVLImageProcessor.from_config(AutoConfigMIX.from_pretrained(folder))
-        return MGenVLProcessor(AutoTokenizerMIX.from_pretrained(folder), image_processor), image_processor
+        tokenizer, template = AutoTokenizerMIX.from_pretrained(folder), ChatTemplate.of_folder(folder)
+        return MGenVLProcessor(tokenizer, image_processor, template), image_processor

@@ -31,7 +31,14 @@ from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
 from paddlemix.processors.images import decode_base64, open_image
-from paddlemix.processors.mgen_vl_processing import ChatTemplate, LengthCounter, encode_example
+from paddlemix.processors.mgen_vl_processing import (
+    NAMED_IMAGE,
+    ChatTemplate,
+    LengthCounter,
+    count_images,
+    encode_example,
+    place_images,
+)
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.log import logger
 
@@ -50,7 +57,6 @@ MAX_PATH_CHARS = 1024
 MAX_OPEN_FILES = 16
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
 class SampleError(UserError):
@@ -164,7 +170,7 @@ def _images_in_prompts(
 
     Tags that merely name the images of "image" (as many of both) stand for those.
     """
-    contents = [found for prompt, _ in turns for found in _IMAGE_TAG.findall(prompt)]
+    contents = [found for prompt, _ in turns for found in NAMED_IMAGE.findall(prompt)]
     if not contents:
         return turns, images
     n_empty = sum(not content for content in contents)
@@ -175,7 +181,7 @@ def _images_in_prompts(
         sources = [_tag_source(content, folder) if content else next(rest) for content in contents]
     else:
         raise SampleError(f'{len(contents)} <img> tags in the prompts, but {len(images)} images in "image"')
-    return [(_IMAGE_TAG.sub("<img></img>", prompt), answer) for prompt, answer in turns], sources
+    return [(NAMED_IMAGE.sub("<img></img>", prompt), answer) for prompt, answer in turns], sources
 
 
 def _tag_source(content: str, folder: str) -> Any:
@@ -240,6 +246,16 @@ class _Part(NamedTuple):
     path: str
     folder: str
     bounds: np.ndarray
+    template: ChatTemplate
+
+
+class Question(NamedTuple):
+    """A prompt made of a record, and what the record answers: ids int64 [t], images float32 [n, 3, S, S]."""
+
+    id: str
+    ids: np.ndarray
+    images: np.ndarray
+    answer: str
     template: ChatTemplate
 
 
@@ -401,11 +417,14 @@ class ChatmlDataset:
             UserError: it cannot be used (a SampleError, ImageError, …).
         """
         encoded, images = self.encoded(index)
+        return {"input_ids": encoded["input_ids"], "labels": encoded["labels"], "images": self._pixels(images)}
+
+    def _pixels(self, images: List[bytes]) -> np.ndarray:
         size = self.image_processor.image_size
         pixels = np.empty((len(images), 3, size, size), dtype=np.float32)
         for number, data in enumerate(images):
             pixels[number] = self.image_processor(open_image(data))
-        return {"input_ids": encoded["input_ids"], "labels": encoded["labels"], "images": pixels}
+        return pixels
 
     def encoded(self, index: int) -> Tuple[Dict[str, np.ndarray], List[bytes]]:
         """This sample before its images are decoded: input_ids and labels int64 [t], and each image's file as bytes.
@@ -424,6 +443,20 @@ class ChatmlDataset:
             label_all_turn_markers=self.label_all_turn_markers,
         )
         return encoded, [self._image_bytes(source, part.folder) for source in record.images]
+
+    def question(self, index: int) -> Question:
+        """What evaluation asks about this sample: its first question, as prediction would.
+
+        Raises:
+            UserError: it cannot be used (a SampleError, ImageError, …).
+        """
+        part, _ = self._place(index)
+        record = self.record(index)
+        prompt, answer = place_images(record.turns, len(record.images), self.tokenizer.n_queries)[0]
+        ids = part.template.encode(self.tokenizer, [(prompt, None)], self.max_length)["input_ids"]
+        sources = record.images[: count_images(prompt)]
+        images = self._pixels([self._image_bytes(source, part.folder) for source in sources])
+        return Question(record.id, ids, images, answer, part.template)
 
     def _image_bytes(self, source: Any, folder: str) -> bytes:
         if isinstance(source, str):

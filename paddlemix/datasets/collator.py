@@ -9,10 +9,11 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
+from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX
 from paddlemix.utils.errors import UserError
 
-# Labels that do not count in the loss.
-IGNORE_INDEX = -100
+# Rows are padded to a multiple of this.
+PAD_TO = 8
 
 
 def raise_failure(batch: Dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ class MGenVLCollator:
     pad_token_id: what input_ids are padded with, on the right; padded places are masked and have no label.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8):
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = PAD_TO):
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
         self.pad_token_id = pad_token_id

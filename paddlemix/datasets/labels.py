@@ -73,7 +73,7 @@ _DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
 _COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
 
 
-def clean_caption(text: str) -> str:
+def mend_caption(text: str) -> str:
     """A caption as it was meant: mojibake mended (ftfy), control characters and doubled punctuation removed.
 
     Full-width punctuation and curly quotes are right in Chinese and stay; so do "……", "——" and "...".
@@ -173,7 +173,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
             image = base64.b64encode(data)
     caption = row.caption or ""
     if options.clean:
-        caption = clean_caption(caption)
+        caption = mend_caption(caption)
         if not caption:
             return Checked(row, b"", "", EMPTY_CAPTION)
     if len(caption) < options.min_chars:

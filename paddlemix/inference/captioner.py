@@ -11,12 +11,12 @@ Shapes: B rows of a batch, T prompt tokens, S image side.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 import numpy as np
 
 from paddlemix.inference.results import TRUNCATED
-from paddlemix.utils.errors import ImageError, JobFailed, UserError
+from paddlemix.utils.errors import ImageError, JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
@@ -37,26 +37,13 @@ class Answer(NamedTuple):
     note: Optional[str] = None
 
 
-def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int) -> List[int]:
+def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template=None) -> List[int]:
     """Ids of the question about one image, its span of n_queries ids included. prompt, system: None for the
-    default ones.
+    default prompt and the template's system text."""
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_prompt, with_images
 
-    Raises:
-        UserError: the prompt holds image tags of its own.
-    """
-    from paddlemix.processors.mgen_vl_processing import (
-        DEFAULT_PROMPT,
-        DEFAULT_SYSTEM,
-        encode_prompt,
-        with_images,
-    )
-
-    prompt = DEFAULT_PROMPT if prompt is None else prompt
-    if any(tag in prompt for tag in ("<img>", "</img>", "<imgpad>")):
-        raise UserError("the prompt must not hold <img>, </img> or <imgpad>: each row brings its one image")
-    system = DEFAULT_SYSTEM if system is None else system
-    _, ids = encode_prompt(tokenizer, with_images(prompt, 1), system=system, max_window_size=max_window_size)
-    return list(ids)
+    query = with_images(DEFAULT_PROMPT if prompt is None else prompt, 1)
+    return encode_prompt(tokenizer, query, None, system, max_window_size, template)[1]
 
 
 def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str, fused: bool = False) -> int:
@@ -123,12 +110,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Captioner:
     """A model with its tokenizer and image processor, asked the same about every image.
 
-    prompt: the question. system: the system text of the chat. max_new_tokens: longest answer (default: the
-    model's generation configuration). batch_size: rows at a time (default: what fits into memory, see
-    choose_batch_size); a batch that runs out of memory is halved. workers: threads that decode images.
-
-    Raises:
-        UserError: the prompt holds image tags, or is too long for the model.
+    prompt: the question. system: the system text of the chat (default: the template's). max_new_tokens: longest
+    answer (default: the model's generation configuration). batch_size: rows at a time (default: what fits into
+    memory, see choose_batch_size); a batch that runs out of memory is halved. workers: threads that decode images.
+    template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption.
     """
 
     def __init__(
@@ -141,20 +126,25 @@ class Captioner:
         max_new_tokens: Optional[int] = None,
         batch_size: Optional[int] = None,
         workers: Optional[int] = None,
+        template=None,
+        keep_boxes: bool = False,
     ):
         import paddle
 
+        from paddlemix.models.mgen_vl.captioning import Decoding
+
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         generation = model.generation_config
-        self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size)
-        self.max_new_tokens = max_new_tokens or generation.max_new_tokens
-        self.stop_ids = model.stop_ids(tokenizer)
+        self.template = template
+        self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size, template)
+        self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, keep_boxes=keep_boxes)
         self.workers = workers or decode_threads()
         if batch_size is None:
             device, dtype = paddle.get_device(), str(model.config.dtype)
             length = len(self.prompt_ids)
             free, fused = free_memory(device), model.generates_fused()
-            batch_size = choose_batch_size(model.config, length, self.max_new_tokens, dtype, free, fused)
+            new_tokens = self.decoding.max_new_tokens
+            batch_size = choose_batch_size(model.config, length, new_tokens, dtype, free, fused)
         self.batch_size = batch_size
 
     def captions(self, images: Iterable) -> Iterator[Answer]:
@@ -221,28 +211,17 @@ class Captioner:
         one."""
         import paddle
 
-        from paddlemix.models.mgen_vl.generation import decode_response
-        from paddlemix.processors.mgen_vl_processing import clean_caption
+        from paddlemix.models.mgen_vl.captioning import Prompt, generate_captions
 
-        ids, mask = left_pad([sample.ids for sample in samples], self.tokenizer.pad_token_id)
         try:
-            new_ids, _ = self.model.generate(
-                paddle.to_tensor(ids),
-                images=paddle.to_tensor(np.stack([sample.pixels for sample in samples])),
-                attention_mask=paddle.to_tensor(mask),
-                max_new_tokens=self.max_new_tokens,
-                decode_strategy="greedy_search",
-                eos_token_id=self.stop_ids,
-            )
+            prompts = [Prompt(sample.ids, sample.pixels[None]) for sample in samples]
+            return generate_captions(self.model, self.tokenizer, prompts, self.decoding, self.template)
         except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise
             if len(samples) == 1:
                 why = "out of memory with one image at a time; give fewer --max_new_tokens"
                 raise JobFailed(why) from error
-        else:
-            answers = (decode_response(self.tokenizer, row, self.stop_ids) for row in new_ids.tolist())
-            return [clean_caption(answer) for answer in answers]
         # Outside the except block, whose traceback would hold on to the tensors of the failed try.
         half = (len(samples) + 1) // 2
         logger.warning("out of memory with %d images at a time; going on with %d", len(samples), half)
@@ -271,14 +250,3 @@ def windows(images: Iterable, rows: int, max_bytes: int = WINDOW_BYTES) -> Itera
             window, size = [], 0
     if window:
         yield window
-
-
-def left_pad(rows: List[List[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:
-    """(ids int64 [B, T], mask int64 [B, T], 0 on the padding) of rows of different lengths."""
-    longest = max(len(row) for row in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = row
-        mask[i, longest - len(row) :] = 1
-    return ids, mask

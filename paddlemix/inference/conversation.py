@@ -15,7 +15,6 @@ from paddlemix.inference.loading import Loaded
 from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import JobFailed, UserError
 
-_TAGS = ("<img>", "</img>", "<imgpad>")
 HELP = """\
 /image PATH   show the model an image with the next question: a path, a URL or base64; may be given several times
 /reset        forget all turns and images
@@ -26,23 +25,30 @@ HELP = """\
 class Conversation:
     """A model, what was said so far, and the images that were shown.
 
-    options: of generate (max_new_tokens, decode_strategy, temperature, …). Images are seen by the vision tower once,
-    whatever number of turns follows. They are numbered through the conversation, `Picture 1`, `Picture 2`, …
+    system: in place of the template's. options: of generate (max_new_tokens, decode_strategy, temperature, …). Images
+    are seen by the vision tower once, whatever number of turns follows. They are numbered through the conversation,
+    `Picture 1`, `Picture 2`, …
 
-    Attributes: history: (query, answer) pairs as the model sees them. picture: the newest image (PIL, RGB) that was
-    asked about, or None.
+    Attributes: history: (query, answer) pairs as text. picture: the newest image (PIL, RGB) that was asked about, or
+    None.
     """
 
-    def __init__(self, loaded: Loaded, **options):
-        self.loaded = loaded
+    def __init__(self, loaded: Loaded, system: Optional[str] = None, **options):
+        self.loaded, self.system = loaded, system
         self.options: Dict[str, Any] = options
         self.reset()
 
     def reset(self) -> None:
-        self.history: List[Tuple[str, str]] = []
+        self._turns: List[Tuple] = []
         self.picture = None
         self._pending: List = []
         self._features = None
+
+    @property
+    def history(self) -> List[Tuple[str, str]]:
+        from paddlemix.processors.mgen_vl_processing import as_text
+
+        return [(as_text(query), answer) for query, answer in self._turns]
 
     def add_image(self, data: bytes) -> None:
         """Show an image file with the next question.
@@ -60,7 +66,7 @@ class Conversation:
         An answer that is broken off by an exception leaves the conversation as it was, its images still to be shown.
 
         Raises:
-            UserError: image tags in the text, or beam search with `write`. JobFailed: out of memory.
+            UserError: beam search with `write`. JobFailed: out of memory.
         """
         import numpy as np
         import paddle
@@ -68,15 +74,15 @@ class Conversation:
         from paddlemix.models.mgen_vl.generation import TextStreamer
         from paddlemix.processors.mgen_vl_processing import with_images
 
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        if any(tag in text for tag in _TAGS):
-            raise UserError("a question must not hold <img>, </img> or <imgpad>: images are given beside it")
+        model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.loaded.template
         options = dict(self.options)
         if write is not None:
             strategy = options.get("decode_strategy", model.generation_config.decode_strategy)
             if strategy == "beam_search":
                 raise UserError("--stream does not go with beam search: its answer is only known at the end")
-            options["streamer"] = TextStreamer(tokenizer, model.stop_ids(tokenizer), write)
+            options["streamer"] = TextStreamer(
+                tokenizer, model.stop_ids(tokenizer, template), write, template.ending(tokenizer)
+            )
         try:
             features = self._features
             if self._pending:
@@ -86,18 +92,14 @@ class Conversation:
                 features = new if features is None else paddle.concat([features, new])
             shown = 0 if self._features is None else self._features.shape[0]
             query = with_images(text, len(self._pending), first=shown + 1)
-            answer, history = model.chat(
-                tokenizer, query, history=self.history, image_features=features, system=self.loaded.system, **options
+            answer, turns = model.chat(
+                tokenizer, query, self._turns, system=self.system, image_features=features, template=template, **options
             )
         except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise
             raise JobFailed("out of memory; /reset, fewer images or --max_new_tokens need less") from error
-        # A tag that the model made up would be taken for an image in the next turn.
-        kept = answer
-        for tag in _TAGS:
-            kept = kept.replace(tag, "")
-        self.history = history[:-1] + [(query, kept)]
+        self._turns = turns
         self._features = features
         if self._pending:
             self.picture = self._pending[-1]

@@ -10,13 +10,13 @@ from paddlemix.utils.log import logger
 
 
 class Loaded(NamedTuple):
-    """model: MGenLMHeadModel in eval mode. system: of its chat_template.json, or the default one."""
+    """model: MGenLMHeadModel in eval mode. template: its ChatTemplate, from chat_template.json or the default."""
 
     model: Any
     tokenizer: Any
     processor: Any
     image_processor: Any
-    system: str
+    template: Any
 
 
 def find_model_folder(path: str) -> str:
@@ -47,7 +47,6 @@ def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] =
         UserError: the folder is not a whole model.
     """
     from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoProcessorMIX
-    from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate
     from paddlemix.utils.runtime import describe_threads, resolve_device
 
     chosen = resolve_device(device)
@@ -56,10 +55,6 @@ def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] =
     config = AutoConfigMIX.from_pretrained(folder, dtype=dtype)
     processor, image_processor = AutoProcessorMIX.from_pretrained(folder)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
-    path = os.path.join(folder, CHAT_TEMPLATE_NAME)
-    template = ChatTemplate.from_file(path) if os.path.isfile(path) else ChatTemplate.default()
-    if template._replace(system="") != ChatTemplate.default()._replace(system=""):
-        logger.warning("%s has turn markers of its own; prompts are made with those of chatml", path)
     fused = ", fused attention" if model.generates_fused() else ""
     logger.info("%s on %s in %s%s; %s", folder, chosen.value, model.config.dtype, fused, describe_threads())
-    return Loaded(model, processor.tokenizer, processor, image_processor, template.system)
+    return Loaded(model, processor.tokenizer, processor, image_processor, processor.template)

@@ -9,9 +9,13 @@ from typing import Any, Callable, Dict
 from paddlemix.utils.cli import positive
 from paddlemix.utils.errors import UserError
 
+# Caption of a row whose image cannot be read.
+FALLBACK = "一张广告图片。"
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What the model runs in, and how long it may talk."""
+    """What the model runs in, how it is addressed, and how long it may talk."""
+    parser.add_argument("--system", help="system text in place of the one in the model's chat_template.json")
     parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: the model's)")
     parser.add_argument(
         "--dtype",

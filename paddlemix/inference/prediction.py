@@ -10,6 +10,7 @@ from typing import Callable, Iterator, Optional
 from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import find_model_folder, load_model
+from paddlemix.inference.options import FALLBACK
 from paddlemix.inference.results import ResultsWriter, fingerprint_folder, input_facts, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.processors.postprocess import PostProcessing
@@ -61,13 +62,15 @@ def predict_file(
     output: str,
     model: str,
     prompt: Optional[str] = None,
+    system: Optional[str] = None,
     max_new_tokens: Optional[int] = None,
     batch_size: Optional[int] = None,
-    fallback: str = "一张广告图片。",
+    fallback: str = FALLBACK,
     dtype: Optional[str] = None,
     device: Optional[str] = None,
     restart: bool = False,
     shard: Optional[Shard] = None,
+    keep_boxes: bool = False,
     postprocess: PostProcessing = _AS_IT_IS,
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption (SPEC §4).
@@ -86,7 +89,7 @@ def predict_file(
         UserError: bad arguments, input or model.
         JobFailed: the disk is full, memory runs out, or no row got a caption (OUTPUT is whole then).
     """
-    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, clean_caption
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, single_line
 
     if world_size() > 1:
         if shard is not None:
@@ -99,7 +102,7 @@ def predict_file(
         output = shard.path(output)
     if os.path.exists(output) and os.path.samefile(input, output):
         raise UserError("INPUT and OUTPUT are the same file")
-    fallback = clean_caption(fallback)
+    fallback = single_line(fallback)
     if not fallback:
         raise UserError("--fallback must hold text")
     run = {
@@ -113,6 +116,8 @@ def predict_file(
             "postprocess": postprocess.settings(),
         },
     }
+    # What older runs did not have is recorded only where it is used, so that they can be resumed.
+    run["settings"].update({} if system is None else {"system": system}, **({"keep_boxes": True} if keep_boxes else {}))
     if shard is not None:
         run["shard"] = shard._asdict()
         # paddle.distributed.launch starts all processes again when one of them was killed.
@@ -136,9 +141,11 @@ def predict_file(
                 loaded.tokenizer,
                 loaded.image_processor,
                 prompt=prompt,
-                system=loaded.system,
+                system=system,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                template=loaded.template,
+                keep_boxes=keep_boxes,
             )
             logger.info("%d images at a time, decoded by %d threads", captioner.batch_size, captioner.workers)
         show("------predicting starts------")

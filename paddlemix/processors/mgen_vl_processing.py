@@ -1,10 +1,16 @@
-"""Prompts and labels: the one place where a conversation becomes token ids, for training and for generation.
+"""Conversations to token ids: the one place where prompts and labels are made, for training, evaluation, prediction
+and chat.
 
-The chatml sequence of SPEC §3:
+The default template gives chatml (docs/formats.md, "Training sequence"):
 
     <|im_start|>system\\n{system}<|im_end|>\\n
     <|im_start|>user\\nPicture 1: <img>⟨n_queries ids⟩</img>\\n{prompt}<|im_end|>\\n
     <|im_start|>assistant\\n{caption}<|im_end|>\\n
+
+A prompt for the model is a training sequence that ends where its last answer would begin.
+
+Texts are plain characters, whatever tags they hold: only an Image makes a span, and only a template's own text makes
+control tokens. Grounding tags (`<ref>`, `<box>`, `<quad>`) are tokens everywhere.
 
 Shapes: T tokens, N images, S image side.
 """
@@ -12,8 +18,10 @@ Shapes: T tokens, N images, S image side.
 from __future__ import annotations
 
 import json
+import os
+import re
 import unicodedata
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -23,6 +31,7 @@ from paddlemix.utils.files import atomic_write, read_config_object
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"
 CHAT_TEMPLATE_NAME = "chat_template.json"
+# Labels that do not count in the loss.
 IGNORE_INDEX = -100
 # Letters of a template's texts. They come in front of every answer, and a window holds 6144 tokens.
 _MAX_TEMPLATE = 1 << 14
@@ -30,10 +39,118 @@ _MAX_TEMPLATE = 1 << 14
 _USER = "<|im_start|>user\n{{user}}<|im_end|>\n"
 _ASSISTANT = "<|im_start|>assistant\n{{bot}}<|im_end|>\n"
 _SYSTEM = ("<|im_start|>system\n", "<|im_end|>\n")
+# An image that a text names: a path, or base64 of any length.
+NAMED_IMAGE = re.compile(r"<img>([^<]*)</img>")
+_GROUNDING = re.compile(r"<(box|quad)>(?:[^<]*</\1>|[\d\s(),]*)|</?(?:ref|box|quad)>")
+
+
+# ---- texts with images
+
+
+class Image(NamedTuple):
+    """The place of an image in a prompt. name: what the ids of its span spell, at most n_queries bytes; the model sees
+    the image's features in their place."""
+
+    name: str = ""
+
+
+# What a user says: a text, or texts and images in order.
+Content = Union[str, Sequence[Union[str, Image]]]
+
+
+def split_images(text: str, n_queries: int) -> List[Union[str, Image]]:
+    """The texts and images of a text that names images as `<img>path or base64</img>`.
+
+    A name of more than n_queries bytes is dropped, so that base64 never reaches the tokenizer. Tags that do not pair up
+    are text.
+    """
+    parts = NAMED_IMAGE.split(text)
+    return [_image(part, n_queries) if number % 2 else part for number, part in enumerate(parts)]
+
+
+def named_images(given: Content, n_queries: int) -> Content:
+    """Content, with the images that a text names in their places."""
+    return split_images(given, n_queries) if isinstance(given, str) else given
+
+
+def _image(name: str, n_queries: int) -> Image:
+    return Image(name if len(name.encode("utf-8", "replace")) <= n_queries else "")
+
+
+def parts_of(content: Content) -> List[Union[str, Image]]:
+    """Texts and images in order, neighbouring texts joined."""
+    parts: List[Union[str, Image]] = []
+    for part in [content] if isinstance(content, str) else content:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    return parts
+
+
+def as_text(content: Content) -> str:
+    """Content with its images as `<img>name</img>`."""
+    return "".join(part if isinstance(part, str) else f"<img>{part.name}</img>" for part in parts_of(content))
+
+
+def count_images(content: Content) -> int:
+    return sum(isinstance(part, Image) for part in parts_of(content))
+
+
+def picture(number: int, name: str = "") -> List[Union[str, Image]]:
+    """How a prompt shows its image of this number."""
+    return [f"Picture {number}: ", Image(name), "\n"]
+
+
+def with_images(prompt: Content, n_images: int, first: int = 1) -> List[Union[str, Image]]:
+    """A prompt with n_images images in front of it, numbered from `first`."""
+    shown = [part for number in range(first, first + n_images) for part in picture(number)]
+    return shown + parts_of(prompt)
+
+
+def list_parts(query: Sequence[Dict], n_queries: int) -> List[Union[str, Image]]:
+    """The content of a query in the notebook's list form: {"image": …}, {"text": …}, {"ref": …, "box": (x1, y1, x2, y2)
+    or several}.
+
+    Raises:
+        UserError: a part of another kind.
+    """
+    parts: List[Union[str, Image]] = []
+    images = 0
+    for part in query:
+        if "image" in part:
+            images += 1
+            source = part["image"] if isinstance(part["image"], str) else ""
+            parts += picture(images, _image(source, n_queries).name)
+        elif "text" in part:
+            parts.append(part["text"])
+        elif "box" in part or "ref" in part:
+            if "ref" in part:
+                parts.append(f"<ref>{part['ref']}</ref>")
+            boxes = part.get("box", [])
+            for box in boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes] if boxes else []:
+                parts.append("<box>({:d},{:d}),({:d},{:d})</box>".format(*box))
+        else:
+            raise UserError(f"a part of a query is an image, a text or a box, not {sorted(part)}")
+    return parts
+
+
+# ---- the template
+
+
+class Segment(NamedTuple):
+    """A stretch of a sequence. kind: "open", "close" or "end" (the template's text before a content, after it, after an
+    answer), "system", "prompt", "image" or "answer"."""
+
+    kind: str
+    ids: List[int]
 
 
 class ChatTemplate(NamedTuple):
-    """chat_template.json (SPEC §3). user and assistant: the text before and after the turn's content."""
+    """chat_template.json (docs/formats.md). user and assistant: the text before and after the turn's content.
+
+    In its own text `<|im_start|>` and its like are tokens; image tags are plain characters.
+    """
 
     user: Tuple[str, str]
     assistant: Tuple[str, str]
@@ -42,6 +159,12 @@ class ChatTemplate(NamedTuple):
     @classmethod
     def default(cls) -> ChatTemplate:
         return cls(tuple(_USER.split("{{user}}")), tuple(_ASSISTANT.split("{{bot}}")))
+
+    @classmethod
+    def of_folder(cls, folder: str) -> ChatTemplate:
+        """The template that a model folder was tuned with: its chat_template.json, or the default."""
+        path = os.path.join(folder, CHAT_TEMPLATE_NAME)
+        return cls.from_file(path) if os.path.isfile(path) else cls.default()
 
     @classmethod
     def from_file(cls, path: str) -> ChatTemplate:
@@ -76,97 +199,117 @@ class ChatTemplate(NamedTuple):
             json.dump(values, file, ensure_ascii=False, indent=2)
             file.write("\n")
 
+    def head(self, tokenizer) -> List[Segment]:
+        """What every sequence begins with."""
+        return [
+            Segment("open", tokenizer.plain_ids(_SYSTEM[0], control_tokens=True)),
+            Segment("system", tokenizer.plain_ids(self.system)),
+            Segment("close", tokenizer.plain_ids(_SYSTEM[1], control_tokens=True)),
+        ]
+
+    def turn(self, tokenizer, prompt: Content, answer: Optional[str]) -> List[Segment]:
+        """A question and its answer; up to where the answer begins if that is None."""
+
+        def own(kind: str, text: str) -> Segment:
+            return Segment(kind, tokenizer.plain_ids(text, control_tokens=True))
+
+        segments = [own("open", self.user[0])]
+        for part in parts_of(prompt):
+            if isinstance(part, Image):
+                segments.append(Segment("image", tokenizer.image_span(part.name)))
+            else:
+                segments.append(Segment("prompt", tokenizer.plain_ids(part)))
+        segments += [own("close", self.user[1]), own("open", self.assistant[0])]
+        if answer is not None:
+            segments += [Segment("answer", tokenizer.plain_ids(answer)), own("end", self.assistant[1])]
+        return segments
+
+    def encode(
+        self,
+        tokenizer,
+        turns: Sequence[Tuple[Content, Optional[str]]],
+        max_length: int,
+        label_all_turn_markers: bool = True,
+    ) -> Dict[str, np.ndarray]:
+        """The sequence of a conversation; the last answer may be None, for a model to give.
+
+        A sequence above max_length loses text from its end: the last answer first, then earlier ones, then prompts;
+        never a part of an image's span. label_all_turn_markers: see encode_example.
+
+        Returns:
+            {"input_ids": int64 [T], "labels": int64 [T]}, labels -100 where nothing is learned.
+
+        Raises:
+            UserError: not even a sequence without text fits max_length.
+        """
+        segments = self.head(tokenizer)
+        for prompt, answer in turns:
+            segments += self.turn(tokenizer, prompt, answer)
+        kept = kept_lengths([(segment.kind, len(segment.ids)) for segment in segments], max_length)
+        all_turns = {"open": {tokenizer.im_start_id}}
+        all_turns["close"] = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.plain_ids("\n")}
+        ids: List[int] = []
+        labels: List[int] = []
+        for segment, length in zip(segments, kept):
+            ids += segment.ids[:length]
+            if segment.kind in ("answer", "end"):
+                labels += segment.ids[:length]
+            else:
+                learned = all_turns.get(segment.kind, ()) if label_all_turn_markers else ()
+                labels += [i if i in learned else IGNORE_INDEX for i in segment.ids[:length]]
+        return {"input_ids": np.array(ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64)}
+
+    def ending(self, tokenizer) -> List[int]:
+        """The ids by which an answer is known to have ended: those behind it, up to the first control token."""
+        ids = tokenizer.plain_ids(self.assistant[1], control_tokens=True)
+        first = next((place for place, i in enumerate(ids) if i >= tokenizer.eod_id), len(ids))
+        return ids[: first + 1]
+
+
+def kept_lengths(segments: Sequence[Tuple[str, int]], max_length: int) -> List[int]:
+    """How many ids of each segment stay so that all are at most max_length.
+
+    segments: (kind, length) in order. Answers give first, from the last on, each but for its first token, or the sample
+    would teach an empty caption; then the texts of prompts.
+
+    Raises:
+        UserError: the rest alone is longer.
+    """
+    kept = [length for _, length in segments]
+    surplus = sum(kept) - max_length
+    for giving, least in (("answer", 1), ("prompt", 0)):
+        for place in reversed(range(len(kept))):
+            if surplus > 0 and segments[place][0] == giving:
+                gone = min(surplus, max(0, kept[place] - least))
+                kept[place] -= gone
+                surplus -= gone
+    if surplus > 0:
+        raise UserError(f"max_length {max_length} is too small: the image spans and turn markers alone need more")
+    return kept
+
 
 # ---- training
 
 
-def with_images(prompt: str, n_images: int, first: int = 1) -> str:
-    """`Picture k: <img></img>\\n` for each image in front of a prompt, numbered from `first`."""
-    return "".join(f"Picture {k}: <img></img>\n" for k in range(first, first + n_images)) + prompt
+def place_images(
+    conversations: Sequence[Sequence[str]], n_images: int, n_queries: int
+) -> List[Tuple[Content, str]]:
+    """The turns of a record. Images are where prompts have `<img>…</img>`, else in front of the first prompt.
 
-
-def _drop_image_data(text: str, n_queries: int) -> str:
-    """Empty every `<img>…</img>` that holds more than a short name, so that base64 never reaches the tokenizer."""
-    kept, position = [], 0
-    while True:
-        start = text.find("<img>", position)
-        end = text.find("</img>", start) if start >= 0 else -1
-        if end < 0:
-            return "".join(kept) + text[position:]
-        name = text[start + 5 : end]
-        is_short = len(name.encode("utf-8", "replace")) <= n_queries
-        kept += [text[position : start + 5], name if is_short else "", "</img>"]
-        position = end + 6
-
-
-class _Piece:
-    """Ids of one stretch of a sequence and whether each is learned."""
-
-    def __init__(self, ids, learned, is_text=False):
-        self.ids, self.learned, self.is_text = list(ids), list(learned), is_text
-
-    def shorten(self, surplus: int, tokenizer, keep: int) -> int:
-        """Drop up to `surplus` ids from the end, no image span among them, and leave at least `keep` of text."""
-        inside, spare = False, []
-        for position, i in enumerate(self.ids):
-            inside = inside or i == tokenizer.img_start_id
-            if not inside:
-                spare.append(position)
-            inside = inside and i != tokenizer.img_end_id
-        gone = set(spare[max(keep, len(spare) - surplus) :])
-        self.ids, self.learned = (
-            [x for position, x in enumerate(xs) if position not in gone] for xs in (self.ids, self.learned)
-        )
-        return len(gone)
-
-
-def _sequence(tokenizer, conversations, n_images, template, max_length, label_all_turn_markers) -> List[_Piece]:
-    """The pieces of a training sequence, at most max_length ids in all; see encode_example."""
-    template = template or ChatTemplate.default()
+    Raises:
+        UserError: the prompts show another number of images, or a turn is not a pair of texts.
+    """
     if not conversations or not all(
         len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in conversations
     ):
         raise UserError("a conversation is a list of [prompt, answer] pairs of texts")
-    turns = [[_drop_image_data(text, tokenizer.n_queries) for text in turn] for turn in conversations]
-    if n_images and not any("<img>" in prompt for prompt, _ in turns):
-        turns[0][0] = with_images(turns[0][0], n_images)
-
-    newline = tokenizer.text_to_ids("\n")
-    markers = {tokenizer.im_start_id, tokenizer.im_end_id, *newline}
-
-    def opening(text):
-        ids = tokenizer.text_to_ids(text)
-        return _Piece(ids, [label_all_turn_markers and i == tokenizer.im_start_id for i in ids])
-
-    def closing(text, learned):
-        ids = tokenizer.text_to_ids(text)
-        return _Piece(ids, [learned or (label_all_turn_markers and i in markers) for i in ids])
-
-    def content(text, learned):
-        ids = tokenizer.text_to_ids(text, control_tokens=False)
-        return _Piece(ids, [learned] * len(ids), is_text=True)
-
-    pieces = [opening(_SYSTEM[0]), content(template.system, False), closing(_SYSTEM[1], False)]
-    answers, prompts = [], []
-    for prompt, answer in turns:
-        prompts.append(content(prompt, False))
-        answers.append(content(answer, True))
-        pieces += [opening(template.user[0]), prompts[-1], closing(template.user[1], False)]
-        pieces += [opening(template.assistant[0]), answers[-1], closing(template.assistant[1], True)]
-
-    spans = sum(piece.ids.count(tokenizer.img_start_id) for piece in pieces)
-    if spans != n_images:
+    turns = [(split_images(prompt, n_queries), answer) for prompt, answer in conversations]
+    spans = sum(count_images(prompt) for prompt, _ in turns)
+    if not spans:
+        turns[0] = (with_images(turns[0][0], n_images), turns[0][1])
+    elif spans != n_images:
         raise UserError(f"the conversation has {spans} image spans, but {n_images} images")
-
-    surplus = sum(len(piece.ids) for piece in pieces) - max_length
-    # An answer keeps its first token, or the sample would teach an empty caption.
-    for piece, keep in [(answer, 1) for answer in reversed(answers)] + [(prompt, 0) for prompt in reversed(prompts)]:
-        if surplus > 0:
-            surplus -= piece.shorten(surplus, tokenizer, keep)
-    if surplus > 0:
-        raise UserError(f"max_length {max_length} is too small: the image spans and turn markers alone need more")
-
-    return pieces
+    return turns
 
 
 def encode_example(
@@ -178,25 +321,17 @@ def encode_example(
     max_length: int = 2048,
     label_all_turn_markers: bool = True,
 ) -> Dict[str, np.ndarray]:
-    """A conversation as a training sequence.
+    """A conversation as a training sequence; see ChatTemplate.encode.
 
-    conversations: [[prompt, answer], …]. n_images: spans to hold; they are put in front of the first prompt unless
-    the prompts already have `<img>…</img>`. A sequence above max_length loses text from its end: the last answer
-    first, then earlier ones, then prompts; never a part of an image span.
+    conversations: [[prompt, answer], …] of a record. n_images: spans to hold; see place_images.
     label_all_turn_markers: learn `<|im_start|>`, `<|im_end|>` and the newline after it in every turn (label scheme b
-    of SPEC §3), not in the answers alone.
-
-    Returns:
-        {"input_ids": int64 [T], "labels": int64 [T]}, labels -100 where nothing is learned.
+    of docs/formats.md), not in the answers alone.
 
     Raises:
-        ImageTagError: image tags that do not pair up. UserError: the spans are not n_images, a turn is no pair of
-        texts, or not even a sequence without text fits max_length.
+        UserError: what place_images and ChatTemplate.encode raise.
     """
-    pieces = _sequence(tokenizer, conversations, n_images, template, max_length, label_all_turn_markers)
-    ids = np.array([i for piece in pieces for i in piece.ids], dtype=np.int64)
-    learned = np.array([flag for piece in pieces for flag in piece.learned], dtype=bool)
-    return {"input_ids": ids, "labels": np.where(learned, ids, IGNORE_INDEX)}
+    turns = place_images(conversations, n_images, tokenizer.n_queries)
+    return (template or ChatTemplate.default()).encode(tokenizer, turns, max_length, label_all_turn_markers)
 
 
 def example_length(
@@ -208,7 +343,7 @@ def example_length(
     max_length: int = 2048,
 ) -> int:
     """How many ids encode_example gives for the same arguments; raises what it raises. For planning batches."""
-    return sum(len(piece.ids) for piece in _sequence(tokenizer, conversations, n_images, template, max_length, True))
+    return len(encode_example(tokenizer, conversations, n_images, template=template, max_length=max_length)["labels"])
 
 
 class LengthCounter:
@@ -222,33 +357,28 @@ class LengthCounter:
 
     def __init__(self, tokenizer, template: Optional[ChatTemplate], max_length: int):
         self.tokenizer, self.template, self.max_length = tokenizer, template or ChatTemplate.default(), max_length
-        markers = [self.template.user, self.template.assistant]
-        self._system = self._count(self.template.system, False) + sum(self._count(text, True) for text in _SYSTEM)
-        self._turn = sum(self._count(text, True) for pair in markers for text in pair)
-        self._prompts: Dict[str, int] = {}
+        self._head = sum(len(segment.ids) for segment in self.template.head(tokenizer))
+        self._end = len(tokenizer.plain_ids(self.template.assistant[1], control_tokens=True))
+        self._prompts: Dict[Tuple, int] = {}
 
-    def _count(self, text: str, control_tokens: bool) -> int:
-        return len(self.tokenizer.text_to_ids(text, control_tokens))
-
-    def _prompt(self, text: str) -> int:
-        found = self._prompts.get(text)
+    def _prompt(self, prompt: Content) -> int:
+        """Ids of a turn up to its answer."""
+        key = tuple(parts_of(prompt))
+        found = self._prompts.get(key)
         if found is None:
-            found = self._count(text, False)
+            found = sum(len(segment.ids) for segment in self.template.turn(self.tokenizer, prompt, None))
             if len(self._prompts) < self._REMEMBERED:
-                self._prompts[text] = found
+                self._prompts[key] = found
         return found
 
     def __call__(self, conversations: Sequence[Sequence[str]], n_images: int) -> int:
-        if conversations and not any("<img>" in text for turn in conversations for text in turn):
-            total = self._system + self._turn * len(conversations)
-            for number, (prompt, answer) in enumerate(conversations):
-                prompt = with_images(prompt, 0 if number else n_images)
-                total += self._prompt(prompt) + self._count(answer, False)
-            if total <= self.max_length:
-                return total
-        return example_length(
-            self.tokenizer, conversations, n_images, template=self.template, max_length=self.max_length
-        )
+        turns = place_images(conversations, n_images, self.tokenizer.n_queries)
+        total = self._head
+        for prompt, answer in turns:
+            total += self._prompt(prompt) + len(self.tokenizer.plain_ids(answer)) + self._end
+        if total <= self.max_length:
+            return total
+        return len(self.template.encode(self.tokenizer, turns, self.max_length)["labels"])
 
 
 # ---- generation
@@ -256,59 +386,66 @@ class LengthCounter:
 
 def encode_prompt(
     tokenizer,
-    query: str,
-    history: Optional[Sequence[Tuple[str, str]]] = None,
-    system: str = DEFAULT_SYSTEM,
+    query: Content,
+    history: Optional[Sequence[Tuple[Content, str]]] = None,
+    system: Optional[str] = None,
     max_window_size: int = 6144,
+    template: Optional[ChatTemplate] = None,
 ) -> Tuple[str, List[int]]:
-    """The chatml context that the model continues with an answer to `query`.
+    """The context that the model continues with an answer to `query`.
 
-    history: earlier (query, answer) pairs; the oldest are left out so that system and history stay below
-    max_window_size tokens. Returns (text, ids).
+    query: Content, or a text as tokenizer.from_list_format makes it, with images as `<img>…</img>`. history: earlier
+    (query, answer) pairs; the oldest are left out so that system and history take at most max_window_size tokens.
+    system: in place of the template's.
 
-    Raises:
-        ImageTagError: image tags in query or history that do not pair up.
+    Returns:
+        (text, ids).
     """
-    newline = tokenizer.text_to_ids("\n")
+    template = template or ChatTemplate.default()
+    if system is not None:
+        template = template._replace(system=system)
 
-    def block(role, content):
-        text = f"<|im_start|>{role}\n{content}<|im_end|>"
-        content = _drop_image_data(content, tokenizer.n_queries)
-        ids = tokenizer.text_to_ids(role + "\n") + tokenizer.text_to_ids(content, control_tokens=False)
-        return text, [tokenizer.im_start_id] + ids + [tokenizer.im_end_id]
+    def ids_of(segments: Sequence[Segment]) -> List[int]:
+        return [i for segment in segments for i in segment.ids]
 
-    text, ids = block("system", system)
-    kept_text, kept_ids = "", []
+    head = ids_of(template.head(tokenizer))
+    text, ids = "", []
     for earlier, answer in reversed(list(history or ())):
-        user_text, user_ids = block("user", earlier)
-        bot_text, bot_ids = block("assistant", answer)
-        turn = newline + user_ids + newline + bot_ids
-        if len(ids) + len(turn) + len(kept_ids) >= max_window_size:
+        turn = ids_of(template.turn(tokenizer, named_images(earlier, tokenizer.n_queries), answer))
+        if len(head) + len(turn) + len(ids) > max_window_size:
             break
-        kept_text = f"\n{user_text}\n{bot_text}" + kept_text
-        kept_ids = turn + kept_ids
-    user_text, user_ids = block("user", query)
-    text += f"{kept_text}\n{user_text}\n<|im_start|>assistant\n"
-    ids = ids + kept_ids + newline + user_ids + newline
-    return text, ids + [tokenizer.im_start_id] + tokenizer.text_to_ids("assistant\n")
+        ids = turn + ids
+        text = as_text(earlier).join(template.user) + answer.join(template.assistant) + text
+    ids = head + ids + ids_of(template.turn(tokenizer, named_images(query, tokenizer.n_queries), None))
+    text = template.system.join(_SYSTEM) + text + as_text(query).join(template.user) + template.assistant[0]
+    return text, ids
 
 
-def clean_caption(text: str) -> str:
-    """A caption as one line of a results file: line breaks, tabs and other control characters become spaces,
-    runs of spaces one (SPEC §3)."""
+# ---- captions
+
+
+def single_line(text: str) -> str:
+    """A text as one line of a results file: line breaks, tabs and other control characters become spaces, runs of
+    spaces one."""
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
     return " ".join(text.split())
+
+
+def without_grounding(text: str) -> str:
+    """A text without boxes; of `<ref>a cup</ref>` the words stay."""
+    return _GROUNDING.sub("", text)
 
 
 class MGenVLProcessor:
     """Queries in the notebook's list form to model inputs.
 
-    tokenizer: MGenVLTokenizer; image_processor: MGenVLImageProcessor.
+    tokenizer: MGenVLTokenizer; image_processor: MGenVLImageProcessor. template: the model's, None for the default.
     """
 
-    def __init__(self, tokenizer, image_processor):
+    def __init__(self, tokenizer, image_processor, template: Optional[ChatTemplate] = None):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.template = template or ChatTemplate.default()
 
     def __call__(self, query, return_tensors="pd", allow_private_urls=False):
         """query: a list of parts {"image": path, URL, base64 or bytes} and {"text": …}, or a text without images.
@@ -331,7 +468,8 @@ class MGenVLProcessor:
             self.image_processor(open_image(load_image_source(source, allow_private_urls=allow_private_urls)))
             for source in sources
         ]
-        _, ids = encode_prompt(self.tokenizer, self.tokenizer.from_list_format(query))
+        parts = list_parts(query, self.tokenizer.n_queries)
+        _, ids = encode_prompt(self.tokenizer, parts, template=self.template)
         ids = np.array([ids], dtype=np.int64)
         arrays = {
             "input_ids": ids,

@@ -1,19 +1,16 @@
-"""Captions of the validation set during training: generated in batches, scored with CIDEr, written if wanted.
-
-Shapes: B samples, T padded prompt length, N images, S image side.
-"""
+"""Captions of the validation set during training: generated in batches, scored with CIDEr, written if wanted."""
 
 from __future__ import annotations
 
-import copy
+from itertools import groupby
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-import paddle
 
+from paddlemix.datasets.chatml import Question
 from paddlemix.metrics.captions import score_captions
-from paddlemix.models.mgen_vl.generation import decode_response
-from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, clean_caption
+from paddlemix.models.mgen_vl.captioning import Decoding, Prompt, generate_captions
+from paddlemix.processors.mgen_vl_processing import single_line, without_grounding
 from paddlemix.trainer.keys import GenerationArguments
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
@@ -34,11 +31,10 @@ class CaptionEvaluator:
     """
 
     def __init__(self, dataset, tokenizer, generation: GenerationArguments, batch_size: int, limit: Optional[int]):
-        # The first labelled position must be where the caption begins, whatever training labels besides.
-        self.dataset = copy.copy(dataset)
-        self.dataset.label_all_turn_markers = False
+        self.dataset = dataset
         self.tokenizer = tokenizer
-        self.generation = generation
+        strategy = "greedy_search" if generation.top_k == 1 else "sampling"
+        self.decoding = Decoding(generation.max_new_tokens, strategy, generation.top_k, generation.top_p)
         self.batch_size = batch_size
         self.limit = len(dataset) if limit is None else min(limit, len(dataset))
 
@@ -50,39 +46,20 @@ class CaptionEvaluator:
             samples = []
             for index in range(begin, min(begin + self.batch_size, self.limit)):
                 try:
-                    record = self.dataset.record(index)
-                    samples.append((f"{record.id}#{index}", record.turns[0][1], self.dataset.sample(index)))
+                    samples.append((index, self.dataset.question(index)))
                 except UserError:
                     continue
-            if samples:
-                texts = self._generate(model, [sample for _, _, sample in samples])
-                found += [Caption(name, text, clean_caption(truth)) for (name, truth, _), text in zip(samples, texts)]
+            for _, group in groupby(samples, key=lambda sample: sample[1].template):
+                found += self._generate(model, list(group))
         return found
 
-    def _generate(self, model, samples: List[Dict[str, np.ndarray]]) -> List[str]:
-        prompts = [sample["input_ids"][: np.argmax(sample["labels"] != IGNORE_INDEX)] for sample in samples]
-        T = max(map(len, prompts))
-        ids = np.full([len(prompts), T], self.tokenizer.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, T - len(prompt) :] = prompt
-            mask[row, T - len(prompt) :] = 1
-        # Spans of later turns lie behind the prompt; their images go with them.
-        spans = [int((prompt == self.tokenizer.img_start_id).sum()) for prompt in prompts]
-        images = np.concatenate([sample["images"][:count] for sample, count in zip(samples, spans)])
-        settings = self.generation
-        stop_ids = model.stop_ids(self.tokenizer)
-        new_ids, _ = model.generate(
-            paddle.to_tensor(ids),
-            images=paddle.to_tensor(images) if len(images) else None,
-            attention_mask=paddle.to_tensor(mask),
-            max_new_tokens=settings.max_new_tokens,
-            decode_strategy="greedy_search" if settings.top_k == 1 else "sampling",
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            eos_token_id=stop_ids,
-        )
-        return [clean_caption(decode_response(self.tokenizer, row, stop_ids)) for row in new_ids.tolist()]
+    def _generate(self, model, samples: List[Tuple[int, Question]]) -> List[Caption]:
+        prompts = [Prompt(question.ids, question.images) for _, question in samples]
+        texts = generate_captions(model, self.tokenizer, prompts, self.decoding, samples[0][1].template)
+        return [
+            Caption(f"{single_line(asked.id)}#{index}", text, single_line(without_grounding(asked.answer)))
+            for (index, asked), text in zip(samples, texts)
+        ]
 
     def thumbnail(self, name: str, side: int = 224) -> Optional[np.ndarray]:
         """The first image of the sample behind a Caption's id: uint8 [h, w, 3], thinned out to at most `side`.

@@ -234,9 +234,7 @@ def test_bad_samples_are_refused_in_words(make, tmp_path):
         (record(0, image=reference(file=".")), "not a plain file"),
         (prompt("<img>large.jpg</img>"), "larger than"),
         (prompt("<img>missing.jpg</img>"), "base64"),
-        (prompt("<img>unclosed"), "has no"),
         (prompt("text", image=[image_base64(k) for k in range(64)]), "max_length"),
-        (record(0, conversations=[["a", "<img></img>"]]), "2 image spans"),
     ]
     dataset = make([case for case, _ in cases], max_length=300)
     for index, (_, reason) in enumerate(cases):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from paddlemix.datasets import json_index, labels, tsv
 from paddlemix.datasets.chatml import ChatmlDataset
-from paddlemix.datasets.labels import Options, clean_caption, convert
+from paddlemix.datasets.labels import Options, convert, mend_caption
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
@@ -208,16 +208,16 @@ def test_clean_and_what_follows_from_it(run):
         ("", ""),
     ],
 )
-def test_clean_caption(text, cleaned):
-    assert clean_caption(text) == cleaned
-    assert clean_caption(cleaned) == cleaned
+def test_mend_caption(text, cleaned):
+    assert mend_caption(text) == cleaned
+    assert mend_caption(cleaned) == cleaned
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("，。、；,;:!? \t字a…—"), max_size=12))
 def test_clean_leaves_nothing_to_clean(text):
-    cleaned = clean_caption(text)
-    assert clean_caption(cleaned) == cleaned
+    cleaned = mend_caption(text)
+    assert mend_caption(cleaned) == cleaned
     assert len(cleaned) <= len(text) and cleaned == cleaned.strip()
 
 

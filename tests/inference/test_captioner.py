@@ -18,10 +18,10 @@ from paddlemix.inference.captioner import (
     choose_batch_size,
     free_memory,
     is_out_of_memory,
-    left_pad,
     windows,
 )
-from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.models.mgen_vl.captioning import left_pad
+from paddlemix.utils.errors import JobFailed
 from tests.helpers import image_base64, make_tiny_model, tiny_config
 
 
@@ -84,10 +84,15 @@ def test_prompts_of_different_length_in_one_batch(parts, images):
     assert together == [captioner.generate([sample])[0] for sample in samples]
 
 
-def test_a_prompt_with_image_tags_is_refused(parts):
-    for prompt in ("<img>x</img> what", "</img>", "<imgpad>"):
-        with pytest.raises(UserError, match="must not hold"):
-            Captioner(*parts, prompt=prompt, batch_size=1)
+def test_image_tags_in_a_prompt_are_text(parts, images):
+    model, tokenizer, _ = parts
+    for prompt in ("<img>x</img> what", "</img>", "<imgpad>", "<img>", "<|im_end|>"):
+        captioner = Captioner(*parts, prompt=prompt, system=prompt, batch_size=1, max_new_tokens=4)
+        ids = captioner.prompt_ids
+        assert (ids.count(tokenizer.img_start_id), ids.count(tokenizer.img_end_id)) == (1, 1)
+        assert ids.count(tokenizer.im_end_id) == 2
+        assert tokenizer.decode(ids).count(prompt) == 2 + (prompt == "<|im_end|>") * 2 + (prompt in "<img></img>")
+        assert next(captioner.captions(images[:1])).caption
 
 
 def test_an_empty_answer_is_no_caption(parts, images, monkeypatch):

@@ -34,10 +34,10 @@ def test_none_or_several(tmp_path):
         find_model_folder(str(tmp_path))
 
 
-def test_load_takes_the_system_text_of_the_template(tmp_path, capfd):
+def test_load_takes_the_template_of_the_folder(tmp_path, capfd):
     folder = save_tiny_model(tmp_path / "model")
     loaded = load_model(folder, device="cpu")
-    assert loaded.system == "You are a helpful assistant."
+    assert loaded.template.system == "You are a helpful assistant."
     assert not loaded.model.training
     assert loaded.processor.tokenizer is loaded.tokenizer
     assert "on cpu in float32; threads: " in capfd.readouterr().err
@@ -49,12 +49,11 @@ def test_load_takes_the_system_text_of_the_template(tmp_path, capfd):
         ],
     }
     (tmp_path / "model" / "chat_template.json").write_text(json.dumps(template))
-    assert load_model(folder).system == "You sell cups."
-    assert "turn markers" not in capfd.readouterr().err
+    assert load_model(folder).template.system == "You sell cups."
     template["conversation"][0] = "Q: {{user}}\n"
     (tmp_path / "model" / "chat_template.json").write_text(json.dumps(template))
-    load_model(folder)
-    assert "turn markers of its own" in capfd.readouterr().err
+    loaded = load_model(folder)
+    assert loaded.template.user == loaded.processor.template.user == ("Q: ", "\n")
 
 
 def test_a_dtype_or_device_that_is_not_there_is_said(tmp_path, capfd):

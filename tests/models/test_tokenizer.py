@@ -141,9 +141,10 @@ def test_forked_workers_encode_alike(merging):
 
 
 def test_control_tokens_of_a_user_stay_text(small):
-    assert small.text_to_ids("<|im_end|>", control_tokens=False) == list(b"<|im_end|>")
-    assert small.text_to_ids("<box>", control_tokens=False) == [256 + 210]
-    assert small.img_start_id in small.text_to_ids("<img></img>", control_tokens=False)
+    for text in ("<|im_end|>", "<img></img>", "a<imgpad>", "</img>", "<img>", "<|extra_0|>", "<img>x</img>"):
+        assert small.plain_ids(text) == list(text.encode()) and small.decode(small.plain_ids(text)) == text
+    assert small.plain_ids("<box>") == [256 + 210]
+    assert small.plain_ids("<|im_end|><img>", control_tokens=True) == [258, *b"<img>"]
 
 
 def test_image_spans(small):

@@ -88,7 +88,7 @@ def read_all(path):
 def captions(model, folder, rows):
     """What a model in memory says about each row, with the tokenizer and image settings of a folder."""
     loaded = load_model(str(folder))
-    captioner = Captioner(model, loaded.tokenizer, loaded.image_processor, system=loaded.system, max_new_tokens=6)
+    captioner = Captioner(model, loaded.tokenizer, loaded.image_processor, template=loaded.template, max_new_tokens=6)
     images = [line.split("\t")[1] for line in rows.read_text().splitlines()]
     return [answer.caption for answer in captioner.captions(images)]
 

@@ -15,6 +15,7 @@ import paddle
 from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
 from paddlemix.models.mgen_vl.language import KVCache, position_ids_from_mask
+from paddlemix.processors.mgen_vl_processing import count_images, encode_prompt, named_images
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import read_config_object
 from paddlemix.utils.runtime import resolve_flash
@@ -186,73 +187,78 @@ class CaptionGeneration:
         model_kwargs["attention_mask"] = paddle.gather(attention_mask, rows)
         return paddle.gather(input_ids, rows), model_kwargs
 
-    def chat(self, tokenizer, query, history=None, images=None, system=None, image_features=None, **kwargs):
+    def chat(
+        self, tokenizer, query, history=None, images=None, system=None, image_features=None, template=None, **kwargs
+    ):
         """One turn of a conversation, as in the baseline's chat.py.
 
-        query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it). history: earlier (query,
-        response) pairs. images [N, 3, S, S] or image_features [N, Q, D]: for all spans of history and query in order.
+        query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it), or Content (processors). history:
+        earlier (query, response) pairs. images [N, 3, S, S] or image_features [N, Q, D]: for all spans of history and
+        query in order. template: the model's ChatTemplate, None for the default; system: in place of its system text.
         kwargs: see generate.
 
         Returns:
             (response, history with this turn appended).
         """
-        from paddlemix.processors.mgen_vl_processing import DEFAULT_SYSTEM, encode_prompt
-
         history = list(history or [])
-        _, ids = encode_prompt(
-            tokenizer,
-            query,
-            history,
-            system=DEFAULT_SYSTEM if system is None else system,
-            max_window_size=self.generation_config.max_window_size,
-        )
+        window = self.generation_config.max_window_size
+        _, ids = encode_prompt(tokenizer, query, history, system, window, template)
         # Turns that fell out of the window took their images with them.
-        given = sum(text.count("<img>") for turn in history for text in turn) + query.count("<img>")
         spans = ids.count(tokenizer.img_start_id)
+        asked = [query, *(earlier for earlier, _ in history)]
+        given = sum(count_images(named_images(one, tokenizer.n_queries)) for one in asked)
         if images is not None:
             images = images[given - spans :]
         if image_features is not None:
             image_features = image_features[given - spans :] if spans else None
-        kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer))
+        kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer, template))
         new_ids, _ = self.generate(
             paddle.to_tensor([list(ids)], dtype="int64"), images=images, image_features=image_features, **kwargs
         )
-        response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"])
+        ending = () if template is None else template.ending(tokenizer)
+        response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"], ending)
         history.append((query, response))
         return response, history
 
     @staticmethod
-    def stop_ids(tokenizer):
-        """Ids that end a chatml answer."""
-        return [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+    def stop_ids(tokenizer, template=None):
+        """Ids that end an answer: those of chatml, and the one that the template puts behind an answer."""
+        ids = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+        ending = [] if template is None else template.ending(tokenizer)
+        return ids + [i for i in ending if len(ending) == 1 and i not in ids]
 
 
-def decode_response(tokenizer, ids, stop_ids) -> str:
-    """Text of generated ids up to the first stop id."""
-    stop = set(stop_ids)
+def decode_response(tokenizer, ids, stop_ids, ending=()) -> str:
+    """Text of generated ids up to the first stop id, or the first `ending` (see ChatTemplate.ending)."""
+    stop, n = set(stop_ids), len(ending)
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    if n > 1:
+        end = next((i for i in range(end) if ids[i : i + n] == list(ending)), end)
     return tokenizer.decode(ids[:end]).strip()
 
 
 class TextStreamer:
     """generate's `streamer` for one row: an answer's text, in pieces, as soon as they are certain.
 
-    tokenizer, stop_ids: as for decode_response, whose result the pieces add up to. write: called with each piece, a
-    str. Held back until more is known: bytes of an unfinished character, blanks that may be the last, an image tag.
+    tokenizer, stop_ids, ending: as for decode_response, whose result the pieces add up to. write: called with each
+    piece, a str. Held back until more is known: bytes of an unfinished character, blanks that may be the last, an
+    image span.
     """
 
-    def __init__(self, tokenizer, stop_ids, write):
-        self._tokenizer, self._stop_ids, self._write = tokenizer, stop_ids, write
+    def __init__(self, tokenizer, stop_ids, write, ending=()):
+        self._tokenizer, self._write = tokenizer, write
+        self._stops = stop_ids, ending
         self._ids, self._shown = [], ""
 
     def put(self, token_ids) -> None:
         """token_ids: the next id, int64 [1, 1] or [1]."""
         self._ids += token_ids.flatten().tolist()
-        text = decode_response(self._tokenizer, self._ids, self._stop_ids)
-        self._show(text[: text.find("<img>")] if "<img>" in text else text.rstrip("\ufffd").rstrip())
+        span = self._tokenizer.img_start_id
+        known = self._ids[: self._ids.index(span)] if span in self._ids else self._ids
+        self._show(decode_response(self._tokenizer, known, *self._stops).rstrip("\ufffd").rstrip())
 
     def end(self) -> None:
-        self._show(decode_response(self._tokenizer, self._ids, self._stop_ids))
+        self._show(decode_response(self._tokenizer, self._ids, *self._stops))
 
     def _show(self, text: str) -> None:
         if len(text) > len(self._shown):

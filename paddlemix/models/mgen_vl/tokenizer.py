@@ -17,6 +17,7 @@ from typing import Dict, List, Union
 from paddlenlp.transformers import PretrainedTokenizer
 
 from paddlemix.checkpoint.model_folder import VOCABULARIES
+from paddlemix.processors.mgen_vl_processing import as_text, list_parts
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
 from paddlemix.utils.files import atomic_write, read_config_object, short_int
 
@@ -25,9 +26,10 @@ PATTERN = (
 )
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMG_START, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
-# Tags that a user's text may use. The others in SPECIAL_TOKENS steer the conversation and stay plain text there.
-CONTENT_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", IMG_START, IMG_END, IMG_PAD)
-SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END) + tuple(f"<|extra_{i}|>" for i in range(205)) + CONTENT_TAGS
+_GROUNDING_NAMES = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_CONTROL_NAMES = (END_OF_TEXT, IM_START, IM_END) + tuple(f"<|extra_{i}|>" for i in range(205))
+SPECIAL_TOKENS = _CONTROL_NAMES + _GROUNDING_NAMES + (IMG_START, IMG_END, IMG_PAD)
+_GROUNDING_TAGS, _CONTROL_TOKENS = set(_GROUNDING_NAMES), set(_CONTROL_NAMES)
 
 # The real file is 2.6 MB; a stranger's may not eat the memory.
 _MAX_VOCABULARY_BYTES = 16 << 20
@@ -123,17 +125,16 @@ class MGenVLTokenizer(PretrainedTokenizer):
 
     # ---- text to ids
 
-    def text_to_ids(self, text: str, control_tokens: bool = True) -> List[int]:
-        """Encode a text, NFC-normalised, image spans included.
+    def text_to_ids(self, text: str) -> List[int]:
+        """Encode a text, NFC-normalised, in which every tag counts: control tokens, and image spans.
 
-        control_tokens: whether `<|im_start|>` and its like count as tokens. Off for text from users and data, which
-        must not steer the conversation; the tags of CONTENT_TAGS always count.
+        For texts of one's own. What users and data say goes through plain_ids.
 
         Raises:
             ImageTagError: `<img>` without its `</img>`, one inside another, a special token between them, or more
             bytes between them than n_queries.
         """
-        allowed = set(SPECIAL_TOKENS if control_tokens else CONTENT_TAGS)
+        allowed = set(SPECIAL_TOKENS)
         text = unicodedata.normalize("NFC", text)
         ids: List[int] = []
         position = 0
@@ -149,6 +150,15 @@ class MGenVLTokenizer(PretrainedTokenizer):
             position = end + len(IMG_END)
         return ids + self._encode(text[position:], allowed)
 
+    def plain_ids(self, text: str, control_tokens: bool = False) -> List[int]:
+        """Encode a text, NFC-normalised, in which image tags are plain characters. Never raises.
+
+        control_tokens: whether `<|im_start|>` and its like are tokens, as in a chat template; from users and data they
+        are plain characters, too. Grounding tags are tokens.
+        """
+        allowed = _GROUNDING_TAGS | (_CONTROL_TOKENS if control_tokens else set())
+        return self._encode(unicodedata.normalize("NFC", text), allowed)
+
     def _encode(self, text: str, allowed) -> List[int]:
         ids: List[int] = []
         for start in range(0, len(text), _MAX_STRETCH):
@@ -157,18 +167,22 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return ids
 
     def _encode_span(self, name: str) -> List[int]:
-        content = list(name.encode("utf-8", "replace"))
-        if len(content) > self.n_queries:
-            raise ImageTagError(f"{len(content)} bytes between <img> and </img>, with room for {self.n_queries}")
         for token in SPECIAL_TOKENS:
             if token in name:
                 raise ImageTagError(f"{token} stands between <img> and </img>")
+        return self.image_span(name)
+
+    def image_span(self, name: str = "") -> List[int]:
+        """Ids of one image: `<img>`, the bytes of its name, `<imgpad>` up to n_queries ids, `</img>`.
+
+        Raises:
+            ImageTagError: the name is longer than that.
+        """
+        content = list(name.encode("utf-8", "replace"))
+        if len(content) > self.n_queries:
+            raise ImageTagError(f"{len(content)} bytes between <img> and </img>, with room for {self.n_queries}")
         padding = [self.img_pad_id] * (self.n_queries - len(content))
         return [self.img_start_id] + content + padding + [self.img_end_id]
-
-    def image_span(self) -> List[int]:
-        """Ids of one image: `<img>`, n_queries times `<imgpad>`, `</img>`."""
-        return self._encode_span("")
 
     def tokenize(self, text, **kwargs):
         """Tokens as PaddleNLP's base class passes them on: bytes, str for special ones; see text_to_ids."""
@@ -241,25 +255,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
         Raises:
             UserError: a part of another kind.
         """
-        text, images = "", 0
-        for part in parts:
-            if "image" in part:
-                images += 1
-                source = part["image"] if isinstance(part["image"], str) else ""
-                if len(source.encode("utf-8", "replace")) > self.n_queries:
-                    source = ""
-                text += f"Picture {images}: {IMG_START}{source}{IMG_END}\n"
-            elif "text" in part:
-                text += part["text"]
-            elif "box" in part or "ref" in part:
-                if "ref" in part:
-                    text += f"<ref>{part['ref']}</ref>"
-                boxes = part.get("box", [])
-                for box in boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes] if boxes else []:
-                    text += "<box>({:d},{:d}),({:d},{:d})</box>".format(*box)
-            else:
-                raise UserError(f"a part of a query is an image, a text or a box, not {sorted(part)}")
-        return text
+        return as_text(list_parts(parts, self.n_queries))
 
     def to_list_format(self, text: str) -> List[Dict[str, str]]:
         """The parts of a text: the inverse of from_list_format, as strings."""
