@@ -31,7 +31,7 @@ from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Se
 from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.tsv import EMPTY_CAPTION, TsvRow, check_input, read_rows
 from paddlemix.processors.images import decode_base64, open_image, read_header
-from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
+from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, NAMED_IMAGE, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.progress import Progress
@@ -394,6 +394,9 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         JobFailed: no row was accepted (only rejected.tsv is written then), or the disk is full.
     """
     size = check_input(path)
+    shown = len(NAMED_IMAGE.findall(options.prompt))
+    if shown > 1:
+        raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
     if os.path.realpath(path) in {os.path.realpath(os.path.join(out_dir, name)) for name in OUTPUTS}:
         raise UserError(f"{path} would be overwritten; choose another output folder")
     rejected: Counter = Counter()
