@@ -57,7 +57,7 @@ def run_values(model, data, tmp_path, **changes):
         "model_name_or_path": model, "output_dir": str(tmp_path / "run"), "dataset": entries, "do_train": True,
         "do_eval": True, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "num_train_epochs": 1,
         "logging_steps": 1, "max_new_tokens": 3, "eval_with_do_generation": True, "disable_tqdm": True,
-        "report_to": ["none"], "save_strategy": "no",
+        "report_to": ["none"], "save_strategy": "no", "device": "cpu",
     }  # fmt: skip
     return {**values, **changes}
 
