@@ -34,7 +34,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         epilog=MORE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a model folder, or the one that holds it")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned")
     parser.add_argument(
         "image", metavar="IMAGE", nargs="?", help="a path, a URL or base64 (default: a red cup; none if interactive)"
     )
@@ -63,7 +63,8 @@ def main() -> int:
 
     from paddlemix.inference.boxes import save_boxes
     from paddlemix.inference.conversation import Conversation, converse, write_piece
-    from paddlemix.inference.loading import find_model_folder, load_model
+    from paddlemix.inference.loading import load_model
+    from paddlemix.inference.source import find_source
     from paddlemix.processors.images import load_image_source, read_header
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
     from paddlemix.utils.runtime import seed_everything
@@ -74,18 +75,18 @@ def main() -> int:
         return data
 
     # Before the model, which takes a minute to load.
-    folder = find_model_folder(args.model)
+    model = find_source(args.model, args.lora_path)
     sources = ([] if args.image is None else [args.image]) + args.images
     if not sources and not args.interactive:
         sources = [EXAMPLE]
     images = [fetch(source) for source in sources]
-    conversation = Conversation(load_model(folder, args.dtype, args.device), args.system, **options)
+    conversation = Conversation(load_model(model, args.dtype, args.device), args.system, **options)
     for image in images:
         conversation.add_image(image)
     if args.seed is not None:
         seed_everything(args.seed)
     if args.interactive:
-        converse(conversation, fetch, folder, args.boxes, args.stream, args.prompt)
+        converse(conversation, fetch, model.base, args.boxes, args.stream, args.prompt)
         return 0
 
     start = time.time()
@@ -97,7 +98,7 @@ def main() -> int:
     print("" if args.stream else f"response: {cli.harmless(' '.join(response.split()))}")
     print("------------------")
     print("It took", time.time() - start, "seconds!")
-    save_boxes(response, conversation.picture, args.boxes, folder)
+    save_boxes(response, conversation.picture, args.boxes, model.base)
     return 0
 
 

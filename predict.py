@@ -36,7 +36,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("input", metavar="INPUT", help="rows of id and base64 image, tab-separated")
     parser.add_argument("output", metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial")
-    parser.add_argument("model", metavar="MODEL_OR_WEIGHTS_DIR", help="a model folder, or the one that holds it")
+    parser.add_argument(
+        "model", metavar="MODEL_OR_WEIGHTS_DIR", help="a model folder, the one that holds it, or what a run tuned"
+    )
     parser.add_argument("--prompt", help="the question about each image (default: 请描述图片内容)")
     parser.add_argument(
         "--fallback",

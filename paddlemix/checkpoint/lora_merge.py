@@ -33,7 +33,7 @@ from paddlemix.checkpoint.model_folder import (
     gather,
     inside,
 )
-from paddlemix.checkpoint.origin import Origin, model_fingerprint
+from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.shards import FORMATS, Item, WeightsReader, open_weights, write_model
 from paddlemix.checkpoint.structure import is_language
 from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, TensorInfo, convert_dtype, printable, rows_of
@@ -110,37 +110,11 @@ class _TwoModels:
         return self._reader(name).raw(name)
 
 
-def check_origin(origin: Origin, tuned: str, base: str, text: Optional[str], force: bool = False) -> None:
-    """Whether the run in `tuned` started from the model in `base`, and from the LLM of the one in `text`, if given.
-
-    A note without a fingerprint, or no note, is a warning. force: so is everything else.
-
-    Raises:
-        WeightsError: it did not.
-    """
-    if origin.base_fingerprint is None:
-        logger.warning(
-            f"{tuned} does not say from which weights it was tuned (it is of an older version): "
-            f"nothing shows that {base} is that model"
-        )
-    pairs = ((base, origin.base, origin.base_fingerprint), (text, origin.text, origin.text_fingerprint))
-    for folder, there, noted in pairs:
-        if folder is None or noted is None or model_fingerprint(folder) == noted:
-            continue
-        again = Origin.read(folder).base_fingerprint == noted
-        problem = f"{tuned} was tuned from {printable(str(there), 300)}, and {folder} is another model" + (
-            ", itself tuned from that one: is this tuning merged into it already?" if again else ""
-        )
-        if not force:
-            raise WeightsError(f"{problem} (--force merges all the same)")
-        logger.warning(problem)
-
-
 def _check_text_folder(origin: Origin, tuned: str, text: Optional[str]) -> None:
     if text is None and origin.text is not None:
         raise UserError(
             f"the run in {tuned} took its LLM from {printable(origin.text, 300)}: "
-            f"add --text_model_name_or_path {shlex.quote(printable(origin.text, 300))}, or where it is now"
+            f"add --text_model_name_or_path {shlex.quote(printable(origin.text, 300))}, or the folder where it is now"
         )
     if text is not None and origin.text is None:
         raise UserError(f"the run in {tuned} took its LLM from the base: leave --text_model_name_or_path out")
@@ -249,7 +223,7 @@ def merge(
         merged, replaced = plan_merge(base, lora, rank)
         if not merged and not replaced:
             raise WeightsError(f"{lora.files[0]} holds no tensors")
-        check_origin(origin, lora_folder, base_folder, text_folder, force)
+        origin.check(lora_folder, base_folder, text_folder, force)
         items = []
         adapted, whole = set(merged), set(replaced)
         for name in base.keys():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from typing import Dict, List, Optional, Sequence
 
 from paddlemix.checkpoint.tensors import printable
@@ -129,12 +130,10 @@ def find_weights(folder: str) -> str:
     shards = sorted(name for name in names if role(name) in (WEIGHTS, TORCH_WEIGHTS))
     if shards:
         raise WeightsError(f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)")
-    if LORA_WEIGHTS_NAME in names:
-        raise WeightsError(f"{folder} is a LoRA checkpoint, not a model: merge it first (merge_lora_params.py)")
-    if PARTIAL_WEIGHTS_NAME in names:
-        raise WeightsError(
-            f"{folder} holds the tensors that a run trained, not a model: merge it first (merge_lora_params.py)"
-        )
+    for tuned, what in ((LORA_WEIGHTS_NAME, "is a LoRA checkpoint"),
+                        (PARTIAL_WEIGHTS_NAME, "holds the tensors that a run trained")):  # fmt: skip
+        if tuned in names:
+            raise WeightsError(f"{folder} {what}, not a model: merge it first: {merge_command(folder)}")
     raise WeightsError(f"no weights in {folder} (looked for {', '.join(layouts)} and their shards)")
 
 
@@ -148,6 +147,13 @@ def find_tuned_weights(folder: str) -> Optional[str]:
         if os.path.lexists(os.path.join(folder, name)):
             return inside(folder, name)
     return None
+
+
+def merge_command(tuned: str, base: Optional[str] = None, text: Optional[str] = None) -> str:
+    """The command that makes a model folder of what a run tuned, to be copied; BASE stands for an unknown base."""
+    words = ["python", "merge_lora_params.py", "--model_name_or_path", base or "BASE", "--lora_path", tuned]
+    words += ["--text_model_name_or_path", text] if text is not None else []
+    return " ".join(shlex.quote(word) for word in [*words, "--merge_model_path", os.path.normpath(tuned) + "-merged"])
 
 
 # ---- folders to write

@@ -5,7 +5,7 @@
     base_fingerprint          model_fingerprint of each
     text_fingerprint
 
-The folders are names only. Whether a folder is the one meant is told by its fingerprint.
+The folders are names only, and a note may be a stranger's: the fingerprint tells whether a folder is the one meant.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 from paddlemix.checkpoint.json_files import read_json_object, write_json
 from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, inside
 from paddlemix.checkpoint.shards import open_weights
 from paddlemix.checkpoint.structure import structure
+from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.log import logger
 
 _KEYS = ("model_name_or_path", "text_model_name_or_path", "base_fingerprint", "text_fingerprint")
 
@@ -58,6 +60,47 @@ class Origin(NamedTuple):
 
     def write(self, folder: str) -> None:
         write_json(os.path.join(folder, TUNED_FROM_NAME), dict(zip(_KEYS, self)))
+
+    def check(self, tuned: str, base: str, text: Optional[str] = None, force: bool = False) -> None:
+        """Whether the run in `tuned`, whose note this is, started from the model in `base`, and from the LLM of the
+        one in `text`, if given.
+
+        A note without a fingerprint, or no note, is a warning. force: so is another model.
+
+        Raises:
+            WeightsError: it did not.
+        """
+        if self.base_fingerprint is None:
+            logger.warning(
+                f"{tuned} does not say from which weights it was tuned (it is of an older version): "
+                f"nothing shows that {base} is that model"
+            )
+        pairs = ((base, self.base, self.base_fingerprint), (text, self.text, self.text_fingerprint))
+        for folder, there, noted in pairs:
+            if folder is None or noted is None or model_fingerprint(folder) == noted:
+                continue
+            again = Origin.read(folder).base_fingerprint == noted
+            problem = f"{tuned} was tuned from {printable(str(there), 300)}, and {folder} is another model" + (
+                ", itself tuned from that one: is this tuning merged into it already?" if again else ""
+            )
+            if not force:
+                raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)")
+            logger.warning(problem)
+
+    def find(self) -> Tuple[Optional[str], Optional[str]]:
+        """(base, text) as the note names them, each None unless the model there has the fingerprint in the note.
+
+        So a stranger's note leads to no other model than one that the stranger knows already.
+        """
+        pairs = ((self.base, self.base_fingerprint), (self.text, self.text_fingerprint))
+        return tuple(folder if folder is not None and _is_model(folder, noted) else None for folder, noted in pairs)
+
+
+def _is_model(folder: str, fingerprint: Optional[str]) -> bool:
+    try:
+        return fingerprint is not None and os.path.isdir(folder) and model_fingerprint(folder) == fingerprint
+    except (WeightsError, OSError):
+        return False
 
 
 def model_fingerprint(folder: str) -> str:

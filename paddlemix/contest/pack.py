@@ -20,7 +20,7 @@ from typing import Iterator, List, NamedTuple, Set
 from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open_weights
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, VOCABULARIES, find_tuned_weights, gather, inside
 from paddlemix.contest.sources import REQUIREMENTS_NAME
-from paddlemix.inference.loading import find_model_folder
+from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write, copy_file, link_or_copy

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
-from paddlemix.utils.errors import UserError
+from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint.model_folder import LORA_WEIGHTS_NAME, VOCABULARIES, find_tuned_weights
+from paddlemix.checkpoint.structure import is_language
+from paddlemix.inference.source import Source
+from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.log import logger
 
 
@@ -19,42 +23,59 @@ class Loaded(NamedTuple):
     template: Any
 
 
-def find_model_folder(path: str) -> str:
-    """The model folder at `path`, or the only one inside it (`weights/` holds one model folder).
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
-    if not os.path.isdir(path):
-        raise UserError(f"no folder {path}: give a model folder, or the folder that holds it")
-    if os.path.isfile(os.path.join(path, "config.json")):
-        return path
-    inside = [name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name, "config.json"))]
-    if not inside:
-        raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder")
-    if len(inside) > 1:
-        raise UserError(f"{path} holds several models ({', '.join(inside)}): name one of them")
-    return os.path.join(path, inside[0])
-
-
-def load_model(folder: str, dtype: Optional[str] = None, device: Optional[str] = None) -> Loaded:
-    """Load a model folder (see find_model_folder) for inference; device, dtype and threads are logged.
+def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: Optional[str] = None) -> Loaded:
+    """Load a model folder, or what find_source gives, for inference; device, dtype and threads are logged.
 
     dtype: by default as the weights are stored, where the device can compute in it. device: see
     resolve_device.
 
     Raises:
-        UserError: the folder is not a whole model.
+        UserError: the folder is not a whole model, or what was tuned does not fit it.
     """
-    from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoProcessorMIX
+    from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
+    from paddlemix.processors.images import MGenVLImageProcessor
+    from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate, MGenVLProcessor
     from paddlemix.utils.runtime import describe_threads, resolve_device
 
     chosen = resolve_device(device)
     if chosen.reason:
         logger.warning(chosen.reason)
+    source = source if isinstance(source, Source) else Source(source)
+    folder = source.base
     config = AutoConfigMIX.from_pretrained(folder, dtype=dtype)
-    processor, image_processor = AutoProcessorMIX.from_pretrained(folder)
+    image_processor = MGenVLImageProcessor.from_config(config)
+    tokenizer = AutoTokenizerMIX.from_pretrained(source.folder_of(*VOCABULARIES))
+    template = ChatTemplate.of_folder(source.folder_of(CHAT_TEMPLATE_NAME))
+    processor = MGenVLProcessor(tokenizer, image_processor, template)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
+    put_on(model, source)
     fused = ", fused attention" if model.generates_fused() else ""
     logger.info("%s on %s in %s%s; %s", folder, chosen.value, model.config.dtype, fused, describe_threads())
-    return Loaded(model, processor.tokenizer, processor, image_processor, processor.template)
+    return Loaded(model, tokenizer, processor, image_processor, template)
+
+
+def put_on(model, source: Source) -> None:
+    """Set the weights of source.text's LLM, and those that were tuned; adapters stay beside the weights, unmerged.
+
+    Raises:
+        WeightsError: files are broken, or do not fit the model.
+    """
+    from paddlemix.models.lora import load_lora
+
+    shapes = parameter_shapes(model.config)
+    if source.text is not None:
+        language = {name: shape for name, shape in shapes.items() if is_language(name)}
+        with open_weights(source.text) as reader:
+            check_weights(reader, language, source.text, others=True)
+            model.fill(reader, set(language))
+    if source.tuned is None:
+        return
+    path = find_tuned_weights(source.tuned)
+    if os.path.basename(path) == LORA_WEIGHTS_NAME:
+        load_lora(model, source.tuned)
+    else:
+        with open_weights(path) as reader:
+            trained = {name: shapes[name] for name in reader.keys() if name in shapes}
+            check_weights(reader, trained, path)
+            model.fill(reader, set(trained))
+    logger.info("with what was tuned in %s, unmerged", source.tuned)

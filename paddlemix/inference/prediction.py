@@ -9,10 +9,11 @@ from typing import Callable, Iterator, Optional
 
 from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
-from paddlemix.inference.loading import find_model_folder, load_model
+from paddlemix.inference.loading import load_model
 from paddlemix.inference.options import FALLBACK
-from paddlemix.inference.results import ResultsWriter, fingerprint_folder, input_facts, report_notes, row_id
+from paddlemix.inference.results import ResultsWriter, input_facts, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
+from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import JobFailed, UserError
@@ -72,6 +73,7 @@ def predict_file(
     shard: Optional[Shard] = None,
     keep_boxes: bool = False,
     postprocess: PostProcessing = _AS_IT_IS,
+    lora_path: Optional[str] = None,
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption (SPEC §4).
 
@@ -97,7 +99,7 @@ def predict_file(
         shard = Shard(rank() + 1, world_size())
     check_input(input)
     facts = input_facts(input)
-    folder = find_model_folder(model)
+    source = find_source(model, lora_path)
     if shard is not None:
         output = shard.path(output)
     if os.path.exists(output) and os.path.samefile(input, output):
@@ -107,7 +109,7 @@ def predict_file(
         raise UserError("--fallback must hold text")
     run = {
         "input": {"bytes": facts.size, "sha256": facts.sha256},
-        "model": {"sha256": fingerprint_folder(folder)},
+        "model": source.fingerprints(),
         "settings": {
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
@@ -135,7 +137,7 @@ def predict_file(
         first = next(rows, None)
         captioner = None
         if first is not None:
-            loaded = load_model(folder, dtype, device)
+            loaded = load_model(source, dtype, device)
             captioner = Captioner(
                 loaded.model,
                 loaded.tokenizer,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from paddlemix.inference.loading import find_model_folder, load_model
+from paddlemix.inference.loading import load_model
+from paddlemix.inference.source import find_model_folder
 from paddlemix.utils.errors import UserError
 from tests.helpers import save_tiny_model
 

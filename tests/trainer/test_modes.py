@@ -138,6 +138,11 @@ def test_train_save_merge_predict(name, root, deep, rows, run_keys, tmp_path):
     trainer.model.eval()
     ours = captions(base_of(trainer.model), merged, rows)
     assert predicted(merged, rows, tmp_path / "results.txt") == ours
+    # What was tuned, with the base that it names, and put on the base by hand.
+    assert predicted(out, rows, tmp_path / "direct.txt") == ours
+    if merged != out:
+        predict_file(str(rows), str(tmp_path / "on.txt"), deep, max_new_tokens=6, lora_path=str(out))
+        assert (tmp_path / "on.txt").read_bytes() == (tmp_path / "direct.txt").read_bytes()
     assert ours != captions(AutoModelMIX.from_pretrained(deep), merged, rows)
 
 

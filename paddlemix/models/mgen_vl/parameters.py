@@ -129,8 +129,8 @@ def cut_problems(config: Any, cards: int) -> List[str]:
     return problems
 
 
-def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str) -> None:
-    """Compare stored keys and shapes with the model's.
+def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, others: bool = False) -> None:
+    """Compare stored keys and shapes with the model's. others: whether there may be more than these.
 
     Raises:
         WeightsError: names every missing, unexpected and misshapen key (the first ten of each).
@@ -144,7 +144,7 @@ def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str) -
             problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
 
     report("missing", [name for name in shapes if name not in stored])
-    report("unexpected", sorted(stored - set(shapes)))
+    report("unexpected", [] if others else sorted(stored - set(shapes)))
     wrong = []
     for name, shape in shapes.items():
         if name in stored and tuple(reader.info(name).shape) != shape:
