@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Dict, List, Mapping, NamedTuple
 
-from paddlemix.datasets.chatml import SampleError, parse_record
 from paddlemix.datasets.json_index import record_bounds
+from paddlemix.datasets.records import SampleError, parse_record
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
     EMPTY_CAPTION,

@@ -1,20 +1,14 @@
 """Training samples from train.json files: each record is found by an index, and read and decoded when it is asked for.
 
-A record (SPEC §3): {"id": …, "conversations": [[prompt, caption], …], "image": …}. "image" is base64 text, a reference
-{"file", "offset", "length"} to base64 text in another file (beside the JSON, or relative to its folder), or a list of
-these; it may be missing. A prompt may hold its images itself, as `<img>path or base64</img>`.
+Whatever is wrong with a record costs that record alone: the next good one takes its place.
 
-Record text comes from anywhere, so it is bounded before it is parsed, and whatever is wrong with a record costs that
-record alone: the next good one takes its place.
-
-    bytes [start, end) → Record → ids and labels [t]   (processors.mgen_vl_processing)
-                                → pixel values [n, 3, S, S]   (processors.images)
+    bytes [start, end) → Record (records.py) → ids and labels [t]   (processors.mgen_vl_processing)
+                                             → pixel values [n, 3, S, S]   (processors.images)
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import multiprocessing
 import os
 import re
@@ -25,14 +19,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from paddlemix.datasets.collator import Failure, Sample
 from paddlemix.datasets.entries import Entry
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.packing import SampleLengths
+from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import (
-    NAMED_IMAGE,
     ChatTemplate,
     LengthCounter,
     count_images,
@@ -42,156 +37,10 @@ from paddlemix.processors.mgen_vl_processing import (
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.log import logger
 
-# A record of captions has a few dozen brackets and commas. Parsed, `[],[],[],…` takes twenty times its bytes, so a
-# record with more of them is refused unparsed.
-MAX_STRUCTURE = 200_000
-MAX_NUMBER_DIGITS = 20
-MAX_IMAGES = 64
-# Far more than max_length tokens hold; what is shortened is tokenised first.
-MAX_TEXT_CHARS = 200_000
 # So many bad records in a row are no accident.
 MAX_FAILURES_IN_A_ROW = 1000
 LOG_EVERY = 1000
-# A longer text between <img> and </img> is base64 without a look for such a file.
-MAX_PATH_CHARS = 1024
 MAX_OPEN_FILES = 16
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class SampleError(UserError):
-    """This record cannot be used; the message says why, in a few words."""
-
-
-class Record(NamedTuple):
-    """A checked record: its id, (prompt, answer) per turn, and where its images come from, in the order of the text.
-
-    A source is base64 text, a reference dict, or ("path", name). Prompts that held images hold empty `<img></img>`.
-    """
-
-    id: str
-    turns: List[Tuple[str, str]]
-    images: List[Any]
-
-
-def _short_int(digits: str) -> int:
-    # int() takes time with the square of the length, on Pythons without a limit of their own.
-    if len(digits) > MAX_NUMBER_DIGITS:
-        raise SampleError("a number is too long")
-    return int(digits)
-
-
-def parse_record(text: bytes, folder: str = "") -> Record:
-    """The record in `text`, one JSON object with blanks, commas or an array's bracket around it.
-
-    folder: where image paths in prompts are looked for, beside the working directory.
-
-    Raises:
-        SampleError: it is no JSON, or not a record of the form above.
-    """
-    text = text.strip(b" \t\r\n,[]\xef\xbb\xbf")
-    if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
-        raise SampleError("too many brackets and commas for a record")
-    try:
-        value = json.loads(text.decode("utf-8"), parse_int=_short_int)
-    except UnicodeDecodeError:
-        raise SampleError("not UTF-8") from None
-    except RecursionError:
-        raise SampleError("nested too deeply") from None
-    except ValueError as error:
-        raise SampleError(f"not JSON: {str(error)[:80]}") from None
-    if not isinstance(value, dict):
-        raise SampleError("not a JSON object")
-    record_id = value.get("id", "")
-    if not isinstance(record_id, (str, int)):
-        raise SampleError('"id" is not a text')
-    turns = _turns(value.get("conversations"))
-    given = value.get("image")
-    images = given if isinstance(given, list) else [] if given in (None, "") else [given]
-    for image in images:
-        _check_source(image)
-    turns, images = _images_in_prompts(turns, images, folder)
-    n_chars = sum(len(text) for turn in turns for text in turn)
-    if n_chars > MAX_TEXT_CHARS:
-        raise SampleError(f"texts of {n_chars} characters; at most {MAX_TEXT_CHARS} are taken")
-    if len(images) > MAX_IMAGES:
-        raise SampleError(f"{len(images)} images; at most {MAX_IMAGES} are taken")
-    return Record(str(record_id), turns, images)
-
-
-_IMAGE_TEXT = re.compile(rb'"image"\s*:\s*"')
-
-
-def _without_image(text: bytes) -> bytes:
-    """A record's text with the first bytes of its base64, which is nearly all of it and says nothing of its length.
-
-    Inside a JSON string a quote has a backslash before it, so what is looked for cannot stand in a caption.
-    """
-    found = _IMAGE_TEXT.search(text)
-    if found is None:
-        return text
-    begin = found.end()
-    end = text.find(b'"', begin)
-    if end < begin + 64 or b"\\" in text[begin:end]:
-        return text
-    return text[: begin + 4] + text[end:]
-
-
-def _turns(value: Any) -> List[Tuple[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise SampleError('"conversations" is not a list of [prompt, caption] pairs')
-    turns = []
-    for turn in value:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise SampleError('"conversations" is not a list of [prompt, caption] pairs')
-        if any(_SURROGATE.search(text) for text in turn):
-            raise SampleError("a text holds half a character (a lone surrogate)")
-        turns.append((turn[0], turn[1]))
-    return turns
-
-
-def _check_source(image: Any) -> None:
-    if isinstance(image, str) and image:
-        return
-    if isinstance(image, dict):
-        file, offset, length = image.get("file"), image.get("offset"), image.get("length")
-        # bool is an int to Python, not here.
-        if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
-            if offset >= 0 and 0 < length <= MAX_ROW_BYTES:
-                return
-        raise SampleError('"image" is no reference: it needs "file", "offset" and "length"')
-    raise SampleError('"image" is neither base64 text nor a reference')
-
-
-def _images_in_prompts(
-    turns: List[Tuple[str, str]], images: List[Any], folder: str
-) -> Tuple[List[Tuple[str, str]], List[Any]]:
-    """Take the images out of prompts that hold them; empty tags take theirs from "image", in order.
-
-    Tags that merely name the images of "image" (as many of both) stand for those.
-    """
-    contents = [found for prompt, _ in turns for found in NAMED_IMAGE.findall(prompt)]
-    if not contents:
-        return turns, images
-    n_empty = sum(not content for content in contents)
-    if len(images) == len(contents):
-        sources = images
-    elif len(images) == n_empty:
-        rest = iter(images)
-        sources = [_tag_source(content, folder) if content else next(rest) for content in contents]
-    else:
-        raise SampleError(f'{len(contents)} <img> tags in the prompts, but {len(images)} images in "image"')
-    return [(NAMED_IMAGE.sub("<img></img>", prompt), answer) for prompt, answer in turns], sources
-
-
-def _tag_source(content: str, folder: str) -> Any:
-    if re.match(r"https?://", content, re.IGNORECASE):
-        raise SampleError("an image is a URL; training data is read from files only")
-    if len(content) <= MAX_PATH_CHARS and "\0" not in content:
-        for name in (os.path.join(folder, content), content):
-            if os.path.exists(name):
-                return ("path", name)
-    return content
 
 
 class _Files:
@@ -403,14 +252,14 @@ class ChatmlDataset:
             key = lengths_key(self.tokenizer, part.template, self.max_length)
 
             def measure(row: int, counter=counter, first=first, folder=part.folder) -> Tuple[int, bool]:
-                record = parse_record(_without_image(self.record_text(first + row)), folder)
+                record = parse_record(without_image(self.record_text(first + row)), folder)
                 return counter(record.turns, len(record.images)), bool(record.images)
 
             found.append(cached_lengths(part.path, key, len(part.bounds), measure))
             first += len(part.bounds)
         return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*found)))
 
-    def sample(self, index: int) -> Dict[str, np.ndarray]:
+    def sample(self, index: int) -> Sample:
         """Exactly this sample: input_ids, labels int64 [t], images float32 [n, 3, S, S].
 
         Raises:
@@ -476,44 +325,33 @@ class ChatmlDataset:
             raise SampleError(f"{path} is not the file it was when the record was made; convert it again")
         return decode_base64(field)
 
-    def __getitem__(self, index: Union[int, Tuple[int, ...]]) -> Any:
-        """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning).
-
-        A tuple of indices gives a list: their samples without those that fail, as another might not fit into their
-        room in a packed sequence; if all fail, one good sample.
-
-        When MAX_FAILURES_IN_A_ROW records, or all there are, fail, the sample is empty and has "failure": the message
-        as bytes. In Paddle's loader an error becomes another one or, without workers, an endless wait; so the message
-        goes with the batch, and whoever takes that raises it (collator.raise_failure).
-        """
-        if isinstance(index, tuple):
-            samples = [self._sample_or_reason(one, "left out")[0] for one in index]
-            return [sample for sample in samples if sample is not None] or [self[(index[-1] + 1) % len(self)]]
+    def __getitem__(self, index: int) -> Union[Sample, Failure]:
+        """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning)."""
         self._place(index)
-        tries = min(len(self), MAX_FAILURES_IN_A_ROW)
-        for step in range(tries):
-            sample, reason = self._sample_or_reason((index + step) % len(self), "the next good one takes its place")
-            if sample is not None:
-                return sample
-        message = f"no good sample among {tries} in a row, from record {index} on; the last one: {reason}"
-        nothing = np.zeros(0, dtype=np.int64)
-        return {
-            "input_ids": nothing,
-            "labels": nothing,
-            "images": np.zeros((0, 3, 1, 1), dtype=np.float32),
-            "failure": np.frombuffer(message.encode("utf-8", "replace"), dtype=np.uint8),
-        }
+        found = self.attempt(index, "the next good one takes its place")
+        return self.good_after(index, found) if isinstance(found, Failure) else found
 
-    def _sample_or_reason(self, index: int, consequence: str) -> Tuple[Optional[Dict[str, np.ndarray]], str]:
-        """The sample, or None and why not; a failure is counted, and logged with its consequence."""
+    def good_after(self, index: int, failure: Failure) -> Union[Sample, Failure]:
+        """The next good sample after the one at `index`, which is known to fail; a Failure when MAX_FAILURES_IN_A_ROW
+        records, or all there are, fail."""
+        tries = min(len(self), MAX_FAILURES_IN_A_ROW)
+        for step in range(1, tries):
+            found = self.attempt((index + step) % len(self), "the next good one takes its place")
+            if not isinstance(found, Failure):
+                return found
+            failure = found
+        return Failure(f"no good sample among {tries} in a row, from record {index} on; the last one: {failure.reason}")
+
+    def attempt(self, index: int, consequence: str) -> Union[Sample, Failure]:
+        """This sample, or why it cannot be used; a failure is counted, and logged with its consequence."""
         try:
-            return self.sample(index), ""
+            return self.sample(index)
         except Exception as error:  # of whatever kind: one sample must not end a run of hours
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         skipped = self._tally.add()
         if skipped == 1 or skipped % LOG_EVERY == 0:
             logger.warning(f"sample {self._name(index)} cannot be used: {reason}; {consequence} ({skipped} so far)")
-        return None, reason
+        return Failure(reason)
 
     def _name(self, index: int) -> str:
         """The id of a record, which may be unreadable, and where it stands."""

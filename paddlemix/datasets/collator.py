@@ -5,7 +5,7 @@ Shapes: B samples, T padded length, N images, S image side.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -16,14 +16,24 @@ from paddlemix.utils.errors import UserError
 PAD_TO = 8
 
 
-def raise_failure(batch: Dict[str, Any]) -> None:
-    """Raise what a loader worker could not: the data holds no usable sample.
+# input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0).
+Sample = Dict[str, np.ndarray]
 
-    Raises:
-        UserError: the batch carries the message of ChatmlDataset.__getitem__.
+
+class Failure(NamedTuple):
+    """In the place of a sample where there is none, with the reason.
+
+    In Paddle's loader an error becomes another one or, without workers, an endless wait. So a Failure goes with the
+    batch, as the text under "failure", to the process that trains, which calls raise_failure.
     """
+
+    reason: str
+
+
+def raise_failure(batch: Dict[str, Any]) -> None:
+    """Raise UserError when a batch carries a Failure."""
     if "failure" in batch:
-        raise UserError(np.asarray(batch["failure"]).tobytes().decode("utf-8"))
+        raise UserError(batch["failure"])
 
 
 class MGenVLCollator:
@@ -39,16 +49,17 @@ class MGenVLCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Any]) -> Dict[str, np.ndarray]:
-        """samples: per row a dict with input_ids [t] and labels [t] int64, images [n, 3, S, S] float32 (n may be 0), or
-        a list of them, packed one behind the other.
+        """samples: per row a Sample, or a list of them, packed one behind the other.
 
         Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
         left out when the batch has none. Packed rows have sample_lengths [B, K] int64 besides (0 where a row holds
         fewer samples), and no label on a sample's first token, which the one before it would have to predict.
-        A failed sample's "failure" is handed on (see raise_failure).
+        A Failure is no row, and its reason is the batch's "failure" (see raise_failure).
         """
         packed = any(isinstance(row, list) for row in samples)
-        rows = samples if packed else [[sample] for sample in samples]
+        rows = [row if isinstance(row, list) else [row] for row in samples]
+        failures = [sample.reason for row in rows for sample in row if isinstance(sample, Failure)]
+        rows = [[sample for sample in row if not isinstance(sample, Failure)] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in rows]
         longest = max(1, *map(sum, lengths))
         padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -59,7 +70,7 @@ class MGenVLCollator:
             "attention_mask": np.zeros(shape, dtype=np.int64),
         }
         if packed:
-            batch["sample_lengths"] = np.zeros((len(rows), max(map(len, lengths))), dtype=np.int64)
+            batch["sample_lengths"] = np.zeros((len(rows), max(1, *map(len, lengths))), dtype=np.int64)
         images: List[np.ndarray] = []
         for number, row in enumerate(rows):
             begin = 0
@@ -73,10 +84,10 @@ class MGenVLCollator:
                 begin += length
                 if len(sample["images"]):
                     images.append(sample["images"])
-                if "failure" in sample:
-                    batch["failure"] = sample["failure"]
             if packed:
                 batch["sample_lengths"][number, : len(row)] = lengths[number]
         if images:
             batch["images"] = np.concatenate(images) if len(images) > 1 else images[0]
+        if failures:
+            batch["failure"] = failures[0]
         return batch

@@ -9,9 +9,11 @@ sample. A million lengths take about a second.
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple, Union
 
 import numpy as np
+
+from paddlemix.datasets.collator import Failure, Sample
 
 # Samples packed among each other: enough that little room is lost, few enough that the order stays random.
 PACK_WINDOW = 512
@@ -50,6 +52,27 @@ class Packs(NamedTuple):
     def digest(self) -> int:
         """A number for exactly these packs."""
         return zlib.crc32(self.starts.tobytes(), zlib.crc32(self.members.tobytes()))
+
+
+class PackedDataset:
+    """A dataset whose items are packs of another one's samples: a list of them each, without those that fail, as
+    another might not fit into their room. If all of a pack fail, the next good sample is alone in its place."""
+
+    def __init__(self, dataset: Any, packs: Packs):
+        self.dataset, self.packs = dataset, packs
+
+    def __len__(self) -> int:
+        return self.packs.count
+
+    @property
+    def n_skipped(self) -> int:
+        return self.dataset.n_skipped
+
+    def __getitem__(self, pack: int) -> List[Union[Sample, Failure]]:
+        members = self.packs.samples(pack)
+        found = [self.dataset.attempt(index, "left out") for index in members]
+        good = [sample for sample in found if not isinstance(sample, Failure)]
+        return good or [self.dataset.good_after(members[-1], found[-1])]
 
 
 def plan_packs(tokens: np.ndarray, max_length: int, seed: int, window: int = PACK_WINDOW) -> Packs:

@@ -12,7 +12,7 @@ from paddlemix.auto import AutoTokenizerMIX
 from paddlemix.datasets.chatml import build_dataset
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.entries import read_entries
-from paddlemix.datasets.packing import plan_packs
+from paddlemix.datasets.packing import PackedDataset, plan_packs
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze, parallel
@@ -107,7 +107,7 @@ def prepare(
     trainer = FinetuneTrainer(
         model=model,
         args=training_args,
-        train_dataset=datasets.get("train"),
+        train_dataset=datasets.get("train") if packs is None else PackedDataset(datasets["train"], packs),
         eval_dataset=datasets.get("eval"),
         data_collator=MGenVLCollator(tokenizer.pad_token_id),
         tokenizer=tokenizer,

@@ -22,8 +22,8 @@ class EpochSampler(DistributedBatchSampler):
     epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any step without reading
     a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
 
-    rank, processes: this process takes every `processes`-th batch. packs: a batch holds these, each as a tuple of its
-    samples' indices. lengths: batches of samples of like length.
+    rank, processes: this process takes every `processes`-th batch. packs: a batch holds numbers of these.
+    lengths: batches of samples of like length.
     """
 
     def __init__(
@@ -69,8 +69,7 @@ class EpochSampler(DistributedBatchSampler):
             order = np.resize(order, max(len(order), self.batches * per_step))
         for number in range(self.first_batch, self.batches):
             start = number * per_step + self.local_rank * self.batch_size
-            batch = order[start : start + self.batch_size].tolist()
-            yield batch if self.packs is None else [self.packs.samples(pack) for pack in batch]
+            yield order[start : start + self.batch_size].tolist()
 
     def __len__(self):
         return self.batches

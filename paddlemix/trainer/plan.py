@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from paddlemix.datasets.collator import PAD_TO
 from paddlemix.datasets.entries import read_entries
 from paddlemix.datasets.packing import plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
@@ -34,7 +35,6 @@ SAMPLE = 400
 EXACT_UP_TO = 20_000
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
-_PAD_TO = 8
 
 # Memory in GiB and compute capability, for --plan_for. The memory is what CUDA reports, not the name's: error
 # correction takes a sixteenth of a T4, A10 or L40S, and the driver keeps some of each.
@@ -177,7 +177,7 @@ def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tup
         order = rng.permutation(np.resize(np.arange(len(rows)), max(len(rows), batch_size * 64)))
         order = order[np.argsort(lengths[order], kind="stable")] if grouped else order
         batches = lengths[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size)
-        padded = -(-batches.max(axis=1) // _PAD_TO) * _PAD_TO
+        padded = -(-batches.max(axis=1) // PAD_TO) * PAD_TO
         padding = 1 - batches.sum() / (padded.sum() * batch_size)
     problems = []
     if failures and not rows:
@@ -508,14 +508,14 @@ def _plan_memory(plan: Plan, arguments: Arguments) -> None:
     rows = training.per_device_train_batch_size
     statistics = plan.data.get("train")
     if statistics is not None and len(statistics.lengths):
-        longest = -(-int(statistics.lengths.max()) // _PAD_TO) * _PAD_TO
+        longest = -(-int(statistics.lengths.max()) // PAD_TO) * PAD_TO
         images, labels = int(statistics.images.max()), int(statistics.labels.max())
     else:
         longest, images, labels = arguments.data.max_length, 1, arguments.data.max_length
     plan.batch = memory.Batch(rows, longest, rows * images, rows * labels)
     if plan.packs is not None:
         packs = plan.packs
-        longest = min(-(-packs.longest // _PAD_TO) * _PAD_TO, -(-packs.max_length // _PAD_TO) * _PAD_TO)
+        longest = min(-(-packs.longest // PAD_TO) * PAD_TO, -(-packs.max_length // PAD_TO) * PAD_TO)
         held = rows * packs.most
         mean = math.ceil(statistics.labels.mean())
         squares = (rows * packs.squares, int(statistics.lengths.max()))

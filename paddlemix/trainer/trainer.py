@@ -374,7 +374,7 @@ class FinetuneTrainer(Trainer):
     def _order_settings(self) -> Dict[str, int]:
         """What the order of samples depends on. A resumed run must agree in it."""
         settings = {
-            "samples": len(self.train_dataset),
+            "samples": len(self.train_dataset if self.packs is None else self.packs.members),
             "batch": self.args.per_device_train_batch_size * self.args.dataset_world_size,
             "accumulation": self.accumulation,
             "seed": self.args.seed,

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from paddlemix.datasets import chatml
-from paddlemix.datasets.chatml import ChatmlDataset, Record, SampleError, build_dataset, parse_record
+from paddlemix.datasets.chatml import ChatmlDataset, build_dataset
 from paddlemix.datasets.collator import MGenVLCollator, raise_failure
 from paddlemix.datasets.entries import Entry
+from paddlemix.datasets.records import Record, SampleError, parse_record
 from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import encode_example
 from paddlemix.utils.errors import ConfigError, UserError
@@ -279,6 +280,8 @@ def test_nothing_good_is_an_error_and_not_a_loop(make, monkeypatch):
     batch = MGenVLCollator(0)([record_sample, sample])
     with pytest.raises(UserError, match="no good sample among 10 in a row, from record 0 on.*base64"):
         raise_failure(batch)
+    # The rows of a batch with a failure are still those that could be read.
+    assert len(batch["input_ids"]) == 2 and len(batch["images"]) == 1 and not batch["attention_mask"][1].any()
 
 
 def test_an_error_of_any_kind_costs_one_sample(make, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def rows(data: bytes, folder) -> None:
 
 
 def records(data: bytes, folder) -> None:
-    from paddlemix.datasets.chatml import SampleError, parse_record
+    from paddlemix.datasets.records import SampleError, parse_record
 
     path = put(folder, "train.json", data)
     bounds = scan_records(path)

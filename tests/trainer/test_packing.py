@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 
-from paddlemix.datasets.packing import SampleLengths, plan_packs
+from paddlemix.datasets.packing import PackedDataset, Packs, SampleLengths, plan_packs
 from paddlemix.trainer import command_line
 from paddlemix.trainer.finetune import finetune, prepare
 from paddlemix.trainer.order import EpochSampler
@@ -98,7 +98,7 @@ def test_an_epoch_trains_on_every_sample_once(run_keys, tmp_path, log):
     metrics = trainer.train()
     steps = -(-trainer.packs.count // 2)
     assert trainer.planned_steps() == trainer.state.global_step == 2 * steps == len(seen)
-    expected = sorted(trainer.train_dataset.lengths().tokens.tolist())
+    expected = sorted(trainer.train_dataset.dataset.lengths().tokens.tolist())
     for epoch in (seen[:steps], seen[steps:]):
         assert sorted(sum((lengths for lengths, _ in epoch), [])) == expected
     assert [lengths for lengths, _ in seen[:steps]] != [lengths for lengths, _ in seen[steps:]]
@@ -114,8 +114,9 @@ def test_an_epoch_trains_on_every_sample_once(run_keys, tmp_path, log):
 def test_the_trained_loss_is_that_of_the_same_samples_unpacked(run_keys):
     trainer = start(run_keys(mixtoken=True, max_length=256))
     batch = next(iter(trainer.get_train_dataloader()))
-    indices = sum(next(iter(trainer._get_train_sampler())), ())
-    alone = trainer.data_collator([trainer.train_dataset[index] for index in indices])
+    packs = next(iter(trainer._get_train_sampler()))
+    indices = sum(map(trainer.packs.samples, packs), ())
+    alone = trainer.data_collator([trainer.train_dataset.dataset[index] for index in indices])
     alone = {name: paddle.to_tensor(array) for name, array in alone.items()}
     trainer.model.eval()
     packed, expected = (trainer.compute_loss(trainer.model, inputs).item() for inputs in (batch, alone))
@@ -146,9 +147,10 @@ def test_data_without_a_good_sample_ends_the_run_in_words(run_keys, tmp_path):
 def test_a_pack_of_failures_is_another_good_sample(run_keys, tmp_path):
     data = write_data(tmp_path / "bad.json", 6, bad=(1, 2))
     dataset = start(run_keys(data)).train_dataset
-    found = dataset[(1, 2)]
+    packed = PackedDataset(dataset, Packs(np.array([1, 2, 0, 1, 3]), np.array([0, 2, 5]), 256))
+    found = packed[0]
     assert len(found) == 1 and (found[0]["input_ids"] == dataset.sample(3)["input_ids"]).all()
-    assert dataset.n_skipped == 2 and len(dataset[(0, 1, 3)]) == 2
+    assert dataset.n_skipped == 2 and len(packed[1]) == 2 and packed.n_skipped == 3
 
 
 # ---- resuming
@@ -218,7 +220,7 @@ def test_processes_get_as_many_packs_each():
     alone = list(sampler(packs=packs))
     assert len(ranks[0]) == len(ranks[1]) == -(-packs.count // 4)
     assert [ranks[0][0], ranks[1][0], ranks[0][1]] == alone[:3]
-    assert {index for batch in sum(ranks, []) for pack in batch for index in pack} == set(range(30))
+    assert {index for batch in sum(ranks, []) for pack in batch for index in packs.samples(pack)} == set(range(30))
 
 
 def test_processes_share_the_groups():

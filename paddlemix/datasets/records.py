@@ -1,0 +1,168 @@
+"""A record of train.json: its text, checked, and where its images come from.
+
+    {"id": …, "conversations": [[prompt, caption], …], "image": …}   (docs/formats.md)
+
+"image" is base64 text, a reference {"file", "offset", "length"} to base64 text in another file (beside the JSON, or
+relative to its folder), or a list of these; it may be missing. A prompt may hold its images itself, as
+`<img>path or base64</img>`.
+
+Record text comes from anywhere, so it is bounded before it is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any, List, NamedTuple, Tuple
+
+from paddlemix.datasets.tsv import MAX_ROW_BYTES
+from paddlemix.processors.mgen_vl_processing import NAMED_IMAGE
+from paddlemix.utils.errors import UserError
+
+# A record of captions has a few dozen brackets and commas. Parsed, `[],[],[],…` takes twenty times its bytes, so a
+# record with more of them is refused unparsed.
+MAX_STRUCTURE = 200_000
+MAX_NUMBER_DIGITS = 20
+MAX_IMAGES = 64
+# Far more than max_length tokens hold; what is shortened is tokenised first.
+MAX_TEXT_CHARS = 200_000
+# A longer text between <img> and </img> is base64 without a look for such a file.
+MAX_PATH_CHARS = 1024
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class SampleError(UserError):
+    """This record cannot be used; the message says why, in a few words."""
+
+
+class Record(NamedTuple):
+    """A checked record: its id, (prompt, answer) per turn, and where its images come from, in the order of the text.
+
+    A source is base64 text, a reference dict, or ("path", name). Prompts that held images hold empty `<img></img>`.
+    """
+
+    id: str
+    turns: List[Tuple[str, str]]
+    images: List[Any]
+
+
+def _short_int(digits: str) -> int:
+    # int() takes time with the square of the length, on Pythons without a limit of their own.
+    if len(digits) > MAX_NUMBER_DIGITS:
+        raise SampleError("a number is too long")
+    return int(digits)
+
+
+def parse_record(text: bytes, folder: str = "") -> Record:
+    """The record in `text`, one JSON object with blanks, commas or an array's bracket around it.
+
+    folder: where image paths in prompts are looked for, beside the working directory.
+
+    Raises:
+        SampleError: it is no JSON, or not a record of the form above.
+    """
+    text = text.strip(b" \t\r\n,[]\xef\xbb\xbf")
+    if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
+        raise SampleError("too many brackets and commas for a record")
+    try:
+        value = json.loads(text.decode("utf-8"), parse_int=_short_int)
+    except UnicodeDecodeError:
+        raise SampleError("not UTF-8") from None
+    except RecursionError:
+        raise SampleError("nested too deeply") from None
+    except ValueError as error:
+        raise SampleError(f"not JSON: {str(error)[:80]}") from None
+    if not isinstance(value, dict):
+        raise SampleError("not a JSON object")
+    record_id = value.get("id", "")
+    if not isinstance(record_id, (str, int)):
+        raise SampleError('"id" is not a text')
+    turns = _turns(value.get("conversations"))
+    given = value.get("image")
+    images = given if isinstance(given, list) else [] if given in (None, "") else [given]
+    for image in images:
+        _check_source(image)
+    turns, images = _images_in_prompts(turns, images, folder)
+    n_chars = sum(len(text) for turn in turns for text in turn)
+    if n_chars > MAX_TEXT_CHARS:
+        raise SampleError(f"texts of {n_chars} characters; at most {MAX_TEXT_CHARS} are taken")
+    if len(images) > MAX_IMAGES:
+        raise SampleError(f"{len(images)} images; at most {MAX_IMAGES} are taken")
+    return Record(str(record_id), turns, images)
+
+
+_IMAGE_TEXT = re.compile(rb'"image"\s*:\s*"')
+
+
+def without_image(text: bytes) -> bytes:
+    """A record's text with the first bytes of its base64, which is nearly all of it and says nothing of its length.
+
+    Inside a JSON string a quote has a backslash before it, so what is looked for cannot stand in a caption.
+    """
+    found = _IMAGE_TEXT.search(text)
+    if found is None:
+        return text
+    begin = found.end()
+    end = text.find(b'"', begin)
+    if end < begin + 64 or b"\\" in text[begin:end]:
+        return text
+    return text[: begin + 4] + text[end:]
+
+
+def _turns(value: Any) -> List[Tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise SampleError('"conversations" is not a list of [prompt, caption] pairs')
+    turns = []
+    for turn in value:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise SampleError('"conversations" is not a list of [prompt, caption] pairs')
+        if any(_SURROGATE.search(text) for text in turn):
+            raise SampleError("a text holds half a character (a lone surrogate)")
+        turns.append((turn[0], turn[1]))
+    return turns
+
+
+def _check_source(image: Any) -> None:
+    if isinstance(image, str) and image:
+        return
+    if isinstance(image, dict):
+        file, offset, length = image.get("file"), image.get("offset"), image.get("length")
+        # bool is an int to Python, not here.
+        if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
+            if offset >= 0 and 0 < length <= MAX_ROW_BYTES:
+                return
+        raise SampleError('"image" is no reference: it needs "file", "offset" and "length"')
+    raise SampleError('"image" is neither base64 text nor a reference')
+
+
+def _images_in_prompts(
+    turns: List[Tuple[str, str]], images: List[Any], folder: str
+) -> Tuple[List[Tuple[str, str]], List[Any]]:
+    """Take the images out of prompts that hold them; empty tags take theirs from "image", in order.
+
+    Tags that merely name the images of "image" (as many of both) stand for those.
+    """
+    contents = [found for prompt, _ in turns for found in NAMED_IMAGE.findall(prompt)]
+    if not contents:
+        return turns, images
+    n_empty = sum(not content for content in contents)
+    if len(images) == len(contents):
+        sources = images
+    elif len(images) == n_empty:
+        rest = iter(images)
+        sources = [_tag_source(content, folder) if content else next(rest) for content in contents]
+    else:
+        raise SampleError(f'{len(contents)} <img> tags in the prompts, but {len(images)} images in "image"')
+    return [(NAMED_IMAGE.sub("<img></img>", prompt), answer) for prompt, answer in turns], sources
+
+
+def _tag_source(content: str, folder: str) -> Any:
+    if re.match(r"https?://", content, re.IGNORECASE):
+        raise SampleError("an image is a URL; training data is read from files only")
+    if len(content) <= MAX_PATH_CHARS and "\0" not in content:
+        for name in (os.path.join(folder, content), content):
+            if os.path.exists(name):
+                return ("path", name)
+    return content
