@@ -20,7 +20,7 @@ COLOURS = [
 ]  # fmt: skip
 SIDE, QUERIES, END = 56, 16, RANKS
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
-BEFORE, AFTER = "{} {} {} {}", "{3}, {2}; {1} on {0}"
+BEFORE, AFTER = "{} {} {} {}", "{0}, {1}; {2} on {3}"
 
 
 def new_model():
@@ -61,17 +61,15 @@ def tensors(values):
     return {name: paddle.to_tensor(value) for name, value in values.items()}
 
 
-def pretrained(steps=400, rows=16):
+def pretrained(steps=100, rows=16):
     """Weights by name, after full tuning in float32."""
     model = new_model()
     model.train()
     schedule = paddle.optimizer.lr.CosineAnnealingDecay(2e-3, steps)
-    optimizer = paddle.optimizer.AdamW(
-        schedule, parameters=model.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
-    )
+    clip = paddle.nn.ClipGradByGlobalNorm(1.0)
+    optimizer = paddle.optimizer.AdamW(schedule, parameters=model.parameters(), grad_clip=clip)
     for step in range(steps):
-        loss = model(**tensors(batch(rows, [1, step], BEFORE))).loss
-        loss.backward()
+        model(**tensors(batch(rows, [1, step], BEFORE))).loss.backward()
         optimizer.step()
         optimizer.clear_grad()
         schedule.step()
