@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Sequence
 
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import UserError, WeightsError
+from paddlemix.utils.files import remove_leftovers
 
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
 # What a run that trains a part of the model whole leaves: the tensors that trained.
@@ -162,10 +163,15 @@ def merge_command(tuned: str, base: Optional[str] = None, text: Optional[str] = 
 def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
     """Refuse a folder to write that would harm an input, or something else in its place.
 
+    What killed processes left of writing it is removed first.
+
     Raises:
-        UserError: it is an input, holds one, lies in one, is a file, or is not empty without `overwrite`.
+        UserError: it is an input, holds one, lies in one, is a file, is written by another process, or is not empty
+        without `overwrite`.
     """
     out = os.path.realpath(new)
+    if remove_leftovers(out):
+        raise UserError(f"another process is writing {new}: wait for it, or give another folder")
     for folder in inputs:
         real = os.path.realpath(folder)
         if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):

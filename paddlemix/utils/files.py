@@ -6,13 +6,20 @@ And how a configuration is read: a JSON object, or one clear error.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
+import signal
+import stat
 import tempfile
-from typing import IO, Any, Callable, Dict, Iterator, Optional, Union
+import threading
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
-from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.errors import ConfigError, UserError
+from paddlemix.utils.log import logger
 
 # A configuration has a few KB.
 MAX_CONFIG_BYTES = 4 << 20
@@ -24,12 +31,108 @@ _BLOCK = 1 << 20
 
 
 def sync_folder(folder: str) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make a rename inside `folder` survive a power cut, where the file system can."""
+    _sync(folder)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+# ---- partial files and folders
+#
+# What is written to NAME is called .NAME.xxxxxxxx.partial until it is whole, and locked for as long as its process
+# lives. One that is not locked was left by a killed process. (Where the file system knows no locks, none is removed.)
+
+
+def _lock(path: str) -> Optional[int]:
+    """A handle of a file or folder of ours, with its lock; None if it is not ours, or gone.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+    """
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(handle)
+        if status.st_uid == os.geteuid() and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked, handle = handle, None
+            return locked
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return None
+
+
+def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str, int]:
+    """A fresh file or folder beside `path`, and an open handle with its lock."""
+    where = {"prefix": f".{os.path.basename(path)}.", "suffix": suffix, "dir": os.path.dirname(path)}
+    while True:
+        if folder:
+            partial = tempfile.mkdtemp(**where)
+            handle = os.open(partial, os.O_RDONLY)
+        else:
+            handle, partial = tempfile.mkstemp(**where)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = False
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            return partial, handle
+        # Before it was locked, another process may have taken it for a leftover.
+        if not taken and os.path.lexists(partial):
+            return partial, handle
+        os.close(handle)
+
+
+def remove_leftovers(path: str) -> bool:
+    """Remove what killed processes left of writing `path`; a folder that one of them had moved aside is put back.
+
+    Returns whether a process that lives is writing it now.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}\.(partial|old)")
+    try:
+        left = [os.path.join(parent, one) for one in os.listdir(parent) if pattern.fullmatch(one)]
+    except OSError:
+        return False
+    in_use = False
+    for partial in left:
+        try:
+            handle = _lock(partial)
+        except BlockingIOError:
+            in_use = True
+            continue
+        if handle is None:
+            continue
+        try:
+            aside = os.path.join(partial, _ASIDE)
+            if partial.endswith(".old") and os.path.isdir(aside) and not os.path.lexists(path):
+                os.rename(aside, path)
+                logger.warning(f"{path} is back, which a killed process had moved aside to replace it")
+            if os.path.isdir(partial):
+                shutil.rmtree(partial)
+            else:
+                os.unlink(partial)
+            logger.info(f"Removed {partial}, which a killed process left")
+        except OSError as error:
+            logger.warning(f"{partial}, which a killed process left, cannot be removed: {error.strerror}")
+        finally:
+            os.close(handle)
+    return in_use
 
 
 @contextlib.contextmanager
@@ -37,21 +140,23 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
     """Open a file that appears at `path` only when the block ends without an error.
 
     `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and whatever
-    stood at `path` stays.
+    was at `path` stays. So is what killed processes left of the same file.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
+    remove_leftovers(path)
     if "b" not in mode:
         open_kwargs.setdefault("encoding", "utf-8")
         open_kwargs.setdefault("newline", "\n")
-    handle, partial = tempfile.mkstemp(prefix="." + os.path.basename(path) + ".", suffix=".partial", dir=folder)
+    partial, handle = _new_partial(path, folder=False)
     try:
         with os.fdopen(handle, mode, **open_kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_UMASK)
-        os.replace(partial, path)
+            os.chmod(partial, 0o666 & ~_UMASK)
+            os.replace(partial, path)
         sync_folder(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -59,30 +164,100 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
         raise
 
 
+class _Ended(BaseException):
+    """A signal that ends the process, as an exception."""
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP leave the block by an exception, as Ctrl-C does, and end the process then."""
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    ended = []
+
+    def end(number, frame):
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        ended.append(number)
+        raise _Ended
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        if ended:
+            os.kill(os.getpid(), ended[0])
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str) -> Iterator[str]:
-    """Give a fresh folder beside `path` that takes its name when the block ends without an error.
+    """Give a fresh folder beside `path` that takes its name, flushed to disk, when the block ends without an error.
 
-    An older folder at `path` is replaced only then. On an error the fresh folder is removed.
+    An older folder at `path` is replaced only then, in one step where the system can. On an error, and on SIGTERM, the
+    fresh folder is removed. A link at `path` stays, and leads to the new folder.
+
+    Raises:
+        UserError: another process is writing it.
     """
-    path = os.path.abspath(path)
+    given, path = path, os.path.realpath(path)
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix="." + os.path.basename(path) + ".", suffix=".partial", dir=parent)
-    os.chmod(partial, 0o777 & ~_UMASK)
+    if remove_leftovers(path):
+        raise UserError(f"another process is writing {given}: wait for it, or give another folder")
+    partial, handle = _new_partial(path, folder=True)
+    with _cleaning_up():
+        try:
+            os.chmod(partial, 0o777 & ~_UMASK)
+            yield partial
+            for inner, _, names in os.walk(partial):
+                for name in names:
+                    if not os.path.islink(os.path.join(inner, name)):
+                        _sync(os.path.join(inner, name))
+                _sync(inner)
+            if not os.path.isdir(path):
+                os.rename(partial, path)
+            elif not _exchange(partial, path):
+                _replace(path, partial)
+            sync_folder(parent)
+        finally:
+            # After an exchange it is the older folder.
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(handle)
+
+
+# Name of an older folder in the one that it is moved into.
+_ASIDE = "old"
+
+
+def _replace(path: str, partial: str) -> None:
+    """Where two folders cannot be exchanged: between the two renames there is none, see remove_leftovers."""
+    old, handle = _new_partial(path, folder=True, suffix=".old")
     try:
-        yield partial
-        if os.path.isdir(path):
-            old = tempfile.mkdtemp(prefix="." + os.path.basename(path) + ".", suffix=".old", dir=parent)
-            os.rename(path, os.path.join(old, "old"))
+        os.rename(path, os.path.join(old, _ASIDE))
+        try:
             os.rename(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, path)
-        sync_folder(parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        except BaseException:
+            os.rename(os.path.join(old, _ASIDE), path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(handle)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Give two folders each other's names, in one step; False where the system or the file system cannot."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int], None]] = None) -> None:

@@ -315,6 +315,22 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     assert sorted(os.listdir(out)) == ["notes.txt"]
 
 
+def test_what_a_killed_merge_left_is_removed_or_put_back(folders, tmp_path):
+    base_folder, lora_folder, out = folders
+    write_base(base_folder)
+    write_lora(lora_folder, adapters())
+    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.abcdefgh.partial" / "model_state.pdparams").write_text("half")
+    aside = tmp_path / ".out.hgfedcba.old" / "old"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text("an older model")
+    with pytest.raises(UserError, match="out is not empty: .*--overwrite"):
+        merge(str(base_folder), str(lora_folder), str(out), progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["base", "lora", "out"] and os.listdir(out) == ["config.json"]
+    merge(str(base_folder), str(lora_folder), str(out), overwrite=True, progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["base", "lora", "out"] and len(os.listdir(out)) > 10
+
+
 def script(root, *args):
     return subprocess.run(
         [sys.executable, str(root / "merge_lora_params.py"), *map(str, args)],
