@@ -45,7 +45,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--boxes", metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)")
     add_model_options(parser)
     add_sampling_options(parser)
-    parser.add_argument("--allow_private_urls", action="store_true", help="fetch images from private addresses too")
     # Intermixed: IMAGE may stand behind an option, too.
     return parser.parse_intermixed_args(argv)
 
@@ -65,12 +64,13 @@ def main() -> int:
     from paddlemix.inference.conversation import Conversation, converse, write_piece
     from paddlemix.inference.loading import load_model
     from paddlemix.inference.source import find_source
-    from paddlemix.processors.images import load_image_source, read_header
+    from paddlemix.processors.image_sources import load_image_source
+    from paddlemix.processors.images import read_header
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
     from paddlemix.utils.runtime import seed_everything
 
     def fetch(source: str) -> bytes:
-        data = load_image_source(source, allow_private_urls=args.allow_private_urls)
+        data = load_image_source(source)
         read_header(data)
         return data
 

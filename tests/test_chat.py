@@ -76,7 +76,7 @@ def test_chat_and_predict_agree(call, model, tmp_path):
     "image, says",
     [
         ("no/such/file.jpg", "no/such/file.jpg is no file"),
-        ("http://127.0.0.1:9/x.jpg", "private address"),
+        ("http://127.0.0.1:9/x.jpg", "cannot fetch http://127.0.0.1:9/x.jpg"),
         ("ftp://example.org/x.jpg", "only http and https"),
     ],
 )
@@ -174,11 +174,11 @@ def test_an_answer_does_not_steer_the_terminal(call, flags, monkeypatch):
 
 @pytest.fixture(scope="module")
 def server():
-    """http://127.0.0.1:…/ gives an image; /hop redirects to it."""
+    """http://127.0.0.1:…/ gives an image; /hop redirects to it; there is nothing else."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(302 if self.path == "/hop" else 200)
+            self.send_response({"/": 200, "/hop": 302}.get(self.path, 404))
             if self.path == "/hop":
                 self.send_header("Location", "/")
             self.end_headers()
@@ -193,11 +193,12 @@ def server():
     httpd.shutdown()
 
 
-def test_images_of_this_machine_need_leave(call, server):
-    status, _, _, err = call(server)
-    assert status == 2 and "--allow_private_urls allows it" in err
+def test_images_by_url(call, server, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    status, _, _, err = call(server + "none")
+    assert status == 2 and "answered 404" in err
     wanted = call(image_base64(3))[1]
-    assert call(server, "--allow_private_urls")[1] == call(server + "hop", "--allow_private_urls")[1] == wanted
+    assert call(server)[1] == call(server + "hop")[1] == wanted
 
 
 # ---- --interactive
@@ -223,7 +224,7 @@ def talk(call, monkeypatch):
     return run
 
 
-def test_several_turns(talk, call, tmp_path, server):
+def test_several_turns(talk, call, tmp_path, server, monkeypatch):
     path = tmp_path / "a b.jpg"
     path.write_bytes(image_bytes(3))
     alone = call(path, "what?")[1]
@@ -238,11 +239,9 @@ def test_several_turns(talk, call, tmp_path, server):
     # The same turns with the answers streamed, the image given in front, and a first question.
     status, out, _ = talk(["and now?"], "--stream", path, "what?")
     assert out == f"> what?\n{first}\n{second}\n\n"
-    # URLs keep their rule.
-    _, out, err = talk([f"/image {server}"])
-    assert "private address" in err
-    _, out, err = talk([f"/image {server}", "what?"], "--allow_private_urls")
-    assert out == f"image taken; ask about it\n{alone}\n\n"
+    monkeypatch.setenv("no_proxy", "*")
+    _, out, err = talk([f"/image {server}none", f"/image {server}", "what?"])
+    assert "answered 404" in err and out == f"image taken; ask about it\n{alone}\n\n"
 
 
 def test_a_mistake_costs_its_own_turn(talk, call):

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 # What takes long to import, or may be missing where only weights or rows are handled.
 HEAVY = {
     "paddle", "paddlenlp", "PIL", "cv2", "tiktoken", "transformers", "datasets", "scipy", "pandas", "torch",
-    "matplotlib", "sklearn", "visualdl", "pycocoevalcap", "ftfy", "safetensors", "jieba", "huggingface_hub",
+    "matplotlib", "sklearn", "visualdl", "pycocoevalcap", "ftfy", "safetensors", "jieba", "huggingface_hub", "requests",
 }  # fmt: skip
 
 # Where the name of a package and that of its module differ.

@@ -91,6 +91,12 @@ def encoded(picture, format="PNG", **kwargs) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def decoded(text: str):
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
 def picture(seed=0, size=(40, 30)):
     from PIL import Image
 
@@ -131,7 +137,7 @@ def kinds_of_rows():
         "data URI": ((None, "data:image/jpeg;base64," + plain), good, plain),
         "50 MB line": ((None, huge), good, plain),
         "truncated JPEG": ((None, base64.b64encode(long_image[: len(long_image) // 2])), cut, None),
-        "CMYK": ((None, encoded(cmyk, "TIFF")), good, encoded(cmyk.convert("RGB"))),
+        "CMYK": ((None, encoded(cmyk, "JPEG")), good, encoded(decoded(encoded(cmyk, "JPEG")).convert("RGB"))),
         "16 bits per channel": (
             (None, encoded(Image.fromarray(grey))), good, encoded(Image.fromarray((grey >> 8).astype(np.uint8)))
         ),

@@ -1,9 +1,9 @@
-"""Images from strangers to pixel values. Every decision on decoding is here, and every limit but those of metadata.py.
+"""Images from strangers to pixel values: every decision on decoding, and every limit but those of metadata.py.
 
 Shapes: S image side in pixels; pixel values are float32 [3, S, S].
 
 Reasons of an ImageError: "empty image", "bad base64", "not an image", "broken image", "too many pixels",
-"image too large", "cannot fetch", "no such file".
+"image too large"; image_sources.py adds "cannot fetch" and "no such file".
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # Decoded pixels cost up to 4 bytes each, and twice that while they become RGB and upright: 100 megapixels are 400 MB
 # in a worker, for a moment 900; a WebP's 1.4 GB, as its decoder keeps two. Cameras make up to 60.
 MAX_PIXELS = 100_000_000
+# Pillow's resizing takes 32 bytes for each pixel of a side, and its table of rows 8. No JPEG or GIF is longer.
+MAX_SIDE = 65_535
+# Pillow decodes a run-length encoded BMP in Python, a run or a jump of no pixels at a time.
+MAX_RLE_PIXELS = 4_000_000
 # Pixels that are changed at a time, where that takes further copies of them.
 _BAND = 1 << 22
 # Bytes of an encoded image; a JPEG at the pixel cap needs less.
 MAX_BYTES = 64 << 20
-URL_TIMEOUT_SECONDS = 20
 
 # What ad images come in (the JPEG plugin opens MPO too). Pillow knows many more, whose decoders are rarely tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Held around the few things in which Pillow and warnings are global: its switch for files cut short and its bomb
 # warning. A fork waits for it, so that no child starts with the switch on or the lock taken.
@@ -81,15 +84,13 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS):
     _check_bytes(data)
     _check_size(webp_size(data), max_pixels)
     plain = bounded(data)
-    if plain is None:
-        raise ImageError("broken image", "the TIFF promises more than the file holds")
     try:
         with _PILLOW_LOCK, warnings.catch_warnings():
             # Pillow's own bomb warning comes at a size of its choice; ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(plain), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("not an image", "the bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
+        raise ImageError("not an image", "the bytes are no JPEG, PNG, WebP, GIF or BMP image") from None
     except Image.DecompressionBombError:
         raise ImageError("too many pixels", f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken header.
@@ -97,6 +98,11 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS):
     if min(image.size) < 1:
         raise ImageError("broken image", f"the image is {image.width} × {image.height} pixels")
     _check_size(image.size, max_pixels)
+    if image.tile and image.tile[0][0] == "bmp_rle":
+        pixels = image.width * image.height
+        if pixels > min(max_pixels, MAX_RLE_PIXELS) or len(data) > 4 * pixels + 4096:
+            size = f"{image.width} × {image.height} pixels in {len(data):,} bytes"
+            raise ImageError("too many pixels", f"a run-length encoded BMP of {size}")
     return image
 
 
@@ -128,6 +134,8 @@ def _check_size(size: Tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
         raise ImageError("too many pixels", f"the image is {width} × {height}, more than {max_pixels:,} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError("too many pixels", f"the image is {width} × {height}, with a side over {MAX_SIDE:,} pixels")
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
@@ -225,11 +233,8 @@ def _upright_rgb(image):
     except Exception:  # a broken EXIF block raises nearly anything, and is no reason to lose the picture
         turn = None
     see_through = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if image.mode.startswith("I;16"):
-        # 16 bits per pixel: the high byte is the 8-bit picture. Pillow's own conversion cuts at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = _grey(image)
+    if image.mode.startswith("I"):
+        image = _high_bytes(image)
     elif see_through:
         image = _over_white(image)
     if image.mode != "RGB":
@@ -255,18 +260,13 @@ def _over_white(image):
     return result
 
 
-def _grey(image):
-    """Grey values of 32 bits, whose white is not said in the file: the nearest of 1 (floats), 255 and 65535 above."""
+def _high_bytes(image):
+    """Grey of 16 bits as 8: Pillow's own conversion cuts at 255. Older ones hold it in 32 bits (mode I)."""
     from PIL import Image
 
-    parts = (np.asarray(part) for _, part in _bands(image))
-    top = max(part.max(initial=0, where=np.isfinite(part)) for part in parts)
-    white = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 else 65535
     result = Image.new("L", image.size)
     for place, part in _bands(image):
-        values = np.nan_to_num(np.asarray(part, np.float32), nan=0.0).clip(0, white)
-        values *= 255.0 / white
-        result.paste(Image.fromarray(values.round().astype(np.uint8)), place)
+        result.paste(Image.fromarray((np.asarray(part) >> 8).astype(np.uint8)), place)
     return result
 
 
@@ -309,151 +309,3 @@ class MGenVLImageProcessor:
         """The way back: float32 [3, S, S] → uint8 [S, S, 3]."""
         values = (pixels + self._shift) / self._scale
         return values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-# ---- sources that a person types
-
-
-def load_image_source(source: Union[str, bytes], allow_private_urls: bool = False) -> bytes:
-    """Bytes of an image given as bytes, path, http(s) URL, data URI or base64 text.
-
-    Raises:
-        ImageError: not found, not fetched, or none of these.
-    """
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    if not isinstance(source, str):
-        raise ImageError("not an image", f"an image is given as bytes or text, not {type(source).__name__}")
-    if re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
-        return _fetch(source, allow_private_urls)
-    if len(source) < 4096 and os.path.isfile(source):
-        try:
-            if os.path.getsize(source) > MAX_BYTES:
-                raise ImageError("image too large", f"{source} is larger than {MAX_BYTES >> 20} MB")
-            with open(source, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise ImageError("no such file", f"cannot read {source}: {error.strerror}") from None
-    try:
-        data = decode_base64(source)
-        read_header(data)
-        return data
-    except ImageError as error:
-        if len(source) > 1024:
-            raise
-        raise ImageError("no such file", f"{source} is no file, and as base64 it is no image ({error})") from None
-
-
-def _is_public(address: str) -> bool:
-    import ipaddress
-
-    found = ipaddress.ip_address(address.split("%")[0])
-    if found.version == 6:
-        # An IPv4 address may travel inside one of IPv6: mapped, 6to4, NAT64.
-        nat64 = found in ipaddress.ip_network("64:ff9b::/96")
-        found = (
-            found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if nat64 else found)
-        )
-    if found.version == 6 and found.is_site_local:
-        return False
-    # Reserved: what was an IPv4 address inside ::/96 in old times, and a network's own NAT64.
-    return found.is_global and not found.is_multicast and not found.is_reserved
-
-
-def _check_address(host: str, port: int):
-    """An address to connect to for `host`: all it resolves to must be public.
-
-    The connection is then made to that very address, so a name cannot change its mind in between.
-    """
-    import socket
-
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise ImageError("cannot fetch", f"cannot resolve {host}: {error}") from None
-    addresses = [entry[4][0] for entry in found]
-    for address in addresses:
-        if not _is_public(address):
-            raise ImageError("cannot fetch", f"{host} is the private address {address}; --allow_private_urls allows it")
-    return addresses[0]
-
-
-def _fetch(url: str, allow_private_urls: bool) -> bytes:
-    """GET an http(s) URL within limits of size and time; each redirect is checked like the first address."""
-    import time
-    from urllib.parse import urljoin, urlsplit
-
-    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
-    for _ in range(5):
-        try:
-            parts = urlsplit(url)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError as error:
-            raise ImageError("cannot fetch", f"{url} is no URL: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ImageError("cannot fetch", f"only http and https URLs are fetched, not {url}")
-        address = parts.hostname if allow_private_urls else _check_address(parts.hostname, port)
-        data, location = _get(url, parts, port, address, deadline)
-        if location is None:
-            return data
-        url = urljoin(url, location)
-    raise ImageError("cannot fetch", f"{url} redirects too often")
-
-
-def _get(url: str, parts, port: int, address: str, deadline: float):
-    """One request, sent to `address` whatever the name says by now. Returns (body, None) or (b"", where it moved)."""
-    import http.client
-    import socket
-    import ssl
-    import time
-    from urllib.parse import quote
-
-    remaining = max(0.1, deadline - time.monotonic())
-    too_slow = f"{url} took longer than {URL_TIMEOUT_SECONDS} seconds"
-    connection = http.client.HTTPConnection(address, port)
-    handle = timer = None
-    try:
-        host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode()
-        connection.sock = socket.create_connection((address, port), timeout=remaining)
-        # A socket's timeout counts for each read by itself; the timer cuts off a server that sends a byte at a time.
-        handle = connection.sock.dup()
-        timer = threading.Timer(remaining, _hang_up, [handle])
-        timer.daemon = True
-        timer.start()
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="/%:@!$&'()*+,;=~?[]|")
-        shown = f"[{host}]" if ":" in host else host
-        shown = shown if parts.port is None else f"{shown}:{port}"
-        connection.request("GET", path, headers={"Host": shown, "User-Agent": "mgen-vl", "Accept": "image/*"})
-        with connection.getresponse() as answer:
-            if answer.status in (301, 302, 303, 307, 308):
-                return b"", answer.getheader("Location") or ""
-            if answer.status != 200:
-                raise ImageError("cannot fetch", f"{url} answered {answer.status} {answer.reason}")
-            data = answer.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ImageError("image too large", f"{url} is larger than {MAX_BYTES >> 20} MB")
-            if time.monotonic() > deadline:
-                raise ImageError("cannot fetch", too_slow)
-            if answer.length:
-                raise ImageError("cannot fetch", f"{url} broke off {answer.length} bytes before its end")
-            return data, None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        message = too_slow if time.monotonic() > deadline else f"cannot fetch {url}: {error}"
-        raise ImageError("cannot fetch", message) from None
-    finally:
-        if timer is not None:
-            timer.cancel()
-        if handle is not None:
-            handle.close()
-        connection.close()
-
-
-def _hang_up(sock) -> None:
-    import socket
-
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:  # closed in the meantime
-        return

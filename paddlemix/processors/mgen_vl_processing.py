@@ -447,7 +447,7 @@ class MGenVLProcessor:
         self.image_processor = image_processor
         self.template = template or ChatTemplate.default()
 
-    def __call__(self, query, return_tensors="pd", allow_private_urls=False):
+    def __call__(self, query, return_tensors="pd"):
         """query: a list of parts {"image": path, URL, base64 or bytes} and {"text": …}, or a text without images.
 
         Returns:
@@ -457,17 +457,15 @@ class MGenVLProcessor:
         Raises:
             ImageError: an image cannot be read. UserError: a part of another kind.
         """
-        from paddlemix.processors.images import load_image_source, open_image
+        from paddlemix.processors.image_sources import load_image_source
+        from paddlemix.processors.images import open_image
 
         if return_tensors not in ("pd", "np"):
             raise UserError(f'return_tensors is "pd" or "np", not {return_tensors!r}')
         if isinstance(query, str):
             query = [{"text": query}]
         sources = [part["image"] for part in query if "image" in part]
-        pixels = [
-            self.image_processor(open_image(load_image_source(source, allow_private_urls=allow_private_urls)))
-            for source in sources
-        ]
+        pixels = [self.image_processor(open_image(load_image_source(source))) for source in sources]
         parts = list_parts(query, self.tokenizer.n_queries)
         _, ids = encode_prompt(self.tokenizer, parts, template=self.template)
         ids = np.array([ids], dtype=np.int64)

@@ -40,7 +40,7 @@ def seeds(target: str, folder: str) -> None:
         state = {"x": np.float32(1), "LR_Scheduler": {"last_epoch": 3, "last_lr": 0.1}, "list": [None, True, (1, "a")]}
         put(folder, "seed-state", b"\0" + pickle.dumps(state, 4))
         return
-    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
         put(folder, f"seed-{format}", image_bytes(size=(12, 9), format=format))
     from io import BytesIO
 
@@ -55,8 +55,7 @@ def seeds(target: str, folder: str) -> None:
         "palette": (picture.convert("P"), "PNG", {"transparency": 0, "exif": exif}),
         "alpha": (picture.convert("RGBA"), "WEBP", {"lossless": True, "exif": exif}),
         "sixteen": (picture.convert("I;16"), "PNG", {}),
-        "float": (picture.convert("F"), "TIFF", {}),
-        "lzw": (picture, "TIFF", {"compression": "tiff_lzw"}),
+        "apng": (picture, "PNG", {"save_all": True, "append_images": [picture.convert("L").convert("RGB")]}),
         "animated": (picture.convert("P"), "GIF", {"save_all": True, "append_images": [picture], "comment": b"hello"}),
     }
     for name, (image, format, options) in variants.items():

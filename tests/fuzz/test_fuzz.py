@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import struct
 import warnings
 
 import numpy as np
@@ -308,7 +309,12 @@ def test_prompts_with_images(folder, text):
 
 # ---- images
 
-FORMATS = [image_bytes(size=(12, 9), format=format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
+# Also a run-length encoded BMP of 2 × 1 pixels, and one that jumps far out of its picture.
+RUN_LENGTHS = [
+    b"BM" + struct.pack("<IHHIIiiHHIIiiII", 1082, 0, 0, 1078, 40, 2, 1, 1, 8, 1, 4, 0, 0, 256, 0) + bytes(1024) + body
+    for body in (b"\2\1\0\1", b"\0\2\xff\xff")
+]
+FORMATS = RUN_LENGTHS + [image_bytes(size=(12, 9), format=format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
 
 
 @FUZZ
