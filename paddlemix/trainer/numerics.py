@@ -1,4 +1,7 @@
-"""Numbers that went wrong: overflow under float16, a loss that is no number; and the gradient's norm for the log.
+"""Numbers that went wrong: overflow under float16, a loss that is no number; and the gradient's norm.
+
+The host waits for the device once per optimizer step, behind its last micro-batch: a GPU that is handed small batches
+would else run dry at each (docs/performance.md has the list).
 
 Under float16 the loss is scaled up, so that small gradients survive; where one overflows, the step is skipped and the
 scale halved (Micikevicius et al. 2018, §3.2). A few skipped steps are normal. A run of them that no lower scale can
@@ -8,7 +11,8 @@ end is not: the run stops and says what to change.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Iterable, Optional
+import types
+from typing import Any, Dict, Iterable
 
 import paddle
 from paddlenlp.trainer import TrainerCallback
@@ -34,6 +38,31 @@ def gradient_norm(parameters: Iterable, scale: float = 1.0):
         if gradient is not None:
             squares.append(gradient.astype("float32").square().sum())
     return paddle.add_n(squares).sqrt() / scale if squares else None
+
+
+def clip_by_float32_norm(most: float):
+    """Paddle's clipping by the norm of all gradients together, None for 0.
+
+    Of float16 or bfloat16 gradients Paddle makes squares of that dtype, and 2.6 their sum too: a norm above 255 becomes
+    infinite and the step 0, a small one 0. This makes it cast them first, here and where fleet clips over cards.
+    """
+    paddle.nn.clip._clip_by_global_norm_using_mp_type(True)
+    return paddle.nn.ClipGradByGlobalNorm(most) if most > 0 else None
+
+
+def unscale_main_gradients(scaler) -> None:
+    """Let a GradScaler see the float32 gradients of amp_master_grad, and their overflow, without fleet.
+
+    They are in `main_grad`; Paddle's scaler looks at the empty `grad`, and its MixPrecisionScaler wants fleet's groups.
+    """
+
+    def unscale(self, optimizer):
+        gradients = [p.main_grad for p in optimizer._parameter_list if p.main_grad is not None]
+        self._found_inf = paddle.zeros([1], "bool")
+        if self._enable and gradients:
+            paddle._legacy_C_ops.check_finite_and_unscale(gradients, self._scale, gradients, self._found_inf)
+
+    scaler._unscale = types.MethodType(unscale, scaler)
 
 
 class OverflowCount:
@@ -72,56 +101,65 @@ class OverflowCount:
 
 
 class Numerics(TrainerCallback):
-    """Watches each step. The trainer asks it for a loss to add up and for the scalars of a log line."""
+    """Watches each step. The trainer hands it each loss and asks it for the scalars of a log line."""
 
     def __init__(self):
         self.overflow = OverflowCount()
-        self._scale: Optional[float] = None
+        # Of the step at hand, on the device: the sum of its losses, and the loss scale.
+        self._losses: Any = None
+        self._scale: Any = None
         self._norm: Any = None
-        self._finite: Any = None
         self._last_loss: Any = None
 
-    def finite_loss(self, loss):
-        """`loss`, or the last one that was a number in the place of one that is none.
-
-        The trainer adds losses up: one NaN of a skipped step would be all that the log shows from there on.
+    def watch(self, loss, scaled: bool):
+        """Take note of a micro-batch's loss; returns what to add up for the log: with a loss scale, the last one that
+        was a number in the place of one that is none. One NaN of a skipped step would be all that the log shows from
+        there on.
         """
-        finite = paddle.isfinite(loss).all()
-        self._finite = finite if self._finite is None else paddle.logical_and(self._finite, finite)
+        self._losses = loss if self._losses is None else self._losses + loss
+        if not scaled:
+            return loss
         before = paddle.zeros_like(loss) if self._last_loss is None else self._last_loss
-        self._last_loss = paddle.where(finite, loss, before)
+        self._last_loss = paddle.where(paddle.isfinite(loss), loss, before)
         return self._last_loss
 
-    @staticmethod
-    def check_loss(loss: float, step: int) -> None:
-        """Without a loss scale nothing is skipped, so the first bad loss ends the run before it spoils the weights.
-
-        Raises:
-            JobFailed: the loss is NaN or infinite.
-        """
-        if not math.isfinite(loss):
-            raise JobFailed(
-                f"the loss became {loss} in step {step}: lower learning_rate, or add warmup_steps; {_INTACT}"
-            )
+    def _take_losses(self) -> float:
+        """The sum of the step's losses, no number if one of them is none. The host waits for them."""
+        losses, self._losses = self._losses, None
+        return 0.0 if losses is None else float(losses)
 
     def on_optimizer_begin(self, args, state, control, scaler=None, model=None, **kwargs):
-        self._scale = None if scaler is None else float(scaler._scale)
+        if scaler is None:
+            # Without a loss scale nothing is skipped: stop before the weights are spoiled.
+            loss = self._take_losses()
+            if not math.isfinite(loss):
+                step = state.global_step + 1
+                raise JobFailed(
+                    f"the loss became {loss} in step {step}: lower learning_rate, or add warmup_steps; {_INTACT}"
+                )
+        else:
+            self._scale = scaler._scale
         # Where parameters or optimizer states are split over cards, no process has all gradients.
         whole = args.tensor_parallel_degree <= 1 and args.sharding_parallel_degree <= 1
         if whole and ends_in_a_log(args, state.global_step + 1):
-            self._norm = gradient_norm(model.parameters(), self._scale or 1.0)
+            self._norm = gradient_norm(model.parameters(), 1.0 if scaler is None else self._scale)
 
     def on_optimizer_end(self, args, state, control, scaler=None, **kwargs):
         if scaler is None:
             return
-        finite, self._finite = self._finite is None or bool(self._finite), None
+        # The optimizer has asked the device for it; only a skipped step asks for more.
         skipped = overflowed(scaler)
-        if skipped and self.overflow.skipped == 0:
+        if not skipped:
+            self._losses = None
+            self.overflow.step(state.global_step + 1, False, True, 0.0)
+            return
+        scale = float(self._scale)
+        if self.overflow.skipped == 0:
             logger.warning(
                 f"step {state.global_step + 1} overflowed float16 and was skipped; the loss scale falls from "
-                f"{self._scale:g} to {float(scaler._scale):g}. A few such steps are normal: the log counts them"
+                f"{scale:g} to {float(scaler._scale):g}. A few such steps are normal: the log counts them"
             )
-        self.overflow.step(state.global_step + 1, skipped, finite, self._scale)
+        self.overflow.step(state.global_step + 1, True, math.isfinite(self._take_losses()), scale)
 
     def scalars(self) -> Dict[str, float]:
         """For a log line: grad_norm (before clipping), and with a loss scale loss_scale and skipped_steps."""
@@ -130,7 +168,7 @@ class Numerics(TrainerCallback):
             found["grad_norm"] = round(float(self._norm), 6)
             self._norm = None
         if self._scale is not None:
-            found["loss_scale"] = self._scale
+            found["loss_scale"] = float(self._scale)
             found["skipped_steps"] = self.overflow.skipped
         return found
 

@@ -42,7 +42,7 @@ from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSigna
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.keys import TrainingKeys
-from paddlemix.trainer.numerics import Numerics
+from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
 from paddlemix.trainer.order import EpochSampler
 from paddlemix.trainer.reports import EventFiles, caption_table, choose_reports
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
@@ -142,6 +142,8 @@ class FinetuneTrainer(Trainer):
         self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
         self._history: List[dict] = []
         super().__init__(*args, **kwargs)
+        if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
+            unscale_main_gradients(self.scaler)
         self.output_dir = self.args.output_dir
         # The stock loop lowers it when an epoch holds fewer batches.
         self.accumulation = self.args.gradient_accumulation_steps
@@ -291,13 +293,10 @@ class FinetuneTrainer(Trainer):
         packed = inputs.get("sample_lengths")
         self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else (packed > 0).sum())
         loss = super().training_step(model, inputs, **kwargs)
-        if self.do_grad_scaling:
-            return self.numerics.finite_loss(loss)
-        self.numerics.check_loss(float(loss), self.state.global_step + 1)
-        return loss
+        return self.numerics.watch(loss, self.do_grad_scaling)
 
     def _check_loss_valid(self, loss):
-        """Done by training_step, on every PaddleNLP."""
+        """Done by Numerics, on every PaddleNLP."""
 
     def create_optimizer(self, lr_scheduler=None):
         """AdamW over the parameters that train; weight decay on matrices only."""
@@ -309,13 +308,12 @@ class FinetuneTrainer(Trainer):
                     if group_of(name) in _PROJECTOR_GROUPS:
                         parameter.optimize_attr["learning_rate"] = self.args.mm_projector_lr / self.args.learning_rate
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            clip = paddle.nn.ClipGradByGlobalNorm(self.args.max_grad_norm) if self.args.max_grad_norm > 0 else None
             self.optimizer = optimizer_class(
                 learning_rate=lr_scheduler if lr_scheduler is not None else self.lr_scheduler,
                 apply_decay_param_fun=lambda name: name in decayed,
                 parameters=[parameter for _, parameter in named],
                 weight_decay=self.args.weight_decay,
-                grad_clip=clip,
+                grad_clip=clip_by_float32_norm(self.args.max_grad_norm),
                 multi_precision=self.args.master_weights,
                 **options,
             )
@@ -469,6 +467,7 @@ class FinetuneTrainer(Trainer):
             # The optimizer's states get running names too (see prepare).
             with paddle.utils.unique_name.guard(), given:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
+                metrics.update(peak_memory())
         except SystemError as error:
             # Paddle's words for a loader worker that died; the worker's own do not arrive.
             if "DataLoader process" not in str(error):
@@ -484,6 +483,17 @@ class FinetuneTrainer(Trainer):
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
             self.load_weights(best)
         return metrics
+
+
+def peak_memory() -> Dict[str, int]:
+    """Most bytes that this process's tensors took on its card so far, under PaddleNLP's name; empty on the CPU.
+
+    Paddle counts them by itself. PaddleNLP would read them with skip_memory_metrics off alone, which starts a thread
+    without a pause beside the one that launches the kernels.
+    """
+    if not paddle.get_device().startswith("gpu"):
+        return {}
+    return {"gpu_mem_max_memory_allocated": paddle.device.cuda.max_memory_allocated()}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 
 from paddlemix.models.mgen_vl import modeling
 from paddlemix.trainer import finetune as module
+from paddlemix.trainer import trainer as trainer_module
 from paddlemix.trainer import tuned_model
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.runtime import Choice
@@ -118,6 +119,22 @@ def test_flash_attention_trains_the_same(run_keys, tmp_path):
 def test_memory_is_in_the_log_unless_skipped(run_keys, tmp_path, skip):
     run(run_keys(**LORA, skip_memory_metrics=skip, save_strategy="no", max_steps=1))
     assert ("cpu_mem_used" in history(tmp_path)[0]) is not skip
+
+
+def test_a_cards_peak_is_in_the_results_without_the_thread(run_keys, monkeypatch):
+    assert "gpu_mem_max_memory_allocated" not in run(run_keys(**LORA, save_strategy="no", max_steps=1))
+    # What a GPU would answer when the steps are done.
+    monkeypatch.setattr(paddle.device.cuda, "max_memory_allocated", lambda: 3 << 30)
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    assert trainer_module.peak_memory() == {"gpu_mem_max_memory_allocated": 3 << 30}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "lora_only", "attn_pool", "layers", "full", ""])
+def test_shipped_configs_leave_the_launching_thread_alone(root, tuning):
+    """No thread that watches memory, and images are decoded in other processes."""
+    name = f"{tuning}_sft_argument.json".lstrip("_")
+    config = json.loads((root / "config" / "mgen_vl" / name).read_text(encoding="utf-8"))
+    assert config["skip_memory_metrics"] is True and config["dataloader_num_workers"] > 0
 
 
 def test_neftune_changes_training_and_not_evaluation(run_keys, tmp_path):

@@ -4,15 +4,20 @@ float16 does not run on a CPU; the loss scale does: Paddle's own GradScaler is m
 overflow because the loss is multiplied with infinity.
 """
 
+import os
+import sys
 import types
 
 import numpy as np
 import paddle
 import pytest
+from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer.hybrid_parallel_optimizer import HybridParallelClipGrad
 
-from paddlemix.trainer import numerics
+from paddlemix.trainer import finetune, numerics
 from paddlemix.trainer.numerics import HOPELESS_STEPS, OverflowCount, gradient_norm
+from paddlemix.utils import runtime
 from paddlemix.utils.errors import JobFailed
+from tests.trainer import half_states
 from tests.trainer.runs import LORA, start
 
 
@@ -149,11 +154,157 @@ def test_when_to_give_up(steps, expected):
         assert count.skipped == expected
 
 
-def test_without_a_scale_the_first_bad_loss_ends_the_run():
-    numerics.Numerics.check_loss(3.0, 1)
-    for loss in (float("nan"), float("inf")):
-        with pytest.raises(JobFailed, match="in step 7: lower learning_rate"):
-            numerics.Numerics.check_loss(loss, 7)
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_without_a_scale_the_first_bad_loss_ends_the_run(run_keys, bad):
+    """The third step's first micro-batch of two, before its gradients reach the weights."""
+    trainer = start(run_keys(**LORA, max_steps=4, save_strategy="no", gradient_accumulation_steps=2))
+    compute, seen, weights = trainer.compute_loss, [], []
+
+    def compute_loss(model, inputs, return_outputs=False):
+        seen.append(1)
+        weights.append(trainer.model.model.transformer.llm.h[0].attn.c_attn.lora_B.numpy().copy())
+        return compute(model, inputs) * (float(bad) if len(seen) == 5 else 1.0)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(JobFailed, match=f"the loss became {bad} in step 3: lower learning_rate.*checkpoint is intact"):
+        trainer.train()
+    now = trainer.model.model.transformer.llm.h[0].attn.c_attn.lora_B.numpy()
+    assert len(seen) == 6 and np.array_equal(now, weights[-1]) and not np.array_equal(now, weights[0])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_accumulated_batches_add_no_wait_for_the_device(run_keys, monkeypatch, scaled):
+    """How often the trainer's code, ours and PaddleNLP's, asks for a tensor's value: for 3 batches a step as for 1."""
+    counts, asking = {}, []
+
+    def counted(original):
+        def ask(tensor, *args, **kwargs):
+            caller = sys._getframe(1).f_code.co_filename.replace(os.sep, "/")
+            if asking and ("paddlemix/trainer/" in caller or "paddlenlp/trainer/" in caller):
+                counts[asking[0]] += 1
+            return original(tensor, *args, **kwargs)
+
+        return ask
+
+    for name in ("numpy", "item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(paddle.Tensor, name, counted(getattr(paddle.Tensor, name)))
+    for batches in (1, 3):
+        # Lines at the last step alone, which wait for the loss that they show.
+        keys = {"max_steps": 3, "logging_steps": 3, "save_strategy": "no", "gradient_accumulation_steps": batches}
+        trainer = start(run_keys(**LORA, overwrite_output_dir=True, **keys))
+        asking[:], counts[batches] = [batches], 0
+        train(trainer, gpu_scaler(monkeypatch)) if scaled else trainer.train()
+        asking.clear()
+    assert 3 <= counts[3] == counts[1]
+
+
+# ---- float32 gradients of half-precision weights
+
+
+@pytest.fixture
+def master_grad_run(run_keys, monkeypatch):
+    """A trainer with amp_master_grad as PaddleNLP builds it for float16; the weights stay float32, as at O1."""
+    half_states.enabled_scaler(monkeypatch)
+    monkeypatch.setattr(runtime, "decide_dtype", lambda requested, *machine: runtime.Choice("float32"))
+    monkeypatch.setattr(
+        finetune, "decide_precision", lambda *words: runtime.Precision("float16", "float32", False, True)
+    )
+    monkeypatch.setattr(paddle.amp.grad_scaler, "amp_global_state", lambda: types.SimpleNamespace(amp_dtype="float16"))
+    keys = dict(LORA, max_steps=3, save_strategy="no")
+
+    def begin(**changes):
+        return start(run_keys(**dict(keys, overwrite_output_dir=True, **changes)))
+
+    return begin
+
+
+def adapters(trainer):
+    return [p.numpy().copy() for p in trainer.model.parameters() if not p.stop_gradient]
+
+
+@pytest.mark.parametrize("most", [1e-2, 1e3])
+def test_master_gradients_are_unscaled_before_clipping(master_grad_run, monkeypatch, most):
+    """A loss scale is a power of two: the weights are those of the run without one, bit for bit, clipped or not."""
+    scaled = master_grad_run(fp16=True, amp_master_grad=True, max_grad_norm=most)
+    assert scaled.scaler.is_enable() and scaled.do_grad_scaling
+    scaled.train()
+    monkeypatch.undo()
+    plain = master_grad_run(max_grad_norm=most)
+    plain.train()
+    for line, other in zip(history(scaled), history(plain)):
+        assert line["grad_norm"] == other["grad_norm"] > 1e-2 and line["loss_scale"] == 32768
+    assert all(np.array_equal(a, b) for a, b in zip(adapters(scaled), adapters(plain)))
+
+
+def test_master_gradients_overflow_is_seen(master_grad_run):
+    trainer = master_grad_run(fp16=True, amp_master_grad=True)
+    compute, weights = trainer.compute_loss, []
+
+    def compute_loss(model, inputs, return_outputs=False):
+        weights.append(adapters(trainer))
+        loss = compute(model, inputs)
+        return Explode.apply(loss) if trainer.state.global_step == 1 else loss
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert all(np.array_equal(a, b) for a, b in zip(weights[1], weights[2]))
+    assert not any(np.array_equal(a, b) for a, b in zip(weights[2], adapters(trainer)))
+    assert all(np.isfinite(a).all() for a in adapters(trainer))
+    assert [line["skipped_steps"] for line in history(trainer)] == [0, 1, 1]
+    assert [line["loss_scale"] for line in history(trainer)] == [32768, 32768, 16384]
+
+
+# ---- clipping
+
+
+class OneCard:
+    """Stands for fleet's groups."""
+
+    def __getattr__(self, name):
+        return lambda *words: 1
+
+
+@pytest.mark.parametrize("over_cards", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("norm", [1e-2, 3.0, 1000.0])
+def test_half_gradients_are_clipped_by_the_norm_that_is_logged(monkeypatch, dtype, norm, over_cards):
+    """Stand-ins for two operators that have no half-precision kernels on the CPU; they round as a GPU's do."""
+    square = paddle._C_ops.squared_l2_norm
+
+    def product(x, y):
+        return paddle.to_tensor(x.astype("float32").numpy() * y.astype("float32").numpy()).astype(x.dtype)
+
+    def squared(x):
+        asked.append(x.dtype)
+        return square(x.astype("float32")).astype(x.dtype)
+
+    asked = []
+    monkeypatch.setattr(paddle._C_ops, "squared_l2_norm", squared)
+    monkeypatch.setattr(paddle, "multiply", product)
+    monkeypatch.setattr(paddle.Tensor, "multiply_", lambda x, y: x.set_value(product(x, y)))
+    rng, pairs = np.random.default_rng(0), []
+    for shape in ([64, 32], [32], [16, 16]):
+        parameter = paddle.create_parameter(shape, "float32")
+        values = rng.standard_normal(shape).astype("float32")
+        parameter.main_grad = paddle.to_tensor(values * norm / 48).astype(dtype)
+        pairs.append((parameter, parameter.main_grad))
+    logged = float(gradient_norm([parameter for parameter, _ in pairs]))
+    assert logged == pytest.approx(norm, rel=0.1)
+    # fleet adds a little to what it divides by.
+    factor = paddle.to_tensor(1.0 / (max(logged, 1.0) + 1e-6 * over_cards), "float32").astype(dtype)
+    expected = [product(gradient, factor).astype("float32").numpy() for _, gradient in pairs]
+    clip = numerics.clip_by_float32_norm(1.0)
+    clipped = (HybridParallelClipGrad(clip, OneCard()) if over_cards else clip)(pairs)
+    assert asked == 3 * [paddle.float32]
+    for (_, gradient), values in zip(clipped, expected):
+        assert np.array_equal(gradient.astype("float32").numpy(), values)
+
+
+def test_no_clipping_is_no_clip():
+    assert numerics.clip_by_float32_norm(0.0) is None
+
+
+# ---- the norm
 
 
 def test_gradient_norm_is_that_of_all_gradients_unscaled():
