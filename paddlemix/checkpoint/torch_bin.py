@@ -7,7 +7,9 @@ understood: a function or class beside that is refused by name.
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 from typing import Any, Dict, NamedTuple, Tuple
 
 import numpy as np
@@ -27,8 +29,9 @@ from paddlemix.checkpoint.unpickle import Unpickler, make_dict
 from paddlemix.utils.errors import WeightsError
 
 MAGIC = b"PK\x03\x04"
-# The pickle and the table of members of a real shard take some 100 KB.
-_MAX_DIRECTORY = 64 << 20
+# The pickle and the table of members of a real shard take some 100 KB; zipfile makes 1 KB of each member.
+_MAX_PICKLE = 64 << 20
+_MAX_DIRECTORY = 4 << 20
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -52,82 +55,58 @@ class _Member(NamedTuple):
     length: int
 
 
-def _find_directory(file: MappedFile) -> Tuple[int, int]:
-    """(offset, length) of the archive's table of members."""
-    broken = WeightsError(f"{file.path} is not a whole zip archive; it may be cut short")
-    tail_start = max(0, file.size - 65557)
-    tail = bytes(file.view[tail_start:])
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < 22:
-        raise broken
-    if at + 22 + struct.unpack_from("<H", tail, at + 20)[0] != len(tail):
-        raise WeightsError(f"{file.path}: bytes follow its end")
-    length, offset = struct.unpack_from("<II", tail, at + 12)
-    end = tail_start + at
-    if (
-        offset == 0xFFFFFFFF
-        or length == 0xFFFFFFFF
-        or (end >= 20 and bytes(file.view[end - 20 : end - 16]) == b"PK\x06\x07")
-    ):
-        if end < 20 or bytes(file.view[end - 20 : end - 16]) != b"PK\x06\x07":
-            raise broken
-        (end,) = struct.unpack("<Q", bytes(file.view[end - 12 : end - 4]))
-        if end + 56 > file.size or bytes(file.view[end : end + 4]) != b"PK\x06\x06":
-            raise broken
-        length, offset = struct.unpack("<QQ", bytes(file.view[end + 40 : end + 56]))
-    if length > _MAX_DIRECTORY or offset + length != end:
-        raise broken
-    return offset, length
+class _View:
+    """A mapped file as zipfile reads it, which takes the table of members into memory as long as its header says."""
+
+    def __init__(self, file: MappedFile):
+        self._view, self._at = file.view, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, len(self._view))[whence]
+        if self._at < 0:
+            raise OSError("a position before the file")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, n: int = -1) -> bytes:
+        if n > _MAX_DIRECTORY:
+            raise OSError(f"a table of {n:,} bytes")
+        found = bytes(self._view[self._at : len(self._view) if n < 0 else self._at + n])
+        self._at += len(found)
+        return found
 
 
 def _members(file: MappedFile) -> Dict[str, _Member]:
     """The archive's members by name, each checked to be stored as it is and to lie in the file."""
-    start, length = _find_directory(file)
-    table = bytes(file.view[start : start + length])
+    try:
+        archive = zipfile.ZipFile(_View(file))
+    # A table that lies raises nearly anything of these.
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError, struct.error) as error:
+        raise WeightsError(f"{file.path} is not a whole zip archive; it may be cut short ({error})") from None
+    end = file.size - 22 - len(archive.comment)
+    if bytes(file.view[end : end + 4]) != b"PK\x05\x06":
+        raise WeightsError(f"{file.path}: bytes follow its end")
     members: Dict[str, _Member] = {}
-    at = 0
-    while at < length:
-        if table[at : at + 4] != b"PK\x01\x02" or at + 46 > length:
-            raise WeightsError(f"{file.path} is broken: its table of members")
-        flags, method = struct.unpack_from("<HH", table, at + 8)
-        packed, size = struct.unpack_from("<II", table, at + 20)
-        n_name, n_extra, n_comment = struct.unpack_from("<HHH", table, at + 28)
-        (offset,) = struct.unpack_from("<I", table, at + 42)
-        name = table[at + 46 : at + 46 + n_name].decode("utf-8", "replace")
-        extra = table[at + 46 + n_name : at + 46 + n_name + n_extra]
-        at += 46 + n_name + n_extra + n_comment
-        packed, size, offset = _wide(extra, packed, size, offset, file.path)
-        what = f"{file.path}: member {printable(name)}"
-        if flags & 1 or method != 0 or packed != size:
+    for info in archive.infolist():
+        what = f"{file.path}: member {printable(info.filename)}"
+        if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise WeightsError(f"{what} is compressed or encrypted; PyTorch stores members as they are")
-        if offset + 30 > start or bytes(file.view[offset : offset + 4]) != MAGIC:
+        # The local header may have another extra field than the table.
+        offset = info.header_offset
+        header = bytes(file.view[offset : offset + 30])
+        if len(header) < 30 or header[:4] != MAGIC:
             raise WeightsError(f"{what} lies outside the file")
-        n_name, n_extra = struct.unpack("<HH", bytes(file.view[offset + 26 : offset + 30]))
-        data = offset + 30 + n_name + n_extra
-        if data + size > start:
+        data = offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        if data + info.file_size > archive.start_dir:
             raise WeightsError(f"{what} lies outside the file")
-        if name in members:
-            raise WeightsError(f"{what} stands in it twice")
-        members[name] = _Member(data, size)
+        if info.filename in members:
+            raise WeightsError(f"{what} is in it twice")
+        members[info.filename] = _Member(data, info.file_size)
+    if min((info.header_offset for info in archive.infolist()), default=0) != 0:
+        raise WeightsError(f"{file.path} is not a whole zip archive: it does not begin with a member")
     return members
-
-
-def _wide(extra: bytes, packed: int, size: int, offset: int, path: str) -> Tuple[int, int, int]:
-    """Sizes and offset of a member, from its zip64 field where they do not fit 32 bits."""
-    values = [size, packed, offset]
-    if 0xFFFFFFFF not in values:
-        return packed, size, offset
-    at = 0
-    while at + 4 <= len(extra):
-        tag, length = struct.unpack_from("<HH", extra, at)
-        if tag == 1:
-            field = extra[at + 4 : at + 4 + length]
-            wide = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
-            values = [next(wide, -1) if value == 0xFFFFFFFF else value for value in values]
-            if -1 not in values:
-                return values[1], values[0], values[2]
-        at += 4 + length
-    raise WeightsError(f"{path} is broken: a member without its size")
 
 
 # ---- what a state dict's pickle may name, as data
@@ -241,7 +220,7 @@ def open_torch_bin(file: MappedFile) -> Dict[str, StoredTensor]:
     if order is not None and bytes(file.view[order.offset : order.offset + order.length]) != b"little":
         raise WeightsError(f"{file.path} was written in another byte order")
     member = members[pickles[0]]
-    if member.length > _MAX_DIRECTORY:
+    if member.length > _MAX_PICKLE:
         raise WeightsError(f"{file.path}: data.pkl is larger than any state dict's")
     stop = member.offset + member.length
     state = Unpickler(

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint import open_weights, torch_bin
 from paddlemix.utils.errors import WeightsError
 from tests.checkpoint.files import arrays, torch_file, torch_pickle, torch_zip
 
@@ -134,18 +134,24 @@ def test_directories_that_lie(tmp_path):
         path.write_bytes(changed)
         return path
 
-    refused(patched(first, b"XXXX"), "table of members")
+    refused(patched(first, b"XXXX"), "whole zip")
     refused(patched(first + 42, struct.pack("<I", 0xFFFFFF)), "outside the file")
     refused(patched(first + 20, struct.pack("<II", 1 << 30, 1 << 30)), "outside the file")
     refused(patched(first + 8, b"\x01"), "encrypted")
-    refused(patched(first + 24, struct.pack("<I", 0xFFFFFFFF)), "without its size")
+    refused(patched(first + 20, struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)), "outside the file")
     refused(patched(len(data) - 22 + 12, struct.pack("<I", 1 << 30)), "whole zip")
     # Two members of one name.
     with pytest.warns(UserWarning, match="Duplicate"):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/data.pkl", b"1")
             archive.writestr("a/data.pkl", b"2")
-    refused(path, "stands in it twice")
+    refused(path, "is in it twice")
+
+
+def test_a_table_of_members_beyond_any_state_dicts(tmp_path, monkeypatch):
+    path = torch_file(tmp_path / "w.bin", arrays())
+    monkeypatch.setattr(torch_bin, "_MAX_DIRECTORY", 200)
+    refused(path, "a table of .* bytes")
 
 
 def test_zip64(tmp_path, monkeypatch):
