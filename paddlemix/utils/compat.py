@@ -27,7 +27,9 @@ import dataclasses
 
 import paddle
 import paddle.nn.functional as F
+from paddle import _C_ops
 from paddle.base import core, framework
+from paddle.incubate.nn.functional import fused_rms_norm as _fused_rms_norm
 
 PADDLE_VERSION = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
 
@@ -59,6 +61,29 @@ def versions() -> str:
     import paddlenlp
 
     return f"Paddle {paddle.__version__}, PaddleNLP {paddlenlp.__version__}"
+
+
+# F.linear of Paddle 3 asks for two flags at every call and PaddleNLP wraps it once more: 5 µs before the operator itself.
+# On a GPU it takes the one that adds the bias in the same kernel.
+_FUSED_BIAS = hasattr(_C_ops, "linear_v2") and paddle.is_compiled_with_cuda()
+
+
+def linear(x, weight, bias=None):
+    """x · weight + bias: [..., in] → [..., out]. F.linear, at once."""
+    if bias is None:
+        return paddle.matmul(x, weight)
+    return _C_ops.linear_v2(x, weight, bias, False) if _FUSED_BIAS else _C_ops.linear(x, weight, bias)
+
+
+def norm_is_fused(x) -> bool:
+    """Whether fused_rms_norm may norm tensors like `x`: on a GPU, without a gradient, which 2.6 has no kernel for."""
+    return not paddle.is_grad_enabled() and x.place.is_gpu_place()
+
+
+def fused_rms_norm(x, weight, epsilon, added=None):
+    """(RMSNorm of x + added, x + added) in one kernel: [..., D], in x's dtype, the mean square in float32."""
+    done = _fused_rms_norm(x, weight, None, epsilon, x.ndim - 1, residual=added)
+    return done[0], x if added is None else done[1]
 
 
 def autocast_dtype():

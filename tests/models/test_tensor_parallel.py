@@ -13,7 +13,7 @@ import pytest
 
 from paddlemix.models.lora import adapter_shapes, apply_lora
 from paddlemix.models.mgen_vl.attention import attend
-from paddlemix.models.mgen_vl.language import rotary_factors, rotate
+from paddlemix.models.mgen_vl.language import attention_factors, rotary_factors, rotate
 from paddlemix.models.mgen_vl.parameters import cut_problems
 from tests.helpers import make_tiny_model, tiny_config
 
@@ -94,7 +94,7 @@ def test_the_cards_parts_add_up_to_the_whole(model, pieces, degree):
         scores = paddle.matmul(rotate(query, *rotary), rotate(key, *rotary), transpose_y=True) / 4.0 + bias
         out = paddle.matmul(F.softmax(scores), value).transpose([0, 2, 1, 3]).reshape([2, 6, -1])
         attended = attended + paddle.matmul(out, tensor(parts[prefix + "attn.c_proj.weight"][rank]))
-    expected = block.attn(x, bias, rotary)
+    expected = block.attn(x, bias, *attention_factors(*rotary, 0.25))
     np.testing.assert_allclose(attended.numpy(), expected.numpy(), atol=1e-5)
 
     summed = 0
@@ -192,7 +192,7 @@ def test_the_cards_parts_with_adapters_add_up_to_the_whole(model, pieces, adapte
         state[name].set_value(array)
     lora.eval()
     block = whole.transformer.llm.h[1]
-    np.testing.assert_allclose(attended.numpy(), block.attn(x, bias, rotary).numpy(), atol=1e-4)
+    np.testing.assert_allclose(attended.numpy(), block.attn(x, bias, *attention_factors(*rotary, 0.25)).numpy(), atol=1e-4)
     np.testing.assert_allclose(summed.numpy(), block.mlp(x).numpy(), atol=1e-4)
     assert np.abs(block.mlp(x).numpy() - model.transformer.llm.h[1].mlp(x).numpy()).max() > 0.01
 

@@ -9,8 +9,9 @@ import math
 
 import paddle
 import paddle.nn.functional as F
+from paddle import nn
 
-from paddlemix.utils.compat import autocast_dtype
+from paddlemix.utils.compat import autocast_dtype, linear
 from paddlemix.utils.runtime import full_precision
 
 # float16 scores are computed smaller by this factor, and float32 ones multiplied by it (PaddleNLP takes 32, too).
@@ -28,6 +29,13 @@ def spread(tensor, shape):
     return tensor.tile([whole // part for whole, part in zip(shape, tensor.shape)])
 
 
+def project(layer, x):
+    """layer(x), of a Linear without hooks by its matmul alone: the Python in between takes longer than to launch it."""
+    if type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_post_hooks:
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
 def compute_dtype(tensor):
     """The dtype in which matmuls of `tensor` compute: autocast's while it is on, else the tensor's own."""
     half = autocast_dtype()
@@ -39,11 +47,21 @@ def fused_bias(bias, dtype):
     return bias if bias.dtype == dtype else bias.clip(min=float(paddle.finfo(dtype).min)).astype(dtype)
 
 
-def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=False):
+def score_scale(width, dtype):
+    """What queries of `width` are multiplied with for scores computed in `dtype`; float16 ones are then GUARD too small.
+
+    float16 ends at 65504: with the guard, scores up to 2 million pass. It is a power of two, so nothing is rounded but
+    what is next to zero.
+    """
+    return 1.0 / (math.sqrt(width) * (GUARD if dtype == paddle.float16 else 1.0))
+
+
+def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=False, scaled=False):
     """softmax(q kᵀ / √d + bias) v ("Attention Is All You Need", §3.2.1), softmax in float32.
 
     query [B, H, T, d]; key, value [B, H, S, d], contiguous; bias broadcast to [B, H, T, S], or None.
-    use_flash: Paddle's fused kernel, which never holds the [T, S] scores. Returns [B, T, H × d].
+    use_flash: Paddle's fused kernel, which never holds the [T, S] scores. scaled: query is multiplied by score_scale
+    already, unless the kernel is fused. Returns [B, T, H × d].
     """
     B, H, T, d = query.shape
     dtype = compute_dtype(query)
@@ -58,13 +76,12 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
                 query, key, value, attn_mask=bias, dropout_p=dropout, training=training
             )
         return out.reshape([B, T, H * d])
-    # float16 ends at 65504: with the guard, scores up to 2 million pass. It is a power of two, so nothing is rounded
-    # but what is next to zero.
-    guard = GUARD if dtype == paddle.float16 else 1.0
-    scores = paddle.matmul(query * (1.0 / (guard * math.sqrt(d))), key, transpose_y=True).astype("float32")
+    if not scaled:
+        query = query * score_scale(d, dtype)
+    scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
     with full_precision():
-        if guard != 1.0:
-            scores = scores * guard
+        if dtype == paddle.float16:
+            scores = scores * GUARD
         if bias is not None:
             scores = scores + bias
         # In place: the scores are the largest tensor there is (a ViT's of 32 images: 2 GB), and nobody else's.

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
-from paddlemix.models.mgen_vl.language import KVCache, position_ids_from_mask
+from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.mgen_vl_processing import count_images, encode_prompt, named_images
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import read_config_object
@@ -149,27 +149,22 @@ class CaptionGeneration:
         return processors
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask, past_key_values=None, **kwargs):
-        """Inputs of one step: the whole prompt first, then the newest token with the cache."""
-        position_ids = position_ids_from_mask(attention_mask)
-        inputs = {
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": True,
-            "last_logits_only": True,
-            "return_dict": True,
-        }
+        """Inputs of one step: the whole prompt first, then the newest token with the cache, which knows all else."""
+        inputs = {"past_key_values": past_key_values, "use_cache": True, "last_logits_only": True, "return_dict": True}
         if past_key_values is None:
-            inputs.update(input_ids=input_ids, position_ids=position_ids, image_features=kwargs.get("image_features"))
-        else:
-            inputs.update(input_ids=input_ids[:, -1:], position_ids=position_ids[:, -1:])
-        return inputs
+            features = kwargs.get("image_features")
+            return dict(inputs, input_ids=input_ids, attention_mask=attention_mask, image_features=features)
+        return dict(inputs, input_ids=input_ids[:, -1:])
 
     @staticmethod
     def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
-        mask = model_kwargs["attention_mask"]
-        model_kwargs["attention_mask"] = paddle.concat([mask, paddle.ones([mask.shape[0], 1], mask.dtype)], axis=1)
         model_kwargs["past_key_values"] = outputs.past_key_values
         return model_kwargs
+
+    @staticmethod
+    def update_scores_for_generation(scores, next_scores, length, unfinished_flag):
+        """The running mean of unfinished rows. PaddleNLP makes two tensors of `length`, a copy to the card each."""
+        return paddle.where(unfinished_flag, (scores * length + next_scores) / (length + 1), scores)
 
     def reorder_cache(self, cache, beam_idx):
         return cache.reordered(beam_idx)

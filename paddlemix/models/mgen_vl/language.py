@@ -16,9 +16,17 @@ import paddle
 from paddle import nn
 from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPretrainedModel, QWenRMSNorm
 
-from paddlemix.models.mgen_vl.attention import attend, attend_within, compute_dtype, fused_bias, spread
+from paddlemix.models.mgen_vl.attention import (
+    attend,
+    attend_within,
+    compute_dtype,
+    fused_bias,
+    project,
+    score_scale,
+    spread,
+)
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.utils.compat import swiglu
+from paddlemix.utils.compat import fused_rms_norm, norm_is_fused, swiglu
 from paddlemix.utils.runtime import full_precision
 
 # A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
@@ -43,19 +51,31 @@ def ntk_alpha(length: int, seq_length: int) -> int:
 def rotary_factors(position_ids, dim: int, base: float, alphas):
     """cos and sin of RoFormer's angles (Su et al. 2021), in float32.
 
-    position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim / 2].
+    position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim], as
+    rotate takes them: the sine of the second half is negative.
     """
     bases = [base * alpha ** (dim / (dim - 2)) for alpha in alphas]
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies = np.stack([1.0 / np.power(np.float32(b), exponents) for b in bases]).astype(np.float32)
     angles = position_ids.astype("float32").unsqueeze(-1) * paddle.to_tensor(frequencies).unsqueeze(1)
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    return paddle.concat([cos, cos], axis=-1), paddle.concat([sin, -sin], axis=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + d/2]) by its angle: x […, d]; cos and sin broadcast to […, d/2] (neox halves)."""
-    first, second = paddle.chunk(x, 2, axis=-1)
-    return paddle.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Turn each pair (x[i], x[i + d/2]) by its angle (neox halves): x […, d]; cos and sin of rotary_factors."""
+    return x * cos + paddle.roll(x * sin, x.shape[-1] // 2, axis=-1)
+
+
+def attention_factors(cos, sin, query_scale):
+    """Factors that rotate queries and keys, scale queries and leave values, all in one: two [3, B, 1, T, dim].
+
+    cos, sin: of rotary_factors. query_scale: a number, or [B, 1, T, 1].
+    """
+    return (
+        paddle.stack([cos * query_scale, cos, paddle.ones_like(cos)]),
+        paddle.stack([sin * query_scale, sin, paddle.zeros_like(sin)]),
+    )
 
 
 class KVCache:
@@ -64,6 +84,8 @@ class KVCache:
     Capacity grows in blocks, so that a step writes one position in place and copies nothing else.
 
     length: positions written. alphas: the NTK factors that the cached keys were turned with (frozen at prefill).
+    mask: the prompt's, 0/1 [B, T], None where all is seen; what follows is always seen. window: what the steps up to the
+    capacity need (see MGenDecoder._window): its first position, and tensors of which a step takes a slice.
     """
 
     BLOCK = 128
@@ -71,7 +93,7 @@ class KVCache:
     def __init__(self):
         self.keys, self.values = [], []
         self.length = 0
-        self.alphas = None
+        self.alphas = self.mask = self.window = None
 
     @property
     def capacity(self) -> int:
@@ -86,6 +108,7 @@ class KVCache:
                 for i, buffer in enumerate(buffers):
                     B, H, _, d = buffer.shape
                     buffers[i] = paddle.concat([buffer, paddle.zeros([B, H, missing, d], buffer.dtype)], axis=2)
+            self.window = None
 
     def append(self, layer: int, key, value):
         """Write [B, H, T, d] behind the cached positions of `layer` and return what to attend over.
@@ -112,6 +135,13 @@ class KVCache:
         copy.alphas = alphas if len(alphas) == 1 else [alphas[i] for i in rows.numpy().tolist()]
         copy.keys = [paddle.index_select(buffer, rows) for buffer in self.keys]
         copy.values = [paddle.index_select(buffer, rows) for buffer in self.values]
+        if self.mask is not None:
+            copy.mask = paddle.index_select(self.mask, rows)
+        if self.window is not None:
+            first, cos, sin, bias = self.window
+            # Without a mask they are the same for all rows.
+            cos, sin = (t if t.shape[1] == 1 else paddle.index_select(t, rows, axis=1) for t in (cos, sin))
+            copy.window = first, cos, sin, bias if bias.shape[0] == 1 else paddle.index_select(bias, rows)
         return copy
 
 
@@ -123,19 +153,15 @@ class MGenAttention(QWenAttention):
         # Tables of the stock forward; ours are computed once per forward in the decoder.
         del self.rotary_emb, self.logn_tensor
 
-    def forward(self, x, bias, rotary, logn=None, cache=None, layer=0):
+    def forward(self, x, bias, cos, sin, cache=None, layer=0):
         """x [B, T, D] → [B, T, D].
 
-        bias: float32, broadcast to [B, H, T, keys], or segments as attend_within takes them; rotary: (cos, sin),
-        broadcast to [2, B, H, T, d/2]; logn: [B, 1, T, 1] or None; cache: a KVCache to read and extend at `layer`, or
-        None.
+        bias: broadcast to [B, H, T, keys], or segments as attend_within takes them; cos, sin: of attention_factors,
+        broadcast to [3, B, H, T, d]; cache: a KVCache to read and extend at `layer`, or None.
         """
         B, T, _ = x.shape
-        mixed = self.c_attn(x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
-        turned, value = mixed[:2], mixed[2]
-        query, key = rotate(turned, *rotary).unbind(0)  # each [B, H, T, d]
-        if logn is not None:
-            query = query * logn
+        mixed = project(self.c_attn, x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
+        query, key, value = rotate(mixed, cos, sin).unbind(0)  # each [B, H, T, d]
         if cache is not None:
             key, value = cache.append(layer, key, value)
         out = (attend_within if isinstance(bias, list) else attend)(
@@ -147,28 +173,36 @@ class MGenAttention(QWenAttention):
             training=self.training,
             # One query reads each key once, fused or not, and the kernel would have the cache in another layout.
             use_flash=self.config.use_flash_attention and T > 1,
+            scaled=True,
         )
-        return self.c_proj(out)
+        return project(self.c_proj, out)
 
 
 class MGenMLP(QWenMLP):
     """c_proj(w1(x) · silu(w2(x))): [B, T, D] → [B, T, D] (SwiGLU, Shazeer 2020)."""
 
     def forward(self, x):
-        return self.c_proj(swiglu(self.w2(x), self.w1(x)))
+        return project(self.c_proj, swiglu(project(self.w2, x), project(self.w1, x)))
 
 
 class MGenRMSNorm(QWenRMSNorm):
     """x / rms(x) · weight, the mean square in float32 (Zhang & Sennrich 2019)."""
 
-    def forward(self, x):
-        if self.config.use_fused_rms_norm:
-            return super().forward(x)
+    def forward(self, x, fused=False):
+        """fused: see norm_is_fused."""
+        return self.after(x, None, fused)[0]
+
+    def after(self, x, added=None, fused=False):
+        """(norm of x + added, x + added)."""
+        if fused:
+            return fused_rms_norm(x, self.weight, self.eps, added)
+        if added is not None:
+            x = x + added
         wide = x.astype("float32")
         with full_precision():
             # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
             wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
-        return wide.astype(x.dtype) * self.weight
+        return wide.astype(x.dtype) * self.weight, x
 
 
 class MGenBlock(nn.Layer):
@@ -181,9 +215,10 @@ class MGenBlock(nn.Layer):
         self.ln_2 = MGenRMSNorm(config)
         self.mlp = MGenMLP(config)
 
-    def forward(self, x, bias, cos, sin, logn=None, cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), bias, (cos, sin), logn, cache, layer)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, bias, cos, sin, cache=None, layer=0, fused_norm=False):
+        attended = self.attn(self.ln_1(x, fused_norm), bias, cos, sin, cache, layer)
+        normed, x = self.ln_2.after(x, attended, fused_norm)
+        return x + self.mlp(normed)
 
 
 class MGenPretrainedModel(QWenPretrainedModel):
@@ -270,70 +305,115 @@ class MGenDecoder(MGenPretrainedModel):
             allowed, paddle.zeros([1], "float32"), paddle.full([1], MASKED, "float32")
         )
 
-    def _scaling(self, position_ids, cache, T):
-        """NTK factors and log-n factors beyond the trained context. Both are off while training (SPEC §5)."""
-        past = cache.length if cache is not None else 0
-        if past:
-            alphas = cache.alphas
-        elif self.config.use_dynamic_ntk and not self.training and T > self.config.seq_length:
-            lengths = (position_ids.max(axis=1) + 1).numpy().tolist()
-            alphas = [ntk_alpha(length, self.config.seq_length) for length in lengths]
+    def _factors(self, position_ids, alphas, end, fused, dtype):
+        """attention_factors of these positions, which end before `end`, with log-n scaling beyond the trained context.
+
+        It is off while training, as NTK scaling is (SPEC §5). fused: the kernel scales queries itself.
+        """
+        config = self.config
+        cos, sin = rotary_factors(position_ids, config.kv_channels, config.rotary_emb_base, alphas)
+        scale = 1.0 if fused else score_scale(config.kv_channels, dtype)
+        if config.use_logn_attn and not self.training and end > config.seq_length:
+            logn = (position_ids.astype("float32") + 1).log() / math.log(config.seq_length)
+            scale = logn.clip(min=1.0).unsqueeze([1, 3]) * scale
+        return attention_factors(cos, sin, scale)
+
+    def _alphas(self, position_ids, T):
+        """NTK factors of a prompt of T tokens, padding included."""
+        if not self.config.use_dynamic_ntk or self.training or T <= self.config.seq_length:
+            return [1]
+        lengths = (position_ids.max(axis=1) + 1).numpy().tolist()
+        return [ntk_alpha(length, self.config.seq_length) for length in lengths]
+
+    def _window(self, cache, inputs_embeds):
+        """Factors and biases of the steps from here to the cache's capacity, made once for all of them."""
+        past, steps = cache.length, cache.capacity - cache.length
+        if cache.mask is None:
+            start = paddle.full([1, 1], past, "int64")
         else:
-            alphas = [1]
-        if cache is not None:
-            cache.alphas = alphas
-        logn = None
-        if self.config.use_logn_attn and not self.training and past + T > self.config.seq_length:
-            logn = (position_ids.astype("float32") + 1).log() / math.log(self.config.seq_length)
-            logn = logn.clip(min=1.0).unsqueeze([1, 3])
-        return alphas, logn
+            start = cache.mask.sum(-1, keepdim=True) + (past - cache.mask.shape[1])
+        positions = start + paddle.arange(steps).unsqueeze(0)
+        with full_precision():
+            factors = self._factors(positions, cache.alphas, cache.capacity, False, compute_dtype(inputs_embeds))
+        bias = self._bias(self._whole_mask(cache, cache.capacity), len(positions), steps, past, cache.capacity)
+        return (past, *(t.astype(inputs_embeds.dtype) for t in factors), bias)
+
+    @staticmethod
+    def _whole_mask(cache, length):
+        """The prompt's mask and ones behind it, or None."""
+        if cache.mask is None:
+            return None
+        B, T = cache.mask.shape
+        return paddle.concat([cache.mask, paddle.ones([B, length - T], cache.mask.dtype)], axis=1)
+
+    def _step(self, cache, inputs_embeds):
+        """(cos, sin, bias) of the one next token."""
+        cache.reserve(cache.length + 1)
+        if cache.window is None:
+            cache.window = self._window(cache, inputs_embeds)
+        first, cos, sin, bias = cache.window
+        now = slice(cache.length - first, cache.length - first + 1)
+        return cos[:, :, :, now], sin[:, :, :, now], bias[:, :, now]
 
     def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm.
 
-        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None (all seen).
-        position_ids: int64 [B, T]; by default counted from the mask. cache: a KVCache, empty at prefill; extended.
+        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen, and
+        with a cache what it has seen of its prompt. position_ids: int64 [B, T]; by default counted from the mask. cache:
+        a KVCache, empty at prefill; extended.
         sample_lengths: int64 [B, K], the tokens of the samples that lie one behind the other in each row (0 where a row
         has fewer). Each is then computed as if it were alone; mask and positions follow from it.
         """
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
-        segments = None
+        if past and T == 1 and attention_mask is None and position_ids is None:
+            cos, sin, bias = self._step(cache, inputs_embeds)
+        else:
+            cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, sample_lengths)
+        heads = self.h[0].attn.num_heads
+        cos, sin = (spread(t, [3, B, heads, *t.shape[3:]]) for t in (cos, sin))
+        if not isinstance(bias, list):
+            bias = spread(bias, [B, heads, T, bias.shape[-1]])
+
+        x = self.drop(inputs_embeds)
+        fused_norm = norm_is_fused(x)
+        for i, block in enumerate(self.h):
+            if self.enable_recompute and self.training and not x.stop_gradient:
+                x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin)
+            else:
+                x = block(x, bias, cos, sin, cache, i, fused_norm)
+        if cache is not None:
+            cache.length = past + T
+        return self.ln_f(x, fused_norm)
+
+    def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
+        """(cos, sin, bias) of any forward; bias may be segments as attend_within takes them."""
+        B, T, _ = inputs_embeds.shape
+        past = cache.length if cache is not None else 0
+        bias = None
         if sample_lengths is not None:
             if cache is not None:
                 raise ValueError("packed samples have no cache")
-            segments, position_ids = self._packed(sample_lengths.numpy(), T)
-        elif position_ids is None:
+            bias, position_ids = self._packed(sample_lengths.numpy(), T)
+        if past:
+            cache.reserve(past + T)
+            if attention_mask is None:
+                attention_mask = self._whole_mask(cache, past + T)
+        elif cache is not None and attention_mask is not None and attention_mask.ndim == 2:
+            cache.mask = attention_mask.astype("int64")
+        if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = position_ids_from_mask(attention_mask)[:, past:]
             else:
-                position_ids = paddle.arange(past, past + T).unsqueeze(0).expand([B, T])
-        if past:
-            cache.reserve(past + T)
+                position_ids = paddle.arange(past, past + T).unsqueeze(0)
+        fused, dtype = self.config.use_flash_attention and T > 1, compute_dtype(inputs_embeds)
         with full_precision():
-            alphas, logn = self._scaling(position_ids, cache, T)
-            cos, sin = rotary_factors(position_ids, self.config.kv_channels, self.config.rotary_emb_base, alphas)
-        dtype = inputs_embeds.dtype
-        heads = self.h[0].attn.num_heads
-        # For queries and keys together.
-        cos, sin = (spread(t.astype(dtype).unsqueeze(0), [2, B, heads, T, t.shape[-1]]) for t in (cos, sin))
-        logn = None if logn is None else logn.astype(dtype)
-        if segments is None:
-            bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
-            bias = spread(bias, [B, heads, T, bias.shape[-1]])
-            if self.config.use_flash_attention and T > 1:
+            alphas = cache.alphas if past else self._alphas(position_ids, T)
+            factors = self._factors(position_ids, alphas, past + T, fused, dtype)
+            if cache is not None:
+                cache.alphas = alphas
+            if bias is None:
+                bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
                 # Once, not in every layer.
-                with full_precision():
-                    bias = fused_bias(bias, compute_dtype(inputs_embeds))
-        else:
-            bias = segments
-
-        x = self.drop(inputs_embeds)
-        for i, block in enumerate(self.h):
-            if self.enable_recompute and self.training and not x.stop_gradient:
-                x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin, logn)
-            else:
-                x = block(x, bias, cos, sin, logn, cache, i)
-        if cache is not None:
-            cache.length = past + T
-        return self.ln_f(x)
+                bias = fused_bias(bias, dtype) if fused else bias
+        return (*(t.astype(inputs_embeds.dtype) for t in factors), bias)

@@ -9,7 +9,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from paddlemix.models.mgen_vl.attention import attend
+from paddlemix.models.mgen_vl.attention import attend, project
 from paddlemix.models.mgen_vl.connector import EPSILON, AttentionPool, resize_positions
 
 # Rows of the position table: a 16 × 16 grid, whatever the image size.
@@ -28,9 +28,9 @@ class VisualAttention(nn.Layer):
     def forward(self, x, use_flash=False):
         """[N, P, w] → [N, P, w]."""
         N, P, width = x.shape
-        mixed = self.in_proj(x).reshape([N, P, self.heads, 3, width // self.heads]).transpose([3, 0, 2, 1, 4])
+        mixed = project(self.in_proj, x).reshape([N, P, self.heads, 3, width // self.heads]).transpose([3, 0, 2, 1, 4])
         query, key, value = mixed.unbind(0)  # each [N, H, P, w / H]
-        return self.out_proj(attend(query, key, value, use_flash=use_flash))
+        return project(self.out_proj, attend(query, key, value, use_flash=use_flash))
 
 
 class VisualMLP(nn.Layer):
@@ -40,7 +40,7 @@ class VisualMLP(nn.Layer):
         self.c_proj = nn.Linear(mlp_width, width)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return project(self.c_proj, F.gelu(project(self.c_fc, x)))
 
 
 class VisualBlock(nn.Layer):
