@@ -277,25 +277,6 @@ def resolve_flash(requested: bool, compute: str, device: str) -> Tuple[bool, Opt
     return decide_flash(requested, compute, device, tuple(capability), FUSED_ATTENTION_ON_CPU)
 
 
-def full_precision():
-    """A context in which every operator computes in the dtype of its inputs, whatever autocast would make of them.
-
-    Autocast decides operator by operator, by lists and levels. At O2 whatever meets a float32 input runs in float32
-    (promotion), the float32 list (scatter, interpolation) always does, and the half list (matmul, convolution) never
-    does; at O1 both lists are longer; a Paddle without promotion, before 2.5, makes everything half at O2. So what must
-    be float32 (softmax, the mean square of a norm, the loss) or half (embeddings, the residual stream) is computed
-    in here.
-    """
-    import contextlib
-
-    import paddle
-
-    from paddlemix.utils.compat import autocast_dtype
-
-    # Entering a context of Paddle's costs 36 µs, a hundred times per generated token.
-    return contextlib.nullcontext() if autocast_dtype() is None else paddle.amp.auto_cast(False)
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and Paddle."""
     import random

@@ -16,8 +16,7 @@ from paddle.amp.auto_cast import amp_initialize
 from paddle.base import core, framework
 
 from paddlemix.models.mgen_vl import attention, connector, language, modeling
-from paddlemix.utils.compat import autocast_dtype
-from paddlemix.utils.runtime import full_precision
+from paddlemix.utils.compat import autocast_dtype, full_precision
 from tests.helpers import make_tiny_model, prompt_ids
 
 
@@ -46,7 +45,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(attention.F, "softmax_")
+    watch(attention, "softmax_")
     watch(modeling.F, "cross_entropy")
     watch(connector.F, "interpolate")
     watch(paddle, "rsqrt")

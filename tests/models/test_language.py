@@ -6,9 +6,11 @@ import numpy as np
 import paddle
 import pytest
 
+from paddlemix.models.mgen_vl import language
 from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.language import KVCache, ntk_alpha, position_ids_from_mask, rotary_factors, rotate
-from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
+from paddlemix.utils import compat
+from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU, PADDLE_VERSION
 from tests.helpers import make_tiny_model
 
 
@@ -98,6 +100,63 @@ def test_a_pattern_of_ones_own_is_two_samples_in_one_row():
     ).logits.numpy()
     np.testing.assert_allclose(packed[:, :7], model(paddle.to_tensor(a)).logits.numpy(), atol=1e-5)
     np.testing.assert_allclose(packed[:, 7:], model(paddle.to_tensor(b)).logits.numpy(), atol=1e-5)
+
+
+def test_steps_know_the_prompts_mask():
+    """Without a mask of their own, past the capacity that the prompt left and in chunks, rows padded or not."""
+    model = make_tiny_model(seq_length=40)
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(0, 256, (2, 140)), np.ones((2, 140), dtype="int64")
+    mask[1, :7] = 0
+    whole = model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask)).logits.numpy()
+    # NTK factors are frozen at prefill: as many as the whole has.
+    output = model(paddle.to_tensor(ids[:, :120]), attention_mask=paddle.to_tensor(mask[:, :120]), use_cache=True)
+    windows = []
+    for start, end in [(120, 123), *((t, t + 1) for t in range(123, 140))]:
+        output = model(paddle.to_tensor(ids[:, start:end]), past_key_values=output.past_key_values)
+        np.testing.assert_allclose(output.logits.numpy(), whole[:, start:end], atol=2e-4, err_msg=str(start))
+        windows.append(output.past_key_values.window)
+    made = [b for a, b in zip(windows, windows[1:]) if b is not a]
+    # The chunk has none; up to capacity 128, then up to 256.
+    assert windows[0] is None and [window[0] for window in made] == [123, 128]
+
+
+def test_a_fused_norm_is_the_formula(monkeypatch):
+    """The kernel is for GPUs; the CPU has it on Paddle 3 alone. On 2.6 the call is seen, and its place in the model."""
+    rng = np.random.default_rng(0)
+    x, added, weight = (rng.standard_normal(shape).astype("float32") for shape in ((2, 3, 8), (2, 3, 8), (8,)))
+    calls = []
+
+    def formula(x, weight, bias, epsilon, axis, residual=None):
+        calls.append((bias, axis, residual is not None))
+        whole = x if residual is None else x + residual
+        return whole * paddle.rsqrt((whole * whole).mean(-1, keepdim=True) + epsilon) * weight, whole
+
+    def check():
+        for residual in (None, paddle.to_tensor(added)):
+            normed, whole = compat.fused_rms_norm(paddle.to_tensor(x), paddle.to_tensor(weight), 1e-6, residual)
+            expected = x if residual is None else x + added
+            np.testing.assert_allclose(whole.numpy(), expected, atol=1e-6)
+            expected = expected / np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-6) * weight
+            np.testing.assert_allclose(normed.numpy(), expected, atol=1e-5)
+
+    if PADDLE_VERSION >= (3, 0):
+        check()
+    monkeypatch.setattr(compat, "_fused_rms_norm", formula)
+    check()
+    assert calls == [(None, 2, False), (None, 2, True)]
+
+    model = make_tiny_model()
+    ids = paddle.to_tensor(rng.integers(0, 256, (2, 9)))
+    plain = model(ids).logits.numpy()
+    assert len(calls) == 2, "a CPU takes the plain form"
+    monkeypatch.setattr(language, "norm_is_fused", lambda x: not paddle.is_grad_enabled())
+    model(ids)
+    assert len(calls) == 2, "with gradients, too"
+    with paddle.no_grad():
+        np.testing.assert_allclose(model(ids).logits.numpy(), plain, atol=1e-5)
+    # Two norms in each of two blocks, the second with the attention's output added; and the last one.
+    assert [added for *_, added in calls[2:]] == [False, True, False, True, False]
 
 
 def test_recompute_gives_the_same_gradients():

@@ -192,7 +192,8 @@ def test_the_cards_parts_with_adapters_add_up_to_the_whole(model, pieces, adapte
         state[name].set_value(array)
     lora.eval()
     block = whole.transformer.llm.h[1]
-    np.testing.assert_allclose(attended.numpy(), block.attn(x, bias, *attention_factors(*rotary, 0.25)).numpy(), atol=1e-4)
+    expected = block.attn(x, bias, *attention_factors(*rotary, 0.25))
+    np.testing.assert_allclose(attended.numpy(), expected.numpy(), atol=1e-4)
     np.testing.assert_allclose(summed.numpy(), block.mlp(x).numpy(), atol=1e-4)
     assert np.abs(block.mlp(x).numpy() - model.transformer.llm.h[1].mlp(x).numpy()).max() > 0.01
 

@@ -14,8 +14,7 @@ from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.configuration import RESAMPLER_HEAD_DIM
-from paddlemix.utils.compat import keep_from_decorate
-from paddlemix.utils.runtime import full_precision
+from paddlemix.utils.compat import full_precision, keep_from_decorate
 
 # Every LayerNorm of the visual part.
 EPSILON = 1e-6

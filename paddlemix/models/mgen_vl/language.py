@@ -26,8 +26,7 @@ from paddlemix.models.mgen_vl.attention import (
     spread,
 )
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.utils.compat import fused_rms_norm, norm_is_fused, swiglu
-from paddlemix.utils.runtime import full_precision
+from paddlemix.utils.compat import full_precision, fused_rms_norm, norm_is_fused, swiglu
 
 # A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
 MASKED = -1e30
@@ -84,8 +83,8 @@ class KVCache:
     Capacity grows in blocks, so that a step writes one position in place and copies nothing else.
 
     length: positions written. alphas: the NTK factors that the cached keys were turned with (frozen at prefill).
-    mask: the prompt's, 0/1 [B, T], None where all is seen; what follows is always seen. window: what the steps up to the
-    capacity need (see MGenDecoder._window): its first position, and tensors of which a step takes a slice.
+    mask: the prompt's, 0/1 [B, T], None where all is seen; what follows is always seen. window: what the steps up to
+    the capacity need (see MGenDecoder._window): its first position, and tensors of which a step takes a slice.
     """
 
     BLOCK = 128
@@ -160,7 +159,10 @@ class MGenAttention(QWenAttention):
         broadcast to [3, B, H, T, d]; cache: a KVCache to read and extend at `layer`, or None.
         """
         B, T, _ = x.shape
-        mixed = project(self.c_attn, x).reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4])
+        layers = self._sub_layers  # found five times as fast as attributes of a layer
+        mixed = project(layers["c_attn"], x).reshape([B, T, 3, self.num_heads, self.head_dim])
+        # Contiguous: both products would copy the strided view for themselves.
+        mixed = mixed.transpose([2, 0, 3, 1, 4]).contiguous()
         query, key, value = rotate(mixed, cos, sin).unbind(0)  # each [B, H, T, d]
         if cache is not None:
             key, value = cache.append(layer, key, value)
@@ -175,14 +177,15 @@ class MGenAttention(QWenAttention):
             use_flash=self.config.use_flash_attention and T > 1,
             scaled=True,
         )
-        return project(self.c_proj, out)
+        return project(layers["c_proj"], out)
 
 
 class MGenMLP(QWenMLP):
     """c_proj(w1(x) · silu(w2(x))): [B, T, D] → [B, T, D] (SwiGLU, Shazeer 2020)."""
 
     def forward(self, x):
-        return project(self.c_proj, swiglu(project(self.w2, x), project(self.w1, x)))
+        layers = self._sub_layers
+        return project(layers["c_proj"], swiglu(project(layers["w2"], x), project(layers["w1"], x)))
 
 
 class MGenRMSNorm(QWenRMSNorm):
@@ -195,7 +198,7 @@ class MGenRMSNorm(QWenRMSNorm):
     def after(self, x, added=None, fused=False):
         """(norm of x + added, x + added)."""
         if fused:
-            return fused_rms_norm(x, self.weight, self.eps, added)
+            return fused_rms_norm(x, self._parameters["weight"], self.eps, added)
         if added is not None:
             x = x + added
         wide = x.astype("float32")
@@ -216,9 +219,10 @@ class MGenBlock(nn.Layer):
         self.mlp = MGenMLP(config)
 
     def forward(self, x, bias, cos, sin, cache=None, layer=0, fused_norm=False):
-        attended = self.attn(self.ln_1(x, fused_norm), bias, cos, sin, cache, layer)
-        normed, x = self.ln_2.after(x, attended, fused_norm)
-        return x + self.mlp(normed)
+        layers = self._sub_layers
+        attended = layers["attn"](layers["ln_1"](x, fused_norm), bias, cos, sin, cache, layer)
+        normed, x = layers["ln_2"].after(x, attended, fused_norm)
+        return x + layers["mlp"](normed)
 
 
 class MGenPretrainedModel(QWenPretrainedModel):
@@ -358,9 +362,9 @@ class MGenDecoder(MGenPretrainedModel):
     def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm.
 
-        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen, and
-        with a cache what it has seen of its prompt. position_ids: int64 [B, T]; by default counted from the mask. cache:
-        a KVCache, empty at prefill; extended.
+        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen but
+        what the cache's prompt had masked. position_ids: int64 [B, T]; by default counted from the mask. cache: a
+        KVCache, empty at prefill; extended.
         sample_lengths: int64 [B, K], the tokens of the samples that lie one behind the other in each row (0 where a row
         has fewer). Each is then computed as if it were alone; mask and positions follow from it.
         """

@@ -27,10 +27,11 @@ from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX
+from paddlemix.utils.compat import full_precision
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import full_precision, resolve_dtype
+from paddlemix.utils.runtime import resolve_dtype
 
 
 @dataclass

@@ -28,9 +28,10 @@ class VisualAttention(nn.Layer):
     def forward(self, x, use_flash=False):
         """[N, P, w] → [N, P, w]."""
         N, P, width = x.shape
-        mixed = project(self.in_proj, x).reshape([N, P, self.heads, 3, width // self.heads]).transpose([3, 0, 2, 1, 4])
-        query, key, value = mixed.unbind(0)  # each [N, H, P, w / H]
-        return project(self.out_proj, attend(query, key, value, use_flash=use_flash))
+        layers = self._sub_layers
+        mixed = project(layers["in_proj"], x).reshape([N, P, self.heads, 3, width // self.heads])
+        query, key, value = mixed.transpose([3, 0, 2, 1, 4]).unbind(0)  # each [N, H, P, w / H]
+        return project(layers["out_proj"], attend(query, key, value, use_flash=use_flash))
 
 
 class VisualMLP(nn.Layer):
@@ -40,7 +41,8 @@ class VisualMLP(nn.Layer):
         self.c_proj = nn.Linear(mlp_width, width)
 
     def forward(self, x):
-        return project(self.c_proj, F.gelu(project(self.c_fc, x)))
+        layers = self._sub_layers
+        return project(layers["c_proj"], F.gelu(project(layers["c_fc"], x)))
 
 
 class VisualBlock(nn.Layer):
@@ -54,8 +56,9 @@ class VisualBlock(nn.Layer):
         self.mlp = VisualMLP(width, mlp_width)
 
     def forward(self, x, use_flash=False):
-        x = x + self.attn(self.ln_1(x), use_flash)
-        return x + self.mlp(self.ln_2(x))
+        layers = self._sub_layers
+        x = x + layers["attn"](layers["ln_1"](x), use_flash)
+        return x + layers["mlp"](layers["ln_2"](x))
 
 
 class VisualTransformer(nn.Layer):

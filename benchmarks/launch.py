@@ -1,0 +1,211 @@
+"""How long Python and Paddle take to launch a token and a LoRA micro-step of the 7B: `python benchmarks/launch.py`
+
+A card waits for the thread that launches its kernels whenever they take less time than their launch. So this measures
+the CPU time of that thread alone (time.thread_time) at the 7B's depth, 32 layers behind a ViT of 48, with next to
+nothing to compute, and with the branches that a GPU takes: no operand spread, strided views, fused swiglu, and for the
+fused RMSNorm one cheap call in its place (Paddle's CPU kernel of it takes ten times a launch; 2.6 has none). The
+baseline is commit c9537fc, taken out of the repository into a scratch folder. Both sides are processes that answer in
+turns. float32 on both: the casts of half precision, which are launches too, are in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import List
+
+import harness
+import scratch
+
+BASELINE = "c9537fc"
+LAYERS = 32, 48
+TOKENS = 20
+START, END = 90, 91
+
+
+class Model:
+    """The model of one side, whose paddlemix is first on sys.path."""
+
+    def __init__(self, layers, vit_layers):
+        import numpy as np
+        import paddle
+
+        import paddlemix  # noqa: F401
+        from paddlemix.models.mgen_vl.configuration import MGenConfig
+        from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
+
+        take_gpu_branches()
+        visual = {
+            "heads": 1, "image_size": 14, "image_start_id": START, "layers": vit_layers, "mlp_ratio": 1.0,
+            "n_queries": 1, "output_dim": 128, "patch_size": 14, "width": 8,
+        }  # fmt: skip
+        config = MGenConfig(
+            hidden_size=128, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=1, kv_channels=128,
+            vocab_size=128, seq_length=2048, visual=visual, no_bias=True, eos_token_id=0, pad_token_id=0,
+            bos_token_id=0,
+        )  # fmt: skip
+        paddle.seed(0)
+        self.model, self.tuned = MGenLMHeadModel(config), MGenLMHeadModel(config)
+        self.ids = np.array([[1, START, 2, END, 3, 4]])
+        self.images = paddle.rand([1, 3, 14, 14])
+        self.lora = None
+
+    def generate(self, tokens: int) -> float:
+        import paddle
+
+        start = time.thread_time()
+        # As many stop ids as a caption has, none of which can be said.
+        self.model.generate(
+            paddle.to_tensor(self.ids), images=self.images, max_new_tokens=tokens, eos_token_id=[1000, 1001, 1002],
+            decode_strategy="greedy_search",
+        )  # fmt: skip
+        return time.thread_time() - start
+
+    def token(self, repeats: int = 5) -> List[float]:
+        """Seconds of one decoded token, and of the prefill with its image."""
+        self.generate(2)
+        few, many = (min(self.generate(n) for _ in range(repeats)) for n in (4, 4 + TOKENS))
+        token = (many - few) / TOKENS
+        return [token, few - 3 * token]
+
+    def step(self, repeats: int = 20) -> List[float]:
+        """Seconds of a LoRA micro-step: forward, backward."""
+        import numpy as np
+        import paddle
+
+        from paddlemix.models.lora import apply_lora
+        from paddlemix.trainer import freeze
+
+        if self.lora is None:
+            names = list(self.tuned.state_dict())
+            plan = freeze.plan_freeze(names, ["*visual*"], ["*visual.attn_pool*"], True)
+            freeze.apply_freeze(self.tuned, plan)
+            targets = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
+            self.lora = apply_lora(
+                self.tuned, rank=4, alpha=4, dropout=0.05, target_modules=targets, trainable=plan.trainable
+            )
+            self.lora.train()
+        labels = self.ids.copy()
+        labels[:, :4] = -100
+        batch = {"input_ids": self.ids, "attention_mask": np.ones_like(self.ids), "labels": labels}
+        batch.update(self.collated(labels))
+        taken = []
+        for _ in range(repeats + 2):
+            inputs = {name: paddle.to_tensor(array) for name, array in batch.items()}
+            start = time.thread_time()
+            loss = self.lora(images=self.images, **inputs).loss
+            middle = time.thread_time()
+            loss.backward()
+            taken.append((middle - start, time.thread_time() - middle))
+        return [min(side) for side in zip(*taken)]
+
+    def collated(self, labels):
+        """What the collator of this side adds to a batch."""
+        try:
+            from paddlemix.datasets.collator import places
+        except ImportError:
+            return {}
+        return places(self.ids, labels, 1, START, 1)
+
+
+def take_gpu_branches():
+    import paddle
+
+    from paddlemix.models.mgen_vl import attention, language
+    from paddlemix.utils import compat
+
+    paddle.set_device("cpu")
+    paddle.set_flags({"FLAGS_use_stride_kernel": True})
+    attention.spread = language.spread = lambda tensor, shape: tensor
+    if compat._fused_swiglu is not None:
+        language.swiglu = lambda gate, up: compat._fused_swiglu(gate, up)
+    if hasattr(language, "norm_is_fused"):
+        language.norm_is_fused = lambda x: not paddle.is_grad_enabled()
+        language.fused_rms_norm = one_call
+
+
+def one_call(x, weight, epsilon, added=None):
+    """A launch in the place of fused_rms_norm's."""
+    if added is None:
+        return x * weight, x
+    added = x + added
+    return added, added
+
+
+class Side:
+    """A Model in a process of its own, made of the project in `folder`."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        environment = dict(os.environ, PYTHONPATH=folder, OMP_NUM_THREADS="1")
+        self._process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--serve"], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __call__(self, method: str) -> List[float]:
+        self._process.stdin.write(method + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("[0") or line.startswith("[1"):
+                return json.loads(line)
+        raise SystemExit(f"error: the side in {self._folder} ended with status {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve() -> None:
+    # This folder's own harness put the other project first.
+    sys.path[:] = [os.getcwd()] + [path for path in sys.path if path != harness.ROOT]
+    model = Model(*LAYERS)
+    for line in sys.stdin:
+        print(json.dumps(getattr(model, line.strip())()), flush=True)
+
+
+def check_out(folder: str) -> None:
+    """The baseline's files, in `folder`."""
+    archive = subprocess.run(["git", "archive", BASELINE, "paddlemix"], cwd=harness.ROOT, capture_output=True)
+    if archive.returncode:
+        raise SystemExit(f"error: the baseline is commit {BASELINE}, which this checkout does not have")
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+
+
+def main(argv=None) -> None:
+    args = harness.parse(argv, __doc__)
+    bench = harness.Bench(args, "Launching at the 7B's depth, CPU time of the launching thread")
+    if args.size == "quick":
+        report(bench, *[[[1e-3, 1e-3]]] * 4)
+        return
+    with scratch.folder(64 << 20) as folder:
+        check_out(folder)
+        sides = Side(folder), Side(harness.ROOT)
+        tokens, steps = ([], []), ([], [])
+        for number in range(args.pairs):
+            for which in (0, 1) if number % 2 == 0 else (1, 0):
+                tokens[which].append(sides[which]("token"))
+                steps[which].append(sides[which]("step"))
+        for side in sides:
+            side.close()
+    report(bench, *tokens, *steps)
+
+
+def report(bench, base_tokens, tokens, base_steps, steps) -> None:
+    """Each a list of pairs of seconds."""
+    def both(theirs, ours, pick):
+        return harness.Pairs([pick(pair) for pair in theirs], [pick(pair) for pair in ours])
+
+    bench.ratio("a decoded token", both(base_tokens, tokens, lambda pair: pair[0]), at_most=0.5)
+    bench.ratio("prefill with an image", both(base_tokens, tokens, lambda pair: pair[1]), at_most=1)
+    bench.ratio("a LoRA micro-step", both(base_steps, steps, sum), at_most=0.75)
+    for name, part in (("forward", 0), ("backward", 1)):
+        bench.ratio("of it " + name, both(base_steps, steps, lambda pair, part=part: pair[part]), at_most=1)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()
