@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from paddlemix.checkpoint.json_files import read_json_object, write_json
 from paddlemix.checkpoint.model_folder import (
     FONT,
     LICENCE,
@@ -29,6 +28,7 @@ from paddlemix.checkpoint.shards import Item, WeightsReader, open_weights, write
 from paddlemix.checkpoint.structure import VISUAL_KEYS
 from paddlemix.checkpoint.tensors import FLOATS, convert_dtype, printable
 from paddlemix.utils.errors import UserError, WeightsError
+from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
 
 # Public name → ours. A rule with True transposes [out, in] to [in, out].

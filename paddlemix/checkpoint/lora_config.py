@@ -6,10 +6,10 @@ import math
 import os
 from typing import Dict
 
-from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.model_folder import LORA_CONFIG_NAME
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.json_files import read_json_object
 
 # Variants of LoRA that PaddleNLP knows. Their scale or their matrices differ, and merging here does not
 # cover them.

@@ -22,7 +22,6 @@ from typing import Callable, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from paddlemix.checkpoint import model_folder
-from paddlemix.checkpoint.json_files import read_json_object, write_json
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.checkpoint.model_folder import (
     LORA_CONFIG_NAME,
@@ -38,6 +37,7 @@ from paddlemix.checkpoint.shards import FORMATS, Item, WeightsReader, open_weigh
 from paddlemix.checkpoint.structure import is_language
 from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, TensorInfo, convert_dtype, printable, rows_of
 from paddlemix.utils.errors import UserError, WeightsError
+from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
 
 # About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call

@@ -15,12 +15,12 @@ import json
 import os
 from typing import NamedTuple, Optional, Tuple
 
-from paddlemix.checkpoint.json_files import read_json_object, write_json
 from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, inside
 from paddlemix.checkpoint.shards import open_weights
 from paddlemix.checkpoint.structure import structure
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
 
 _KEYS = ("model_name_or_path", "text_model_name_or_path", "base_fingerprint", "text_fingerprint")

@@ -10,7 +10,6 @@ import json
 import struct
 from typing import Any, Dict, List, Tuple
 
-from paddlemix.checkpoint.json_files import strict_json
 from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     MAX_NAME,
@@ -23,6 +22,7 @@ from paddlemix.checkpoint.tensors import (
     size_of,
 )
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.json_files import strict_json
 
 # The 7B's header has 100 KB.
 MAX_HEADER = 32 << 20

@@ -20,7 +20,6 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import numpy as np
 
 from paddlemix.checkpoint import pdparams, safetensors, torch_bin
-from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, WEIGHTS, files_of, find_weights, inside
 from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
@@ -40,6 +39,7 @@ from paddlemix.checkpoint.tensors import (
 )
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write
+from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.progress import Progress
 
 # Values of a tensor that sample() gives, and the stretches that they are in.

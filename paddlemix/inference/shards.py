@@ -30,7 +30,8 @@ from paddlemix.inference.results import (
     write_sidecar,
 )
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write, read_config_object
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 
 # How many rows of a broken shard an error names.

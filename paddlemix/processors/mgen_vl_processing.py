@@ -26,7 +26,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write, read_config_object
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import read_config_object
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"

@@ -15,11 +15,11 @@ import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
 from paddlemix.checkpoint import model_folder
-from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import ConfigError, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
+from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
 
 SEAL_NAME = "checkpoint.json"

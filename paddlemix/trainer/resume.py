@@ -18,11 +18,11 @@ import paddle
 from paddlenlp.trainer import TrainerState
 
 from paddlemix.checkpoint import load_pdparams_object
-from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.trainer import checkpoints
 from paddlemix.utils.compat import trainer_state
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
 
 OPTIMIZER_NAME = "optimizer.pdopt"

@@ -1,14 +1,10 @@
-"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it.
-
-And how a configuration is read: a JSON object, or one clear error.
-"""
+"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -16,13 +12,10 @@ import signal
 import stat
 import tempfile
 import threading
-from typing import IO, Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import IO, Callable, Iterator, Optional, Tuple
 
-from paddlemix.utils.errors import ConfigError, UserError
+from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
-
-# A configuration has a few KB.
-MAX_CONFIG_BYTES = 4 << 20
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -289,32 +282,3 @@ def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], No
     if progress is not None:
         progress(os.path.getsize(target))
     return True
-
-
-def short_int(digits: Union[str, bytes]) -> int:
-    """int() of what a file holds; ValueError over 20 digits, for which older Pythons take time with their square."""
-    if len(digits) > 20:
-        raise ValueError("a number of more than 20 digits")
-    return int(digits)
-
-
-def read_config_object(path: str) -> Dict[str, Any]:
-    """The JSON object in a configuration file, which may come from anywhere.
-
-    Raises:
-        ConfigError: the file cannot be read, is over MAX_CONFIG_BYTES or not JSON, or holds something else than an
-        object.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MB: this is no configuration")
-        values = json.loads(data.decode("utf-8"), parse_int=short_int)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return values

@@ -10,13 +10,13 @@ import contextlib
 import os
 
 from paddlemix.checkpoint import load_pdparams_object, open_weights
-from paddlemix.checkpoint.json_files import read_json_object
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.checkpoint.tensors import MAX_SHARING
 from paddlemix.datasets.json_index import scan_records
 from paddlemix.datasets.tsv import read_rows
 from paddlemix.processors import images
 from paddlemix.utils.errors import ImageError, UserError, WeightsError
+from paddlemix.utils.json_files import read_json_object
 
 SUFFIXES = (".pdparams", ".bin", ".safetensors")
 REASONS = ("empty image", "bad base64", "not an image", "broken image", "too many pixels", "image too large")

@@ -47,6 +47,9 @@ def test_accepted_model_types(tmp_path, model_type):
         ('{"visual": {}, "to_dict": 1}', "'to_dict' is no key"),
         ('{"visual": {}, "self": 1}', "'self' is no key"),
         ('{"visual": {}, "__class__": 1}', "'__class__' is no key"),
+        ('{"visual": {}, "no_bias": true, "no_bias": false}', "the key no_bias is in it twice"),
+        ('{"visual": {}, "quantization_config": "os.system"}', "quantization_config must be an object or null"),
+        ('{"visual": {}, "quantization_config": [1]}', "quantization_config must be an object or null"),
         ('{"visual": {}, "problem_type": "a\\nb"}', r"problem_type. was not understood: received a\\nb"),
     ],
 )
@@ -55,6 +58,11 @@ def test_hostile_files(tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         MGenConfig.from_pretrained(str(tmp_path))
+
+
+def test_no_quantization_may_be_said_by_null(tmp_path):
+    (tmp_path / "config.json").write_text('{"visual": {}, "quantization_config": null}')
+    MGenConfig.from_pretrained(str(tmp_path)).to_dict()
 
 
 def test_the_cards_of_the_run_that_wrote_it_are_forgotten(tmp_path):

@@ -10,7 +10,7 @@ from paddlenlp.transformers import QWenConfig
 
 from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError
-from paddlemix.utils.files import read_config_object
+from paddlemix.utils.json_files import read_config_object
 
 # The 7B's ViT-bigG and connector.
 VISUAL_7B = {
@@ -187,7 +187,14 @@ class MGenConfig(QWenConfig):
             if key == "self" or key.startswith("__") or callable(getattr(cls, key, None)):
                 raise ConfigError(f"{path}: {key[:80]!r} is no key of a configuration")
         values = {key: value for key, value in values.items() if key not in _OF_A_RUN}
+        if not isinstance(values.get("quantization_config") or {}, dict):
+            raise ConfigError(f"{path}: quantization_config must be an object or null")
+        if not values.get("quantization_config", ...):
+            del values["quantization_config"]
         try:
-            return cls(**{**values, **kwargs})
+            config = cls(**{**values, **kwargs})
+            # As PaddleNLP does later, with values that it has taken as they are.
+            config.to_dict()
+            return config
         except (AssertionError, AttributeError, TypeError, ValueError) as error:  # PaddleNLP's, of keys that it knows
             raise ConfigError(f"{path}: {one_line(str(error), 200)}") from None

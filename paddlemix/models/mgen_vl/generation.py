@@ -17,7 +17,7 @@ from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.mgen_vl_processing import count_images, encode_prompt, named_images
 from paddlemix.utils.errors import ConfigError
-from paddlemix.utils.files import read_config_object
+from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.runtime import resolve_flash
 
 # What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.

@@ -19,7 +19,8 @@ from paddlenlp.transformers import PretrainedTokenizer
 from paddlemix.checkpoint.model_folder import VOCABULARIES
 from paddlemix.processors.mgen_vl_processing import as_text, list_parts
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
-from paddlemix.utils.files import atomic_write, read_config_object, short_int
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import read_config_object, short_int
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,0 +1,111 @@
+"""JSON files of a model, a run or a program, which may come from anywhere: bounded, and strict where a reader could be
+misled."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import stat
+from typing import Any, Dict, List, Tuple, Type, Union
+
+from paddlemix.utils.cli import one_line
+from paddlemix.utils.errors import ConfigError, UserError, WeightsError
+
+# A configuration has a few KB; the index of a 7B has 80 KB, the log of a million steps some MB.
+MAX_CONFIG_BYTES = 4 << 20
+MAX_JSON_BYTES = 64 << 20
+# Lists and objects take fifty times their two letters in memory.
+MAX_CONTAINERS = 1 << 20
+MAX_DIGITS = 20
+
+
+def short_int(digits: Union[str, bytes]) -> int:
+    """int() of what a file holds; ValueError over 20 digits, for which older Pythons take time with their square."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {one_line(key, 80)} is in it twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not allowed here")
+
+
+def strict_json(
+    data: bytes, path: str, constants: bool = False, error: Type[UserError] = WeightsError
+) -> Dict[str, Any]:
+    """A JSON object without doubled keys, integers of more than 20 digits, or more than MAX_CONTAINERS.
+
+    constants: take NaN and Infinity, as a log of losses may hold them.
+
+    Raises:
+        `error`: it is not that; the message starts with `path`.
+    """
+    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
+        raise error(f"{path}: refused: more than {MAX_CONTAINERS:,} lists and objects")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=short_int,
+            parse_constant=float if constants else _refuse_constant,
+        )
+    except RecursionError:
+        raise error(f"{path} is not JSON: nested too deeply") from None
+    except ValueError as reason:
+        raise error(f"{path} is not JSON: {one_line(str(reason), 200)}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object")
+    return value
+
+
+def _read(path: str, limit: int, constants: bool, error: Type[UserError]) -> Dict[str, Any]:
+    try:
+        # Opening a pipe would wait for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise error(f"cannot read {path}: not a regular file")
+        with open(handle, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror}") from None
+    if len(data) > limit:
+        raise error(f"{path} is larger than {limit >> 20} MB, too large for such a file")
+    # Notepad and PowerShell put a mark in front.
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    return strict_json(data[start:], path, constants, error)
+
+
+def read_config_object(path: str) -> Dict[str, Any]:
+    """The JSON object in a configuration file, as strict_json takes it.
+
+    Raises:
+        ConfigError: missing, not a regular file, over MAX_CONFIG_BYTES, or not such an object.
+    """
+    return _read(path, MAX_CONFIG_BYTES, False, ConfigError)
+
+
+def read_json_object(path: str, constants: bool = False) -> Dict[str, Any]:
+    """The JSON object in a file beside weights, as strict_json takes it.
+
+    Raises:
+        WeightsError: missing, not a regular file, over MAX_JSON_BYTES, or not such an object.
+    """
+    return _read(path, MAX_JSON_BYTES, constants, WeightsError)
+
+
+def write_json(path: str, value: Dict[str, Any]) -> None:
+    """Write into a folder that is itself not in place yet."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
