@@ -15,14 +15,14 @@ def main() -> int:
         return 0 if argv else 2
     dry_run, cards, argv = command_line.split_dry_run(argv)
     if dry_run:
-        from paddlemix.trainer import plan
+        from paddlemix.trainer.dry_run import dry_run as show
 
-        return plan.dry_run(argv, cards)
-    parsed = command_line.parse(argv)
+        return show(argv, cards)
+    arguments = command_line.parse(argv)
 
     from paddlemix.trainer.finetune import finetune
 
-    finetune(parsed.model, parsed.data, parsed.generation, parsed.training)
+    finetune(arguments)
     return 0
 
 

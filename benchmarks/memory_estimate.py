@@ -102,7 +102,7 @@ def measure(case: Case) -> Dict[str, int]:
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
     from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.trainer import keys, memory, tuned_model
+    from paddlemix.trainer import freeze, keys, memory, order, tuned_model
     from paddlemix.trainer import trainer as trainer_module
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import decide_precision, resolve_device
@@ -121,7 +121,10 @@ def measure(case: Case) -> Dict[str, int]:
         with paddle.utils.unique_name.guard():
             model = MGenLMHeadModel(config)
             model.train()
-            model = tuned_model.choose_trainable(model, model_keys)
+            plan = freeze.plan_freeze(
+                list(model.state_dict()), model_keys.freeze_include, model_keys.freeze_exclude, lora=model_keys.lora
+            )
+            model = tuned_model.choose_trainable(model, model_keys, plan.trainable)
         samples = _Samples(config, case)
         trainer = trainer_module.FinetuneTrainer(
             model=model,
@@ -132,7 +135,12 @@ def measure(case: Case) -> Dict[str, int]:
             chat_template=ChatTemplate.default(),
             origin=tuned_model.Origin(folder),
             guard=None,  # nothing is saved
-            packs=_packs(case) if case.packed else None,
+            order=order.Order(
+                len(samples),
+                training.per_device_train_batch_size,
+                max_steps=2,
+                packs=_packs(case) if case.packed else None,
+            ),
         )
         tensors = tuned_model.base_of(model).state_dict()
         trained = memory.Trained(

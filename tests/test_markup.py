@@ -14,8 +14,8 @@ from paddlemix.datasets.labels import Options, convert
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate, encode_prompt, with_images, without_grounding
 from paddlemix.trainer.command_line import from_values
+from paddlemix.trainer.dry_run import foresee
 from paddlemix.trainer.finetune import finetune
-from paddlemix.trainer.plan import make_plan
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, save_tiny_model
 from tests.inference.talking import save_talking_model
@@ -89,9 +89,9 @@ def test_training_and_evaluation_use_every_record(model, data, tmp_path, mixtoke
     values = run_values(model, data, tmp_path, mixtoken=mixtoken, max_length=512)
     values["dataset"]["train"][0]["chat_template"] = str(template)
     (tmp_path / "run.json").write_text(json.dumps(values))
-    plan = make_plan([str(tmp_path / "run.json")])
+    plan = foresee([str(tmp_path / "run.json")])
     assert plan.problems == [] and plan.data["train"].failed == plan.data["eval"].failed == 0
-    metrics = finetune(*from_values(values)[:4])
+    metrics = finetune(from_values(values))
     assert np.isfinite(metrics["train_loss"]) and "eval_cider" in metrics
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert not any(line.get("skipped_samples") for line in state["log_history"])

@@ -149,7 +149,7 @@ class Checks:
         from paddlemix.trainer import command_line
         from paddlemix.trainer.finetune import finetune
 
-        finetune(*command_line.parse([config])[:4])
+        finetune(command_line.parse([config]))
         with open(os.path.join(out, "trainer_state.json"), encoding="utf-8") as file:
             history = [line for line in json.load(file)["log_history"] if "loss" in line]
         with open_weights(os.path.join(out, "lora_model_state.pdparams")) as reader:
@@ -160,9 +160,10 @@ class Checks:
         import paddle
 
         from paddlemix.trainer import command_line
-        from paddlemix.trainer.finetune import prepare
+        from paddlemix.trainer.finetune import build
+        from paddlemix.trainer.run import resolve
 
-        trainer = prepare(*command_line.parse([self.config(model)[0]])[:4])[0]
+        trainer = build(resolve(command_line.parse([self.config(model)[0]])))
         samples = [trainer.train_dataset[i] for i in range(COMPARED)]
         batches = [trainer.data_collator(part) for part in ([samples] if together else [[one] for one in samples])]
         counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
@@ -228,18 +229,18 @@ class Checks:
         import cost_7b
         import paddle
 
-        from paddlemix.trainer import plan
+        from paddlemix.trainer.dry_run import foresee
 
         config, out = self.config(model, **LORA)
-        planned = plan.make_plan([config])
-        estimate, batch = plan.estimate(planned), planned.batch
+        planned = foresee([config])
+        estimate, batch = planned.estimate(), planned.batch
         history, _ = self.train(config, out)
         if self.run.device != "cpu":
             peak, expected = paddle.device.cuda.max_memory_allocated(), estimate.peak - estimate.allowance
             words = f"peak memory {peak / 2**30:.2f} GiB, {peak / expected:.2f} × the estimate"
             yield words, 0.75 < peak / expected < 1.15, {"peak": peak, "estimate": expected}
         seconds = statistics.median(BATCH / line["interval_samples_per_second"] for line in history[-5:])
-        flops = BATCH * cost_7b.Model(planned.config).step(batch.tokens, batch.labels / batch.rows)
+        flops = BATCH * cost_7b.Model(planned.run.config).step(batch.tokens, batch.labels / batch.rows)
         words = f"{seconds * 1e3:.1f} ms for {batch.rows} × {batch.tokens} tokens, {flops / seconds / 1e12:.2f} TFLOP/s"
         yield words, None, {"seconds": seconds, "flops": flops}
 

@@ -10,29 +10,17 @@ import argparse
 import math
 import os
 import sys
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.models.lora import adapter_shapes  # noqa: E402
 from paddlemix.models.mgen_vl.parameters import count, parameter_shapes  # noqa: E402
-from paddlemix.trainer import freeze, memory  # noqa: E402
+from paddlemix.trainer import freeze, machine, memory  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 
-
-class Card(NamedTuple):
-    """Published peaks: dense half-precision FLOP/s of the tensor cores, bytes/s of memory, GiB of it."""
-
-    flops: float
-    bandwidth: float
-    memory: int
-
-
-CARDS = {
-    "V100-32GB": Card(125e12, 0.90e12, 32),
-    "A100-80GB": Card(312e12, 2.04e12, 80),
-    "H100-80GB": Card(989e12, 3.35e12, 80),
-}
+# Those whose published peaks the table has.
+CARDS = {name: card for name, card in machine.CARDS.items() if card.flops}
 # Assumed shares of the peaks; the published training figure in the tables comes to 30 % of the FLOPs.
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.6
 # Bytes/s for merging: reading and writing one disk at the same time.

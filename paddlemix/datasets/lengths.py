@@ -8,12 +8,13 @@ the folder takes it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import multiprocessing
 import os
 import struct
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Iterator, Optional, Tuple
 
 import numpy as np
 
@@ -54,19 +55,30 @@ def cached_lengths(path: str, key: bytes, count: int, measure: Measure) -> Tuple
 
     count: its records. measure: gives one of them; where it raises, the record has length 0.
     """
-    stored = _load(path, key, count)
-    if stored is None:
-        stored = _measure_all(measure, count, os.path.basename(path))
-        try:
-            with atomic_write(lengths_path(path), "wb") as file:
-                file.write(_header(path, key, count))
-                file.write(stored.data)
-        except OSError as error:
-            logger.info(f"the lengths of {path} are kept in memory only: cannot write beside it ({error.strerror})")
+    with _one_at_a_time(path):
+        stored = _load(path, key, count)
+        if stored is None:
+            stored = _measure_all(measure, count, os.path.basename(path))
+            try:
+                with atomic_write(lengths_path(path), "wb") as file:
+                    file.write(_header(path, key, count))
+                    file.write(stored.data)
+            except OSError as error:
+                logger.info(f"the lengths of {path} are kept in memory only: cannot write beside it ({error.strerror})")
     bad = int((stored == 0).sum())
     if bad:
         logger.warning(f"{bad} of {count} records of {path} cannot be used; each is counted when its turn comes")
     return (stored >> 1).astype(np.int64), (stored & 1).astype(bool)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: str) -> Iterator[None]:
+    """Of the processes of a run on this machine the first counts; the others wait, and find its file."""
+    with open(path, "rb") as file:
+        # Some network file systems refuse; then each counts for itself.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _header(path: str, key: bytes, count: int) -> bytes:

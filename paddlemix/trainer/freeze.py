@@ -118,11 +118,11 @@ def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...
             raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
 
 
-def apply_freeze(model, plan: FreezePlan) -> None:
-    """Set stop_gradient of every tensor of the model's state as planned."""
-    trainable = set(plan.trainable)
+def apply_freeze(model, trainable: Iterable[str]) -> None:
+    """Set stop_gradient of every tensor of the model's state but these."""
+    names = set(trainable)
     for name, tensor in model.state_dict().items():
-        tensor.stop_gradient = name not in trainable
+        tensor.stop_gradient = name not in names
 
 
 def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[str, GroupCount]:
@@ -133,12 +133,6 @@ def count_groups(parameters: Iterable[Tuple[str, Sequence[int], bool]]) -> Dict[
         size = math.prod(shape)
         counts[group_of(name)] = GroupCount(frozen + size * (not trains), trainable + size * bool(trains))
     return {group: counts[group] for group in _GROUP_ORDER if group in counts}
-
-
-def model_counts(model) -> Dict[str, GroupCount]:
-    """count_groups of a MGenLMHeadModel as it stands."""
-    shapes = model.whole_shapes()
-    return count_groups((name, shapes[name], not t.stop_gradient) for name, t in model.state_dict().items())
 
 
 def summary_line(counts: Dict[str, GroupCount]) -> str:

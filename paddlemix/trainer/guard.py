@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Dict, List
 
 from paddlemix.auto import AutoConfigMIX
-from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint import WeightsReader, open_weights
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
 from paddlemix.models.mgen_vl.parameters import Shape, parameter_shapes
 from paddlemix.utils.errors import ConfigError
@@ -25,6 +25,10 @@ def _differences(found: Dict[str, Shape], expected: Dict[str, Shape]) -> List[st
     return lines
 
 
+def _language_shapes(reader: WeightsReader) -> Dict[str, Shape]:
+    return {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+
+
 def _refuse(where: str, lines: List[str]) -> None:
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -34,17 +38,16 @@ def _refuse(where: str, lines: List[str]) -> None:
 class LanguageGuard:
     """Names and shapes of the LLM as the base model's weights hold them. Reads headers only.
 
+    config, reader: the MGenConfig and the opened weights of base_folder.
+
     Raises:
         ConfigError: config.json promises another LLM than the weights are.
     """
 
-    def __init__(self, base_folder: str):
-        config = AutoConfigMIX.from_pretrained(base_folder)
-        with open_weights(base_folder) as reader:
-            stored = {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+    def __init__(self, base_folder: str, config, reader: WeightsReader):
+        self.shapes = _language_shapes(reader)
         promised = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
-        _refuse(f"config.json and weights of {base_folder}", _differences(promised, stored))
-        self.shapes = stored
+        _refuse(f"config.json and weights of {base_folder}", _differences(promised, self.shapes))
 
     def check(self, model) -> None:
         """Compare a MGenLMHeadModel, with or without adapters.
@@ -70,7 +73,7 @@ def check_text_model(config, folder: str) -> None:
             lines.append(f"{key} is {theirs}, not {ours}")
     expected = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
     with open_weights(folder) as reader:
-        stored = {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+        stored = _language_shapes(reader)
     _refuse(f"text_model_name_or_path {folder}", lines + _differences(stored, expected))
 
 
@@ -89,4 +92,9 @@ def check_vocabulary(tokenizer, config) -> None:
         raise ConfigError(
             f"<img> is {tokenizer.img_start_id} in the tokenizer and {config.image_start_id} in config.json "
             "(visual.image_start_id): use the tokenizer that belongs to the model"
+        )
+    if tokenizer.n_queries != config.n_queries:
+        raise ConfigError(
+            f"an image span has {tokenizer.n_queries} ids in the tokenizer and {config.n_queries} in config.json "
+            "(visual.n_queries): use the tokenizer that belongs to the model"
         )

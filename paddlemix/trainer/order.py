@@ -3,16 +3,111 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length
-from paddlemix.utils.errors import ConfigError
 
-# Said when the steps are counted, by the run and by its plan.
-TOO_FEW_EPOCHS = "num_train_epochs={} ends before the first optimizer step: raise it, or set max_steps"
+
+class Order(NamedTuple):
+    """How many samples a run sees in a batch, a step, an epoch, and in all. The sampler, the log and the plan ask here.
+
+    samples: records of the training data. batch: per card, of samples, or of sequences with packs. accumulation:
+    batches per optimizer step. cards: those that see other samples than each other. max_steps: -1, or it wins over
+    epochs. packs: how samples share sequences (mixtoken). lengths: batches hold samples of like length.
+    """
+
+    samples: int
+    batch: int
+    accumulation: int = 1
+    seed: int = 42
+    cards: int = 1
+    drop_last: bool = False
+    epochs: float = 1.0
+    max_steps: int = -1
+    packs: Optional[Packs] = None
+    lengths: Optional[SampleLengths] = None
+
+    @property
+    def unit(self) -> str:
+        """What batches count."""
+        return "samples" if self.packs is None else "packed sequences"
+
+    @property
+    def count(self) -> int:
+        """Samples or packed sequences in all."""
+        return self.samples if self.packs is None else self.packs.count
+
+    @property
+    def _batches(self) -> int:
+        per_batch = self.batch * self.cards
+        return self.count // per_batch if self.drop_last else math.ceil(self.count / per_batch)
+
+    @property
+    def batches_per_step(self) -> int:
+        """`accumulation`, or all batches of an epoch if they are fewer."""
+        return min(self.accumulation, max(self._batches, 1))
+
+    @property
+    def batches(self) -> int:
+        """Batches of a card in an epoch, a whole number of steps."""
+        return self._batches - self._batches % self.batches_per_step
+
+    @property
+    def per_step(self) -> int:
+        """Samples or packed sequences in an optimizer step, on all cards."""
+        return self.batch * self.cards * self.batches_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.batches // self.batches_per_step, 1)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps if self.max_steps > 0 else int(self.steps_per_epoch * self.epochs)
+
+    @property
+    def left_over(self) -> int:
+        """Samples or packed sequences that each epoch leaves out, others each time."""
+        return max(self.count - self.steps_per_epoch * self.per_step, 0)
+
+    def problems(self) -> List[str]:
+        """Why no step can be made."""
+        if not self._batches:
+            return [f"{self.count} {self.unit} do not fill one batch of {self.batch} on each of {self.cards} cards"]
+        if not self.steps:
+            return [
+                f"num_train_epochs={self.epochs} ends before the first optimizer step: raise it, or set max_steps"
+            ]
+        return []
+
+    def warnings(self) -> List[str]:
+        """What is otherwise than asked for."""
+        if self.batches_per_step < self.accumulation:
+            return [
+                f"an epoch has {self._batches} batches ({self.count} {self.unit}, {self.batch} × {self.cards} at a "
+                f"time), fewer than gradient_accumulation_steps={self.accumulation}: a step takes all of them"
+            ]
+        return []
+
+    def settings(self) -> Dict[str, int]:
+        """What the order of samples depends on. A resumed run must agree in it."""
+        settings = {
+            "samples": self.samples,
+            "batch": self.batch * self.cards,
+            "accumulation": self.accumulation,
+            "seed": self.seed,
+        }
+        if self.packs is not None:
+            settings.update(
+                mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length
+            )
+        if self.lengths is not None:
+            settings["group_by_modality_length"] = self.lengths.digest()
+        return settings
 
 
 class EpochSampler(DistributedBatchSampler):
@@ -22,54 +117,42 @@ class EpochSampler(DistributedBatchSampler):
     epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any step without reading
     a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
 
-    rank, processes: this process takes every `processes`-th batch. packs: a batch holds numbers of these.
-    lengths: batches of samples of like length.
+    rank: this process takes every `order.cards`-th batch. With packs, indices are numbers of packs.
     """
 
-    def __init__(
-        self,
-        dataset,
-        batch_size,
-        *,
-        seed,
-        accumulation,
-        drop_last=False,
-        rank=0,
-        processes=1,
-        packs: Optional[Packs] = None,
-        lengths: Optional[SampleLengths] = None,
-    ):
-        super().__init__(dataset, batch_size, num_replicas=processes, rank=rank, shuffle=True, drop_last=drop_last)
-        self.seed, self.packs, self.lengths = seed, packs, lengths
-        self.count = len(dataset) if packs is None else packs.count
-        per_step = batch_size * processes
-        batches = self.count // per_step if drop_last else math.ceil(self.count / per_step)
-        if batches == 0:
-            what = "samples" if packs is None else "packed sequences"
-            raise ConfigError(f"{self.count} {what} do not fill one batch of {per_step}")
-        self.batches = batches - batches % accumulation if batches >= accumulation else batches
+    def __init__(self, order: Order, rank: int = 0):
+        super().__init__(
+            range(order.samples),
+            order.batch,
+            num_replicas=order.cards,
+            rank=rank,
+            shuffle=True,
+            drop_last=order.drop_last,
+        )
+        self.order = order
         self.first_batch = 0
 
-    def set_epoch(self, epoch=0, consumed_samples=0):
+    def set_epoch(self, epoch: int = 0, consumed_samples: int = 0) -> None:
         """PaddleNLP's Trainer calls this when it resumes; `start_at` has said it all by then."""
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Let the next iteration begin at this batch (of this process) of this epoch."""
         self.epoch, self.first_batch = epoch, batch
 
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        if self.lengths is None:
-            order = rng.permutation(self.count)
+    def __iter__(self) -> Any:
+        order = self.order
+        rng = np.random.default_rng([order.seed, self.epoch])
+        if order.lengths is None:
+            indices = rng.permutation(order.count)
         else:
-            order = group_by_length(self.lengths, self.batch_size, self.nranks, rng)
-        per_step = self.batch_size * self.nranks
-        if self.nranks > 1:
+            indices = group_by_length(order.lengths, order.batch, order.cards, rng)
+        per_step = order.batch * order.cards
+        if order.cards > 1:
             # Every process must get as many batches: the last ones begin again at the front.
-            order = np.resize(order, max(len(order), self.batches * per_step))
-        for number in range(self.first_batch, self.batches):
-            start = number * per_step + self.local_rank * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
+            indices = np.resize(indices, max(len(indices), len(self) * per_step))
+        for number in range(self.first_batch, len(self)):
+            start = number * per_step + self.local_rank * order.batch
+            yield indices[start : start + order.batch].tolist()
 
-    def __len__(self):
-        return self.batches
+    def __len__(self) -> int:
+        return self.order.batches

@@ -66,13 +66,14 @@ def read_progress(folder: str) -> Progress:
         WeightsError: the folder is no whole checkpoint, or its seal holds something else.
     """
     state = checkpoints.read_seal(folder)
-    if not isinstance(state, dict):
+    if state is None:
         raise WeightsError(f"{folder} is not a whole checkpoint")
+    state = state if isinstance(state, dict) else {}
     progress = Progress(*(state.get(name) for name in ("global_step", "loss_sum", "order")))
     numbers = isinstance(progress.order, dict) and all(map(_count, progress.order.values()))
     # A loss of float16 may have been no number for a step.
     if not (_count(progress.step) and progress.step and type(progress.loss_sum) is float and numbers):
-        raise WeightsError(f"{os.path.join(folder, checkpoints.SEAL_NAME)} does not say where the run stood")
+        raise WeightsError(f"{folder} does not say where the run stood (in {checkpoints.SEAL_NAME})")
     return progress
 
 

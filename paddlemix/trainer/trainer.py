@@ -34,7 +34,6 @@ from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
 from paddlenlp.transformers.model_utils import _add_variant
 
 from paddlemix.datasets.collator import raise_failure
-from paddlemix.datasets.packing import Packs, SampleLengths
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, parallel, resume
@@ -43,7 +42,7 @@ from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.keys import TrainingKeys
 from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
-from paddlemix.trainer.order import EpochSampler
+from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.reports import EventFiles, caption_table, choose_reports
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
 from paddlemix.utils.compat import handed_over
@@ -124,17 +123,18 @@ class FinetuneTrainer(Trainer):
         chat_template: ChatTemplate,
         origin: Origin,
         guard: LanguageGuard,
-        packs: Optional[Packs] = None,
-        lengths: Optional[SampleLengths] = None,
+        order: Optional[Order] = None,
+        captions: Optional[CaptionEvaluator] = None,
+        score_captions: bool = False,
+        save_captions: bool = False,
+        shown_captions: int = 0,
         **kwargs,
     ):
         self.chat_template = chat_template
         self.origin, self.guard = origin, guard
-        # How the training samples share sequences, or batches; see datasets.packing.
-        self.packs, self.lengths = packs, lengths
-        self.captions: Optional[CaptionEvaluator] = None
-        self.score_captions = self.save_captions = False
-        self.shown_captions, self._images_shown = 0, False
+        self.order = order
+        self.captions, self.score_captions, self.save_captions = captions, score_captions, save_captions
+        self.shown_captions, self._images_shown = shown_captions, False
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
@@ -145,8 +145,8 @@ class FinetuneTrainer(Trainer):
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
             unscale_main_gradients(self.scaler)
         self.output_dir = self.args.output_dir
-        # The stock loop lowers it when an epoch holds fewer batches.
-        self.accumulation = self.args.gradient_accumulation_steps
+        if order is not None:
+            self.args.gradient_accumulation_steps = order.batches_per_step
         # The base class would read the best checkpoint with paddle.load; `train` does it with the safe reader.
         self.load_best = self.args.load_best_model_at_end
         self.args.load_best_model_at_end = False
@@ -206,17 +206,7 @@ class FinetuneTrainer(Trainer):
     # ---- data
 
     def _get_train_sampler(self):
-        self.sampler = EpochSampler(
-            self.train_dataset,
-            self.args.per_device_train_batch_size,
-            seed=self.args.seed,
-            accumulation=self.accumulation,
-            drop_last=self.args.dataloader_drop_last,
-            rank=self.args.dataset_rank,
-            processes=self.args.dataset_world_size,
-            packs=self.packs,
-            lengths=self.lengths,
-        )
+        self.sampler = EpochSampler(self.order, self.args.dataset_rank)
         return self.sampler
 
     def get_train_dataloader(self):
@@ -232,7 +222,7 @@ class FinetuneTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss, and with `captions` set what the model says: scored if `score_captions`, and a few of it shown.
+        """The loss, and with `captions` what the model says: scored if `score_captions`, and a few of it shown.
 
         None when SIGTERM ended it.
         """
@@ -348,7 +338,7 @@ class FinetuneTrainer(Trainer):
                 {
                     "global_step": step,
                     "loss_sum": self._total_loss_scalar + self._pending_loss,
-                    "order": self._order_settings(),
+                    "order": self.order.settings(),
                 },
             )
             checkpoints.publish(written, final)
@@ -368,20 +358,6 @@ class FinetuneTrainer(Trainer):
 
     def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
         """Done by _save_checkpoint; the stock one runs too early, and only under a launcher."""
-
-    def _order_settings(self) -> Dict[str, int]:
-        """What the order of samples depends on. A resumed run must agree in it."""
-        settings = {
-            "samples": len(self.train_dataset if self.packs is None else self.packs.members),
-            "batch": self.args.per_device_train_batch_size * self.args.dataset_world_size,
-            "accumulation": self.accumulation,
-            "seed": self.args.seed,
-        }
-        if self.packs is not None:
-            settings.update(mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length)
-        if self.lengths is not None:
-            settings["group_by_modality_length"] = self.lengths.digest()
-        return settings
 
     def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
         """Weights (see save_tuned), configuration, tokenizer, chat template, arguments.
@@ -438,19 +414,11 @@ class FinetuneTrainer(Trainer):
 
     # ---- the run
 
-    def planned_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        per_epoch = max(len(self._get_train_sampler()) // self.accumulation, 1)
-        return int(per_epoch * self.args.num_train_epochs)
-
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
         given = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
             progress = resume.read_progress(resume_from_checkpoint)
-            checkpoints.check_order(resume_from_checkpoint, progress.order, self._order_settings())
             self._first_step, self._resumed_loss = progress.step, progress.loss_sum
             state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
             given = handed_over(state)
@@ -458,13 +426,13 @@ class FinetuneTrainer(Trainer):
             self.numerics.overflow.skipped = next(
                 (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
             )
-            if progress.step >= self.planned_steps():
+            if progress.step >= self.order.steps:
                 logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
                 self.load_weights(resume_from_checkpoint)
                 self.state = state
                 return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
         try:
-            # The optimizer's states get running names too (see prepare).
+            # The optimizer's states get running names too (see finetune.build).
             with paddle.utils.unique_name.guard(), given:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
                 metrics.update(peak_memory())
@@ -515,9 +483,6 @@ class _Bookkeeping(TrainerCallback):
     def __init__(self, trainer: FinetuneTrainer):
         self.trainer = trainer
 
-    def _steps_per_epoch(self, args) -> int:
-        return max(len(self.trainer.sampler) // args.gradient_accumulation_steps, 1)
-
     def on_train_begin(self, args, state, control, **kwargs):
         # What was loaded before is no part of the first interval.
         self.trainer._counted_since = time.time()
@@ -529,11 +494,11 @@ class _Bookkeeping(TrainerCallback):
         # The loop has just set its sum to 0.
         self.trainer._total_loss_scalar += self.trainer._resumed_loss
         self.trainer._resumed_loss = 0.0
-        epoch, step = divmod(state.global_step, self._steps_per_epoch(args))
-        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * args.gradient_accumulation_steps)
+        epoch, step = divmod(state.global_step, self.trainer.order.steps_per_epoch)
+        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * self.trainer.order.batches_per_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         seed_step(args.seed, state.global_step, args.dataset_rank, max(args.tensor_parallel_rank, 0))
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / self._steps_per_epoch(args)
+        state.epoch = state.global_step / self.trainer.order.steps_per_epoch

@@ -12,27 +12,21 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Optional
+from typing import Optional, Sequence
 
 import paddle
 from paddlenlp.peft import LoRAModel
 
-from paddlemix.auto import AutoConfigMIX, AutoModelMIX
+from paddlemix.auto import AutoModelMIX
 from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_items
 from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.structure import is_language
 from paddlemix.models.lora import apply_lora, load_lora_weights
-from paddlemix.models.mgen_vl.parameters import (
-    CONSTANTS,
-    check_weights,
-    cut_problems,
-    parameter_shapes,
-)
+from paddlemix.models.mgen_vl.configuration import MGenConfig
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, parameter_shapes
 from paddlemix.trainer import freeze
-from paddlemix.trainer.guard import check_text_model
 from paddlemix.trainer.keys import ModelArguments
-from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
 
 
@@ -41,38 +35,23 @@ def base_of(model):
     return model.model if isinstance(model, LoRAModel) else model
 
 
-def load_model(model_args: ModelArguments, dtype: str, flash: bool = False, cards: int = 1, card: int = 0):
+def load_model(model_args: ModelArguments, config: MGenConfig, dtype: str, cards: int = 1, card: int = 0):
     """The model to tune, in train mode and not yet frozen.
 
-    dtype: "float32", "float16" or "bfloat16". card: which of the `cards` that share its matrices this one is.
-
-    Raises:
-        ConfigError: the matrices cannot be cut in that many parts, or the folder is none of a model.
+    config: of the model folder. dtype: "float32", "float16" or "bfloat16". card: which of the `cards` that share its
+    matrices this one is.
     """
-    folder = model_args.model_name_or_path
-    config = AutoConfigMIX.from_pretrained(folder, use_flash_attention=flash)
     if cards > 1:
-        for problem in cut_problems(config, cards):
-            raise ConfigError(problem)
         config.tensor_parallel_degree, config.tensor_parallel_rank = cards, card
-    model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
+    model = AutoModelMIX.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
     if model_args.text_model_name_or_path is not None:
-        load_language_part(model, model_args.text_model_name_or_path)
+        # guard.check_text_model has seen that it fits.
+        with open_weights(model_args.text_model_name_or_path) as reader:
+            model.fill(reader, {name for name in reader.keys() if is_language(name)})
     if model_args.neftune:
         add_neftune(model, model_args.neftune_noise_alpha)
     model.train()
     return model
-
-
-def load_language_part(model, folder: str) -> None:
-    """Replace transformer.llm.* and lm_head by those of another model folder.
-
-    Raises:
-        ConfigError: that LLM is of another structure.
-    """
-    check_text_model(model.config, folder)
-    with open_weights(folder) as reader:
-        model.fill(reader, {name for name in reader.keys() if is_language(name)})
 
 
 def add_neftune(model, alpha: float) -> None:
@@ -87,27 +66,23 @@ def add_neftune(model, alpha: float) -> None:
     model.get_input_embeddings().register_forward_post_hook(add_noise)
 
 
-def choose_trainable(model, model_args: ModelArguments):
-    """Freeze what the patterns say and put adapters on; returns the model to train, a LoRAModel with lora."""
-    names = list(model.state_dict())
+def choose_trainable(model, model_args: ModelArguments, trainable: Sequence[str]):
+    """Freeze all but what is `trainable` and put adapters on; returns the model to train, a LoRAModel with lora."""
     include, exclude = model_args.freeze_include, model_args.freeze_exclude
-    plan = freeze.plan_freeze(names, include, exclude, model_args.lora)
     if include or exclude:
         logger.info(f"Freeze parameters: {include} and exclude parameters: {exclude}")
-    freeze.apply_freeze(model, plan)
+    freeze.apply_freeze(model, trainable)
     if include or exclude:
         logger.info("Freeze parameters successfully.")
     if not model_args.lora:
         return model
-    if model_args.lora_path is not None:
-        freeze.check_lora_path(model_args, model.whole_shapes())
     model = apply_lora(
         model,
         rank=model_args.lora_rank,
         alpha=model_args.lora_alpha,
         dropout=model_args.lora_dropout,
         target_modules=model_args.lora_target_modules,
-        trainable=plan.trainable,
+        trainable=trainable,
         base_model_name_or_path=model_args.model_name_or_path,
     )
     if model_args.lora_path is not None:

@@ -9,7 +9,8 @@ import json
 
 import paddle
 
-from paddlemix.trainer.finetune import finetune, prepare
+from paddlemix.trainer.finetune import build, finetune
+from paddlemix.trainer.run import resolve
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (30, 40, 230), "white": (240, 240, 240)}
 
@@ -34,11 +35,12 @@ def write_data(path, captions, bad=()):
 
 
 def run(keys):
-    return finetune(*keys[:4])
+    return finetune(keys)
 
 
 def start(keys):
-    return prepare(*keys[:4])[0]
+    """The trainer of a run, up to its first step."""
+    return build(resolve(keys))
 
 
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}

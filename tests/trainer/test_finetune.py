@@ -15,7 +15,7 @@ import pytest
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
 from paddlemix.models.lora import load_lora
 from paddlemix.trainer import checkpoints
-from paddlemix.trainer.order import EpochSampler
+from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
 from tests.helpers import make_tiny_model, save_tiny_model
@@ -515,7 +515,7 @@ def batches(sampler):
 
 def test_epochs_differ_and_repeat_by_seed():
     def order(seed, epoch):
-        sampler = EpochSampler(range(10), 2, seed=seed, accumulation=1)
+        sampler = EpochSampler(Order(10, 2, seed=seed))
         sampler.start_at(epoch, 0)
         return sum(batches(sampler), [])
 
@@ -524,7 +524,7 @@ def test_epochs_differ_and_repeat_by_seed():
 
 
 def test_starting_inside_an_epoch_is_its_rest():
-    sampler = EpochSampler(range(11), 2, seed=3, accumulation=2)
+    sampler = EpochSampler(Order(11, 2, accumulation=2, seed=3))
     sampler.start_at(4, 0)
     whole = batches(sampler)
     assert len(whole) == len(sampler) == 6
@@ -533,17 +533,17 @@ def test_starting_inside_an_epoch_is_its_rest():
 
 
 def test_an_epoch_holds_whole_steps():
-    assert len(EpochSampler(range(11), 2, seed=0, accumulation=4)) == 4
-    assert len(EpochSampler(range(5), 2, seed=0, accumulation=4)) == 3
-    assert len(EpochSampler(range(5), 2, seed=0, accumulation=1, drop_last=True)) == 2
-    with pytest.raises(ConfigError, match="3 samples do not fill one batch of 4"):
-        EpochSampler(range(3), 4, seed=0, accumulation=1, drop_last=True)
+    assert len(EpochSampler(Order(11, 2, accumulation=4))) == 4
+    assert len(EpochSampler(Order(5, 2, accumulation=4))) == 3
+    assert len(EpochSampler(Order(5, 2, drop_last=True))) == 2
+    (problem,) = Order(3, 4, drop_last=True).problems()
+    assert problem.startswith("3 samples do not fill one batch of 4")
 
 
 def test_processes_share_an_epoch():
-    ranks = [EpochSampler(range(9), 2, seed=1, accumulation=1, rank=rank, processes=2) for rank in (0, 1)]
+    ranks = [EpochSampler(Order(9, 2, seed=1, cards=2), rank) for rank in (0, 1)]
     first, second = map(batches, ranks)
-    alone = batches(EpochSampler(range(9), 2, seed=1, accumulation=1))
+    alone = batches(EpochSampler(Order(9, 2, seed=1)))
     assert [first[0], second[0], first[1], second[1]] == alone[:4]
     assert len(first) == len(second) and all(len(batch) == 2 for batch in first + second)
     assert set(sum(first + second, [])) == set(range(9))

@@ -10,10 +10,10 @@ import numpy as np
 import paddle
 import pytest
 
-from paddlemix.models.mgen_vl import modeling
 from paddlemix.trainer import finetune as module
 from paddlemix.trainer import trainer as trainer_module
 from paddlemix.trainer import tuned_model
+from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.runtime import Choice
 from tests.trainer.runs import LORA, LORA_POOL, final_weights, run, start
@@ -153,8 +153,7 @@ def test_neftune_changes_training_and_not_evaluation(run_keys, tmp_path):
 )
 def test_levels_of_half_precision(run_keys, monkeypatch, level, weights, masters):
     """As far as a CPU goes: the dtype of the weights, and whether the optimizer keeps float32 copies."""
-    monkeypatch.setattr(module, "resolve_dtype", lambda asked, device: Choice(asked))
-    monkeypatch.setattr(modeling, "resolve_dtype", lambda asked: Choice(asked))
+    monkeypatch.setattr(runtime, "decide_dtype", lambda asked, *machine: Choice(asked))
     made = []
     make = tuned_model.load_model
 

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
-from paddlemix.auto import AutoModelMIX
+from paddlemix.auto import AutoConfigMIX, AutoModelMIX
 from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.lora_merge import merge
 from paddlemix.checkpoint.origin import model_fingerprint
@@ -289,7 +289,8 @@ def test_a_model_that_grew_is_neither_trained_on_nor_saved(run_keys, world, tmp_
     head.weight = head.create_parameter([128, 496])
     with pytest.raises(ConfigError, match=RULE + r"lm_head.weight is \[128, 496\], not \[128, 480\]"):
         trainer.save_model()
-    guard = LanguageGuard(world[0])
+    with open_weights(world[0]) as reader:
+        guard = LanguageGuard(world[0], AutoConfigMIX.from_pretrained(world[0]), reader)
     trainer.model.transformer.llm.h.append(trainer.model.transformer.llm.h[0])
     with pytest.raises(ConfigError, match="transformer.llm.h.2.ln_1.weight is new.* and "):
         guard.check(trainer.model)

@@ -13,7 +13,7 @@ import paddle
 import pytest
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer.hybrid_parallel_optimizer import HybridParallelClipGrad
 
-from paddlemix.trainer import finetune, numerics
+from paddlemix.trainer import numerics
 from paddlemix.trainer.numerics import HOPELESS_STEPS, OverflowCount, gradient_norm
 from paddlemix.utils import runtime
 from paddlemix.utils.errors import JobFailed
@@ -207,7 +207,7 @@ def master_grad_run(run_keys, monkeypatch):
     half_states.enabled_scaler(monkeypatch)
     monkeypatch.setattr(runtime, "decide_dtype", lambda requested, *machine: runtime.Choice("float32"))
     monkeypatch.setattr(
-        finetune, "decide_precision", lambda *words: runtime.Precision("float16", "float32", False, True)
+        runtime, "decide_precision", lambda *words: runtime.Precision("float16", "float32", False, True)
     )
     monkeypatch.setattr(paddle.amp.grad_scaler, "amp_global_state", lambda: types.SimpleNamespace(amp_dtype="float16"))
     keys = dict(LORA, max_steps=3, save_strategy="no")

@@ -11,10 +11,10 @@ import pytest
 
 from paddlemix.datasets.packing import PackedDataset, Packs, SampleLengths, plan_packs
 from paddlemix.trainer import command_line
-from paddlemix.trainer.finetune import finetune, prepare
-from paddlemix.trainer.order import EpochSampler
+from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import image_base64, save_tiny_model
+from tests.trainer.runs import run, start
 
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
 MODES = [{"mixtoken": True, "max_length": 256}, {"group_by_modality_length": True}]
@@ -68,12 +68,6 @@ def log(caplog):
     return caplog
 
 
-def run(keys):
-    return finetune(*keys[:4])
-
-
-def start(keys):
-    return prepare(*keys[:4])[0]
 
 
 def history(folder):
@@ -85,8 +79,8 @@ def history(folder):
 
 def test_an_epoch_trains_on_every_sample_once(run_keys, tmp_path, log):
     trainer = start(run_keys(mixtoken=True, max_length=256, num_train_epochs=2, gradient_accumulation_steps=1))
-    assert f"packed 24 samples into {trainer.packs.count} sequences of at most 256 tokens" in log.text
-    assert 4 < trainer.packs.count < 16
+    assert f"packed 24 samples into {trainer.order.packs.count} sequences of at most 256 tokens" in log.text
+    assert 4 < trainer.order.packs.count < 16
     seen, step = [], trainer.training_step
 
     def watch(model, inputs, **kwargs):
@@ -96,8 +90,8 @@ def test_an_epoch_trains_on_every_sample_once(run_keys, tmp_path, log):
 
     trainer.training_step = watch
     metrics = trainer.train()
-    steps = -(-trainer.packs.count // 2)
-    assert trainer.planned_steps() == trainer.state.global_step == 2 * steps == len(seen)
+    steps = -(-trainer.order.packs.count // 2)
+    assert trainer.order.steps == trainer.state.global_step == 2 * steps == len(seen)
     expected = sorted(trainer.train_dataset.dataset.lengths().tokens.tolist())
     for epoch in (seen[:steps], seen[steps:]):
         assert sorted(sum((lengths for lengths, _ in epoch), [])) == expected
@@ -115,7 +109,7 @@ def test_the_trained_loss_is_that_of_the_same_samples_unpacked(run_keys):
     trainer = start(run_keys(mixtoken=True, max_length=256))
     batch = next(iter(trainer.get_train_dataloader()))
     packs = next(iter(trainer._get_train_sampler()))
-    indices = sum(map(trainer.packs.samples, packs), ())
+    indices = sum(map(trainer.order.packs.samples, packs), ())
     alone = trainer.data_collator([trainer.train_dataset.dataset[index] for index in indices])
     alone = {name: paddle.to_tensor(array) for name, array in alone.items()}
     trainer.model.eval()
@@ -203,10 +197,7 @@ def test_resuming_with_other_packs_is_refused(run_keys):
 
 
 def sampler(rank=0, processes=1, batch=2, packs=None, lengths=None, **options):
-    return EpochSampler(
-        range(30), batch, seed=3, accumulation=options.pop("accumulation", 1), rank=rank, processes=processes,
-        packs=packs, lengths=lengths, **options,
-    )  # fmt: skip
+    return EpochSampler(Order(30, batch, seed=3, cards=processes, packs=packs, lengths=lengths, **options), rank)
 
 
 def lengths(n=30):
@@ -245,8 +236,8 @@ def test_starting_inside_an_epoch_is_its_rest(kind):
 
 def test_too_few_packs_for_a_batch():
     packs = plan_packs(np.array([10, 10]), 100, 0)
-    with pytest.raises(ConfigError, match="1 packed sequences do not fill one batch of 2"):
-        sampler(packs=packs, drop_last=True)
+    (problem,) = Order(2, 2, packs=packs, drop_last=True).problems()
+    assert problem.startswith("1 packed sequences do not fill one batch of 2")
 
 
 # ---- what cannot go together

@@ -15,7 +15,8 @@ import pytest
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.datasets import chatml
 from paddlemix.trainer import checkpoints, resume
-from paddlemix.trainer.finetune import prepare
+from paddlemix.trainer.finetune import build
+from paddlemix.trainer.run import resolve
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.checkpoint.test_untrusted import NAMES, canary, refused  # noqa: F401
 from tests.pickles import attacks, text
@@ -75,9 +76,10 @@ def test_half_precision_resumes_bit_for_bit(run_keys, in_half_precision, capsys,
     """Moments, beta powers, master weights, weights and loss scale; see half_states."""
     keys = dict(O2[dtype], **tuned)
     start(run_keys(**keys)).train()
-    run_again = prepare(*run_keys(**keys, resume=True)[:4])
-    run_again[0].train(resume_from_checkpoint=run_again[1])
-    trained = sum(not p.stop_gradient for p in run_again[0].model.parameters())
+    resumed = resolve(run_keys(**keys, resume=True))
+    again = build(resumed)
+    again.train(resume_from_checkpoint=resumed.resume_from)
+    trained = sum(not p.stop_gradient for p in again.model.parameters())
     assert f"{5 * trained} states are as they were" in capsys.readouterr().out
 
 

@@ -1,0 +1,402 @@
+"""The dry run: what a finetuning run would do and need, and everything that stands in its way.
+
+What the run would do is its Run, the one that `finetune` acts on. What is added here is foreseen from it: samples of
+the data (lengths from texts, image sizes from image headers), memory from counted bytes (memory.py), disk.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from paddlemix.datasets.collator import PAD_TO
+from paddlemix.models.mgen_vl.parameters import CONSTANTS
+from paddlemix.trainer import freeze, memory
+from paddlemix.trainer.command_line import read
+from paddlemix.trainer.machine import card
+from paddlemix.trainer.run import Run, nearest_folder, resolve
+from paddlemix.utils.compat import PADDLE_3
+from paddlemix.utils.errors import UserError
+
+# Records looked at; a percentile of 400 is good to a few hundredths of the range, and they take about a second.
+SAMPLE = 400
+# Files beside the weights in a checkpoint: mostly the vocabulary.
+_SIDE_FILES = 4 << 20
+
+
+def _padded(tokens: Any) -> Any:
+    return -(-tokens // PAD_TO) * PAD_TO
+
+
+class Packing(NamedTuple):
+    """How samples share sequences (mixtoken).
+
+    filled: part of the sequences' room that holds tokens. longest: tokens in the fullest; most: samples in one;
+    squares: the largest sum of squared lengths in one.
+    """
+
+    filled: float
+    longest: int
+    most: int
+    squares: int
+
+
+def packing(run: Run) -> Packing:
+    """What the packs of a run are like."""
+    packs, tokens = run.order.packs, run.lengths.tokens
+    held, begins = tokens[packs.members], packs.starts[:-1]
+    longest, squares = (int(np.add.reduceat(values, begins).max()) for values in (held, held**2))
+    return Packing(tokens.sum() / (packs.count * packs.max_length), longest, int(np.diff(packs.starts).max()), squares)
+
+
+class DataStatistics(NamedTuple):
+    """What the records looked at are like.
+
+    records: in the whole part; looked_at, failed: of the sample. lengths, labels, images: per good record. sizes:
+    (width, height) per image. formats: images by format. padding: part of a padded batch that is padding, on average.
+    """
+
+    records: int
+    looked_at: int
+    failed: int
+    lengths: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    sizes: np.ndarray
+    formats: Counter
+    padding: float
+
+
+def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tuple[DataStatistics, List[str]]:
+    """Statistics of records spread evenly over a ChatmlDataset, and what is wrong with them.
+
+    grouped: batches hold samples of like length. Images are opened as far as their headers say their size; no pixel is
+    decoded.
+    """
+    from paddlemix.processors.images import read_header
+
+    count = len(dataset)
+    indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
+    rows: List[Tuple[int, int, int]] = []
+    sizes: List[Tuple[int, int]] = []
+    formats: Counter = Counter()
+    failures: List[str] = []
+    spans_lost = 0
+    for index in indices.tolist():
+        try:
+            encoded, sources = dataset.encoded(index)
+            headers = [read_header(source) for source in sources]
+        except UserError as error:
+            failures.append(f"record {index}: {error}")
+            continue
+        formats.update(name for name, _ in headers)
+        sizes += [size for _, size in headers]
+        spans = int((encoded["input_ids"] == dataset.tokenizer.img_start_id).sum())
+        spans_lost += spans != len(sources)
+        rows.append((len(encoded["input_ids"]), int((encoded["labels"][1:] >= 0).sum()), len(sources)))
+    lengths, labels, images = (np.array([row[i] for row in rows], dtype=np.int64) for i in range(3))
+    padding = 0.0
+    if len(rows):
+        rng = np.random.default_rng(0)
+        order = rng.permutation(np.resize(np.arange(len(rows)), max(len(rows), batch_size * 64)))
+        order = order[np.argsort(lengths[order], kind="stable")] if grouped else order
+        batches = lengths[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size)
+        padding = 1 - batches.sum() / (_padded(batches.max(axis=1)).sum() * batch_size)
+    problems = []
+    if failures and not rows:
+        problems.append(f"none of the {len(indices)} records looked at can be used; {failures[0]}")
+    if spans_lost:
+        problems.append(
+            f"the images of {spans_lost} of {len(rows)} records leave no <img> span in the tokens: training would not "
+            "see them; check chat_template"
+        )
+    if rows and not images.any():
+        problems.append(f"no image in any of the {len(rows)} records looked at: the model would learn from texts alone")
+    statistics = DataStatistics(
+        count, len(indices), len(failures), lengths, labels, images, np.array(sizes).reshape(-1, 2), formats, padding
+    )
+    return statistics, problems
+
+
+@dataclass
+class Forecast:
+    """A Run and what is foreseen of it. problems, notes: the run's, and those found here. saves: checkpoints written;
+    checkpoint: bytes of one; disk_needed, disk_free: bytes in all."""
+
+    run: Run
+    problems: List[str]
+    notes: List[str]
+    setting: memory.Setting
+    data: Dict[str, DataStatistics] = field(default_factory=dict)
+    packs: Optional[Packing] = None
+    batch: Optional[memory.Batch] = None
+    saves: int = 0
+    checkpoint: int = 0
+    disk_needed: int = 0
+    disk_free: int = 0
+
+    @property
+    def trained(self) -> memory.Trained:
+        return memory.Trained({**self.run.shapes, **self.run.adapters}, self.run.trained)
+
+    def estimate(self, **changes: Any) -> memory.Estimate:
+        """The memory of the run's step, with some fields of its Setting changed."""
+        config = memory.plain(self.run.config)
+        return memory.estimate(config, self.trained, self.batch, self.setting._replace(**changes))
+
+
+def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
+    """Everything about the run that `argv` describes.
+
+    Raises:
+        ConfigError: the config file cannot be read at all, or plan_for is no card.
+    """
+    machine = card(plan_for) if plan_for is not None else None
+    arguments, problems = read(argv, machine.cards if machine else None)
+    run = resolve(arguments, machine, problems)
+    found = Forecast(run, list(run.problems), [*run.warnings, *run.notes], _setting(run))
+    _look_at_data(found)
+    if arguments.training.do_train and run.trained:
+        if run.order is not None and run.order.packs is not None:
+            found.packs = packing(run)
+        _foresee_memory(found)
+        if arguments.training.output_dir is not None:
+            _foresee_disk(found)
+    return found
+
+
+def _setting(run: Run) -> memory.Setting:
+    model, training = run.arguments.model, run.arguments.training
+    sharding = max(training.sharding_parallel_degree, 1)
+    if training.sharding and sharding == 1:
+        sharding = run.data_parallel
+    return memory.Setting(
+        precision="float32" if run.precision.compute == "float32" else training.fp16_opt_level,
+        gpu=run.machine.gpu,
+        paddle_3=PADDLE_3,
+        recompute=training.recompute,
+        # On the CPU the call is answered with plain matmuls.
+        flash=run.flash and run.machine.gpu,
+        lora_dropout=model.lora_dropout if model.lora else 0.0,
+        clip=training.max_grad_norm > 0,
+        master_grad=training.amp_master_grad,
+        tensor=run.tensor,
+        sharding=sharding,
+        stage=2 if "stage2" in training.sharding else 1,
+    )
+
+
+def _look_at_data(found: Forecast) -> None:
+    training = found.run.arguments.training
+    sizes = {"train": training.per_device_train_batch_size, "eval": training.per_device_eval_batch_size}
+    for part, dataset in found.run.datasets.items():
+        grouped = part == "train" and training.group_by_modality_length
+        data, problems = data_statistics(dataset, sizes[part], grouped)
+        found.data[part] = data
+        found.problems += [f"dataset.{part}: {problem}" for problem in problems]
+        if data.failed and len(data.lengths):
+            found.notes.append(
+                f"dataset.{part}: {data.failed} of {data.looked_at} records looked at cannot be used; the next good "
+                "one takes the place of each"
+            )
+
+
+def _foresee_memory(found: Forecast) -> None:
+    arguments, machine = found.run.arguments, found.run.machine
+    rows = arguments.training.per_device_train_batch_size
+    data = found.data.get("train")
+    if data is not None and len(data.lengths):
+        longest, images, labels = int(data.lengths.max()), int(data.images.max()), int(data.labels.max())
+    else:
+        longest, images, labels = arguments.data.max_length, 1, arguments.data.max_length
+    found.batch = memory.Batch(rows, _padded(longest), rows * images, rows * labels)
+    if found.packs is not None and data is not None and len(data.lengths):
+        held = rows * found.packs.most
+        squares = (rows * found.packs.squares, longest)
+        tokens = _padded(min(found.packs.longest, arguments.data.max_length))
+        found.batch = memory.Batch(rows, tokens, held * images, held * math.ceil(data.labels.mean()), squares)
+    needed = found.estimate().peak
+    if needed > machine.memory:
+        lower = found.estimate(recompute=True).peak
+        advice = []
+        if not found.setting.recompute and lower < machine.memory:
+            advice.append(f"recompute needs {_size(lower)}")
+        advice.append("lower per_device_train_batch_size or max_length, or share the model among cards")
+        found.problems.append(
+            f"a step needs about {_size(needed)} on each card, {machine.name} has {_size(machine.memory)}: "
+            + "; ".join(advice)
+        )
+
+
+def _foresee_disk(found: Forecast) -> None:
+    run, training, order = found.run, found.run.arguments.training, found.run.order
+    # What changed alone, unless that is everything (tuned_model.save_tuned).
+    shapes, saved = found.trained.shapes, found.trained.trainable
+    if not run.arguments.model.lora and len(saved) == len(shapes) - len(CONSTANTS):
+        saved = list(shapes)
+    weights, states = memory.checkpoint_bytes(found.trained, found.setting, saved)
+    found.checkpoint = weights + states + _SIDE_FILES
+    steps = order.steps if order is not None else max(training.max_steps, 0)
+    if training.save_strategy == "steps":
+        found.saves = steps // training.save_steps
+    elif training.save_strategy == "epoch" and order is not None:
+        found.saves = math.ceil(steps / order.steps_per_epoch)
+    final = weights + _SIDE_FILES
+    if training.benchmark:
+        found.saves, final = 0, 0
+    kept = found.saves
+    if training.save_total_limit:
+        # Old ones go when the new one is whole; the best one is kept besides.
+        kept = min(kept, training.save_total_limit + 1 + training.load_best_model_at_end)
+    found.disk_needed = kept * found.checkpoint + final
+    found.disk_free = shutil.disk_usage(nearest_folder(training.output_dir)).free
+    if found.disk_needed > found.disk_free:
+        found.problems.append(
+            f"output_dir: {kept} checkpoints and the result take {_size(found.disk_needed)}, the disk has "
+            f"{_size(found.disk_free)} left: set save_total_limit, or choose another disk"
+        )
+
+
+# ---- what is printed
+
+
+def _size(count: float) -> str:
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):,.2f} GiB"
+    return f"{count / (1 << 20):,.1f} MiB"
+
+
+def _percentiles(values: np.ndarray) -> str:
+    points = np.percentile(values, (0, 5, 25, 50, 75, 95, 100), method="nearest").astype(int)
+    names = ("min", "5%", "25%", "50%", "75%", "95%", "max")
+    return "  ".join(f"{name} {value:,}" for name, value in zip(names, points))
+
+
+def memory_lines(found: Forecast) -> List[str]:
+    """The memory table: a column without recompute and one with it, the run's own marked."""
+    columns = [found.estimate(recompute=recompute) for recompute in (False, True)]
+    mark = ["", ""]
+    mark[found.setting.recompute] = " *"
+    heads = [f"recompute {'on' if i else 'off'}{mark[i]}" for i in (0, 1)]
+    lines = [f"{'':<34}{heads[0]:>18}{heads[1]:>18}"]
+
+    def row(name: str, values: Sequence[int]) -> None:
+        lines.append(f"{name:<34}" + "".join(f"{_size(value):>18}" for value in values))
+
+    for part in columns[0].held:
+        row(part, [column.held[part] for column in columns])
+    for part in columns[0].stored:
+        row(part, [column.stored[part] for column in columns])
+    row("working memory of the backward", [column.working for column in columns])
+    if any(column.clipped for column in columns):
+        row("(gradients while clipped, after it)", [column.clipped for column in columns])
+    if columns[0].allowance:
+        row("driver and libraries (allowance)", [column.allowance for column in columns])
+    row("peak", [column.peak for column in columns])
+    lines.append(f"{'memory of the device':<34}{_size(found.run.machine.memory):>18}")
+    return lines
+
+
+def render(found: Forecast) -> List[str]:
+    """The forecast as lines."""
+    lines = _device_lines(found)
+    if found.run.shapes:
+        lines += _model_lines(found.run)
+    for part, data in found.data.items():
+        lines += ["", f"==== data: {part}", *_data_lines(data)]
+    if found.packs is not None:
+        order, packs = found.run.order, found.packs
+        lines += ["", "==== packing (mixtoken)"]
+        lines.append(
+            f"{order.count:,} sequences of at most {order.packs.max_length:,} tokens, {packs.filled:.1%} filled; "
+            f"{order.samples / order.count:.2f} samples in each, at most {packs.most}"
+        )
+    lines += _step_lines(found.run)
+    if found.batch is not None:
+        lines += ["", "==== memory on each card, estimated"]
+        seen = "the longest sample seen" if found.data.get("train") else "max_length, without data to look at"
+        seen = seen if found.packs is None else "the fullest sequence"
+        lines.append(
+            f"a batch of {found.batch.rows} × {found.batch.tokens:,} tokens ({seen}); images: {found.batch.images}, "
+            f"labelled positions: {found.batch.labels:,}"
+        )
+        lines += memory_lines(found)
+    if found.checkpoint:
+        lines += ["", "==== disk", f"checkpoints written: {found.saves:,} of {_size(found.checkpoint)} each"]
+        lines.append(f"at most {_size(found.disk_needed)} at once, {_size(found.disk_free)} free")
+    if found.notes:
+        lines += ["", "==== notes", *(f"- {note}" for note in found.notes)]
+    lines += ["", f"==== problems: {len(found.problems) or 'none'}"]
+    lines += [f"- {problem}" for problem in found.problems]
+    return lines
+
+
+def _device_lines(found: Forecast) -> List[str]:
+    run, machine, setting = found.run, found.run.machine, found.setting
+    level = f", {setting.precision}" if setting.precision != "float32" else ""
+    degrees = [f"data parallel {run.data_parallel}"]
+    if setting.sharding > 1:
+        degrees.append(f"sharding stage {setting.stage} over {setting.sharding}")
+    if setting.tensor > 1:
+        degrees.append(f"tensor parallel {setting.tensor}")
+    return [
+        "==== device",
+        f"{machine.cards} × {machine.name}, {_size(machine.memory)} each; computes in {run.precision.compute}{level}",
+        ", ".join(degrees),
+    ]
+
+
+def _model_lines(run: Run) -> List[str]:
+    counts = run.counts()
+    base = sum(sum(count) for group, count in counts.items() if group != "lora")
+    trains = sum(count.trainable for count in counts.values())
+    lines = ["", "==== model", *freeze.table_lines(counts), freeze.summary_line(counts)]
+    lines.append(f"{base:,} in the model, {trains:,} trainable")
+    stored = "none that can be used"
+    if run.weights is not None:
+        tensors, files, size, found = run.weights
+        dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in found.most_common())
+        stored = f"{tensors} tensors in {files} files, {_size(size)}, {dtypes}"
+    return [*lines, f"weights: {stored}"]
+
+
+def _data_lines(data: DataStatistics) -> List[str]:
+    lines = [f"{data.records:,} samples; {data.looked_at:,} looked at, {data.failed:,} cannot be used"]
+    if len(data.lengths):
+        lines.append(f"tokens           {_percentiles(data.lengths)}")
+        lines.append(f"labelled tokens  {_percentiles(data.labels)}")
+        lines.append(f"images a sample  {_percentiles(data.images)}")
+        lines.append(f"padding          {data.padding:.1%} of the positions of a padded batch")
+    if len(data.sizes):
+        formats = ", ".join(f"{name} {count}" for name, count in data.formats.most_common())
+        lines.append(f"image width      {_percentiles(data.sizes[:, 0])}")
+        lines.append(f"image height     {_percentiles(data.sizes[:, 1])}")
+        lines.append(f"image formats    {formats}")
+    return lines
+
+
+def _step_lines(run: Run) -> List[str]:
+    order, training = run.order, run.arguments.training
+    if order is None:
+        steps = training.max_steps if training.do_train else 0
+        return ["", "==== steps", f"{steps:,} steps"] if steps > 0 else []
+    epochs = order.steps / order.steps_per_epoch
+    return [
+        "",
+        "==== steps",
+        f"{order.per_step:,} {order.unit} in an optimizer step",
+        f"{order.steps_per_epoch:,} steps in an epoch; {order.left_over:,} {order.unit} left out of each epoch",
+        f"{order.steps:,} steps, {order.steps * order.per_step:,} {order.unit}, {epochs:.2f} epochs",
+    ]
+
+
+def dry_run(argv: Sequence[str], plan_for: Optional[str] = None) -> int:
+    """Print the forecast; 0 when the run can start, 2 when there are problems."""
+    found = foresee(argv, plan_for)
+    print("\n".join(render(found)))
+    return 2 if found.problems else 0

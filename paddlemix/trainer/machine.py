@@ -1,0 +1,95 @@
+"""The machine of a run: this one, or one of the cards that `--plan_for` names."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Dict, NamedTuple, Optional, Tuple
+
+from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.runtime import resolve_device, world_size
+
+
+class Card(NamedTuple):
+    """memory: GiB that CUDA reports, which is not the name's: error correction takes a sixteenth of a T4, A10 or L40S,
+    and the driver keeps some of each. capability: compute capability. flops, bandwidth: published peaks, for those that
+    tools/cost_7b.py reckons with: dense half-precision FLOP/s of the tensor cores, bytes/s of memory.
+    """
+
+    memory: float
+    capability: Tuple[int, int]
+    flops: Optional[float] = None
+    bandwidth: Optional[float] = None
+
+
+CARDS: Dict[str, Card] = {
+    "V100-16GB": Card(15.78, (7, 0)),
+    "V100-32GB": Card(31.74, (7, 0), 125e12, 0.90e12),
+    "T4-16GB": Card(14.58, (7, 5)),
+    "A10-24GB": Card(22.06, (8, 6)),
+    "RTX3090-24GB": Card(23.67, (8, 6)),
+    "RTX4090-24GB": Card(23.65, (8, 9)),
+    "L40S-48GB": Card(44.4, (8, 9)),
+    "A100-40GB": Card(39.5, (8, 0)),
+    "A100-80GB": Card(79.15, (8, 0), 312e12, 2.04e12),
+    "H100-80GB": Card(79.1, (9, 0), 989e12, 3.35e12),
+}
+# The first with bfloat16 (A100).
+_BF16_FROM = (8, 0)
+
+
+class Machine(NamedTuple):
+    """What a run finds.
+
+    device: Paddle's name of it, "cpu" or "gpu:0". name, memory in bytes, capability: of one card, or of the CPU. bf16:
+    whether it computes in bfloat16. cards: processes of the run, one each.
+    """
+
+    device: str
+    name: str
+    memory: int
+    capability: Tuple[int, int]
+    bf16: bool
+    cards: int
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.startswith("gpu")
+
+
+def card(text: str) -> Machine:
+    """The machine that `--plan_for` names, as "8xA100-80GB" or "V100-32GB".
+
+    Raises:
+        ConfigError: not of the form [N x] CARD, or an unknown card.
+    """
+    found = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?(\S+)", text.strip(), re.IGNORECASE)
+    names = {name.lower(): name for name in CARDS}
+    if found is None or found.group(2).lower() not in names or int(found.group(1) or 1) < 1:
+        raise ConfigError(f"--plan_for: {text!r} is not [N x] one of {', '.join(CARDS)}")
+    name = names[found.group(2).lower()]
+    one = CARDS[name]
+    memory, bf16 = int(one.memory * 2**30), one.capability >= _BF16_FROM
+    return Machine("gpu:0", name, memory, one.capability, bf16, int(found.group(1) or 1))
+
+
+def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
+    """This machine as a run with this `device` key sees it, and why it is not the device asked for.
+
+    The device becomes Paddle's current one.
+
+    Raises:
+        UserError: there is no such card, or it is no device's name.
+    """
+    import paddle
+
+    choice = resolve_device(requested)
+    if choice.value.startswith("gpu"):
+        properties = paddle.device.cuda.get_device_properties(choice.value)
+        capability = tuple(paddle.device.cuda.get_device_capability(choice.value))
+        bf16 = paddle.amp.is_bfloat16_supported()
+        found = Machine(choice.value, properties.name, properties.total_memory, capability, bf16, world_size())
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found = Machine("cpu", "CPU", total // world_size(), (0, 0), False, world_size())
+    return found, choice.reason

@@ -1,0 +1,295 @@
+"""What a run is, decided once: `finetune` takes a Run and acts, the dry run takes it and prints.
+
+Weights are opened as far as their headers, images not at all. Everything that stands in the way is collected, so that
+one look finds it all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from paddlemix.auto import AutoConfigMIX, AutoTokenizerMIX
+from paddlemix.checkpoint import open_weights
+from paddlemix.datasets.chatml import ChatmlDataset, build_dataset
+from paddlemix.datasets.entries import Entry, read_entries
+from paddlemix.datasets.packing import SampleLengths, plan_packs
+from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
+from paddlemix.models.mgen_vl.parameters import Shape, check_weights, cut_problems, parameter_shapes
+from paddlemix.processors.images import MGenVLImageProcessor
+from paddlemix.trainer import checkpoints, freeze, parallel, resume
+from paddlemix.trainer.guard import LanguageGuard, check_text_model, check_vocabulary
+from paddlemix.trainer.keys import Arguments
+from paddlemix.trainer.machine import Machine, this_machine
+from paddlemix.trainer.order import Order
+from paddlemix.trainer.rules import find_problems
+from paddlemix.utils import runtime
+from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
+from paddlemix.utils.errors import ConfigError, UserError
+from paddlemix.utils.runtime import Precision
+
+
+class StoredWeights(NamedTuple):
+    """The weights of a model folder, from their headers. dtypes: tensors of each."""
+
+    tensors: int
+    files: int
+    bytes: int
+    dtypes: Counter
+
+
+@dataclass
+class Run:
+    """A run before its first step. What cannot be decided, because something is wrong with it, is None or empty.
+
+    problems: why the run cannot start. warnings: what is otherwise than asked for. notes: what is worth knowing.
+    shapes: of the base model's parameters. trainable: those that train whole. adapters: names and shapes of the LoRA
+    matrices. resume_from: checkpoint to go on from. old_files: what a finished run left in output_dir, to be deleted.
+    """
+
+    arguments: Arguments
+    machine: Machine
+    problems: List[str] = field(default_factory=list)
+    warnings: List[str] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
+    precision: Precision = Precision("float32", "float32", False, False)
+    flash: bool = False
+    config: Optional[Any] = None
+    shapes: Dict[str, Shape] = field(default_factory=dict)
+    weights: Optional[StoredWeights] = None
+    guard: Optional[LanguageGuard] = None
+    trainable: Sequence[str] = ()
+    adapters: Dict[str, Shape] = field(default_factory=dict)
+    tokenizer: Optional[Any] = None
+    entries: Dict[str, List[Entry]] = field(default_factory=dict)
+    datasets: Dict[str, ChatmlDataset] = field(default_factory=dict)
+    lengths: Optional[SampleLengths] = None
+    order: Optional[Order] = None
+    resume_from: Optional[str] = None
+    old_files: List[str] = field(default_factory=list)
+
+    def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The call's result, or None when it raises a UserError, which becomes a problem."""
+        try:
+            return call(*arguments, **options)
+        except UserError as error:
+            self.problem(str(error))
+        return None
+
+    def problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+
+    def refuse(self) -> None:
+        """Raise ConfigError with all problems, if there are any."""
+        if self.problems:
+            raise ConfigError("; ".join(self.problems))
+
+    @property
+    def tensor(self) -> int:
+        """Cards that share each matrix."""
+        return max(self.arguments.training.tensor_parallel_degree, 1)
+
+    @property
+    def data_parallel(self) -> int:
+        """Cards that see other samples than each other."""
+        return max(self.machine.cards // self.tensor, 1)
+
+    @property
+    def trained(self) -> List[str]:
+        """Names of all that train."""
+        return [*self.trainable, *self.adapters]
+
+    def counts(self) -> Dict[str, freeze.GroupCount]:
+        """Elements per module group."""
+        trained = set(self.trained)
+        shapes = {**self.shapes, **self.adapters}
+        return freeze.count_groups((name, shape, name in trained) for name, shape in shapes.items())
+
+
+def resolve(arguments: Arguments, machine: Optional[Machine] = None, problems: Sequence[str] = ()) -> Run:
+    """Decide everything about a run.
+
+    machine: None for this one. problems: those found while the arguments were read.
+    """
+    run = _on_machine(arguments, machine)
+    run.problems[:0] = [*problems, *find_problems(arguments)]
+    _decide_precision(run)
+    _decide_model(run)
+    _decide_output(run)
+    _decide_data(run)
+    if arguments.training.do_train and "train" in run.datasets:
+        _decide_order(run)
+        _check_resume(run)
+    return run
+
+
+def _on_machine(arguments: Arguments, machine: Optional[Machine]) -> Run:
+    training = arguments.training
+    requested = "cpu" if training.no_cuda else training.device
+    if machine is not None:
+        run = Run(arguments, machine)
+        if requested == "cpu":
+            run.problem("--plan_for names a GPU, but the config asks for the CPU (device or no_cuda)")
+        return run
+    try:
+        machine, reason = this_machine(requested)
+    except UserError as error:
+        return Run(arguments, this_machine("cpu")[0], problems=[str(error)])
+    return Run(arguments, machine, warnings=[reason] if reason else [])
+
+
+def _decide_precision(run: Run) -> None:
+    training, machine = run.arguments.training, run.machine
+    run.attempt(parallel.check_device, training, machine.device)
+    asked = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
+    dtype = runtime.decide_dtype(asked, "gpu" if machine.gpu else "cpu", machine.bf16)
+    run.precision = runtime.decide_precision(dtype.value, training.fp16_opt_level)
+    run.flash, reason = runtime.decide_flash(
+        run.arguments.model.use_flash_attention,
+        run.precision.compute,
+        "gpu" if machine.gpu else "cpu",
+        machine.capability,
+        FUSED_ATTENTION_ON_CPU,
+    )
+    run.warnings += [text for text in (dtype.reason, reason) if text]
+
+
+def _decide_model(run: Run) -> None:
+    """Configuration, shapes, what trains, and whether the weights' headers fit."""
+    model = run.arguments.model
+    folder, text_folder = model.model_name_or_path, model.text_model_name_or_path
+    if not _is_model(folder):
+        return
+    run.config = run.attempt(AutoConfigMIX.from_pretrained, folder, use_flash_attention=run.flash)
+    if run.config is None:
+        return
+    run.shapes = parameter_shapes(run.config)
+    run.attempt(_open_base, run, folder)
+    if _is_model(text_folder):
+        run.attempt(check_text_model, run.config, text_folder)
+    for problem in cut_problems(run.config, run.tensor):
+        run.problem(problem)
+    plan = run.attempt(
+        freeze.plan_freeze, list(run.shapes), model.freeze_include, model.freeze_exclude, lora=model.lora
+    )
+    run.trainable = plan.trainable if plan is not None else ()
+    if not model.lora or not model.lora_target_modules:
+        return
+    run.adapters = run.attempt(adapter_shapes, run.shapes, model.lora_target_modules, model.lora_rank) or {}
+    run.attempt(check_claims, run.adapters, run.trainable)
+    if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
+        run.attempt(freeze.check_lora_path, model, run.shapes)
+        if plan is not None and run.adapters:
+            run.attempt(_check_lora_weights, run, model.lora_path)
+
+
+def _is_model(folder: Optional[str]) -> bool:
+    """Whether a key names a model's folder; the rules have said it when it names something else."""
+    return folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
+
+
+def _open_base(run: Run, folder: str) -> None:
+    """Hold the headers of the base model's weights against its configuration."""
+    with open_weights(folder) as reader:
+        dtypes = Counter(reader.info(name).dtype for name in reader.keys())
+        run.weights = StoredWeights(len(reader), len(reader.files), reader.total_bytes, dtypes)
+        run.guard = LanguageGuard(folder, run.config, reader)
+        check_weights(reader, run.shapes, folder)
+
+
+def _check_lora_weights(run: Run, folder: str) -> None:
+    with open_lora_weights(folder, {**run.adapters, **{name: run.shapes[name] for name in run.trainable}}):
+        pass
+
+
+def nearest_folder(path: str) -> str:
+    """The path, or what is nearest above it that there is."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _decide_output(run: Run) -> None:
+    """Where the result goes, what the run goes on from, and what it deletes."""
+    training = run.arguments.training
+    if training.output_dir is None:
+        return
+    found = nearest_folder(training.output_dir)
+    if not os.path.isdir(found):
+        run.problem(f"output_dir: {found} is a file")
+    elif not os.access(found, os.W_OK | os.X_OK):
+        run.problem(f"output_dir: {found} cannot be written to")
+    elif training.do_train and (not training.resume_from_checkpoint or os.path.isdir(training.resume_from_checkpoint)):
+        run.resume_from, run.old_files = run.attempt(
+            checkpoints.check_output,
+            training.output_dir,
+            overwrite=training.overwrite_output_dir,
+            resume=training.resume,
+            resume_from=training.resume_from_checkpoint,
+        ) or (None, [])
+    if run.resume_from is not None:
+        run.notes.append(f"goes on from {run.resume_from}")
+    elif run.old_files:
+        names = [os.path.basename(path) for path in run.old_files]
+        more = " …" if len(names) > 6 else ""
+        run.notes.append(f"overwrite_output_dir: deletes from {training.output_dir} {', '.join(names[:6])}{more}")
+
+
+def _decide_data(run: Run) -> None:
+    """Tokenizer and datasets."""
+    if run.config is None:
+        return
+    data = run.arguments.data
+    run.tokenizer = run.attempt(AutoTokenizerMIX.from_pretrained, run.arguments.model.model_name_or_path)
+    if run.tokenizer is None:
+        return
+    run.attempt(check_vocabulary, run.tokenizer, run.config)
+    template = data.chat_template
+    run.entries, _ = read_entries(data.dataset, template if template and os.path.isfile(template) else None)
+    image_processor = MGenVLImageProcessor.from_config(run.config)
+    for part, entries in run.entries.items():
+        dataset = run.attempt(build_dataset, entries, run.tokenizer, image_processor, data)
+        if dataset is not None:
+            run.datasets[part] = dataset
+
+
+def _decide_order(run: Run) -> None:
+    training, data, dataset = run.arguments.training, run.arguments.data, run.datasets["train"]
+    packs = None
+    if data.mixtoken or training.group_by_modality_length:
+        run.lengths = dataset.lengths()
+        if data.mixtoken:
+            packs = plan_packs(run.lengths.tokens, data.max_length, training.seed)
+    run.order = order = Order(
+        samples=len(dataset),
+        batch=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=training.seed,
+        cards=run.data_parallel,
+        drop_last=training.dataloader_drop_last,
+        epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        packs=packs,
+        lengths=None if data.mixtoken else run.lengths,
+    )
+    for problem in order.problems():
+        run.problem(problem)
+    run.warnings += order.warnings()
+    if order.left_over:
+        run.notes.append(
+            f"{order.count:,} {order.unit} are not a multiple of the {order.per_step} of an optimizer step: each epoch "
+            f"leaves out {order.left_over}, others each time"
+        )
+
+
+def _check_resume(run: Run) -> None:
+    """Whether the run sees the samples in the order of the checkpoint it goes on from."""
+    if run.resume_from is None:
+        return
+    progress = run.attempt(resume.read_progress, run.resume_from)
+    if progress is not None:
+        run.attempt(checkpoints.check_order, run.resume_from, progress.order, run.order.settings())
