@@ -15,6 +15,7 @@ import types
 from typing import Any, Dict, Iterable
 
 import paddle
+from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_utils import GroupShardedClipGrad
 from paddlenlp.trainer import TrainerCallback
 
 from paddlemix.utils.compat import overflowed
@@ -44,10 +45,25 @@ def clip_by_float32_norm(most: float):
     """Paddle's clipping by the norm of all gradients together, None for 0.
 
     Of float16 or bfloat16 gradients Paddle makes squares of that dtype, and 2.6 their sum too: a norm above 255 becomes
-    infinite and the step 0, a small one 0. This makes it cast them first, here and where fleet clips over cards.
+    infinite and the step 0, a small one 0. This makes it cast them first, on one card and where fleet clips over cards.
     """
     paddle.nn.clip._clip_by_global_norm_using_mp_type(True)
+    GroupShardedClipGrad._dygraph_clip = _clip_shards
     return paddle.nn.ClipGradByGlobalNorm(most) if most > 0 else None
+
+
+@paddle.no_grad()
+def _clip_shards(self, params_grads):
+    """The same in sharding stage 2, whose GroupShardedClipGrad ignores that switch. Here are this card's gradients."""
+    gradients = [g for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
+    total = paddle.zeros([], "float32")
+    for gradient in gradients:
+        total = total + gradient.astype("float32").square().sum()
+    paddle.distributed.all_reduce(total, group=self._group)
+    factor = self.clip_norm / total.sqrt().clip(min=self.clip_norm)
+    for gradient in gradients:
+        gradient.multiply_(factor.astype(gradient.dtype))
+    return params_grads
 
 
 def unscale_main_gradients(scaler) -> None:

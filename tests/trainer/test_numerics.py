@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer.hybrid_parallel_optimizer import HybridParallelClipGrad
+from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_utils import GroupShardedClipGrad
 
 from paddlemix.trainer import numerics
 from paddlemix.trainer.numerics import HOPELESS_STEPS, OverflowCount, gradient_norm
@@ -264,10 +265,10 @@ class OneCard:
         return lambda *words: 1
 
 
-@pytest.mark.parametrize("over_cards", [False, True])
+@pytest.mark.parametrize("where", ["one card", "fleet", "sharding stage 2"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("norm", [1e-2, 3.0, 1000.0])
-def test_half_gradients_are_clipped_by_the_norm_that_is_logged(monkeypatch, dtype, norm, over_cards):
+def test_half_gradients_are_clipped_by_the_norm_that_is_logged(monkeypatch, dtype, norm, where):
     """Stand-ins for two operators that have no half-precision kernels on the CPU; they round as a GPU's do."""
     square = paddle._C_ops.squared_l2_norm
 
@@ -291,10 +292,15 @@ def test_half_gradients_are_clipped_by_the_norm_that_is_logged(monkeypatch, dtyp
     logged = float(gradient_norm([parameter for parameter, _ in pairs]))
     assert logged == pytest.approx(norm, rel=0.1)
     # fleet adds a little to what it divides by.
-    factor = paddle.to_tensor(1.0 / (max(logged, 1.0) + 1e-6 * over_cards), "float32").astype(dtype)
+    factor = paddle.to_tensor(1.0 / (max(logged, 1.0) + 1e-6 * (where == "fleet")), "float32").astype(dtype)
     expected = [product(gradient, factor).astype("float32").numpy() for _, gradient in pairs]
     clip = numerics.clip_by_float32_norm(1.0)
-    clipped = (HybridParallelClipGrad(clip, OneCard()) if over_cards else clip)(pairs)
+    if where == "fleet":
+        clip = HybridParallelClipGrad(clip, OneCard())
+    if where == "sharding stage 2":
+        monkeypatch.setattr(paddle.distributed, "all_reduce", lambda total, group: asked.extend(3 * [total.dtype]))
+        clip = GroupShardedClipGrad(clip, "cpu", None)
+    clipped = clip(pairs)
     assert asked == 3 * [paddle.float32]
     for (_, gradient), values in zip(clipped, expected):
         assert np.array_equal(gradient.astype("float32").numpy(), values)
