@@ -21,7 +21,7 @@ from paddlemix.utils.errors import UserError, WeightsError
 from tests.checkpoint.test_untrusted import NAMES, canary, refused  # noqa: F401
 from tests.pickles import attacks, text
 from tests.trainer import half_states
-from tests.trainer.runs import LORA, LORA_POOL, final_weights, run, start
+from tests.trainer.runs import COLOURS, LORA, LORA_POOL, final_weights, run, start
 
 KEYS = dict(LORA, save_steps=1, lora_dropout=0.2)
 
@@ -136,6 +136,30 @@ def test_a_lost_master_weight_is_not_made_of_the_rounded_one(tmp_path):
     paddle.save(state, path)
     with pytest.raises(WeightsError, match=f"lacks the master weight of {weight.name}"):
         resume.load_optimizer(optimizer, [weight], path)
+
+
+# ---- other runs
+
+
+def test_parameters_that_no_gradient_has_reached_are_no_obstacle(run_keys, tmp_path, log):
+    """Texts alone, and attn_pool trains: Paddle makes no state for it."""
+    records = [{"id": f"{n}", "conversations": [["?", colour]]} for n, colour in enumerate(list(COLOURS) * 3)]
+    (tmp_path / "texts.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    keys = dict(LORA_POOL, save_steps=1, dataset={"train": [{"data_files": str(tmp_path / "texts.json")}]})
+    run(run_keys(**keys))
+    whole = final_weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    for path in (tmp_path / "out").glob("*_results.json"):
+        path.unlink()
+    run(run_keys(**keys, resume=True))
+    assert "Loading model from" in log.text
+    resumed = final_weights(tmp_path / "out")
+    assert all(np.array_equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_in_which_more_trains_is_another_run(run_keys, stopped):
+    with pytest.raises(UserError, match="checkpoint-4"):
+        go_on(run_keys, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"])
 
 
 # ---- broken checkpoints
