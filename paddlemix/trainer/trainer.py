@@ -10,7 +10,6 @@ Losses of accumulated batches are averaged batch by batch, as PaddleNLP does, no
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -375,8 +374,8 @@ class FinetuneTrainer(Trainer):
         save_tuned(self.model, partial, self.origin, True)
         self.tokenizer.save_pretrained(partial)
         self.chat_template.save(partial)
-        arguments = copy.copy(self.args)
-        arguments.output_dir = arguments.output_signal_dir = self.output_dir
+        # For the notebook's list of files; nothing reads it. Plain values: a pickled object would name its class.
+        arguments = dict(self.args.to_sanitized_dict(), output_dir=self.output_dir, output_signal_dir=self.output_dir)
         paddle.save(arguments, os.path.join(partial, "training_args.bin"))
         for name in os.listdir(partial):
             os.replace(os.path.join(partial, name), os.path.join(folder, name))

@@ -13,6 +13,7 @@ import paddle
 import pytest
 
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
+from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.models.lora import load_lora
 from paddlemix.trainer import checkpoints
 from paddlemix.trainer.order import EpochSampler, Order
@@ -113,6 +114,10 @@ def test_lora_run_leaves_the_files_of_the_spec_and_loads_again(run_keys, world, 
     assert [line["global_step"] for line in state["log_history"] if "loss" in line] == [1, 2]
     assert any("eval_loss" in line for line in state["log_history"])
     assert json.loads((out / "lora_config.json").read_text())["base_model_name_or_path"] == world[0]
+    # A dict of plain values: our reader refuses whatever names a class.
+    arguments = load_pdparams_object(str(out / "training_args.bin"))
+    assert arguments["output_dir"] == str(out) and arguments["max_steps"] == 2
+    assert {type(value) for value in arguments.values()} <= {bool, int, float, str}
     stored = paddle.load(str(out / "lora_model_state.pdparams"), return_numpy=True)
     assert "visual.attn_pool.query" in stored and "visual.attn_pool.pos_embed" not in stored
     load_lora(AutoModelMIX.from_pretrained(world[0]), str(out))
