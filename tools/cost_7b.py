@@ -102,7 +102,8 @@ class Model:
     def peak(self, trained: memory.Trained, rows: int, tokens: int, **setting: Any) -> float:
         """By the rules of Paddle 2.6, the contest platform's; 3 keeps a little less (docs/memory.md)."""
         batch = memory.Batch(rows, tokens, rows, rows * LABELS)
-        return memory.estimate(self.config, trained, batch, memory.Setting("O2", True, False, **setting)).peak
+        how = memory.Setting("O2", gpu=True, paddle_3=False, **setting)
+        return memory.estimate(self.config, trained, batch, how).peak
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
