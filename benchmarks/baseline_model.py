@@ -414,7 +414,7 @@ class Baseline(Way):
         from paddlemix.inference.captioner import caption_prompt_ids
         from paddlemix.models.mgen_vl.generation import decode_response
         from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
-        from paddlemix.processors.mgen_vl_processing import single_line
+        from paddlemix.processors.postprocess import single_line
 
         words = tokenizer(self.size)
         processor = MGenVLImageProcessor(self.config["visual"]["image_size"])

@@ -11,8 +11,10 @@ import pytest
 
 from paddlemix.datasets.chatml import ChatmlDataset
 from paddlemix.datasets.labels import Options, convert
+from paddlemix.processors.content import with_images
 from paddlemix.processors.images import MGenVLImageProcessor
-from paddlemix.processors.mgen_vl_processing import ChatTemplate, encode_prompt, with_images, without_grounding
+from paddlemix.processors.mgen_vl_processing import ChatTemplate, encode_prompt
+from paddlemix.processors.postprocess import without_grounding
 from paddlemix.trainer.command_line import from_values
 from paddlemix.trainer.dry_run import foresee
 from paddlemix.trainer.finetune import finetune
@@ -97,6 +99,23 @@ def test_training_and_evaluation_use_every_record(model, data, tmp_path, mixtoke
     assert not any(line.get("skipped_samples") for line in state["log_history"])
     # What was trained with is what the result is asked with.
     assert ChatTemplate.of_folder(str(tmp_path / "run")) == ChatTemplate.from_file(str(template))
+
+
+def test_what_was_tuned_is_asked_with_its_template(model, data, tmp_path):
+    from paddlemix.checkpoint.lora_merge import merge
+    from paddlemix.inference.loading import load_model
+    from paddlemix.inference.source import find_source
+
+    CUSTOM.save(str(tmp_path))
+    values = run_values(model, data, tmp_path, lora=True, lora_rank=2, max_steps=1)
+    values.update(do_eval=False, eval_with_do_generation=False)
+    values["dataset"]["train"][0]["chat_template"] = str(tmp_path / "chat_template.json")
+    finetune(from_values(values))
+    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    merge(model, run, merged)
+    for loaded in (load_model(find_source(model, run)), load_model(find_source(run)), load_model(merged)):
+        assert loaded.template == loaded.processor.template == CUSTOM
+    assert load_model(model).template == ChatTemplate.default()
 
 
 def test_a_prompt_of_the_data_that_shows_two_images_is_refused_before_a_row_is_read(data, tmp_path):

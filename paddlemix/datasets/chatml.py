@@ -15,7 +15,7 @@ import re
 import stat
 from bisect import bisect_right
 from collections import OrderedDict
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -26,11 +26,11 @@ from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
+from paddlemix.processors.content import count_images
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import (
     ChatTemplate,
     LengthCounter,
-    count_images,
     encode_example,
     place_images,
 )
@@ -342,10 +342,13 @@ class ChatmlDataset:
             failure = found
         return Failure(f"no good sample among {tries} in a row, from record {index} on; the last one: {failure.reason}")
 
-    def attempt(self, index: int, consequence: str) -> Union[Sample, Failure]:
-        """This sample, or why it cannot be used; a failure is counted, and logged with its consequence."""
+    def attempt(self, index: int, consequence: str, read: Optional[Callable[[int], Any]] = None) -> Any:
+        """This sample, or the Failure that says why not, which is counted and logged with its consequence.
+
+        read: what reads it, by default `sample`.
+        """
         try:
-            return self.sample(index)
+            return (read or self.sample)(index)
         except Exception as error:  # of whatever kind: one sample must not end a run of hours
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         skipped = self._tally.add()

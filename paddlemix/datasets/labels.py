@@ -30,8 +30,9 @@ from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.tsv import EMPTY_CAPTION, TsvRow, check_input, read_rows
+from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
-from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, NAMED_IMAGE, ChatTemplate
+from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.progress import Progress

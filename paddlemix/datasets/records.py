@@ -17,7 +17,7 @@ import re
 from typing import Any, List, NamedTuple, Tuple
 
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
-from paddlemix.processors.mgen_vl_processing import NAMED_IMAGE
+from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.utils.errors import UserError
 
 # A record of captions has a few dozen brackets and commas. Parsed, `[],[],[],…` takes twenty times its bytes, so a

@@ -40,7 +40,8 @@ class Answer(NamedTuple):
 def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template=None) -> List[int]:
     """Ids of the question about one image, its span of n_queries ids included. prompt, system: None for the
     default prompt and the template's system text."""
-    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_prompt, with_images
+    from paddlemix.processors.content import with_images
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_prompt
 
     query = with_images(DEFAULT_PROMPT if prompt is None else prompt, 1)
     return encode_prompt(tokenizer, query, None, system, max_window_size, template)[1]
@@ -114,6 +115,9 @@ class Captioner:
     answer (default: the model's generation configuration). batch_size: rows at a time (default: what fits into
     memory, see choose_batch_size); a batch that runs out of memory is halved. workers: threads that decode images.
     template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption.
+
+    Raises:
+        UserError: the prompt is longer than the model's positions.
     """
 
     def __init__(
@@ -132,11 +136,13 @@ class Captioner:
         import paddle
 
         from paddlemix.models.mgen_vl.captioning import Decoding
+        from paddlemix.models.mgen_vl.generation import check_positions
 
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         generation = model.generation_config
         self.template = template
         self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size, template)
+        check_positions(model.config, self.prompt_ids)
         self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, keep_boxes=keep_boxes)
         self.workers = workers or decode_threads()
         if batch_size is None:

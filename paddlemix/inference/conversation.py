@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def history(self) -> List[Tuple[str, str]]:
-        from paddlemix.processors.mgen_vl_processing import as_text
+        from paddlemix.processors.content import as_text
 
         return [(as_text(query), answer) for query, answer in self._turns]
 
@@ -72,7 +72,7 @@ class Conversation:
         import paddle
 
         from paddlemix.models.mgen_vl.generation import TextStreamer
-        from paddlemix.processors.mgen_vl_processing import with_images
+        from paddlemix.processors.content import with_images
 
         model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.loaded.template
         options = dict(self.options)

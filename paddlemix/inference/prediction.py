@@ -14,7 +14,7 @@ from paddlemix.inference.options import FALLBACK
 from paddlemix.inference.results import ResultsWriter, input_facts, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.inference.source import find_source
-from paddlemix.processors.postprocess import PostProcessing
+from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.log import logger
@@ -91,7 +91,7 @@ def predict_file(
         UserError: bad arguments, input or model.
         JobFailed: the disk is full, memory runs out, or no row got a caption (OUTPUT is whole then).
     """
-    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, single_line
+    from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 
     if world_size() > 1:
         if shard is not None:

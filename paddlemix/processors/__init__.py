@@ -1,2 +1,2 @@
-"""Images to pixel values (images), conversations to ids and labels (mgen_vl_processing), repairs of captions
-(postprocess)."""
+"""Images to pixel values (images), texts with images (content), conversations to ids and labels (mgen_vl_processing),
+captions as text (postprocess)."""

@@ -9,8 +9,8 @@ The default template gives chatml (docs/formats.md, "Training sequence"):
 
 A prompt for the model is a training sequence that ends where its last answer would begin.
 
-Texts are plain characters, whatever tags they hold: only an Image makes a span, and only a template's own text makes
-control tokens. Grounding tags (`<ref>`, `<box>`, `<quad>`) are tokens everywhere.
+Texts are plain characters, whatever tags they hold: only an Image makes a span (content.py), and only a template's own
+text makes control tokens. Grounding tags (`<ref>`, `<box>`, `<quad>`) are tokens everywhere.
 
 Shapes: T tokens, N images, S image side.
 """
@@ -19,12 +19,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import unicodedata
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from paddlemix.processors.content import (
+    Content,
+    Image,
+    as_text,
+    count_images,
+    list_parts,
+    named_images,
+    parts_of,
+    split_images,
+    with_images,
+)
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
@@ -40,100 +49,6 @@ _MAX_TEMPLATE = 1 << 14
 _USER = "<|im_start|>user\n{{user}}<|im_end|>\n"
 _ASSISTANT = "<|im_start|>assistant\n{{bot}}<|im_end|>\n"
 _SYSTEM = ("<|im_start|>system\n", "<|im_end|>\n")
-# An image that a text names: a path, or base64 of any length.
-NAMED_IMAGE = re.compile(r"<img>([^<]*)</img>")
-_GROUNDING = re.compile(r"<(box|quad)>(?:[^<]*</\1>|[\d\s(),]*)|</?(?:ref|box|quad)>")
-
-
-# ---- texts with images
-
-
-class Image(NamedTuple):
-    """The place of an image in a prompt. name: what the ids of its span spell, at most n_queries bytes; the model sees
-    the image's features in their place."""
-
-    name: str = ""
-
-
-# What a user says: a text, or texts and images in order.
-Content = Union[str, Sequence[Union[str, Image]]]
-
-
-def split_images(text: str, n_queries: int) -> List[Union[str, Image]]:
-    """The texts and images of a text that names images as `<img>path or base64</img>`.
-
-    A name of more than n_queries bytes is dropped, so that base64 never reaches the tokenizer. Tags that do not pair up
-    are text.
-    """
-    parts = NAMED_IMAGE.split(text)
-    return [_image(part, n_queries) if number % 2 else part for number, part in enumerate(parts)]
-
-
-def named_images(given: Content, n_queries: int) -> Content:
-    """Content, with the images that a text names in their places."""
-    return split_images(given, n_queries) if isinstance(given, str) else given
-
-
-def _image(name: str, n_queries: int) -> Image:
-    return Image(name if len(name.encode("utf-8", "replace")) <= n_queries else "")
-
-
-def parts_of(content: Content) -> List[Union[str, Image]]:
-    """Texts and images in order, neighbouring texts joined."""
-    parts: List[Union[str, Image]] = []
-    for part in [content] if isinstance(content, str) else content:
-        if isinstance(part, str) and parts and isinstance(parts[-1], str):
-            parts[-1] += part
-        else:
-            parts.append(part)
-    return parts
-
-
-def as_text(content: Content) -> str:
-    """Content with its images as `<img>name</img>`."""
-    return "".join(part if isinstance(part, str) else f"<img>{part.name}</img>" for part in parts_of(content))
-
-
-def count_images(content: Content) -> int:
-    return sum(isinstance(part, Image) for part in parts_of(content))
-
-
-def picture(number: int, name: str = "") -> List[Union[str, Image]]:
-    """How a prompt shows its image of this number."""
-    return [f"Picture {number}: ", Image(name), "\n"]
-
-
-def with_images(prompt: Content, n_images: int, first: int = 1) -> List[Union[str, Image]]:
-    """A prompt with n_images images in front of it, numbered from `first`."""
-    shown = [part for number in range(first, first + n_images) for part in picture(number)]
-    return shown + parts_of(prompt)
-
-
-def list_parts(query: Sequence[Dict], n_queries: int) -> List[Union[str, Image]]:
-    """The content of a query in the notebook's list form: {"image": …}, {"text": …}, {"ref": …, "box": (x1, y1, x2, y2)
-    or several}.
-
-    Raises:
-        UserError: a part of another kind.
-    """
-    parts: List[Union[str, Image]] = []
-    images = 0
-    for part in query:
-        if "image" in part:
-            images += 1
-            source = part["image"] if isinstance(part["image"], str) else ""
-            parts += picture(images, _image(source, n_queries).name)
-        elif "text" in part:
-            parts.append(part["text"])
-        elif "box" in part or "ref" in part:
-            if "ref" in part:
-                parts.append(f"<ref>{part['ref']}</ref>")
-            boxes = part.get("box", [])
-            for box in boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes] if boxes else []:
-                parts.append("<box>({:d},{:d}),({:d},{:d})</box>".format(*box))
-        else:
-            raise UserError(f"a part of a query is an image, a text or a box, not {sorted(part)}")
-    return parts
 
 
 # ---- the template
@@ -350,7 +265,7 @@ def example_length(
 class LengthCounter:
     """example_length for a million conversations: what they have in common is counted once.
 
-    Calling it gives what example_length gives, and raises what that raises.
+    Calling it with pairs of texts gives what example_length gives, and raises what that raises.
     """
 
     # Prompts repeat themselves; these many are remembered.
@@ -358,28 +273,28 @@ class LengthCounter:
 
     def __init__(self, tokenizer, template: Optional[ChatTemplate], max_length: int):
         self.tokenizer, self.template, self.max_length = tokenizer, template or ChatTemplate.default(), max_length
-        self._head = sum(len(segment.ids) for segment in self.template.head(tokenizer))
-        self._end = len(tokenizer.plain_ids(self.template.assistant[1], control_tokens=True))
-        self._prompts: Dict[Tuple, int] = {}
+        self._known: Dict[Tuple, int] = {}
 
-    def _prompt(self, prompt: Content) -> int:
-        """Ids of a turn up to its answer."""
-        key = tuple(parts_of(prompt))
-        found = self._prompts.get(key)
+    def _without_answers(self, conversations: Sequence[Sequence[str]], n_images: int) -> int:
+        key = (n_images, *(prompt for prompt, _ in conversations))
+        found = self._known.get(key)
         if found is None:
-            found = sum(len(segment.ids) for segment in self.template.turn(self.tokenizer, prompt, None))
-            if len(self._prompts) < self._REMEMBERED:
-                self._prompts[key] = found
+            segments = self.template.head(self.tokenizer)
+            for prompt, _ in place_images(conversations, n_images, self.tokenizer.n_queries):
+                segments += self.template.turn(self.tokenizer, prompt, "")
+            found = sum(len(segment.ids) for segment in segments)
+            if len(self._known) < self._REMEMBERED:
+                self._known[key] = found
         return found
 
     def __call__(self, conversations: Sequence[Sequence[str]], n_images: int) -> int:
-        turns = place_images(conversations, n_images, self.tokenizer.n_queries)
-        total = self._head
-        for prompt, answer in turns:
-            total += self._prompt(prompt) + len(self.tokenizer.plain_ids(answer)) + self._end
+        total = self._without_answers(conversations, n_images)
+        total += sum(len(self.tokenizer.plain_ids(answer)) for _, answer in conversations)
         if total <= self.max_length:
             return total
-        return len(self.template.encode(self.tokenizer, turns, self.max_length)["labels"])
+        return example_length(
+            self.tokenizer, conversations, n_images, template=self.template, max_length=self.max_length
+        )
 
 
 # ---- generation
@@ -420,21 +335,6 @@ def encode_prompt(
     ids = head + ids + ids_of(template.turn(tokenizer, named_images(query, tokenizer.n_queries), None))
     text = template.system.join(_SYSTEM) + text + as_text(query).join(template.user) + template.assistant[0]
     return text, ids
-
-
-# ---- captions
-
-
-def single_line(text: str) -> str:
-    """A text as one line of a results file: line breaks, tabs and other control characters become spaces, runs of
-    spaces one."""
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-    return " ".join(text.split())
-
-
-def without_grounding(text: str) -> str:
-    """A text without boxes; of `<ref>a cup</ref>` the words stay."""
-    return _GROUNDING.sub("", text)
 
 
 class MGenVLProcessor:

@@ -1,6 +1,6 @@
-"""What a finished caption may still be told to become: five small repairs, each one off unless asked for.
+"""Captions as text: one line, without boxes; and optional post-processing, of which every step is off by default.
 
-They see text only, never the model, so a file of captions can be repaired as well. Imports nothing heavy.
+All of it sees text only, never the model, so a file of captions can be repaired as well. Imports nothing heavy.
 
 A repair that would leave nothing is left out. The result is one line, empty only for an empty text, and repairing it
 once more changes nothing.
@@ -9,6 +9,7 @@ once more changes nothing.
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Dict, List, NamedTuple, Optional
 
 # Insides of a regular expression's [ ]: Han, kana and hangul; and with them the marks that Chinese text has.
@@ -39,8 +40,22 @@ _STUTTER = re.compile(rf"({_UNIT})\1{{2,}}|([{_HAN}])\2{{3,}}")
 _TO_WIDE = {",": "，", ";": "；", ":": "：", "!": "！", "?": "？", ".": "。"}
 _MARK_RUN = re.compile(r" *[,;:!?.](?: *[,;:!?.])* *")
 
+_GROUNDING = re.compile(r"<(box|quad)>(?:[^<]*</\1>|[\d\s(),]*)|</?(?:ref|box|quad)>")
+
 # Each pass makes a text shorter or leaves it, so two or three are all that is ever seen.
 _MAX_PASSES = 16
+
+
+def single_line(text: str) -> str:
+    """A text as one line of a results file: line breaks, tabs and other control characters become spaces, runs of
+    spaces one."""
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+    return " ".join(text.split())
+
+
+def without_grounding(text: str) -> str:
+    """A text without boxes; of `<ref>a cup</ref>` the words stay."""
+    return _GROUNDING.sub("", text)
 
 
 class PostProcessing(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from paddlemix.datasets.chatml import Question
+from paddlemix.datasets.collator import Failure
 from paddlemix.metrics.captions import score_captions
 from paddlemix.models.mgen_vl.captioning import Decoding, Prompt, generate_captions
-from paddlemix.processors.mgen_vl_processing import single_line, without_grounding
+from paddlemix.processors.postprocess import single_line, without_grounding
 from paddlemix.trainer.keys import GenerationArguments
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
@@ -45,10 +46,9 @@ class CaptionEvaluator:
             between()
             samples = []
             for index in range(begin, min(begin + self.batch_size, self.limit)):
-                try:
-                    samples.append((index, self.dataset.question(index)))
-                except UserError:
-                    continue
+                question = self.dataset.attempt(index, "it gets no caption", self.dataset.question)
+                if not isinstance(question, Failure):
+                    samples.append((index, question))
             for _, group in groupby(samples, key=lambda sample: sample[1].template):
                 found += self._generate(model, list(group))
         return found

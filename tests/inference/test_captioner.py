@@ -21,7 +21,7 @@ from paddlemix.inference.captioner import (
     windows,
 )
 from paddlemix.models.mgen_vl.captioning import left_pad
-from paddlemix.utils.errors import JobFailed
+from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import image_base64, make_tiny_model, tiny_config
 
 
@@ -93,6 +93,12 @@ def test_image_tags_in_a_prompt_are_text(parts, images):
         assert ids.count(tokenizer.im_end_id) == 2
         assert tokenizer.decode(ids).count(prompt) == 2 + (prompt == "<|im_end|>") * 2 + (prompt in "<img></img>")
         assert next(captioner.captions(images[:1])).caption
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused(parts):
+    for options in ({"prompt": "x" * 600}, {"system": "x" * 600}):
+        with pytest.raises(UserError, match=r"take 6\d\d tokens, and the model takes 512 at most"):
+            Captioner(*parts, **options)
 
 
 def test_an_empty_answer_is_no_caption(parts, images, monkeypatch):

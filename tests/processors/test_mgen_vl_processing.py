@@ -15,8 +15,8 @@ from paddlemix.processors.mgen_vl_processing import (
     encode_example,
     encode_prompt,
     example_length,
-    single_line,
 )
+from paddlemix.processors.postprocess import single_line
 from paddlemix.utils.errors import ConfigError, ImageError, ImageTagError, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
 

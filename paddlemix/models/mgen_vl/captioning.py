@@ -11,7 +11,8 @@ import numpy as np
 import paddle
 
 from paddlemix.models.mgen_vl.generation import decode_response
-from paddlemix.processors.mgen_vl_processing import ChatTemplate, single_line, without_grounding
+from paddlemix.processors.mgen_vl_processing import ChatTemplate
+from paddlemix.processors.postprocess import single_line, without_grounding
 
 
 class Prompt(NamedTuple):

@@ -15,8 +15,9 @@ import paddle
 from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
 from paddlemix.models.mgen_vl.language import KVCache
-from paddlemix.processors.mgen_vl_processing import count_images, encode_prompt, named_images
-from paddlemix.utils.errors import ConfigError
+from paddlemix.processors.content import count_images, named_images
+from paddlemix.processors.mgen_vl_processing import encode_prompt
+from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.runtime import resolve_flash
 
@@ -194,10 +195,14 @@ class CaptionGeneration:
 
         Returns:
             (response, history with this turn appended).
+
+        Raises:
+            UserError: the prompt is longer than the model's positions, or images and spans are not as many.
         """
         history = list(history or [])
         window = self.generation_config.max_window_size
         _, ids = encode_prompt(tokenizer, query, history, system, window, template)
+        check_positions(self.config, ids)
         # Turns that fell out of the window took their images with them.
         spans = ids.count(tokenizer.img_start_id)
         asked = [query, *(earlier for earlier, _ in history)]
@@ -221,6 +226,16 @@ class CaptionGeneration:
         ids = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
         ending = [] if template is None else template.ending(tokenizer)
         return ids + [i for i in ending if len(ending) == 1 and i not in ids]
+
+
+def check_positions(config, ids) -> None:
+    """Raise UserError if a prompt has more tokens than the model has positions."""
+    most = config.max_position_embeddings
+    if len(ids) > most:
+        raise UserError(
+            f"question and system text take {len(ids):,} tokens, and the model takes {most:,} at most "
+            "(max_position_embeddings): shorten them"
+        )
 
 
 def decode_response(tokenizer, ids, stop_ids, ending=()) -> str:

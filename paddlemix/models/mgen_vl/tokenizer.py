@@ -17,7 +17,7 @@ from typing import Dict, List, Union
 from paddlenlp.transformers import PretrainedTokenizer
 
 from paddlemix.checkpoint.model_folder import VOCABULARIES
-from paddlemix.processors.mgen_vl_processing import as_text, list_parts
+from paddlemix.processors.content import as_text, list_parts
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object, short_int
@@ -30,7 +30,8 @@ IMG_START, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
 _GROUNDING_NAMES = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _CONTROL_NAMES = (END_OF_TEXT, IM_START, IM_END) + tuple(f"<|extra_{i}|>" for i in range(205))
 SPECIAL_TOKENS = _CONTROL_NAMES + _GROUNDING_NAMES + (IMG_START, IMG_END, IMG_PAD)
-_GROUNDING_TAGS, _CONTROL_TOKENS = set(_GROUNDING_NAMES), set(_CONTROL_NAMES)
+_IN_CONTENT = set(_GROUNDING_NAMES)
+_IN_TEMPLATES = set(_CONTROL_NAMES + _GROUNDING_NAMES)
 
 # The real file is 2.6 MB; a stranger's may not eat the memory.
 _MAX_VOCABULARY_BYTES = 16 << 20
@@ -157,8 +158,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
         control_tokens: whether `<|im_start|>` and its like are tokens, as in a chat template; from users and data they
         are plain characters, too. Grounding tags are tokens.
         """
-        allowed = _GROUNDING_TAGS | (_CONTROL_TOKENS if control_tokens else set())
-        return self._encode(unicodedata.normalize("NFC", text), allowed)
+        return self._encode(unicodedata.normalize("NFC", text), _IN_TEMPLATES if control_tokens else _IN_CONTENT)
 
     def _encode(self, text: str, allowed) -> List[int]:
         ids: List[int] = []
