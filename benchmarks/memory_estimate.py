@@ -102,7 +102,7 @@ def measure(case: Case) -> Dict[str, int]:
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
     from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.trainer import freeze, keys, memory, order, tuned_model
+    from paddlemix.trainer import freeze, keys, memory, order, training_args, tuned_model
     from paddlemix.trainer import trainer as trainer_module
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import decide_precision, resolve_device
@@ -128,7 +128,7 @@ def measure(case: Case) -> Dict[str, int]:
         samples = _Samples(config, case)
         trainer = trainer_module.FinetuneTrainer(
             model=model,
-            args=trainer_module.paddlenlp_arguments(training, decide_precision("float32", "O1")),
+            args=training_args.paddlenlp_arguments(training, decide_precision("float32", "O1")),
             train_dataset=PackedDataset(samples, _packs(case)) if case.packed else samples,
             data_collator=MGenVLCollator(0),
             tokenizer=_Tokenizer(),

@@ -7,17 +7,18 @@ listed, with its size, in `checkpoint.json`. A folder whose list does not hold i
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import re
 import shutil
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.tensors import printable
-from paddlemix.utils.errors import ConfigError, WeightsError
+from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
@@ -172,3 +173,16 @@ def clear_output(output_dir: str, old: List[str]) -> None:
     if old:
         names = ", ".join(os.path.basename(path) for path in old)
         logger.warning(f"deleted from {output_dir} the finished run's {names}")
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, partial: str) -> Iterator[None]:
+    """Turn a failed write into one line that says what to do, and remove the partial folder, if there is one."""
+    try:
+        yield
+    except (OSError, JobFailed) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise JobFailed(
+            f"{what} could not be written ({reason}); earlier checkpoints are intact: mend the disk and add --resume"
+        ) from error

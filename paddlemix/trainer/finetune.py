@@ -17,7 +17,8 @@ from paddlemix.trainer.captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.reports import CURVE_NAME, draw_loss
 from paddlemix.trainer.run import Run, resolve
-from paddlemix.trainer.trainer import FinetuneTrainer, disk_errors, paddlenlp_arguments, print_block
+from paddlemix.trainer.trainer import FinetuneTrainer
+from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
 from paddlemix.trainer.tuned_model import choose_trainable, load_model
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import describe_threads, seed_everything
@@ -143,7 +144,7 @@ def _captions(run: Run) -> Dict[str, Any]:
 def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:
     """Weights, metrics, history and the loss curve into output_dir."""
     folder = trainer.args.output_dir
-    with disk_errors(f"the result in {folder}", os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")):
+    with checkpoints.disk_errors(f"the result in {folder}", os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")):
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)

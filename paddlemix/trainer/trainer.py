@@ -1,34 +1,39 @@
-"""FinetuneTrainer: PaddleNLP's Trainer, wrapped and not rewritten. What the subclass changes, and why:
+"""FinetuneTrainer: PaddleNLP's Trainer, wrapped and not rewritten. What each override replaces, and why:
 
-  order of samples   a permutation per epoch from the seed alone, so that a resumed run goes on where it stood by index
-  checkpoints        written under another name, sealed, renamed; read without executing anything they hold
-  optimizer          takes the parameters that train only; no decay on vectors (norms, biases)
-  log                the history is kept (3.0.0b4 empties it), train_loss is right after a resume
-Losses of accumulated batches are averaged batch by batch, as PaddleNLP does, not label by label.
+  print_config         one heading for all: the notebook's log has a block of sorted names
+  log                  rates that take all planned steps for done in this session, which a resume or a signal belies; a
+                       history that 3.0.0b4 empties
+  _get_train_sampler   a random order that can be resumed only by reading samples: EpochSampler goes on by index
+  get_*_dataloader     workers that SIGTERM ends in the middle of a step
+  evaluate             the loss alone: captions are generated, shown and scored as well
+  compute_loss         labels taken from the inputs: the model computes its loss from labelled positions alone
+  _wrap_model          cards that share matrices are broadcast each other's batches, and drift apart
+  _prepare_inputs      errors in loader workers, which arrive without their words: a batch carries them, raised here
+  training_step        adds counts of tokens and samples, and a watch on the loss
+  _check_loss_valid    a stop at the first loss that is no number, even with a loss scale: see Numerics
+  create_optimizer     all parameters, decay by their names: here those that train, decay on matrices, float32 norms
+  _save_checkpoint     files written in place, which a kill leaves broken: here under another name, sealed, renamed
+  _rotate_checkpoints  deletes before the new checkpoint is whole: see _save_checkpoint
+  _save                all weights: here what the run changes (tuned_model), tokenizer, chat template
+  _load_…              paddle.load, which executes what a pickle names: see resume
+  _load_rng_state      generator states that Paddle 2.6 cannot restore on the CPU: see seed_step
+  train                resuming and the best weights by the safe readers, the loss sum over both sessions
+Stock callbacks that print or report are replaced by those of callbacks and reports. Losses of accumulated batches are
+averaged batch by batch, as PaddleNLP does, not label by label.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import re
 import shutil
 import time
-import types
-from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import paddle
-import paddlenlp
-from paddlenlp.trainer import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
 from paddlenlp.transformers.model_utils import _add_variant
 
@@ -39,82 +44,27 @@ from paddlemix.trainer import checkpoints, parallel, resume
 from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
 from paddlemix.trainer.captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
-from paddlemix.trainer.keys import TrainingKeys
 from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
 from paddlemix.trainer.order import EpochSampler, Order
-from paddlemix.trainer.reports import EventFiles, caption_table, choose_reports
+from paddlemix.trainer.reports import EventFiles, caption_table
+from paddlemix.trainer.training_args import print_block
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
 from paddlemix.utils.compat import handed_over
-from paddlemix.utils.errors import ConfigError, JobFailed
+from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import (
-    Precision,
-    seed_step,
-)
+from paddlemix.utils.runtime import seed_step
 
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
 
-@dataclass
-class FinetuneArguments(TrainingArguments):
-    """PaddleNLP's TrainingArguments and the keys that PaddleMIX added to them."""
-
-    benchmark: bool = False
-    group_by_modality_length: bool = False
-    mm_projector_lr: Optional[float] = None
-    # Not a key: the optimizer keeps float32 copies of half-precision weights.
-    master_weights: bool = False
-
-
-def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> FinetuneArguments:
-    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device.
-
-    Raises:
-        ConfigError: a key is set that the installed PaddleNLP does not have, or two do not fit together.
-    """
-    known = {field.name for field in dataclasses.fields(FinetuneArguments)}
-    values = {}
-    for field in dataclasses.fields(TrainingKeys):
-        value = getattr(training, field.name)
-        if field.name in known:
-            values[field.name] = value
-    values.update(
-        fp16=precision.compute == "float16",
-        bf16=precision.compute == "bfloat16",
-        master_weights=precision.master_weights,
-        device=paddle.get_device().split(":")[0],
-        report_to=choose_reports(training.report_to),
-        # Our own words for a device; PaddleNLP's flag would only repeat it.
-        no_cuda=False,
-        # Resuming and "evaluate once at the end" are decided here, not there.
-        do_eval=training.evaluation_strategy != "no",
-        resume_from_checkpoint=None,
-    )
-    if training.benchmark:
-        values["save_strategy"] = "no"
-    try:
-        return FinetuneArguments(**values)
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(str(error)) from None
-
-
-def print_block(title: str, block: Any) -> None:
-    """One block of arguments, as the notebook shows it: sorted names, padded to 30."""
-    logger.info("=" * 60)
-    logger.info("{:^40}".format(f"{title} Configuration Arguments"))
-    logger.info("{:30}: {}".format("paddle commit id", paddle.version.commit))
-    logger.info("{:30}: {}".format("paddlenlp commit id", paddlenlp.version.commit))
-    for name in dir(block):
-        if not name.startswith("__"):
-            value = getattr(block, name)
-            if not isinstance(value, types.MethodType):
-                logger.info(f"{name:30}: {value}")
-    logger.info("")
-
-
 class FinetuneTrainer(Trainer):
-    """PaddleNLP's Trainer with the changes that this module's head lists."""
+    """PaddleNLP's Trainer with the overrides that this module's head lists.
+
+    chat_template: what the result is asked with. origin: the models that the run started from. guard: what the LLM must
+    stay like. order: of the training samples; not for an evaluation alone. captions: of evaluations, all scored
+    (score_captions) and written (save_captions), the first shown_captions of them shown.
+    """
 
     def __init__(
         self,
@@ -322,7 +272,7 @@ class FinetuneTrainer(Trainer):
         final = os.path.join(output_dir, f"checkpoint-{step}")
         partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
         written = os.path.join(partial, f"checkpoint-{step}")
-        with disk_errors(f"checkpoint-{step}", partial):
+        with checkpoints.disk_errors(f"checkpoint-{step}", partial):
             with self._writing_to(partial):
                 super()._save_checkpoint(model, metrics)
             if self.state.best_model_checkpoint == written:
@@ -461,19 +411,6 @@ def peak_memory() -> Dict[str, int]:
     if not paddle.get_device().startswith("gpu"):
         return {}
     return {"gpu_mem_max_memory_allocated": paddle.device.cuda.max_memory_allocated()}
-
-
-@contextlib.contextmanager
-def disk_errors(what: str, partial: str):
-    """Turn a failed write into one line that says what to do, and remove the partial folder, if there is one."""
-    try:
-        yield
-    except (OSError, JobFailed) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise JobFailed(
-            f"{what} could not be written ({reason}); earlier checkpoints are intact: mend the disk and add --resume"
-        ) from error
 
 
 class _Bookkeeping(TrainerCallback):
