@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from paddlemix.trainer.keys import REFUSED, Arguments, blocks_of, known_keys
 from paddlemix.trainer.reading import FALSE, TRUE, Key, check_limits, from_json, from_text, read_config
-from paddlemix.trainer.rules import find_problems
+from paddlemix.trainer.rules import broken_rules
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.texts import nearest, shown
 
@@ -52,7 +52,7 @@ def from_values(values: Dict[str, Any]) -> Arguments:
 
 def _checked(arguments: Arguments, problems: List[str]) -> Arguments:
     # What a key that was not taken leads to is not said.
-    problems = problems or find_problems(arguments)
+    problems = problems or broken_rules(arguments)
     if problems:
         raise ConfigError("; ".join(problems))
     return arguments

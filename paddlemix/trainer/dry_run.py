@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from paddlemix.datasets.collator import PAD_TO
 from paddlemix.models.mgen_vl.parameters import CONSTANTS
 from paddlemix.trainer import freeze, memory
 from paddlemix.trainer.command_line import read
+from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
 from paddlemix.trainer.machine import card
 from paddlemix.trainer.run import Run, nearest_folder, resolve
 from paddlemix.utils.compat import PADDLE_3
-from paddlemix.utils.errors import UserError
 
-# Records looked at; a percentile of 400 is good to a few hundredths of the range, and they take about a second.
-SAMPLE = 400
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
-
-
-def _padded(tokens: Any) -> Any:
-    return -(-tokens // PAD_TO) * PAD_TO
 
 
 class Packing(NamedTuple):
@@ -52,75 +44,6 @@ def packing(run: Run) -> Packing:
     held, begins = tokens[packs.members], packs.starts[:-1]
     longest, squares = (int(np.add.reduceat(values, begins).max()) for values in (held, held**2))
     return Packing(tokens.sum() / (packs.count * packs.max_length), longest, int(np.diff(packs.starts).max()), squares)
-
-
-class DataStatistics(NamedTuple):
-    """What the records looked at are like.
-
-    records: in the whole part; looked_at, failed: of the sample. lengths, labels, images: per good record. sizes:
-    (width, height) per image. formats: images by format. padding: part of a padded batch that is padding, on average.
-    """
-
-    records: int
-    looked_at: int
-    failed: int
-    lengths: np.ndarray
-    labels: np.ndarray
-    images: np.ndarray
-    sizes: np.ndarray
-    formats: Counter
-    padding: float
-
-
-def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tuple[DataStatistics, List[str]]:
-    """Statistics of records spread evenly over a ChatmlDataset, and what is wrong with them.
-
-    grouped: batches hold samples of like length. Images are opened as far as their headers say their size; no pixel is
-    decoded.
-    """
-    from paddlemix.processors.images import read_header
-
-    count = len(dataset)
-    indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
-    rows: List[Tuple[int, int, int]] = []
-    sizes: List[Tuple[int, int]] = []
-    formats: Counter = Counter()
-    failures: List[str] = []
-    spans_lost = 0
-    for index in indices.tolist():
-        try:
-            encoded, sources = dataset.encoded(index)
-            headers = [read_header(source) for source in sources]
-        except UserError as error:
-            failures.append(f"record {index}: {error}")
-            continue
-        formats.update(name for name, _ in headers)
-        sizes += [size for _, size in headers]
-        spans = int((encoded["input_ids"] == dataset.tokenizer.img_start_id).sum())
-        spans_lost += spans != len(sources)
-        rows.append((len(encoded["input_ids"]), int((encoded["labels"][1:] >= 0).sum()), len(sources)))
-    lengths, labels, images = (np.array([row[i] for row in rows], dtype=np.int64) for i in range(3))
-    padding = 0.0
-    if len(rows):
-        rng = np.random.default_rng(0)
-        order = rng.permutation(np.resize(np.arange(len(rows)), max(len(rows), batch_size * 64)))
-        order = order[np.argsort(lengths[order], kind="stable")] if grouped else order
-        batches = lengths[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size)
-        padding = 1 - batches.sum() / (_padded(batches.max(axis=1)).sum() * batch_size)
-    problems = []
-    if failures and not rows:
-        problems.append(f"none of the {len(indices)} records looked at can be used; {failures[0]}")
-    if spans_lost:
-        problems.append(
-            f"the images of {spans_lost} of {len(rows)} records leave no <img> span in the tokens: training would not "
-            "see them; check chat_template"
-        )
-    if rows and not images.any():
-        problems.append(f"no image in any of the {len(rows)} records looked at: the model would learn from texts alone")
-    statistics = DataStatistics(
-        count, len(indices), len(failures), lengths, labels, images, np.array(sizes).reshape(-1, 2), formats, padding
-    )
-    return statistics, problems
 
 
 @dataclass
@@ -214,11 +137,11 @@ def _foresee_memory(found: Forecast) -> None:
         longest, images, labels = int(data.lengths.max()), int(data.images.max()), int(data.labels.max())
     else:
         longest, images, labels = arguments.data.max_length, 1, arguments.data.max_length
-    found.batch = memory.Batch(rows, _padded(longest), rows * images, rows * labels)
+    found.batch = memory.Batch(rows, padded(longest), rows * images, rows * labels)
     if found.packs is not None and data is not None and len(data.lengths):
         held = rows * found.packs.most
         squares = (rows * found.packs.squares, longest)
-        tokens = _padded(min(found.packs.longest, arguments.data.max_length))
+        tokens = padded(min(found.packs.longest, arguments.data.max_length))
         found.batch = memory.Batch(rows, tokens, held * images, held * math.ceil(data.labels.mean()), squares)
     needed = found.estimate().peak
     if needed > machine.memory:

@@ -154,7 +154,7 @@ RULES = (
 )  # fmt: skip
 
 
-def find_problems(arguments: Arguments) -> List[str]:
+def broken_rules(arguments: Arguments) -> List[str]:
     """What cannot go together or is missing, one sentence each. Files are looked for, none is read."""
     values: Dict[str, Any] = {"cards": arguments.cards}
     for block in arguments[:4]:

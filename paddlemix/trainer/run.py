@@ -24,7 +24,7 @@ from paddlemix.trainer.guard import LanguageGuard, check_text_model, check_vocab
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
 from paddlemix.trainer.order import Order
-from paddlemix.trainer.rules import find_problems
+from paddlemix.trainer.rules import broken_rules
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, UserError
@@ -115,7 +115,7 @@ def resolve(arguments: Arguments, machine: Optional[Machine] = None, problems: S
     machine: None for this one. problems: those found while the arguments were read.
     """
     run = _on_machine(arguments, machine)
-    run.problems[:0] = [*problems, *find_problems(arguments)]
+    run.problems[:0] = [*problems, *broken_rules(arguments)]
     _decide_precision(run)
     _decide_model(run)
     _decide_output(run)
