@@ -20,8 +20,8 @@ def read_lora_config(folder: str) -> Dict:
     """lora_config.json of a LoRA folder, checked.
 
     Raises:
-        WeightsError: missing, no JSON object, without rank, scale or targets, or a variant this project
-        cannot merge.
+        WeightsError: missing, no JSON object, without rank, scale or targets, with a scale that is not alpha / rank, or
+        a variant that this project cannot merge.
     """
     path = os.path.join(folder, LORA_CONFIG_NAME)
     if not os.path.lexists(path):
@@ -40,4 +40,11 @@ def read_lora_config(folder: str) -> Dict:
     for name in _VARIANTS:
         if config.get(name):
             raise WeightsError(f"{path}: {name} is a variant of LoRA that is not built here")
+    if config.get("enable_lora_list"):
+        raise WeightsError(f"{path}: enable_lora_list is a variant of LoRA that is not built here")
+    scaling = config.get("scaling")
+    if scaling is not None and scaling != alpha / rank:
+        raise WeightsError(
+            f"{path}: scaling is {printable(str(scaling))}, but lora_alpha / r is {alpha / rank}; which one is right?"
+        )
     return config

@@ -24,7 +24,6 @@ import numpy as np
 from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.checkpoint.model_folder import (
-    LORA_CONFIG_NAME,
     LORA_WEIGHTS_NAME,
     PARTIAL_WEIGHTS_NAME,
     find_tuned_weights,
@@ -120,21 +119,6 @@ def _check_text_folder(origin: Origin, tuned: str, text: Optional[str]) -> None:
         raise UserError(f"the run in {tuned} took its LLM from the base: leave --text_model_name_or_path out")
 
 
-def _scaling(folder: str) -> Tuple[int, float]:
-    """(rank, alpha / rank) from lora_config.json."""
-    config = read_lora_config(folder)
-    path, rank = os.path.join(folder, LORA_CONFIG_NAME), config["r"]
-    if config.get("enable_lora_list"):
-        raise WeightsError(f"{path}: enable_lora_list is a variant of LoRA that is not merged here")
-    scaling = config["lora_alpha"] / rank
-    stored = config.get("scaling")
-    if stored is not None and stored != scaling:
-        raise WeightsError(
-            f"{path}: scaling is {printable(str(stored))}, but lora_alpha / r is {scaling}; which one is right?"
-        )
-    return rank, scaling
-
-
 def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) -> Tuple[List[str], List[str]]:
     """Names of the base tensors that get an adapter, and of those that are replaced.
 
@@ -219,7 +203,9 @@ def merge(
         if text_folder is not None:
             base = _TwoModels(base, stack.enter_context(open_weights(text_folder)))
         adapters = any(key.endswith((".lora_A", ".lora_B")) for key in lora.keys())
-        rank, scaling = _scaling(lora_folder) if adapters else (None, 0.0)
+        config = read_lora_config(lora_folder) if adapters else {}
+        rank = config.get("r")
+        scaling = config["lora_alpha"] / rank if adapters else 0.0
         merged, replaced = plan_merge(base, lora, rank)
         if not merged and not replaced:
             raise WeightsError(f"{lora.files[0]} holds no tensors")

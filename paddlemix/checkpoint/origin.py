@@ -87,6 +87,11 @@ class Origin(NamedTuple):
                 raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)")
             logger.warning(problem)
 
+    def same_weights(self, other: Origin) -> bool:
+        """Whether two notes are of the same models, as far as they tell."""
+        pairs = ((self.base_fingerprint, other.base_fingerprint), (self.text_fingerprint, other.text_fingerprint))
+        return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
     def find(self) -> Tuple[Optional[str], Optional[str]]:
         """(base, text) as the note names them, each None unless the model there has the fingerprint in the note.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple, Optional, Union
 
 from paddlemix.checkpoint import open_weights
-from paddlemix.checkpoint.model_folder import LORA_WEIGHTS_NAME, VOCABULARIES, find_tuned_weights
+from paddlemix.checkpoint.model_folder import VOCABULARIES, find_tuned_weights
 from paddlemix.checkpoint.structure import is_language
 from paddlemix.inference.source import Source
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
@@ -71,10 +70,10 @@ def put_on(model, source: Source) -> None:
     if source.tuned is None:
         return
     path = find_tuned_weights(source.tuned)
-    if os.path.basename(path) == LORA_WEIGHTS_NAME:
-        load_lora(model, source.tuned)
-    else:
-        with open_weights(path) as reader:
+    with open_weights(path) as reader:
+        if any(name.endswith((".lora_A", ".lora_B")) for name in reader.keys()):
+            load_lora(model, source.tuned)
+        else:
             trained = {name: shapes[name] for name in reader.keys() if name in shapes}
             check_weights(reader, trained, path)
             model.fill(reader, set(trained))

@@ -9,6 +9,8 @@ from typing import Dict, NamedTuple, Optional
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.checkpoint.model_folder import (
     LORA_CONFIG_NAME,
+    LORA_WEIGHTS_NAME,
+    PARTIAL_WEIGHTS_NAME,
     TORCH_WEIGHTS,
     WEIGHTS,
     files_of,
@@ -50,14 +52,19 @@ def find_model_folder(path: str) -> str:
     """
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give a model folder, or the folder that holds it")
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if _is_model(path):
         return path
-    inside = [name for name in sorted(os.listdir(path)) if os.path.isfile(os.path.join(path, name, "config.json"))]
+    inside = [name for name in sorted(os.listdir(path)) if _is_model(os.path.join(path, name))]
     if not inside:
         raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder")
     if len(inside) > 1:
         raise UserError(f"{path} holds several models ({', '.join(inside)}): name one of them")
     return os.path.join(path, inside[0])
+
+
+def _is_model(folder: str) -> bool:
+    marks = ("config.json", LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in marks)
 
 
 def is_tuned(folder: str) -> bool:

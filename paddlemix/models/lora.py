@@ -155,23 +155,34 @@ def load_lora_weights(lora_model, folder: str) -> None:
 def load_lora(model, folder: str):
     """Put the adapters of a LoRA folder on `model`; returns the LoRAModel, in eval mode.
 
-    Parameters that trained whole beside the adapters take the place of the base's.
+    Parameters that trained whole beside the adapters take the place of the base's. What has an adapter is told by the
+    weights' names, as in merging: the patterns of a stranger's configuration are not tried on anything.
 
     Raises:
         WeightsError: the configuration or the weights are broken or do not fit the model.
     """
     config = read_lora_config(folder)
-    names = list(model.state_dict())
-    patterns = config.get("trainable_modules") or []
-    whole = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    shapes, rank = model.whole_shapes(), config["r"]
+    path = inside(folder, LORA_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
+    with open_weights(path) as reader:
+        keys = reader.keys()
+        modules = dict.fromkeys(key[: -len(".lora_A")] for key in keys if key.endswith((".lora_A", ".lora_B")))
+        expected = {key: shapes[key] for key in keys if key in shapes}
+        for module in modules:
+            weight = shapes.get(module + ".weight", ())
+            if len(weight) == 2:
+                expected[module + ".lora_A"], expected[module + ".lora_B"] = (weight[0], rank), (rank, weight[1])
+        # Before anything of this rank is made.
+        check_weights(reader, expected, path)
     try:
         lora_model = apply_lora(
             model,
-            rank=int(config["r"]),
+            rank=rank,
             alpha=config["lora_alpha"],
-            target_modules=config["target_modules"],
-            dropout=float(config.get("lora_dropout") or 0.0),
-            trainable=whole,
+            target_modules=[re.escape(module) for module in modules],
+            trainable=[key for key in keys if key in shapes],
             base_model_name_or_path=config.get("base_model_name_or_path"),
         )
     except ConfigError as error:

@@ -333,7 +333,7 @@ class FinetuneTrainer(Trainer):
 
     def load_weights(self, checkpoint: str) -> None:
         """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
-        load_tuned(self.model, checkpoint)
+        load_tuned(self.model, checkpoint, self.origin)
 
     def _load_from_checkpoint(self, resume_from_checkpoint=None):
         if resume_from_checkpoint is not None:

@@ -27,6 +27,7 @@ from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, parameter_shapes
 from paddlemix.trainer import freeze
 from paddlemix.trainer.keys import ModelArguments
+from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.log import logger
 
 
@@ -87,6 +88,9 @@ def choose_trainable(model, model_args: ModelArguments, trainable: Sequence[str]
     )
     if model_args.lora_path is not None:
         load_lora_weights(model, model_args.lora_path)
+        base, text = model_args.model_name_or_path, model_args.text_model_name_or_path
+        # Going on with them on another base may be meant; it is said.
+        Origin.read(model_args.lora_path).check(model_args.lora_path, base, text, force=True)
         logger.info(f"Adapters loaded from {model_args.lora_path}")
     return model
 
@@ -122,16 +126,21 @@ def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> Non
         origin.write(folder)
 
 
-def load_tuned(model, folder: str) -> None:
+def load_tuned(model, folder: str, origin: Origin) -> None:
     """Set the parameters from what save_tuned wrote in a run of the same kind, without executing anything it holds.
 
     Raises:
-        WeightsError: the folder is of a run of another kind, or broken.
+        WeightsError: the folder is of a run of another kind, or on other weights than this one's, or broken.
     """
-    if isinstance(model, LoRAModel):
+    adapters = isinstance(model, LoRAModel)
+    trained = None if adapters else _trained(model)
+    if (adapters or trained is not None) and not Origin.read(folder).same_weights(origin):
+        raise WeightsError(
+            f"{folder} was tuned from other weights than {origin.base} holds now: go on with those that it began with"
+        )
+    if adapters:
         load_lora_weights(model, folder)
         return
-    trained = _trained(model)
     path = folder if trained is None else inside(folder, PARTIAL_WEIGHTS_NAME)
     with open_weights(path) as reader:
         check_weights(reader, parameter_shapes(model.config) if trained is None else trained, folder)

@@ -161,6 +161,21 @@ def test_another_base_is_refused(base, tmp_path):
             find_source(base, wrong)
 
 
+def test_a_folder_as_paddlenlp_alone_writes_it(base, tmp_path):
+    """Without a config.json, or a note; and whole tensors alone under the name of adapters."""
+    tuned = save_adapters(tmp_path / "tuned", base)
+    expected = logits(load_model(find_source(tuned)).model)
+    for name in ("config.json", "tuned_from.json"):
+        os.unlink(os.path.join(tuned, name))
+    np.testing.assert_array_equal(logits(load_model(find_source(base, tuned)).model), expected)
+    with pytest.raises(UserError, match="names its base, .*base, without a fingerprint"):
+        find_source(tuned)
+    part = save_part(tmp_path / "part", base)
+    expected = logits(load_model(find_source(part)).model)
+    os.rename(os.path.join(part, "partial_model_state.pdparams"), os.path.join(part, "lora_model_state.pdparams"))
+    np.testing.assert_array_equal(logits(load_model(find_source(part)).model), expected)
+
+
 def printed_command(error):
     return shlex.split(str(error.value).partition("or merge them: ")[2])
 

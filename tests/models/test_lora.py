@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import paddle
@@ -150,11 +151,31 @@ def test_broken_configurations(tmp_path, text, says):
     assert read_lora_config(str(tmp_path))["target_modules"] == [".*c_attn"]
 
 
-def test_config_of_another_model_is_said_to_be_the_folders_fault(tmp_path):
+def test_adapters_of_another_model_are_said_to_be_the_folders_fault(tmp_path):
     path = tmp_path / "lora_config.json"
     path.write_text(json.dumps({"r": 4, "lora_alpha": 8, "target_modules": [".*q_proj"]}))
-    with pytest.raises(WeightsError, match="does not fit the model.*q_proj"):
-        load_lora(make_tiny_model(), str(tmp_path))
+    for module, shapes, says in (
+        ("model.layers.0.q_proj", ([128, 4], [4, 128]), "not this model's: 2 unexpected: model.layers.0.q_proj"),
+        ("transformer.llm.wte", ([480, 4], [4, 128]), "does not fit the model: .*wte is no Linear layer"),
+    ):
+        pair = {f"{module}.lora_{part}": paddle.ones(shape) for part, shape in zip("AB", shapes)}
+        paddle.save(pair, str(tmp_path / "lora_model_state.pdparams"))
+        with pytest.raises(WeightsError, match=says):
+            load_lora(make_tiny_model(), str(tmp_path))
+
+
+def test_patterns_and_rank_of_a_strangers_configuration_do_no_work(saved, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(saved[0], folder)
+    config = json.loads((folder / "lora_config.json").read_text())
+    # No expression; one that takes time without end on a long name; one that matches all.
+    config.update(target_modules=["(", "(.*.*)*!", ".*"], trainable_modules=["(", ".*"])
+    (folder / "lora_config.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(logits(load_lora(make_tiny_model(), str(folder))), saved[1])
+    config.update(r=1 << 40, scaling=None)
+    (folder / "lora_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"of another shape: .*lora_A is \[128, 4\], .* has \[128, 1099511627776\]"):
+        load_lora(make_tiny_model(), str(folder))
 
 
 def test_targets_are_checked():

@@ -210,6 +210,24 @@ def test_a_part_of_another_run_is_refused(run_keys, tmp_path):
         run(run_keys(**other, resume=True, max_steps=4))
 
 
+@pytest.mark.parametrize("keys", [PART, LORA], ids=["part", "lora"])
+def test_a_run_does_not_go_on_with_another_base(run_keys, tmp_path, keys):
+    base = save_tiny_model(tmp_path / "base")
+    run(run_keys(**keys, model_name_or_path=base, max_steps=1, save_steps=1))
+    shutil.rmtree(base)
+    save_tiny_model(tmp_path / "base", seed=8)
+    with pytest.raises(WeightsError, match="checkpoint-1 was tuned from other weights than .*base holds now"):
+        run(run_keys(**keys, model_name_or_path=base, max_steps=2, save_steps=1, resume=True))
+
+
+def test_adapters_of_another_base_to_begin_with_are_said(run_keys, tmp_path, log):
+    run(run_keys(**LORA, max_steps=1, save_strategy="no"))
+    other = save_tiny_model(tmp_path / "base", seed=8)
+    keys = dict(LORA, lora_path=str(tmp_path / "out"), max_steps=1, save_strategy="no")
+    run(run_keys(**keys, model_name_or_path=other, output_dir=str(tmp_path / "second")))
+    assert "base is another model" in log.text
+
+
 # ---- the LLM of another model
 
 
