@@ -82,7 +82,7 @@ class Model:
         if self.lora is None:
             names = list(self.tuned.state_dict())
             plan = freeze.plan_freeze(names, ["*visual*"], ["*visual.attn_pool*"], True)
-            freeze.apply_freeze(self.tuned, plan)
+            freeze.apply_freeze(self.tuned, plan.trainable)
             targets = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
             self.lora = apply_lora(
                 self.tuned, rank=4, alpha=4, dropout=0.05, target_modules=targets, trainable=plan.trainable

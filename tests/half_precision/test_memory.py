@@ -46,7 +46,7 @@ def kept_and_estimated(lora, level, paddle_3, dropout=0.0, flash=False, rows=1):
     shapes = parameter_shapes(config)
     if lora:
         plan = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], True)
-        freeze.apply_freeze(model, plan)
+        freeze.apply_freeze(model, plan.trainable)
         model = apply_lora(
             model, rank=64, alpha=16, dropout=dropout, target_modules=TARGETS, trainable=plan.trainable
         )
