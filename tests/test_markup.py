@@ -179,7 +179,7 @@ def test_the_prompt_of_prediction_is_how_training_sequences_begin(tokenizer, tmp
 
 
 def test_an_answer_ends_where_its_template_says(tokenizer):
-    from paddlemix.models.mgen_vl.generation import CaptionGeneration, decode_response
+    from paddlemix.models.mgen_vl.generation import CaptionGeneration, TextStreamer, decode_response
 
     for closing, written in (
         ("<|im_end|>\n", "<|im_end|>"), ("<|extra_7|>", "<|extra_7|>"), ("\n", "\n"), ("###\n", "###\n"),
@@ -188,6 +188,12 @@ def test_an_answer_ends_where_its_template_says(tokenizer):
         template = ChatTemplate(("", ""), ("", closing))
         stop_ids, ending = CaptionGeneration.stop_ids(tokenizer, template), template.ending(tokenizer)
         ids = tokenizer.text_to_ids("一只# 杯子" + written) + (list(b"more") if written else [])
+        pieces = []
+        streamer = TextStreamer(tokenizer, stop_ids, pieces.append, ending)
+        for i in ids:
+            streamer.put(np.array([i]))
+        streamer.end()
+        assert "".join(pieces) == "一只# 杯子"
         assert decode_response(tokenizer, ids, stop_ids, ending) == "一只# 杯子"
         assert len(ending) != 1 or ending[0] in stop_ids
 

@@ -19,9 +19,7 @@ import base64
 import hashlib
 import json
 import os
-import queue
 import re
-import threading
 from collections import Counter, deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +28,7 @@ from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Se
 
 from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.tsv import EMPTY_CAPTION, TsvRow, check_input, read_rows
+from paddlemix.datasets.writing import WRITE_BYTES, BackgroundWriter, JsonArray
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
@@ -50,12 +49,6 @@ _EXACT_BYTES = 16 << 10
 _ENDS_BYTES = 1 << 10
 # Enough of most images for the size to be known, and of nearly all others.
 _HEADER_BASE64_BYTES = (1 << 10, 8 << 10)
-# More at a time would only leave the cache before it is written.
-_WRITE_BYTES = 512 << 10
-# What has been written goes to disk in such portions while rows are read, so that there is no long wait at the end.
-_SYNC_BYTES = 128 << 20
-# Pieces per system call; Linux takes 1024.
-_WRITE_PIECES = 1000
 _PROGRESS_BYTES = 8 << 20
 _VERIFY_BATCH = 16
 # Rows whose images are being decoded; their lines stay in memory until they are written.
@@ -261,7 +254,7 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
         for item in stream:
             batch.append(item)
             held += item.row.image_length
-            if len(batch) >= _VERIFY_BATCH or item.row.image_length >= _WRITE_BYTES:
+            if len(batch) >= _VERIFY_BATCH or item.row.image_length >= WRITE_BYTES:
                 submit()
             while waiting and (len(waiting) > 2 * workers or held > _HELD_BYTES):
                 yield from finish()
@@ -270,103 +263,6 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
             yield from finish()
     finally:
         decoders.close()
-
-
-# --- writing ---
-
-
-class _BackgroundWriter:
-    """A thread that writes while the next rows are read and checked. Its error is raised by the next call."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.Queue = queue.Queue(maxsize=2)
-        self._error: Optional[OSError] = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def put(self, handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
-        """Write the pieces to a file handle, after all before them."""
-        self._check()
-        self._tasks.put((handle, pieces))
-
-    def drain(self) -> None:
-        """Wait until all is written."""
-        self._tasks.join()
-        self._check()
-
-    def close(self) -> None:
-        self._tasks.put(None)
-        self._thread.join()
-
-    def _check(self) -> None:
-        if self._error:
-            raise self._error
-
-    def _run(self) -> None:
-        unsynced = 0
-        while True:
-            task = self._tasks.get()
-            if task is None:
-                return
-            if self._error is None:
-                try:
-                    _write_pieces(*task)
-                    unsynced += sum(map(len, task[1]))
-                    if unsynced >= _SYNC_BYTES:
-                        os.fdatasync(task[0])
-                        unsynced = 0
-                except OSError as error:
-                    self._error = error
-            del task
-            self._tasks.task_done()
-
-
-def _write_pieces(handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
-    for begin in range(0, len(pieces), _WRITE_PIECES):
-        group = pieces[begin : begin + _WRITE_PIECES]
-        written = os.writev(handle, group)
-        rest = memoryview(b"".join(group))[written:] if written < sum(map(len, group)) else b""
-        while rest:
-            rest = rest[os.write(handle, rest) :]
-
-
-class _JsonArray:
-    """A JSON array being written, a record per line, with the index that the reader will want."""
-
-    def __init__(self, file: IO[bytes], index: IndexWriter, writer: _BackgroundWriter):
-        self._handle = file.fileno()
-        self._index = index
-        self._writer = writer
-        self._pieces: List[Union[bytes, memoryview]] = [b"["]
-        self._size = 1
-        self._unwritten = 1
-        self.count = 0
-
-    def add(self, head: bytes, image: Union[bytes, memoryview] = b"", tail: bytes = b"") -> None:
-        """Append the record that the three make up together. `head` begins with the comma and line break before it."""
-        if not self.count:
-            head = head[1:]
-        self._pieces += (head, image, tail) if image else (head,)
-        start = self._size + (2 if self.count else 1)
-        length = len(head) + len(image) + len(tail)
-        self._size += length
-        self._index.add(start, self._size)
-        self.count += 1
-        self._unwritten += length
-        if self._unwritten >= _WRITE_BYTES or len(self._pieces) >= _WRITE_PIECES:
-            big = self._unwritten >= 16 * _WRITE_BYTES
-            self._flush()
-            if big:
-                self._writer.drain()
-
-    def finish(self) -> None:
-        self._pieces.append(b"\n]\n")
-        self._flush()
-
-    def _flush(self) -> None:
-        self._writer.put(self._handle, self._pieces)
-        self._pieces = []
-        self._unwritten = 0
 
 
 class _NothingAccepted(Exception):
@@ -447,9 +343,9 @@ def _convert(
             outputs = [files.enter_context(atomic_write(name, "wb")) for name in names]
             ids = files.enter_context(atomic_write(os.path.join(out_dir, "ids.tsv")))
             # Entered last, so that it has stopped before the files are closed.
-            writer = _BackgroundWriter()
+            writer = BackgroundWriter()
             files.callback(writer.close)
-            arrays = [_JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
+            arrays = [JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
 
             def tell_counts() -> None:
                 bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")

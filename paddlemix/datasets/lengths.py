@@ -25,7 +25,7 @@ from paddlemix.utils.runtime import physical_cores
 
 # Magic with the format's number, size and mtime_ns of the JSON, number of records, key.
 _HEADER = struct.Struct("<8sqqq32s")
-_MAGIC = b"MGENLEN1"
+_MAGIC = b"MGENLEN2"
 # Counting fewer records takes no time worth a bar, or processes of their own.
 _MANY_RECORDS = 20_000
 _CHUNK = 2_000

@@ -240,11 +240,16 @@ def check_positions(config, ids) -> None:
 
 def decode_response(tokenizer, ids, stop_ids, ending=()) -> str:
     """Text of generated ids up to the first stop id, or the first `ending` (see ChatTemplate.ending)."""
+    return tokenizer.decode(_answer(ids, stop_ids, ending)).strip()
+
+
+def _answer(ids, stop_ids, ending):
+    """The ids of an answer without what ends it."""
     stop, n = set(stop_ids), len(ending)
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     if n > 1:
         end = next((i for i in range(end) if ids[i : i + n] == list(ending)), end)
-    return tokenizer.decode(ids[:end]).strip()
+    return ids[:end]
 
 
 class TextStreamer:
@@ -252,7 +257,7 @@ class TextStreamer:
 
     tokenizer, stop_ids, ending: as for decode_response, whose result the pieces add up to. write: called with each
     piece, a str. Held back until more is known: bytes of an unfinished character, blanks that may be the last, an
-    image span.
+    image span, what may be the beginning of `ending`.
     """
 
     def __init__(self, tokenizer, stop_ids, write, ending=()):
@@ -263,8 +268,10 @@ class TextStreamer:
     def put(self, token_ids) -> None:
         """token_ids: the next id, int64 [1, 1] or [1]."""
         self._ids += token_ids.flatten().tolist()
-        span = self._tokenizer.img_start_id
-        known = self._ids[: self._ids.index(span)] if span in self._ids else self._ids
+        known, span = _answer(self._ids, *self._stops), self._tokenizer.img_start_id
+        if len(known) == len(self._ids):
+            known = known[: len(known) - max(0, len(self._stops[1]) - 1)]
+        known = known[: known.index(span)] if span in known else known
         self._show(decode_response(self._tokenizer, known, *self._stops).rstrip("\ufffd").rstrip())
 
     def end(self) -> None:
