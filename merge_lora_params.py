@@ -1,4 +1,4 @@
-"""Merge a LoRA checkpoint, or one of a part that was trained whole, into its base model (SPEC §4):
+"""Merge a LoRA checkpoint, or one of a part that was trained whole, into its base model:
 
 python merge_lora_params.py --model_name_or_path BASE --lora_path LORA --merge_model_path OUT
 """

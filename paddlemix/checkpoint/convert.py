@@ -1,4 +1,4 @@
-"""Import a public Qwen-VL or Qwen-VL-Chat checkpoint: its names and layouts become this project's (SPEC §5).
+"""Import a public Qwen-VL or Qwen-VL-Chat checkpoint: its names and layouts become this project's (docs/formats.md).
 
 The public model keeps its vision tower inside `transformer`, and its Linear weights are [out, in] where
 Paddle's are [in, out]. Everything else is the same, tensor for tensor. One tensor is in memory at a time.
@@ -30,6 +30,7 @@ from paddlemix.checkpoint.tensors import FLOATS, convert_dtype, printable
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import some
 
 # Public name → ours. A rule with True transposes [out, in] to [in, out].
 _RULES: Tuple[Tuple[str, str, bool], ...] = (
@@ -116,8 +117,7 @@ _GENERATION_KEYS = (
     "repetition_penalty",
 )
 
-# <img> comes this many ids after <|endoftext|>: two chat marks, 205 extras, six tags of references and boxes
-# (SPEC §5).
+# <img> comes this many ids after <|endoftext|>: two chat marks, 205 extras, six tags of references and boxes.
 _IMG_AFTER_EOD = 214
 
 # Rows transposed at a time; a plain transposed copy of a large matrix misses the CPU's cache at each step.
@@ -150,12 +150,6 @@ def transposed(array: np.ndarray) -> np.ndarray:
     for start in range(0, len(array), _ROWS):
         result[:, start : start + _ROWS] = array[start : start + _ROWS].T
     return result
-
-
-def _list(names: List[str]) -> str:
-    return ", ".join(printable(name, 300) for name in names[:10]) + (
-        f" and {len(names) - 10} more" if len(names) > 10 else ""
-    )
 
 
 def plan_convert(
@@ -193,7 +187,7 @@ def plan_convert(
     surplus = [found[ours][0] for ours in found if shapes is not None and ours not in shapes]
     missing = [ours for ours in shapes or () if ours not in found]
     problems = [
-        f"{len(names)} {kind}: {_list(names)}"
+        f"{len(names)} {kind}: {some(printable(name, 300) for name in names)}"
         for kind, names in (
             ("unknown", unknown),
             ("more than config.json has", surplus),
@@ -237,7 +231,7 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
 
 
 def our_generation_config(public: Dict[str, Any], eod: int) -> Dict[str, Any]:
-    """generation_config.json: greedy, as SPEC §5 has it, with the public file's limits and sampling
+    """generation_config.json: greedy, with the public file's limits and sampling
     values kept.
     """
     config: Dict[str, Any] = {
@@ -267,7 +261,7 @@ def convert_qwen_vl(
     """Write a public checkpoint folder (safetensors or .bin, sharded or not) as a MGen-VL folder.
 
     dtype: of the floating-point tensors written (default: each as stored). shapes_of: parameter shapes of
-    the model that a config.json makes; names and shapes are held against it. `target` appears when it is
+    the model that a config.json makes; names and shapes are compared with it. `target` appears when it is
     whole.
 
     Raises:
@@ -287,7 +281,7 @@ def convert_qwen_vl(
         config = our_config(public, dtype or max(FLOATS, key=stored.count))
         plan, ignored = plan_convert(reader, shapes_of(config) if shapes_of else None)
         if ignored:
-            logger.info(f"Left out, because they are computed: {_list(ignored)}")
+            logger.info(f"Left out, because they are computed: {some(printable(name, 300) for name in ignored)}")
         items = []
         for name, ours, transpose in plan:
             info = reader.info(name)

@@ -38,6 +38,7 @@ from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, TensorInfo, co
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import some
 
 # About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call
 # is long enough that threads do not wait for each other (Python's lock).
@@ -54,12 +55,6 @@ class MergeResult:
     replaced: int
     copied: int
     files: List[str]
-
-
-def _list(names: List[str], limit: int = 10) -> str:
-    return ", ".join(printable(name, 300) for name in names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
 
 
 def _open_tuned(folder: str) -> WeightsReader:
@@ -86,7 +81,8 @@ class _TwoModels:
         ours = [name for name in base.keys() if is_language(name)]
         lost = [name for name in ours if name not in text or text.info(name).shape != base.info(name).shape]
         if lost:
-            raise WeightsError(f"{text.files[0]} has another LLM than {base.files[0]}: {_list(lost)}")
+            names = some(printable(name, 300) for name in lost)
+            raise WeightsError(f"{text.files[0]} has another LLM than {base.files[0]}: {names}")
         self._base, self._text = base, text
         self.keys, self.files = base.keys, base.files
 
@@ -155,9 +151,9 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
                 wrong.append(f"the adapter of {name} is not of floating-point numbers")
     problems = []
     if unknown:
-        problems.append(f"{len(unknown)} fit no tensor of the base: {_list(unknown)}")
+        problems.append(f"{len(unknown)} fit no tensor of the base: {some(printable(name, 300) for name in unknown)}")
     if wrong:
-        problems.append(f"{len(wrong)} do not fit: {_list(wrong)}")
+        problems.append(f"{len(wrong)} do not fit: {some(printable(text, 300) for text in wrong)}")
     if problems:
         raise WeightsError(f"keys of {lora.files[0]}: " + "; ".join(problems))
     return [name for name in base.keys() if name in pairs], replaced

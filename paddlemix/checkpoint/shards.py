@@ -1,4 +1,4 @@
-"""Weights of a model folder (SPEC §3), whatever their layout: one file or shards with an index; .pdparams,
+"""Weights of a model folder, whatever their layout: one file or shards with an index; .pdparams,
 safetensors or PyTorch's .bin.
 
     reader = open_weights(folder)          headers only

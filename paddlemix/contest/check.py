@@ -27,6 +27,7 @@ from paddlemix.inference.results import row_id
 from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.texts import some
 
 # In the order of the report: (section and number of the rule, what it asks).
 RULES = {
@@ -100,10 +101,6 @@ class _Model(NamedTuple):
     reader: WeightsReader
 
 
-def _some(names: List[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0]
 
@@ -127,7 +124,7 @@ def _names(folder: str, found: _Findings) -> None:
     if os.path.isdir(weights):
         models = [name for name in sorted(os.listdir(weights)) if os.path.isdir(os.path.join(weights, name))]
         if len(models) != 1:
-            found.problems.append(f"{WEIGHTS}/ must hold one model folder, and has {_some(models) or 'none'}")
+            found.problems.append(f"{WEIGHTS}/ must hold one model folder, and has {some(models, _SHOWN) or 'none'}")
     script = os.path.join(folder, RUN_SH)
     if os.path.isfile(script):
         with open(script, "rb") as file:
@@ -139,7 +136,7 @@ def _names(folder: str, found: _Findings) -> None:
             found.problems.append(f"sh cannot read run.sh: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     more = sorted(set(os.listdir(folder)) - {*NAMES, README})
     if more:
-        found.notes.append(f"also there, and not needed: {_some(more)}")
+        found.notes.append(f"also there, and not needed: {some(more, _SHOWN)}")
 
 
 def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> None:
@@ -197,16 +194,16 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
                 found.problems.append(f"config.json: {key} is {mine}, the base has {its}")
     lost, new = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
     if lost:
-        found.problems.append(f"{len(lost)} tensors of the LLM are missing: {_some(lost)}")
+        found.problems.append(f"{len(lost)} tensors of the LLM are missing: {some(lost, _SHOWN)}")
     if new:
-        found.problems.append(f"{len(new)} tensors of the LLM are new: {_some(new)}")
+        found.problems.append(f"{len(new)} tensors of the LLM are new: {some(new, _SHOWN)}")
     other = [
         f"{name} is {list(ours[name])}, not {list(shape)}"
         for name, shape in theirs.items()
         if name in ours and ours[name] != shape
     ]
     if other:
-        found.problems.append(f"{len(other)} tensors of the LLM have another shape: {_some(other)}")
+        found.problems.append(f"{len(other)} tensors of the LLM have another shape: {some(other, _SHOWN)}")
     if count(ours) != count(theirs):
         found.problems.append(f"{count(ours):,} parameters in the LLM, not {count(theirs):,}")
     else:
@@ -221,7 +218,7 @@ def _changes(changes: Dict[str, Change], found: _Findings) -> None:
         for kind in ("reshaped", "new", "gone"):
             names = getattr(change, kind)
             if names:
-                text += f"; {len(names)} {kind}: {_some(names)}"
+                text += f"; {len(names)} {kind}: {some(names, _SHOWN)}"
         found.notes.append(text)
     if not any(change.changed or change.reshaped or change.new or change.gone for change in changes.values()):
         found.notes.append("nothing differs from the base: is this the model that was tuned?")
@@ -380,7 +377,7 @@ def _unused(source: str, files: List[str]) -> List[str]:
         sizes[name] = sum(os.lstat(one).st_size for one in inner) / 1e6
     large = sorted((name for name in sizes if sizes[name] >= 0.1), key=sizes.get, reverse=True)
     unused = [f"{name} ({sizes[name]:.1f} MB)" for name in large]
-    return [f"also in {SOURCE}/, and not imported by {SCRIPT}: {_some(unused)}"] if unused else []
+    return [f"also in {SOURCE}/, and not imported by {SCRIPT}: {some(unused, _SHOWN)}"] if unused else []
 
 
 def _weights_rules(
@@ -407,7 +404,7 @@ def _weights_rules(
         files = {os.path.basename(path) for path in reader.files}
         others = sorted(name for name in set(os.listdir(model)) - files if name.endswith(_WEIGHTS_LIKE))
         if others:
-            found.notes.append(f"not opened, and not needed: {_some(others)}")
+            found.notes.append(f"not opened, and not needed: {some(others, _SHOWN)}")
 
     judge.look("config", config)
     if configs:
@@ -439,7 +436,7 @@ def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -
 def _written(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings) -> None:
     written = sorted({name for run in runs.values() for name in run.written})
     if written:
-        found.problems.append(f"it wrote {_some(written)}")
+        found.problems.append(f"it wrote {some(written, _SHOWN)}")
     found.notes.append(f"held {place.how_read_only}")
 
 

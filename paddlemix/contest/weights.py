@@ -19,7 +19,7 @@ from paddlemix.utils.progress import Progress
 _CHUNK = 1 << 20
 # Where the exponent's bits are all set, there is no finite number.
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
-# The matrices that the contest's LoRA adapts (SPEC §5), and into which it is merged.
+# The matrices that the contest's LoRA adapts, and into which it is merged.
 _ADAPTED = re.compile(r"transformer\.llm\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2)\.weight")
 
 

@@ -19,6 +19,7 @@ from paddlemix.datasets.tsv import (
 )
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.texts import some
 
 SHOWN = 10
 
@@ -32,10 +33,6 @@ class References(NamedTuple):
 
 def _reading(path: str, size: int, quiet: bool) -> Progress:
     return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=quiet)
-
-
-def _listed(things: List[str]) -> str:
-    return ", ".join(things[:SHOWN]) + (f" and {len(things) - SHOWN} more" if len(things) > SHOWN else "")
 
 
 def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
@@ -68,9 +65,9 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
             else:
                 found[fields[0]] = fields[1]
     if bad:
-        raise UserError(f"{path}: {len(bad)} lines are not id, tab, caption in UTF-8: lines {_listed(bad)}")
+        raise UserError(f"{path}: {len(bad)} lines are not id, tab, caption in UTF-8: lines {some(bad, SHOWN)}")
     if doubled:
-        raise UserError(f"{path}: {len(doubled)} ids come more than once: {_listed(list(doubled))}")
+        raise UserError(f"{path}: {len(doubled)} ids come more than once: {some(doubled, SHOWN)}")
     if not found:
         raise UserError(f"{path} has no captions")
     return found
@@ -111,7 +108,7 @@ def _of_json(path: str, bar: Progress) -> References:
                 continue
             texts.setdefault(record.id, []).append(record.turns[0][1])
     if bad:
-        raise UserError(f"{path}: {len(bad)} records cannot be used: {_listed(bad)}")
+        raise UserError(f"{path}: {len(bad)} records cannot be used: {some(bad, SHOWN)}")
     return References(texts, False)
 
 
@@ -146,7 +143,7 @@ def _of_rows(path: str, bar: Progress) -> References:
             else:
                 bad.append(f"{row.line_no} ({reason})")
     if bad:
-        raise UserError(f"{path}: {len(bad)} lines have no reference: {_listed(bad)}")
+        raise UserError(f"{path}: {len(bad)} lines have no reference: {some(bad, SHOWN)}")
     return References(texts, has_images)
 
 

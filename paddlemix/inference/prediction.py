@@ -75,7 +75,7 @@ def predict_file(
     postprocess: PostProcessing = _AS_IT_IS,
     lora_path: Optional[str] = None,
 ) -> None:
-    """Write `id \\t caption` for every row of `input`, in order, and print each caption (SPEC §4).
+    """Write `id \\t caption` for every row of `input`, in order, and print each caption.
 
     Rows are `id \\t base64`, with or without further columns; a row without an id has its line number for
     one. A row without a usable image, or that the model answers with nothing, gets `fallback`, and is logged

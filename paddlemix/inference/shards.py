@@ -33,6 +33,7 @@ from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import some
 
 # How many rows of a broken shard an error names.
 _NAMED = 5
@@ -208,15 +209,11 @@ def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, un
         with open(path, "rb") as file:
             found = Counter(map(_line_id, file))
         lacking, surplus = wanted - found, found - wanted
-        what = [f"missing: {_listed(lacking)}"] * bool(lacking) + [f"too many: {_listed(surplus)}"] * bool(surplus)
+        kinds = (("missing", lacking), ("too many", surplus))
+        what = [f"{kind}: {some(map(repr, ids), _NAMED)}" for kind, ids in kinds if ids]
         raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}")
     if changed:
         raise UserError(f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)")
-
-
-def _listed(ids: Counter) -> str:
-    names = [repr(name) for name in list(ids)[:_NAMED]]
-    return ", ".join(names) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
 
 
 def _in_turn(files: List, rows: int) -> Iterator[bytes]:

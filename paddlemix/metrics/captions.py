@@ -29,6 +29,7 @@ import numpy as np
 from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.texts import some
 
 # A run of Latin letters and digits (a decimal point inside a number belongs to it), or any other single
 # character.
@@ -95,12 +96,6 @@ class CaptionScores(NamedTuple):
     bleu_counts: np.ndarray
 
 
-def list_ids(ids: Sequence[str]) -> str:
-    """The first ids and how many more there are, for a message."""
-    more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
-    return ", ".join(ids[:SHOWN_IDS]) + more
-
-
 def check_ids(candidates: Mapping[str, object], references: Mapping[str, object]) -> None:
     """Both sides must name the same rows.
 
@@ -114,9 +109,9 @@ def check_ids(candidates: Mapping[str, object], references: Mapping[str, object]
     unknown = [key for key in candidates if key not in references]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} ids have no caption: {list_ids(missing)}")
+        problems.append(f"{len(missing)} ids have no caption: {some(missing, SHOWN_IDS)}")
     if unknown:
-        problems.append(f"{len(unknown)} ids have no reference: {list_ids(unknown)}")
+        problems.append(f"{len(unknown)} ids have no reference: {some(unknown, SHOWN_IDS)}")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -171,7 +166,7 @@ class CaptionScorer:
                 self._frequencies.add(texts)
                 bar.update()
         if empty:
-            raise UserError(f"{len(empty)} ids have no reference with any text: {list_ids(empty)}")
+            raise UserError(f"{len(empty)} ids have no reference with any text: {some(empty, SHOWN_IDS)}")
         self._frequencies.finish(workers, quiet)
 
     def score(self, candidates: Mapping[str, str], desc: str = "captions") -> CaptionScores:

@@ -155,7 +155,7 @@ def load_lora_weights(lora_model, folder: str) -> None:
 def load_lora(model, folder: str):
     """Put the adapters of a LoRA folder on `model`; returns the LoRAModel, in eval mode.
 
-    Parameters that trained whole beside the adapters take the place of the base's. What has an adapter is told by the
+    Parameters that trained whole beside the adapters take the place of the base's. What has an adapter follows from the
     weights' names, as in merging: the patterns of a stranger's configuration are not tried on anything.
 
     Raises:

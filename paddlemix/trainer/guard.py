@@ -1,4 +1,4 @@
-"""The contest's rule on the LLM: its weights may be tuned, its structure and parameter count must not change (SPEC §1).
+"""The contest's rule on the LLM: its weights may be tuned, its structure and parameter count must not change.
 
 A run that would change them is refused: before it starts, and again whenever it saves.
 """
@@ -12,6 +12,7 @@ from paddlemix.checkpoint import WeightsReader, open_weights
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
 from paddlemix.models.mgen_vl.parameters import Shape, parameter_shapes
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.texts import some
 
 _RULE = "the language model's structure must not change"
 
@@ -31,8 +32,7 @@ def _language_shapes(reader: WeightsReader) -> Dict[str, Shape]:
 
 def _refuse(where: str, lines: List[str]) -> None:
     if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise ConfigError(f"{where}: {_RULE}: {'; '.join(lines[:3])}{more}")
+        raise ConfigError(f"{where}: {_RULE}: {some(lines, 3, '; ')}")
 
 
 class LanguageGuard:

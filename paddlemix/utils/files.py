@@ -201,8 +201,8 @@ def atomic_folder(path: str) -> Iterator[str]:
     os.makedirs(parent, exist_ok=True)
     if remove_leftovers(path):
         raise UserError(f"another process is writing {given}: wait for it, or give another folder")
-    partial, handle = _new_partial(path, folder=True)
     with _cleaning_up():
+        partial, handle = _new_partial(path, folder=True)
         try:
             os.chmod(partial, 0o777 & ~_UMASK)
             yield partial

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 
 def shown(value: Any) -> str:
@@ -17,3 +17,9 @@ def nearest(name: str, known: Sequence[str]) -> Optional[str]:
     """The known name that this one is most like, None when it is like none of them."""
     near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
     return near[0] if near else None
+
+
+def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

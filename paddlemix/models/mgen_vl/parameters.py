@@ -11,10 +11,11 @@ from typing import Any, Dict, List, Tuple
 
 from paddlemix.checkpoint import WeightsReader
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import some
 
 Shape = Tuple[int, ...]
 
-# Stored in checkpoints like a parameter, but a fixed sin-cos table that no run may train (SPEC §5).
+# Stored in checkpoints like a parameter, but a fixed sin-cos table that no run may train.
 CONSTANTS = frozenset({"visual.attn_pool.pos_embed"})
 
 # Parameter groups in the order of the data flow; the first prefix that fits names the group.
@@ -140,8 +141,7 @@ def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, o
 
     def report(kind, names):
         if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            problems.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+            problems.append(f"{len(names)} {kind}: {some(names)}")
 
     report("missing", [name for name in shapes if name not in stored])
     report("unexpected", [] if others else sorted(stored - set(shapes)))
