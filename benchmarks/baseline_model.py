@@ -345,6 +345,8 @@ class Baseline(Way):
         self.model = QWenForCausalLM(QWenConfig(seq_length=2048, use_flash_attention=False, **stock))
         self.model.visual = Vision(config.visual)
         tensors = self.model.state_dict()
+        # What adapters are put on by.
+        self.model.whole_shapes = lambda: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name, value in made_values(parameter_shapes(config)):
             tensors[name.replace("transformer.llm.", "qwen.")].set_value(value)
         self.model.eval()

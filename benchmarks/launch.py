@@ -105,10 +105,10 @@ class Model:
     def collated(self, labels):
         """What the collator of this side adds to a batch."""
         try:
-            from paddlemix.datasets.collator import places
+            from paddlemix.processors.mgen_vl_processing import image_positions, label_positions
         except ImportError:
             return {}
-        return places(self.ids, labels, 1, START, 1)
+        return {"image_positions": image_positions(self.ids, 1, START, 1), "label_positions": label_positions(labels)}
 
 
 def take_gpu_branches():

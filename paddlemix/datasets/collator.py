@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
-from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX
+from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, image_positions, label_positions
 from paddlemix.utils.errors import UserError
 
 # Rows are padded to a multiple of this.
@@ -40,20 +40,26 @@ class MGenVLCollator:
     """Pads to the longest sample of the batch, rounded up to a multiple.
 
     pad_token_id: what input_ids are padded with, on the right; padded places are masked and have no label.
+    image_start_id, n_queries: of the image spans; with them a batch says where its features go.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = PAD_TO):
+    def __init__(
+        self, pad_token_id: int, pad_to_multiple_of: int = PAD_TO, image_start_id: int = -1, n_queries: int = 0
+    ):
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.image_start_id, self.n_queries = image_start_id, n_queries
 
-    def __call__(self, samples: Sequence[Any]) -> Dict[str, np.ndarray]:
+    def __call__(self, samples: Sequence[Any]) -> Dict[str, Any]:
         """samples: per row a Sample, or a list of them, packed one behind the other.
 
         Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
-        left out when the batch has none. Packed rows have sample_lengths [B, K] int64 besides (0 where a row holds
-        fewer samples), and no label on a sample's first token, which the one before it would have to predict.
+        left out when the batch has none. Packed rows have sample_lengths besides, a list of K numbers a row (0 where it
+        holds fewer samples), and no label on a sample's first token, which the one before it would have to predict.
+        What the model would have to wait for its device to find is found here: label_positions, image_positions, int64,
+        [] where there are none.
         A Failure is no row, and its reason is the batch's "failure" (see raise_failure).
         """
         packed = any(isinstance(row, list) for row in samples)
@@ -70,7 +76,9 @@ class MGenVLCollator:
             "attention_mask": np.zeros(shape, dtype=np.int64),
         }
         if packed:
-            batch["sample_lengths"] = np.zeros((len(rows), max(1, *map(len, lengths))), dtype=np.int64)
+            # Lists: the loader makes tensors of arrays, and this is for the host.
+            most = max(1, *map(len, lengths))
+            batch["sample_lengths"] = [counts + [0] * (most - len(counts)) for counts in lengths]
         images: List[np.ndarray] = []
         for number, row in enumerate(rows):
             begin = 0
@@ -84,10 +92,18 @@ class MGenVLCollator:
                 begin += length
                 if len(sample["images"]):
                     images.append(sample["images"])
-            if packed:
-                batch["sample_lengths"][number, : len(row)] = lengths[number]
+        places = {"label_positions": label_positions(batch["labels"])}
         if images:
             batch["images"] = np.concatenate(images) if len(images) > 1 else images[0]
+        if self.n_queries and not failures:
+            n_images = len(batch.get("images", ()))
+            try:
+                spans = image_positions(batch["input_ids"], n_images, self.image_start_id, self.n_queries)
+                places["image_positions"] = spans
+            except UserError as error:
+                failures.append(str(error))
+        # The loader cannot make a tensor of nothing.
+        batch.update({name: indices if len(indices) else [] for name, indices in places.items()})
         if failures:
             batch["failure"] = failures[0]
         return batch

@@ -300,6 +300,31 @@ class LengthCounter:
 # ---- generation
 
 
+def image_positions(ids: np.ndarray, n_images: int, image_start_id: int, n_queries: int) -> np.ndarray:
+    """Flat indices, int64 [n_images × n_queries] into B × T, of the positions that image features fill, in row-major
+    order. ids: int64 [B, T]; image_start_id: of `<img>`, in front of that of `</img>`.
+
+    Raises:
+        UserError: a span is not exactly `<img>`, n_queries ids, `</img>`, or there are more or fewer than n_images.
+    """
+    rows, columns = np.nonzero(ids == image_start_id)
+    if len(rows) != n_images:
+        raise UserError(f"the text has {len(rows)} image spans, but {n_images} images were given")
+    ends = columns + n_queries + 1
+    end_id = image_start_id + 1
+    if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != end_id).any():
+        raise UserError(f"an image span must be <img>, {n_queries} ids and </img>")
+    if (ids == end_id).sum() != n_images:
+        raise UserError("the text has a </img> without its <img>")
+    return ((rows * ids.shape[1] + columns + 1)[:, None] + np.arange(n_queries)).reshape(-1)
+
+
+def label_positions(labels: np.ndarray) -> np.ndarray:
+    """Flat indices, int64 [M] into B × T, of the positions whose next one has a label. labels: int64 [B, T]."""
+    rows, columns = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
+    return rows * labels.shape[1] + columns
+
+
 def encode_prompt(
     tokenizer,
     query: Content,

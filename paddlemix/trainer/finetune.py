@@ -93,7 +93,9 @@ def build(run: Run) -> FinetuneTrainer:
         args=training_args,
         train_dataset=train,
         eval_dataset=run.datasets.get("eval"),
-        data_collator=MGenVLCollator(run.tokenizer.pad_token_id),
+        data_collator=MGenVLCollator(
+            run.tokenizer.pad_token_id, image_start_id=run.tokenizer.img_start_id, n_queries=run.tokenizer.n_queries
+        ),
         tokenizer=run.tokenizer,
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
         order=run.order,

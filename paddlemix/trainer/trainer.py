@@ -32,6 +32,7 @@ import shutil
 import time
 from typing import Dict, List, Optional, Tuple
 
+import numpy as np
 import paddle
 from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
@@ -230,7 +231,7 @@ class FinetuneTrainer(Trainer):
     def training_step(self, model, inputs, **kwargs):
         self._tokens = self._tokens + inputs["attention_mask"].sum()
         packed = inputs.get("sample_lengths")
-        self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else (packed > 0).sum())
+        self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else np.count_nonzero(packed))
         loss = super().training_step(model, inputs, **kwargs)
         return self.numerics.watch(loss, self.do_grad_scaling)
 

@@ -155,6 +155,19 @@ def test_the_image_matters_and_is_seen_once(model, monkeypatch):
     assert len(calls) == 3 and len(answers) > 1
 
 
+def test_ids_are_read_before_the_vit_is_launched(model, monkeypatch):
+    """Reading them later would wait for the ViT; the steps after it wait only to see whether all rows have ended."""
+    events = []
+    read, see = paddle.Tensor.numpy, type(model.visual).forward
+    monkeypatch.setattr(paddle.Tensor, "numpy", lambda self, *_: events.append(tuple(self.shape)) or read(self, *_))
+    monkeypatch.setattr(type(model.visual), "forward", lambda self, x: events.append("ViT") or see(self, x))
+    for strategy in ({}, {"decode_strategy": "sampling", "num_return_sequences": 2, "top_k": 1}):
+        events.clear()
+        model.generate(batch(PROMPTS[1]), images=pixels(2), max_new_tokens=3, eos_token_id=NEVER, **strategy)
+        assert events[:2] == [(1, len(PROMPTS[1])), "ViT"]
+        assert all(event in ((), (1,)) for event in events[2:]), events
+
+
 def test_lm_head_sees_the_last_position_only(model, monkeypatch):
     shapes = []
     plain = type(model)._logits

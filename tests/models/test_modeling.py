@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
+from paddlemix.processors.mgen_vl_processing import image_positions, label_positions
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.helpers import IMAGE_START_ID, make_tiny_model, prompt_ids, save_tiny_model
 
@@ -87,6 +88,42 @@ def test_loss_is_the_mean_over_labelled_positions(model):
     output = model(ids, images=images, labels=paddle.to_tensor(labels))
     assert float(output.loss) == pytest.approx(naive_loss(model, ids, labels, images), rel=1e-5)
     np.testing.assert_allclose(output.logits.numpy(), model(ids, images=images).logits.numpy(), atol=1e-6)
+
+
+def test_places_given_spare_the_host_a_wait(model, monkeypatch):
+    """With the collator's positions nothing is read back, and loss and gradients are those without."""
+    rows = [prompt_ids([1, 2, 3, 4, 5, 6]), prompt_ids([], images=2)]
+    ids, labels = np.array(rows), np.array(rows)
+    labels[:, :9] = -100
+    places = {
+        "image_positions": paddle.to_tensor(image_positions(ids, 3, IMAGE_START_ID, 4)),
+        "label_positions": paddle.to_tensor(label_positions(labels)),
+    }
+    inputs = {"images": pixels(3), "labels": batch(*labels), "attention_mask": paddle.ones([2, 12], "int64")}
+
+    def run(**more):
+        loss = model(batch(*rows), **inputs, **more).loss
+        loss.backward()
+        gradients = [p.grad.numpy() for p in model.parameters() if p.grad is not None]
+        model.clear_gradients()
+        return [loss.numpy(), *gradients]
+
+    expected = run()
+
+    def waits(*args, **kwargs):
+        raise AssertionError("the host waited")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paddle, "nonzero", waits)
+        for name in ("numpy", "item", "tolist", "__bool__", "__float__", "__int__"):
+            patch.setattr(paddle.Tensor, name, waits)
+        loss = model(batch(*rows), **inputs, **places).loss
+        loss.backward()
+        model.clear_gradients()
+        with pytest.raises(AssertionError, match="waited"):
+            model(batch(*rows), **inputs)
+    for one, other in zip(run(**places), expected):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_logits_beside_a_loss_cost_nothing_until_read(model, monkeypatch):

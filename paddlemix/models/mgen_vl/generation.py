@@ -16,7 +16,7 @@ from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
 from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.content import count_images, named_images
-from paddlemix.processors.mgen_vl_processing import encode_prompt
+from paddlemix.processors.mgen_vl_processing import encode_prompt, image_positions
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.runtime import resolve_flash
@@ -116,12 +116,22 @@ class CaptionGeneration:
         self.eval()
         self._fuse(self.generates_fused())
         try:
-            if image_features is None and images is not None and images.shape[0]:
+            given = images if image_features is None else image_features
+            n_images = 0 if given is None else given.shape[0]
+            # In front of the ViT: to read the ids, the host would wait for it.
+            places = image_positions(
+                input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries
+            )
+            if image_features is None and n_images:
                 image_features = self.visual(images)
             if attention_mask is None:
                 attention_mask = paddle.ones_like(input_ids)
             return super().generate(
-                input_ids, attention_mask=attention_mask.astype("int64"), image_features=image_features, **kwargs
+                input_ids,
+                attention_mask=attention_mask.astype("int64"),
+                image_features=image_features,
+                image_positions=places,
+                **kwargs,
             )
         finally:
             self._fuse(was_fused)
@@ -153,8 +163,8 @@ class CaptionGeneration:
         """Inputs of one step: the whole prompt first, then the newest token with the cache, which knows all else."""
         inputs = {"past_key_values": past_key_values, "use_cache": True, "last_logits_only": True, "return_dict": True}
         if past_key_values is None:
-            features = kwargs.get("image_features")
-            return dict(inputs, input_ids=input_ids, attention_mask=attention_mask, image_features=features)
+            images = {name: kwargs.get(name) for name in ("image_features", "image_positions")}
+            return dict(inputs, input_ids=input_ids, attention_mask=attention_mask, **images)
         return dict(inputs, input_ids=input_ids[:, -1:])
 
     @staticmethod
@@ -172,14 +182,17 @@ class CaptionGeneration:
 
     def expand_inputs_for_generation(self, input_ids, expand_size, attention_mask=None, **model_kwargs):
         """Repeat each row, and the features of its images with it."""
-        features = model_kwargs.pop("image_features", None)
+        features, places = model_kwargs.pop("image_features", None), model_kwargs.pop("image_positions")
+        B, T = input_ids.shape
         if features is not None:
-            per_row = (input_ids.numpy() == self.config.image_start_id).sum(axis=1)
-            first = np.cumsum(per_row) - per_row
-            order = [f for start, n in zip(first, per_row) for _ in range(expand_size) for f in range(start, start + n)]
-            features = paddle.gather(features, paddle.to_tensor(np.array(order, dtype=np.int64)))
-        rows = paddle.arange(input_ids.shape[0], dtype="int64").repeat_interleave(expand_size)
-        model_kwargs["image_features"] = features
+            places = places.reshape(features.shape[:2])
+            row, order = places[:, 0] // T, np.arange(B * expand_size)[:, None]
+            # For each new row the images of the one it repeats.
+            new_row, image = np.nonzero(order // expand_size == row)
+            features = paddle.gather(features, paddle.to_tensor(image))
+            places = (places[image] + ((new_row - row[image]) * T)[:, None]).reshape(-1)
+        rows = paddle.arange(B, dtype="int64").repeat_interleave(expand_size)
+        model_kwargs.update(image_features=features, image_positions=places)
         model_kwargs["attention_mask"] = paddle.gather(attention_mask, rows)
         return paddle.gather(input_ids, rows), model_kwargs
 

@@ -365,8 +365,9 @@ class MGenDecoder(MGenPretrainedModel):
         attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen but
         what the cache's prompt had masked. position_ids: int64 [B, T]; by default counted from the mask. cache: a
         KVCache, empty at prefill; extended.
-        sample_lengths: int64 [B, K], the tokens of the samples that lie one behind the other in each row (0 where a row
-        has fewer). Each is then computed as if it were alone; mask and positions follow from it.
+        sample_lengths: lists or an array [B, K] on the host (a tensor is waited for): the tokens of the samples that
+        lie one behind the other in each row (0 where a row has fewer). Each is then computed as if it were alone; mask
+        and positions follow from it.
         """
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
@@ -398,7 +399,7 @@ class MGenDecoder(MGenPretrainedModel):
         if sample_lengths is not None:
             if cache is not None:
                 raise ValueError("packed samples have no cache")
-            bias, position_ids = self._packed(sample_lengths.numpy(), T)
+            bias, position_ids = self._packed(np.asarray(sample_lengths), T)
         if past:
             cache.reserve(past + T)
             if attention_mask is None:

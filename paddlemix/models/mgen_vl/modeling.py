@@ -26,9 +26,8 @@ from paddlemix.models.mgen_vl.generation import CaptionGeneration, generation_va
 from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.models.mgen_vl.vision import Vision
-from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX
+from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, image_positions
 from paddlemix.utils.compat import full_precision
-from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import resolve_dtype
@@ -107,58 +106,47 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
     # ---- forward
 
-    def _image_positions(self, input_ids, n_images: int) -> np.ndarray:
-        """Flat indices, [N × Q] into B × T, of the positions that image features fill, in row-major order.
-
-        Raises:
-            UserError: a span is not exactly `<img>`, Q ids, `</img>`, or there are more or fewer spans than images.
-        """
-        ids = input_ids.numpy()
-        start_id, Q = self.config.image_start_id, self.config.n_queries
-        rows, columns = np.nonzero(ids == start_id)
-        if len(rows) != n_images:
-            raise UserError(f"the text has {len(rows)} image spans, but {n_images} images were given")
-        ends = columns + Q + 1
-        if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != start_id + 1).any():
-            raise UserError(f"an image span must be <img>, {Q} ids and </img>")
-        if (ids == start_id + 1).sum() != n_images:
-            raise UserError("the text has a </img> without its <img>")
-        return ((rows * ids.shape[1] + columns + 1)[:, None] + np.arange(Q)).reshape(-1)
-
-    def embed(self, input_ids, images=None, image_features=None):
+    def embed(self, input_ids, images=None, image_features=None, places=None):
         """Token embeddings with image features in their places: [B, T, D].
 
-        input_ids: int64 [B, T]; images: [N, 3, S, S] pixel values, or image_features: [N, Q, D] computed before.
+        input_ids: int64 [B, T]; images: [N, 3, S, S] pixel values, or image_features: [N, Q, D] computed before;
+        places: an array or tensor as processors' image_positions gives it.
         """
+        given = images if image_features is None else image_features
+        n_images = 0 if given is None else given.shape[0]
+        # In front of the ViT: reading the ids on the host would wait for it.
+        if places is None:
+            places = image_positions(input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries)
         embeds = self.transformer.llm.wte(input_ids)
-        if image_features is None and images is not None and images.shape[0]:
-            image_features = self.visual(images)
-        n_images = 0 if image_features is None else image_features.shape[0]
-        positions = self._image_positions(input_ids, n_images)
         if n_images == 0:
             return embeds
+        if image_features is None:
+            image_features = self.visual(images)
         B, T, D = embeds.shape
+        places = places if isinstance(places, paddle.Tensor) else paddle.to_tensor(places)
         features = image_features.reshape([-1, D]).astype(embeds.dtype)
         # Autocast would run this in float32, and everything that meets its result, down to the last block, with it.
         with full_precision():
-            filled = paddle.scatter(embeds.reshape([B * T, D]), paddle.to_tensor(positions), features)
+            filled = paddle.scatter(embeds.reshape([B * T, D]), places, features)
         return filled.reshape([B, T, D])
 
     def _logits(self, hidden):
         """[…, D] → […, V]."""
         return parallel_matmul(hidden, self.lm_head.weight, tensor_parallel_output=False)
 
-    def _loss(self, hidden, labels):
+    def _loss(self, hidden, labels, chosen=None):
         """Mean cross-entropy over labelled positions; position t predicts label t + 1. float32 scalar.
 
-        Only the labelled positions go through lm_head. A batch without any label has loss 0.
+        Only the labelled positions go through lm_head: chosen, as label_positions gives them. Without it they are
+        looked up here, which waits for the device. A batch without any label has loss 0.
         """
-        targets = labels[:, 1:].reshape([-1])
-        chosen = paddle.nonzero(targets != IGNORE_INDEX).flatten()
-        if chosen.shape[0] == 0:
+        if chosen is None:
+            chosen = paddle.nonzero((labels[:, 1:] != IGNORE_INDEX).reshape([-1])).flatten()
+            chosen = chosen + chosen // max(labels.shape[1] - 1, 1)
+        if len(chosen) == 0:
             return hidden.astype("float32").sum() * 0.0
-        states = paddle.gather(hidden[:, :-1].reshape([-1, hidden.shape[-1]]), chosen)
-        targets = paddle.gather(targets, chosen)
+        states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), chosen)
+        targets = paddle.gather(labels.flatten(), chosen + 1)
         if self.config.tensor_parallel_degree > 1:
             # Each card keeps its columns of the vocabulary.
             logits = parallel_matmul(states, self.lm_head.weight, tensor_parallel_output=True).astype("float32")
@@ -166,7 +154,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
                 return fleet.meta_parallel.ParallelCrossEntropy()(logits, targets.unsqueeze(-1)).mean()
         logits = self._logits(states).astype("float32")
         with full_precision():
-            return F.cross_entropy(logits, targets, reduction="mean")
+            # Not its own mean, for which it would ask the device whether a label is to be ignored.
+            return F.cross_entropy(logits, targets, reduction="none").mean()
 
     def forward(
         self,
@@ -181,15 +170,18 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         use_cache=False,
         last_logits_only=False,
         sample_lengths=None,
+        image_positions=None,
+        label_positions=None,
     ):
         """One pass.
 
         input_ids: int64 [B, T], image spans included. images: [N, 3, S, S], in row-major order of their spans
         (image_features [N, Q, D] in their place skip the vision tower). attention_mask: 0/1 [B, T] (with a cache
         [B, past + T]), or [B, 1, T, T] as a pattern of one's own. position_ids: int64 [B, T]. labels: int64 [B, T],
-        -100 where nothing is learned, not shifted. sample_lengths: int64 [B, K] for rows of packed samples, see
-        MGenDecoder.forward; a sample's first label must be -100 then. Returns MGenOutput, or (loss, logits) / (logits,)
-        as a tuple.
+        -100 where nothing is learned, not shifted. sample_lengths: [B, K] for rows of packed samples, see
+        MGenDecoder.forward; a sample's first label must be -100 then. image_positions, label_positions: int64, flat, as
+        the processors' functions of these names give them; found here if left out, for which the host waits for the
+        device. Returns MGenOutput, or (loss, logits) / (logits,) as a tuple.
 
         Raises:
             UserError: the spans in the text do not match the images.
@@ -198,12 +190,12 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         if past:
             embeds = self.transformer.llm.wte(input_ids)
         else:
-            embeds = self.embed(input_ids, images, image_features)
+            embeds = self.embed(input_ids, images, image_features, image_positions)
         cache = past_key_values
         if use_cache and cache is None:
             cache = self.new_cache()
         hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, sample_lengths)
-        loss = self._loss(hidden, labels) if labels is not None else None
+        loss = self._loss(hidden, labels, label_positions) if labels is not None else None
         if not return_dict:
             logits = self._logits(hidden)
             return (loss, logits) if labels is not None else (logits,)
