@@ -119,7 +119,7 @@ def model_fingerprint(folder: str) -> str:
     Raises:
         WeightsError: no config.json, or weights that cannot be read.
     """
-    config = read_json_object(inside(folder, "config.json"))
+    config = read_json_object(os.path.join(folder, "config.json"))
     digest = hashlib.sha256(json.dumps(structure(config), sort_keys=True).encode())
     with open_weights(folder) as reader:
         for name in sorted(reader.keys()):

@@ -28,7 +28,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
-from paddlemix.checkpoint.model_folder import ANSWERS, files_of
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
@@ -139,6 +138,9 @@ def fingerprint_folder(folder: str) -> str:
     Of a file over 64 MiB, 64 blocks of 1 MiB are read, so that 20 GB of weights cost no second. That tells
     trained weights apart, which differ everywhere. It does not tell of a byte changed on purpose.
     """
+    # Not needed for --help, which would load numpy with it.
+    from paddlemix.checkpoint.model_folder import ANSWERS, files_of
+
     digest = hashlib.sha256()
     for name in files_of(folder, *ANSWERS):
         path = os.path.join(folder, name)

@@ -176,6 +176,11 @@ def load_lora(model, folder: str):
                 expected[module + ".lora_A"], expected[module + ".lora_B"] = (weight[0], rank), (rank, weight[1])
         # Before anything of this rank is made.
         check_weights(reader, expected, path)
+    from paddlenlp.utils.log import logger as paddlenlp_logger
+
+    # It would say that adapters are marked as trainable.
+    level = paddlenlp_logger.logger.level
+    paddlenlp_logger.logger.setLevel("WARNING")
     try:
         lora_model = apply_lora(
             model,
@@ -187,6 +192,8 @@ def load_lora(model, folder: str):
         )
     except ConfigError as error:
         raise WeightsError(f"{folder} does not fit the model: {error}") from None
+    finally:
+        paddlenlp_logger.logger.setLevel(level)
     load_lora_weights(lora_model, folder)
     lora_model.eval()
     return lora_model
