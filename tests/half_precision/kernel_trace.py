@@ -2,7 +2,7 @@
 
 Paddle logs each kernel that it chooses (GLOG_v=6); what is written in between says from where, by the line of the
 project or of PaddleNLP that ran last. Everything runs in the simulator with the branches that a GPU takes: operands are
-not spread, transposes are views, parameters are set and not adopted, attention is fused.
+not spread, transposes are views, parameters are set and not adopted, attention and generation's norms are fused.
 """
 
 import os
@@ -14,10 +14,12 @@ import paddle
 import paddle.nn.functional as F
 
 from paddlemix.auto import AutoConfigMIX, AutoModelMIX
+from paddlemix.models.mgen_vl import language
 from paddlemix.trainer.numerics import gradient_norm
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import FinetuneArguments
 from paddlemix.trainer.tuned_model import add_neftune
+from paddlemix.utils import compat
 from tests.half_precision import world
 from tests.half_precision.simulator import HALF, Simulation
 
@@ -163,35 +165,48 @@ TRAINING = ("load", "lora", "full", "plain_attention", "recompute", "packing", "
 GENERATION = ("greedy", "greedy_with_options", "sampling", "beams")
 
 
+def stand_in(simulation):
+    """Let what has no kernel on a CPU say the one that it launches on a GPU, and compute by others."""
+
+    def launch(kernels, inputs):
+        inputs = simulation._cast(kernels[0], [tensor for tensor in inputs if tensor is not None])
+        stored = "float64" if {tensor.dtype for tensor in inputs} - {HALF} else "float32"
+        for kernel in kernels:
+            say(f"{kernel} API kernel key: [CPU, NCHW, {stored}]")
+
+    attention, auto_cast = F.scaled_dot_product_attention, paddle.amp.auto_cast
+
+    def fused_attention(query, key, value, attn_mask=None, **options):
+        launch(("flash_attn", "flash_attn_grad"), [query, key, value, attn_mask])
+        return attention(query, key, value, attn_mask, **options)
+
+    def fused_rms_norm(x, weight, bias, epsilon, axis, residual=None):
+        launch(("rms_norm",), [x, weight, residual])
+        total = x if residual is None else x + residual
+        wide = total.astype("float32")
+        return (wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)).astype(x.dtype) * weight, total
+
+    def open_autocast(on=True, level="O1", **options):
+        # Recomputing opens it anew; on a CPU it does nothing.
+        return simulation.autocast(level) if options.get("enable", on) else auto_cast(False)
+
+    F.scaled_dot_product_attention, paddle.amp.auto_cast = fused_attention, open_autocast
+    compat._fused_rms_norm = fused_rms_norm
+    language.norm_is_fused = lambda x: not paddle.is_grad_enabled()
+
+
 def main(dtype, level, folder, *only):
     paddle.set_device("cpu")
     paddle.set_flags({"FLAGS_use_stride_kernel": True})
     with Simulation(dtype) as simulation:
-        attention = F.scaled_dot_product_attention
-
-        def fused(query, key, value, attn_mask=None, **options):
-            inputs = [query, key, value] + ([] if attn_mask is None else [attn_mask])
-            wide = {tensor.dtype for tensor in simulation._cast("flash_attn", inputs)} - {HALF}
-            for kernel in ("flash_attn", "flash_attn_grad"):
-                say(f"{kernel} API kernel key: [CPU, NCHW, {'float64' if wide else 'float32'}]")
-            return attention(query, key, value, attn_mask, **options)
-
-        # Recomputing opens it anew, and on a CPU it does nothing.
-        auto_cast = paddle.amp.auto_cast
-        paddle.amp.auto_cast = lambda on=True, level="O1", **options: (
-            simulation.autocast(level) if options.get("enable", on) else auto_cast(False)
-        )
-        F.scaled_dot_product_attention = fused
-        try:
-            steps = Steps(simulation, level, folder)
-            # Generation has no autocast, and no level.
-            for name in only or TRAINING + (GENERATION if level == "O2" else ()):
-                say("STEP", name)
-                sys.settrace(trace)
-                getattr(steps, name)()
-                sys.settrace(None)
-        finally:
-            F.scaled_dot_product_attention, paddle.amp.auto_cast = attention, auto_cast
+        stand_in(simulation)
+        steps = Steps(simulation, level, folder)
+        # Generation has no autocast, and no level.
+        for name in only or TRAINING + (GENERATION if level == "O2" else ()):
+            say("STEP", name)
+            sys.settrace(trace)
+            getattr(steps, name)()
+            sys.settrace(None)
 
 
 if __name__ == "__main__":
