@@ -69,7 +69,7 @@ def build(run: Run) -> FinetuneTrainer:
     run.refuse()
     model_args, data_args, _, training = run.arguments[:4]
     _announce(run)
-    training_args = paddlenlp_arguments(training, run.precision)
+    training_args = paddlenlp_arguments(training, run.precision, run.order)
     logger.warning(
         f"Process rank: {training_args.local_rank}, device: {run.machine.device}, "
         f"world_size: {training_args.world_size}, distributed training: {training_args.world_size > 1}, "

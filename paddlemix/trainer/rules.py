@@ -18,6 +18,14 @@ class Rule(NamedTuple):
     broken: Callable[[Arguments], Any]
 
 
+# Those of PaddleNLP that work here, and those that keep optimizer states by pieces of fused buffers, not by parameter.
+_SHARDING_OPTIONS = (
+    "enable_stage1_overlap", "enable_stage2_overlap", "disable_stage1_reduce_avg", "enable_stage1_broadcast_overlap",
+    "enable_release_grads",
+)  # fmt: skip
+_CUT_STATES = (
+    "split_param", "enable_stage1_tensor_fusion", "enable_stage1_allgather_overlap", "enable_fuse_optimizer_states",
+)  # fmt: skip
 _LAUNCH = "start it with python -m paddle.distributed.launch"
 
 
@@ -27,6 +35,10 @@ def _tensor(a: Arguments) -> int:
 
 def _shards(a: Arguments) -> int:
     return max(a.training.sharding_parallel_degree, 1)
+
+
+def _sharding_options(a: Arguments) -> set:
+    return set(a.training.sharding_parallel_config.replace(",", " ").split()) if a.cards > 1 else set()
 
 
 def _has_data(a: Arguments, part: str) -> bool:
@@ -139,17 +151,30 @@ RULES = (
         "sharding_parallel_degree needs sharding=stage1 or stage2",
         lambda a: a.cards > 1 and _shards(a) > 1 and not a.training.sharding,
     ),
-    # These keep optimizer states by pieces of fused buffers, and not by parameter.
+    Rule(
+        f"sharding_parallel_config: the options are {', '.join(_SHARDING_OPTIONS)}",
+        lambda a: not _sharding_options(a) <= {*_SHARDING_OPTIONS, *_CUT_STATES},
+    ),
     *(
         Rule(
             f"sharding_parallel_config: with {option} a checkpoint could not be resumed; leave it out",
-            lambda a, option=option: a.cards > 1
-            and option in a.training.sharding_parallel_config.replace(",", " ").split(),
+            lambda a, option=option: option in _sharding_options(a),
         )
-        for option in (
-            "split_param", "enable_stage1_tensor_fusion", "enable_stage1_allgather_overlap",
-            "enable_fuse_optimizer_states",
-        )
+        for option in _CUT_STATES
+    ),
+    Rule(
+        "sharding_parallel_config: enable_stage2_overlap needs sharding=stage2",
+        lambda a: "enable_stage2_overlap" in _sharding_options(a) and a.training.sharding != "stage2",
+    ),
+    Rule(
+        "sharding_parallel_config: disable_stage1_reduce_avg and enable_stage1_broadcast_overlap need sharding=stage1",
+        lambda a: a.training.sharding != "stage1"
+        and _sharding_options(a) & {"disable_stage1_reduce_avg", "enable_stage1_broadcast_overlap"},
+    ),
+    Rule(
+        "sharding_parallel_config: enable_stage2_overlap, enable_stage1_broadcast_overlap need logging_steps above 1",
+        lambda a: a.training.logging_steps == 1
+        and _sharding_options(a) & {"enable_stage2_overlap", "enable_stage1_broadcast_overlap"},
     ),
 )  # fmt: skip
 

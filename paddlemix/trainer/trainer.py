@@ -95,8 +95,6 @@ class FinetuneTrainer(Trainer):
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
             unscale_main_gradients(self.scaler)
         self.output_dir = self.args.output_dir
-        if order is not None:
-            self.args.gradient_accumulation_steps = order.batches_per_step
         # The base class would read the best checkpoint with paddle.load; `train` does it with the safe reader.
         self.load_best = self.args.load_best_model_at_end
         self.args.load_best_model_at_end = False

@@ -12,6 +12,7 @@ import paddlenlp
 from paddlenlp.trainer import TrainingArguments
 
 from paddlemix.trainer.keys import TrainingKeys
+from paddlemix.trainer.order import Order
 from paddlemix.trainer.reports import choose_reports
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.log import logger
@@ -29,11 +30,14 @@ class FinetuneArguments(TrainingArguments):
     master_weights: bool = False
 
 
-def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> FinetuneArguments:
-    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device.
+def paddlenlp_arguments(
+    training: TrainingKeys, precision: Precision, order: Optional[Order] = None
+) -> FinetuneArguments:
+    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device, and the batches of
+    a step by what an epoch has of them.
 
     Raises:
-        ConfigError: a key is set that the installed PaddleNLP does not have, or two do not fit together.
+        ConfigError: the installed PaddleNLP refuses a value, such as a sharding option that it does not know.
     """
     known = {field.name for field in dataclasses.fields(FinetuneArguments)}
     values = {}
@@ -53,6 +57,8 @@ def paddlenlp_arguments(training: TrainingKeys, precision: Precision) -> Finetun
         do_eval=training.evaluation_strategy != "no",
         resume_from_checkpoint=None,
     )
+    if order is not None:
+        values["gradient_accumulation_steps"] = order.batches_per_step
     if training.benchmark:
         values["save_strategy"] = "no"
     try:

@@ -285,6 +285,19 @@ WRONG_TOGETHER = [
             "enable_fuse_optimizer_states",
         )
     ),
+    ({"sharding": "stage1", "sharding_parallel_config": "enable_everything"}, "the options are enable_stage1_overlap"),
+    (
+        {"sharding": "stage1", "sharding_parallel_config": "enable_stage2_overlap", "logging_steps": 2},
+        "enable_stage2_overlap needs sharding=stage2",
+    ),
+    (
+        {"sharding": "stage2", "sharding_parallel_config": "disable_stage1_reduce_avg"},
+        "disable_stage1_reduce_avg and enable_stage1_broadcast_overlap need sharding=stage1",
+    ),
+    (
+        {"sharding": "stage2", "sharding_parallel_config": "enable_stage2_overlap", "logging_steps": 1},
+        "need logging_steps above 1",
+    ),
 ]
 
 
