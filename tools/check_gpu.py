@@ -356,6 +356,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     runs, reasons = choose_runs(device.value)
     rows: List[Row] = []
     with tempfile.TemporaryDirectory(prefix="check_gpu-") as world:
+        resolve_device("cpu")  # the card's memory is for the processes that are measured
         make_world(world, models)
         for run in runs:
             for row in Checks(world, run).rows(models) if run.device == "cpu" else in_child(world, run, models):
