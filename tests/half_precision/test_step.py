@@ -72,7 +72,7 @@ class Step:
                 self.watch(patch, module, "attend", name)
             self.watch(patch, modeling.F, "cross_entropy", "logits in the loss")
             self.watch(patch, modeling, "parallel_matmul", None, "logits")
-            self.watch(patch, attention.F, "softmax_", "scores")
+            self.watch(patch, attention, "softmax_", "scores")
             inputs = world.tensors(values)
             with simulation.autocast(level):
                 loss = model(**inputs).loss
