@@ -200,9 +200,9 @@ def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, settin
     # Both RMSNorms: the residual stream in float32 (at O2 a copy), the normalised x and its product with the weight.
     # O1: these are float32, and c_attn, w1 and w2 keep a half copy each instead of the product.
     norms = {"float32": 24, "O1": 22, "O2": 16}[setting.precision]
-    # Halves of queries and keys before the rotation (2 A): float32 at O1, where each of their four products has an own
-    # copy if c_attn's result is half. Scaled queries, keys, values, the result: A each.
-    turned = {"float32": 8, "O1": 16 if setting.paddle_3 else 8, "O2": 4}[setting.precision]
+    # Queries, keys and values before the rotation, 3 A: float32 at O1, where both of their products have an own copy if
+    # c_attn's result is half. After it, and the result: A each.
+    turned = {"float32": 12, "O1": 24 if setting.paddle_3 else 12, "O2": 6}[setting.precision]
     heads = N * A * (turned + 4 * act)
     # Softmax in float32, and its copy in half precision.
     scores = batch.pairs * H * (4 if act == 4 else 6)
@@ -303,12 +303,12 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
             working.append(counts[-1].kept + counts[-1].working)
         else:
             working.append(max(one.working for one in counts))
-    # Masks and rotary tables, once for all layers; on the CPU as large as what they are added to.
+    # Masks and rotary tables (for queries, keys, values), once for all layers; on the CPU as large as what meets them.
     H = config["num_attention_heads"] // setting.tensor
     if setting.gpu:
-        stored["masks and tables"] = batch.masked * 4 + 2 * N * config["kv_channels"] * wide
+        stored["masks and tables"] = batch.masked * 4 + 6 * N * config["kv_channels"] * wide
     else:
-        stored["masks and tables"] = batch.masked * H * 4 + 2 * N * D * wide
+        stored["masks and tables"] = batch.masked * H * 4 + 6 * N * D * wide
     # Final norm, the states of labelled positions, and their logits: float32 softmax kept, its gradient on top.
     stored["logits and loss"] = N * D * (8 if not half else 6) + batch.labels * D * act + batch.labels * V * 4
     stored["logits and loss"] += _copies(shapes, "lm_head.", setting)
