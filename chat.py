@@ -50,10 +50,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main() -> int:
-    # Questions and answers are Chinese; a locale may be ASCII.
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
     options = sampling_options(args.temperature, args.top_p, args.top_k, args.seed, args.num_beams, args.stream)
     if args.max_new_tokens is not None:

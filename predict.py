@@ -65,8 +65,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main() -> int:
-    # Captions are Chinese; a platform's locale may be ASCII.
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     values = vars(parse_args())
     values["postprocess"] = PostProcessing(**{name: values.pop(name) for name in PostProcessing._fields})
 

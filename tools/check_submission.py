@@ -43,7 +43,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
 
     from paddlemix.contest.check import FAIL, NOT_RUN, check_submission

@@ -33,7 +33,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     args = parse_args()
 
     from paddlemix.inference.results import report_notes

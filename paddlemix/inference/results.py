@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.surroundings import temporary_folder
 
 FORMAT = 1
 # The note of a row whose image file was cut short: it has a caption, of what there was.
@@ -101,12 +101,11 @@ def input_facts(path: str) -> FileFacts:
     if found.st_size < _BAR_BYTES:
         return file_facts(path)
     state = [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
-    folder = os.path.join(tempfile.gettempdir(), f"mgen-vl-{os.getuid()}")
+    folder = temporary_folder()
+    if folder is None:
+        return file_facts(path)
     with contextlib.ExitStack() as opened:
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            if os.lstat(folder).st_uid != os.getuid():
-                raise PermissionError
             note = opened.enter_context(open(os.path.join(folder, f"{found.st_dev}-{found.st_ino}.json"), "a+"))
             fcntl.flock(note, fcntl.LOCK_EX)
         except OSError:

@@ -10,6 +10,7 @@ import sys
 from typing import IO, Callable, Optional
 
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.surroundings import open_standard_streams
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def path(text: str) -> str:
+    """An argument's type: a path. A leading ~ is the home; a shell leaves it in `--out=~/x` and behind quotes."""
+    return os.path.expanduser(text)
 
 
 def positive(text: str) -> int:
@@ -50,6 +56,37 @@ def harmless(text: str) -> str:
     return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
+def _start_again_if_needed(main: Callable[[], Optional[int]]) -> None:
+    """Start a script's process anew where Python was started in a way that it cannot work in: with a locale other than
+    UTF-8, which arguments, file names and all that is printed would be taken for, or with -O, which takes away what
+    PaddleNLP needs."""
+    if sys.getfilesystemencoding() == "utf-8" and not sys.flags.optimize:
+        return
+    words = [os.fsencode(word) for word in sys.argv]
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            command = file.read().split(b"\0")[:-1]
+    except OSError:
+        return
+    # Only where this process is the script's own: in a notebook or a test it is not.
+    if main.__module__ != "__main__" or command[-len(words) :] != words or not sys.executable:
+        return
+    import subprocess
+
+    options = [word for word in subprocess._args_from_interpreter_flags() if not word.startswith("-O")]
+    environment = dict(os.environ, PYTHONUTF8="1")
+    environment.pop("PYTHONOPTIMIZE", None)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *options, "-Xutf8", *words], environment)
+
+
+def _print_utf8() -> None:
+    """Captions are Chinese, whatever a locale says. (A notebook's streams have no encoding.)"""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "replace")
+
+
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
@@ -57,6 +94,9 @@ def run(main: Callable[[], Optional[int]]) -> int:
     Ctrl-C. A reader that went away (`| head`) ends the program quietly with 1. Anything else is a bug of ours and
     keeps its traceback.
     """
+    _start_again_if_needed(main)
+    open_standard_streams()
+    _print_utf8()
     try:
         return main() or 0
     except UserError as error:
