@@ -38,17 +38,17 @@ class ModelArguments:
     )
     freeze_exclude: Optional[List[str]] = key(
         None,
-        "Patterns that train although freeze_include matches them. With lora, what they match trains "
-        "whole beside the adapters and is saved with them.",
+        "Patterns that train although freeze_include matches them. With lora, what they match trains in full and is "
+        "saved with the adapters.",
     )
-    lora: bool = key(False, "Train low-rank adapters in place of the weights they stand beside.")
+    lora: bool = key(False, "Train LoRA adapters; the adapted weights stay frozen.")
     lora_path: Optional[str] = key(None, "Folder of a LoRA checkpoint to start from.")
     lora_rank: int = key(64, "Rank r of the adapters.", at_least=1)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", at_least=1)
     lora_dropout: float = key(0.05, "Dropout on the adapters' input.", at_least=0, at_most=0.99)
     lora_target_modules: List[str] = key(
         [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"],
-        "Regular expressions; Linear layers whose whole name matches, or that of a module around them, get an adapter.",
+        "Regular expressions on full names; Linear layers that match, or lie in a module that does, get an adapter.",
     )
     neftune: bool = key(False, "Add uniform noise to the token embeddings while training (NEFTune).")
     neftune_noise_alpha: float = key(5.0, "Noise scale of neftune.", above=0)
@@ -73,8 +73,8 @@ class DataArguments:
     lazy: bool = key(False, "Kept for older configs: samples are always read by index and decoded when needed.")
     mixtoken: bool = key(
         False,
-        "Pack samples into sequences of at most max_length tokens, each attending to itself alone. Batch sizes then "
-        "count sequences.",
+        "Pack samples into sequences of at most max_length tokens; attention never crosses sample boundaries. Batch "
+        "sizes then count sequences.",
     )
     eval_with_do_generation: bool = key(
         False, "At each evaluation, also generate the validation captions and score them (eval_cider)."
@@ -110,9 +110,9 @@ class TrainingKeys:
     overwrite_output_dir: bool = key(
         False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
     )
-    resume: bool = key(False, "Go on from the last whole checkpoint in output_dir, or start anew if there is none.")
+    resume: bool = key(False, "Resume from the newest complete checkpoint in output_dir, or start anew if there is none.")
     resume_from_checkpoint: Optional[str] = key(
-        None, "Go on from this checkpoint folder, the newest in output_dir or one elsewhere."
+        None, "Resume from this checkpoint folder, the newest in output_dir or one elsewhere."
     )
     do_train: bool = key(False, "Train.")
     do_eval: bool = key(
@@ -183,7 +183,7 @@ class TrainingKeys:
     benchmark: bool = key(False, "Measure only: nothing is saved, and samples and tokens per second are printed.")
     save_strategy: str = key("steps", "When to write a checkpoint.", choices=_STRATEGIES)
     save_steps: int = key(500, "Steps between checkpoints.", at_least=1)
-    save_total_limit: Optional[int] = key(None, "Newest checkpoints kept; the best one is kept besides.", at_least=1)
+    save_total_limit: Optional[int] = key(None, "Newest checkpoints to keep; the best one is kept in addition.", at_least=1)
     evaluation_strategy: str = key("no", "When to evaluate while training.", choices=_STRATEGIES)
     eval_steps: Optional[int] = key(None, "Steps between evaluations (default: logging_steps).", at_least=1)
     max_evaluate_steps: int = key(-1, "Batches of an evaluation; -1: all.", at_least=-1)
@@ -194,7 +194,7 @@ class TrainingKeys:
         choices=("loss", "eval_loss", "cider", "eval_cider"),
     )
     greater_is_better: Optional[bool] = key(None, "Whether more of it is better (default: not for a loss).")
-    ignore_data_skip: bool = key(False, "On resume, begin the epoch's data again in place of going on where it stood.")
+    ignore_data_skip: bool = key(False, "On resume, begin the epoch's data again instead of going on where it stopped.")
     sharding: str = key(
         "", "Split optimizer states (stage1) and gradients (stage2) over cards.", choices=("", "stage1", "stage2")
     )

@@ -318,10 +318,13 @@ def test_what_several_processes_cannot(parse, monkeypatch, changes, says):
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.says[:40])
 def test_every_rule_has_a_run_that_breaks_it(base, rule):
-    assert not rule.broken(keys.blocks_of(base)) and not rule.broken(keys.blocks_of(base, 3))
-    wrong = [keys.blocks_of({**base, **changes}) for changes, _ in WRONG]
-    wrong += [keys.blocks_of({**base, **changes}, 3) for changes, _ in WRONG_TOGETHER]
-    assert any(rule.broken(arguments) for arguments in wrong)
+    def broken(changes, cards):
+        arguments = keys.blocks_of({**base, **changes}, cards)
+        return rule.broken(arguments.model, arguments.data, arguments.training, arguments)
+
+    assert not broken({}, 1) and not broken({}, 3)
+    wrong = [(changes, 1) for changes, _ in WRONG] + [(changes, 3) for changes, _ in WRONG_TOGETHER]
+    assert any(broken(*one) for one in wrong)
 
 
 def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
