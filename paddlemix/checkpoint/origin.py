@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, inside
 from paddlemix.checkpoint.shards import open_weights
@@ -61,17 +61,24 @@ class Origin(NamedTuple):
     def write(self, folder: str) -> None:
         write_json(os.path.join(folder, TUNED_FROM_NAME), dict(zip(_KEYS, self)))
 
-    def check(self, tuned: str, base: str, text: Optional[str] = None, force: bool = False) -> None:
+    def check(
+        self,
+        tuned: str,
+        base: str,
+        text: Optional[str] = None,
+        force: bool = False,
+        warn: Callable[[str], Any] = logger.warning,
+    ) -> None:
         """Whether the run in `tuned`, whose note this is, started from the model in `base`, and from the LLM of the
         one in `text`, if given.
 
-        A note without a fingerprint, or no note, is a warning. force: so is another model.
+        A note without a fingerprint, or no note, is a warning. force: so is another model. warn: takes warnings.
 
         Raises:
             WeightsError: it did not.
         """
         if self.base_fingerprint is None:
-            logger.warning(
+            warn(
                 f"{tuned} does not say from which weights it was tuned (it is of an older version): "
                 f"nothing shows that {base} is that model"
             )
@@ -85,7 +92,7 @@ class Origin(NamedTuple):
             )
             if not force:
                 raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)")
-            logger.warning(problem)
+            warn(problem)
 
     def same_weights(self, other: Origin) -> bool:
         """Whether two notes are of the same models, as far as they tell."""

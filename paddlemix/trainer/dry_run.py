@@ -13,7 +13,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from paddlemix.models.mgen_vl.parameters import CONSTANTS
 from paddlemix.trainer import freeze, memory
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
@@ -158,11 +157,7 @@ def _foresee_memory(found: Forecast) -> None:
 
 def _foresee_disk(found: Forecast) -> None:
     run, training, order = found.run, found.run.arguments.training, found.run.order
-    # What changed alone, unless that is everything (tuned_model.save_tuned).
-    shapes, saved = found.trained.shapes, found.trained.trainable
-    if not run.arguments.model.lora and len(saved) == len(shapes) - len(CONSTANTS):
-        saved = list(shapes)
-    weights, states = memory.checkpoint_bytes(found.trained, found.setting, saved)
+    weights, states = memory.checkpoint_bytes(found.trained, found.setting, run.saved)
     found.checkpoint = weights + states + _SIDE_FILES
     steps = order.steps if order is not None else max(training.max_steps, 0)
     if training.save_strategy == "steps":

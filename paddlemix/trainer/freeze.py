@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.models.lora import adapted_modules
@@ -116,6 +116,11 @@ def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...
             same = adapted_modules(shapes, ours) == adapted_modules(shapes, theirs)
         if not same:
             raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
+
+
+def is_everything(trainable: Collection[str], names: Collection[str]) -> bool:
+    """Whether these are all of a model's parameters that can train."""
+    return len(trainable) == len(names) - len(CONSTANTS)
 
 
 def apply_freeze(model, trainable: Iterable[str]) -> None:

@@ -110,7 +110,7 @@ class TrainingKeys:
     overwrite_output_dir: bool = key(
         False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
     )
-    resume: bool = key(False, "Resume from the newest complete checkpoint in output_dir, or start anew if there is none.")
+    resume: bool = key(False, "Resume from the newest complete checkpoint in output_dir; start anew if there is none.")
     resume_from_checkpoint: Optional[str] = key(
         None, "Resume from this checkpoint folder, the newest in output_dir or one elsewhere."
     )
@@ -183,7 +183,7 @@ class TrainingKeys:
     benchmark: bool = key(False, "Measure only: nothing is saved, and samples and tokens per second are printed.")
     save_strategy: str = key("steps", "When to write a checkpoint.", choices=_STRATEGIES)
     save_steps: int = key(500, "Steps between checkpoints.", at_least=1)
-    save_total_limit: Optional[int] = key(None, "Newest checkpoints to keep; the best one is kept in addition.", at_least=1)
+    save_total_limit: Optional[int] = key(None, "Newest checkpoints to keep; the best one stays, too.", at_least=1)
     evaluation_strategy: str = key("no", "When to evaluate while training.", choices=_STRATEGIES)
     eval_steps: Optional[int] = key(None, "Steps between evaluations (default: logging_steps).", at_least=1)
     max_evaluate_steps: int = key(-1, "Batches of an evaluation; -1: all.", at_least=-1)

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from paddlemix.auto import AutoConfigMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint.origin import Origin
 from paddlemix.datasets.chatml import ChatmlDataset, build_dataset
 from paddlemix.datasets.entries import Entry, read_entries
 from paddlemix.datasets.packing import SampleLengths, plan_packs
@@ -25,6 +26,7 @@ from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
 from paddlemix.trainer.order import Order
 from paddlemix.trainer.rules import broken_rules
+from paddlemix.trainer.tuned_model import open_tuned
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, UserError
@@ -44,14 +46,16 @@ class StoredWeights(NamedTuple):
 class Run:
     """A run before its first step. What cannot be decided, because something is wrong with it, is None or empty.
 
-    problems: why the run cannot start. warnings: what is otherwise than asked for. notes: what is worth knowing.
-    shapes: of the base model's parameters. trainable: those that train whole. adapters: names and shapes of the LoRA
-    matrices. resume_from: checkpoint to go on from. old_files: what a finished run left in output_dir, to be deleted.
+    problems: why the run cannot start; errors: those of them that were raised. warnings: what is otherwise than asked
+    for. notes: what is worth knowing. shapes: of the base model's parameters. trainable: those that train in full.
+    adapters: names and shapes of the LoRA matrices. resume_from: checkpoint to go on from. old_files: what a finished
+    run left in output_dir, to be deleted.
     """
 
     arguments: Arguments
     machine: Machine
     problems: List[str] = field(default_factory=list)
+    errors: Dict[str, UserError] = field(default_factory=dict)
     warnings: List[str] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     precision: Precision = Precision("float32", "float32", False, False)
@@ -76,6 +80,7 @@ class Run:
             return call(*arguments, **options)
         except UserError as error:
             self.problem(str(error))
+            self.errors[str(error)] = error
         return None
 
     def problem(self, text: str) -> None:
@@ -83,7 +88,9 @@ class Run:
             self.problems.append(text)
 
     def refuse(self) -> None:
-        """Raise ConfigError with all problems, if there are any."""
+        """Raise an error with all problems, if there are any."""
+        if len(self.problems) == 1 and self.problems[0] in self.errors:
+            raise self.errors[self.problems[0]]
         if self.problems:
             raise ConfigError("; ".join(self.problems))
 
@@ -101,6 +108,19 @@ class Run:
     def trained(self) -> List[str]:
         """Names of all that train."""
         return [*self.trainable, *self.adapters]
+
+    @property
+    def kind(self) -> str:
+        """What is saved: "adapters" (with what trains in full beside them), a "part" or "everything"."""
+        if self.adapters:
+            return "adapters"
+        return "everything" if freeze.is_everything(self.trainable, self.shapes) else "part"
+
+    @property
+    def saved(self) -> Dict[str, Shape]:
+        """Names and shapes of what is saved."""
+        shapes = {**self.shapes, **self.adapters}
+        return shapes if self.kind == "everything" else {name: shapes[name] for name in self.trained}
 
     def counts(self) -> Dict[str, freeze.GroupCount]:
         """Elements per module group."""
@@ -183,7 +203,7 @@ def _decide_model(run: Run) -> None:
     if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
         run.attempt(freeze.check_lora_path, model, run.shapes)
         if plan is not None and run.adapters:
-            run.attempt(_check_lora_weights, run, model.lora_path)
+            run.attempt(_check_lora_path, run, model.lora_path)
 
 
 def _is_model(folder: Optional[str]) -> bool:
@@ -200,9 +220,14 @@ def _open_base(run: Run, folder: str) -> None:
         check_weights(reader, run.shapes, folder)
 
 
-def _check_lora_weights(run: Run, folder: str) -> None:
-    with open_lora_weights(folder, {**run.adapters, **{name: run.shapes[name] for name in run.trainable}}):
+def _check_lora_path(run: Run, folder: str) -> None:
+    model = run.arguments.model
+    with open_lora_weights(folder, run.saved):
         pass
+    if run.guard is not None:
+        # Going on with them on another base may be meant.
+        base, text = model.model_name_or_path, model.text_model_name_or_path
+        Origin.read(folder).check(folder, base, text, force=True, warn=run.warnings.append)
 
 
 def nearest_folder(path: str) -> str:
@@ -287,9 +312,20 @@ def _decide_order(run: Run) -> None:
 
 
 def _check_resume(run: Run) -> None:
-    """Whether the run sees the samples in the order of the checkpoint it goes on from."""
-    if run.resume_from is None:
+    """Whether the checkpoint to go on from is of this run: order of samples, state, weights."""
+    folder = run.resume_from
+    if folder is None:
         return
-    progress = run.attempt(resume.read_progress, run.resume_from)
+    progress = run.attempt(resume.read_progress, folder)
     if progress is not None:
-        run.attempt(checkpoints.check_order, run.resume_from, progress.order, run.order.settings())
+        run.attempt(checkpoints.check_order, folder, progress.order, run.order.settings())
+        run.attempt(resume.read_trainer_state, folder, progress.step)
+    if run.guard is not None and run.trained:
+        run.attempt(_check_resumed_weights, run, folder)
+
+
+def _check_resumed_weights(run: Run, folder: str) -> None:
+    model = run.arguments.model
+    origin = Origin.of(model.model_name_or_path, model.text_model_name_or_path)
+    with open_tuned(folder, run.saved, run.kind, origin):
+        pass

@@ -10,21 +10,22 @@ merge_lora_params.py makes a model folder of the first two and their base.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from typing import Optional, Sequence
+from typing import Dict, Iterator, Optional, Sequence
 
 import paddle
 from paddlenlp.peft import LoRAModel
 
 from paddlemix.auto import AutoModelMIX
-from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, open_weights, write_items
+from paddlemix.checkpoint import PARTIAL_WEIGHTS_NAME, WeightsReader, open_weights, write_items
 from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.structure import is_language
-from paddlemix.models.lora import apply_lora, load_lora_weights
+from paddlemix.models.lora import apply_lora, load_lora_weights, open_lora_weights
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, parameter_shapes
+from paddlemix.models.mgen_vl.parameters import Shape, check_weights, parameter_shapes
 from paddlemix.trainer import freeze
 from paddlemix.trainer.keys import ModelArguments
 from paddlemix.utils.errors import WeightsError
@@ -88,9 +89,6 @@ def choose_trainable(model, model_args: ModelArguments, trainable: Sequence[str]
     )
     if model_args.lora_path is not None:
         load_lora_weights(model, model_args.lora_path)
-        base, text = model_args.model_name_or_path, model_args.text_model_name_or_path
-        # Going on with them on another base may be meant; it is said.
-        Origin.read(model_args.lora_path).check(model_args.lora_path, base, text, force=True)
         logger.info(f"Adapters loaded from {model_args.lora_path}")
     return model
 
@@ -99,7 +97,7 @@ def _trained(model) -> Optional[dict]:
     """Whole shapes of the tensors that train in a MGenLMHeadModel; None when that is all of them."""
     shapes = model.whole_shapes()
     trained = {name: shapes[name] for name, t in model.state_dict().items() if not t.stop_gradient}
-    return None if len(trained) == len(model.state_dict()) - len(CONSTANTS) else trained
+    return None if freeze.is_everything(trained, shapes) else trained
 
 
 def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> None:
@@ -126,22 +124,32 @@ def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> Non
         origin.write(folder)
 
 
-def load_tuned(model, folder: str, origin: Origin) -> None:
-    """Set the parameters from what save_tuned wrote in a run of the same kind, without executing anything it holds.
+@contextlib.contextmanager
+def open_tuned(folder: str, shapes: Dict[str, Shape], kind: str, origin: Origin) -> Iterator[WeightsReader]:
+    """The weights that save_tuned wrote in a run of the same kind ("adapters", "part" or "everything").
+
+    shapes: of what such a run saves. Nothing that the folder holds is executed.
 
     Raises:
         WeightsError: the folder is of a run of another kind, or on other weights than this one's, or broken.
     """
-    adapters = isinstance(model, LoRAModel)
-    trained = None if adapters else _trained(model)
-    if (adapters or trained is not None) and not Origin.read(folder).same_weights(origin):
+    if kind != "everything" and not Origin.read(folder).same_weights(origin):
         raise WeightsError(
             f"{folder} was tuned from other weights than {origin.base} holds now: go on with those that it began with"
         )
-    if adapters:
-        load_lora_weights(model, folder)
+    if kind == "adapters":
+        with open_lora_weights(folder, shapes) as reader:
+            yield reader
         return
-    path = folder if trained is None else inside(folder, PARTIAL_WEIGHTS_NAME)
-    with open_weights(path) as reader:
-        check_weights(reader, parameter_shapes(model.config) if trained is None else trained, folder)
-        model.fill(reader, trained)
+    with open_weights(folder if kind == "everything" else inside(folder, PARTIAL_WEIGHTS_NAME)) as reader:
+        check_weights(reader, shapes, folder)
+        yield reader
+
+
+def load_tuned(model, folder: str, origin: Origin) -> None:
+    """Set the parameters from what save_tuned wrote. Raises WeightsError: see open_tuned."""
+    base = base_of(model)
+    trained = _trained(base)
+    kind = "adapters" if isinstance(model, LoRAModel) else "part" if trained is not None else "everything"
+    with open_tuned(folder, trained or parameter_shapes(base.config), kind, origin) as reader:
+        base.fill(reader, trained)

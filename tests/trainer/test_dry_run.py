@@ -251,12 +251,14 @@ def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
 
 
 def test_an_unfinished_run_in_output_dir(words, tmp_path):
+    from tests.trainer.runs import run
+
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run(command_line.parse(words(**batches, max_steps=3, save_steps=3, disable_tqdm=True)))
     folder = tmp_path / "out" / "checkpoint-3"
-    folder.mkdir(parents=True)
-    order = {"samples": 12, "batch": 4, "accumulation": 2, "seed": 42}
-    checkpoints.seal(str(folder), {"global_step": 3, "loss_sum": 1.0, "order": order})
+    (tmp_path / "out" / checkpoints.RESULT_NAME).unlink()
     assert any("holds an unfinished run" in problem for problem in dry_run.foresee(words()).problems)
-    keys = {"resume": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 5}
+    keys = {"resume": True, **batches, "max_steps": 5}
     resumed = dry_run.foresee(words(**keys))
     assert resumed.problems == [] and f"goes on from {folder}" in resumed.notes
     for changes, says in (

@@ -12,7 +12,8 @@ from paddlemix.trainer import command_line, dry_run
 from paddlemix.trainer.freeze import count_groups
 from paddlemix.trainer.run import resolve
 from paddlemix.trainer.tuned_model import base_of
-from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.errors import ConfigError, UserError
+from tests.helpers import save_tiny_model
 from tests.trainer.runs import LORA, LORA_POOL, run, start
 
 
@@ -114,3 +115,35 @@ def test_a_run_changes_nothing_before_it_trains(run_keys, tmp_path):
     assert sorted(str(path) for path in tmp_path.rglob("*") if "runs" not in path.parts) == [
         path for path in before if "/runs" not in path
     ]
+
+
+def test_a_checkpoint_that_does_not_belong_to_the_run_is_seen_by_both(words, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "num_train_epochs": 1}
+    run(command_line.parse(words(**LORA, **keys)))
+    other = save_tiny_model(tmp_path / "other", seed=9)
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    resumed = dict(keys, resume_from_checkpoint=checkpoint, output_dir=str(tmp_path / "new"))
+    assert dry_run.foresee(words(**LORA, **resumed)).problems == []
+    for changes, says in (
+        ({"lora": False}, "is a LoRA checkpoint, not a model"),
+        (dict(LORA, lora_rank=8), "of another shape"),
+        (dict(LORA, lora_target_modules=[".*attn.c_attn"]), "unexpected"),
+        (dict(LORA, model_name_or_path=other), "was tuned from other weights than"),
+    ):
+        command = words(**{**resumed, **changes})
+        (problem,) = dry_run.foresee(command).problems
+        assert says in problem
+        with pytest.raises(UserError) as caught:
+            run(command_line.parse(command))
+        assert str(caught.value) == problem
+        assert not (tmp_path / "new").exists()
+
+
+def test_adapters_of_another_base_are_a_warning_in_both(words, tmp_path, log):
+    run(command_line.parse(words(**LORA)))
+    other = save_tiny_model(tmp_path / "other", seed=9)
+    keys = dict(LORA, lora_path=str(tmp_path / "out"), model_name_or_path=other, output_dir=str(tmp_path / "new"))
+    found = dry_run.foresee(words(**keys))
+    assert found.problems == [] and any("is another model" in note for note in found.notes)
+    run(command_line.parse(words(**keys)))
+    assert "is another model" in log.text
