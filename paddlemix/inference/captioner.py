@@ -1,17 +1,16 @@
-"""Images to captions in batches, in the order they came.
+"""Images to captions, many at a time, in the order they came.
 
-Rows are taken in windows. While the model answers one window, threads decode the images of the next (PIL lets
-go of Python's lock while it decodes and resizes). Inside a window, rows are sorted by prompt length, padded
-on the left and answered greedily, so that a caption depends on its own image and prompt only, not on its
-batch.
+While the model answers, threads decode the images of the rows to come (PIL lets go of Python's lock while it decodes
+and resizes). A caption depends on its own image and prompt only.
 
-Shapes: B rows of a batch, T prompt tokens, S image side.
+Shapes: T prompt tokens, S image side.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
 MAX_BATCH = 32
-# A window is a few batches, but no more rows or bytes of undecoded images than this (a row may hold 50 MB).
+# Rows that are decoded ahead: no more of them, and no more bytes of undecoded images, than this (one may hold 50 MB).
 WINDOW_ROWS = 64
 WINDOW_BYTES = 128 << 20
 EMPTY_ANSWER = "empty answer"
@@ -98,22 +97,12 @@ def free_memory(device: str) -> int:
     return max(0, available // 2)
 
 
-# Paddle's own allocator raises a MemoryError; what CUDA and its libraries say comes as an OSError.
-OUT_OF_MEMORY_TYPES = (MemoryError, OSError, RuntimeError, SystemError)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Paddle or Python ran out of memory; but for MemoryError, an error's text alone says so."""
-    signs = ("out of memory", "resourceexhausted", "bad_alloc", "alloc_failed")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
-
-
 class Captioner:
     """A model with its tokenizer and image processor, asked the same about every image.
 
     prompt: the question. system: the system text of the chat (default: the template's). max_new_tokens: longest
     answer (default: the model's generation configuration). batch_size: rows at a time (default: what fits into
-    memory, see choose_batch_size); a batch that runs out of memory is halved. workers: threads that decode images.
+    memory, see choose_batch_size); it is halved when memory runs out. workers: threads that decode images.
     template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption.
 
     Raises:
@@ -135,7 +124,7 @@ class Captioner:
     ):
         import paddle
 
-        from paddlemix.models.mgen_vl.captioning import Decoding
+        from paddlemix.models.mgen_vl.engine import STOP_REPEATING, Decoding
         from paddlemix.models.mgen_vl.generation import check_positions
 
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
@@ -143,7 +132,8 @@ class Captioner:
         self.template = template
         self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size, template)
         check_positions(model.config, self.prompt_ids)
-        self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, keep_boxes=keep_boxes)
+        self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, stop_repeating=STOP_REPEATING)
+        self.keep_boxes, self.first_row = keep_boxes, 0
         self.workers = workers or decode_threads()
         if batch_size is None:
             device, dtype = paddle.get_device(), str(model.config.dtype)
@@ -158,17 +148,70 @@ class Captioner:
 
         images: base64 text (str, bytes or a memoryview), or an Answer for a row that is known to have no
         image, which comes back in its place. Nothing in a row raises.
+
+        Raises:
+            JobFailed: memory ran out with a single image.
         """
+        from paddlemix.models.mgen_vl.captioning import generate_captions
+        from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, Prompt, is_out_of_memory
+
+        known: Dict[int, Answer] = {}
+        # Of the prompts handed over: the row's number, and its note.
+        asked: List[Tuple[int, Optional[str]]] = []
+
+        def prompts(pool: ThreadPoolExecutor):
+            for number, prepared in enumerate(self._prepared(images, pool), self.first_row):
+                if isinstance(prepared, Answer):
+                    known[number] = prepared
+                else:
+                    asked.append((number, prepared.note))
+                    yield Prompt(prepared.ids, prepared.pixels[None], key=number)
+
+        told = self.first_row
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            ahead = None
-            rows = max(1, WINDOW_ROWS // self.batch_size) * self.batch_size
-            for window in windows(images, rows):
-                decoding = [pool.submit(self._prepare, image) for image in window]
-                if ahead is not None:
-                    yield from self._answer_window(ahead)
-                ahead = decoding
-            if ahead is not None:
-                yield from self._answer_window(ahead)
+            answers = generate_captions(
+                self.model,
+                self.tokenizer,
+                prompts(pool),
+                self.decoding,
+                self.batch_size,
+                self.template,
+                self.keep_boxes,
+            )
+            try:
+                for index, candidates in answers:
+                    number, note = asked[index]
+                    asked[index] = None
+                    known[number] = self._answer(candidates, note)
+                    while told in known:
+                        yield known.pop(told)
+                        told += 1
+            except OUT_OF_MEMORY_TYPES as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = "out of memory with one image at a time; give fewer --max_new_tokens"
+                raise JobFailed(why) from error
+        while told in known:
+            yield known.pop(told)
+            told += 1
+
+    def _answer(self, candidates, note: Optional[str]) -> Answer:
+        return Answer(candidates[0].text, note) if candidates[0].text else Answer(None, EMPTY_ANSWER)
+
+    def _prepared(self, images: Iterable, pool: ThreadPoolExecutor) -> Iterator:
+        """What _prepare makes of each image, in order; threads decode those to come."""
+        ahead: Deque = deque()
+        size = 0
+        for image in images:
+            length = 0 if isinstance(image, Answer) else len(image)
+            ahead.append((pool.submit(self._prepare, image), length))
+            size += length
+            while len(ahead) >= WINDOW_ROWS or size >= WINDOW_BYTES:
+                future, length = ahead.popleft()
+                size -= length
+                yield future.result()
+        for future, _ in ahead:
+            yield future.result()
 
     def _prepare(self, image):
         """A Sample, or an Answer that says why there is none. Runs in a thread."""
@@ -189,53 +232,6 @@ class Captioner:
             logger.warning("an image could not be decoded: %s: %s", type(error).__name__, error)
             return Answer(None, f"decoder error ({type(error).__name__})")
 
-    def _answer_window(self, decoding: List) -> Iterator[Answer]:
-        """Answers of a window in order. decoding: futures of _prepare."""
-        answers: List[Optional[Answer]] = [None] * len(decoding)
-        samples: Dict[int, Sample] = {}
-        for i, future in enumerate(decoding):
-            prepared = future.result()
-            if isinstance(prepared, Answer):
-                answers[i] = prepared
-            else:
-                samples[i] = prepared
-        order = sorted(samples, key=lambda i: len(samples[i].ids))
-        told = begin = 0
-        while begin < len(order):
-            # Taken anew each time: it shrinks when memory runs out.
-            batch = order[begin : begin + self.batch_size]
-            begin += len(batch)
-            for i, text in zip(batch, self.generate([samples[i] for i in batch])):
-                answers[i] = Answer(text, samples.pop(i).note) if text else Answer(None, EMPTY_ANSWER)
-            while told < len(answers) and answers[told] is not None:
-                yield answers[told]
-                told += 1
-        yield from answers[told:]
-
-    def generate(self, samples: List[Sample]) -> List[str]:
-        """Captions of one batch, each one line, decoded greedily. Equal to captioning its samples one by
-        one."""
-        import paddle
-
-        from paddlemix.models.mgen_vl.captioning import Prompt, generate_captions
-
-        try:
-            prompts = [Prompt(sample.ids, sample.pixels[None]) for sample in samples]
-            return generate_captions(self.model, self.tokenizer, prompts, self.decoding, self.template)
-        except OUT_OF_MEMORY_TYPES as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(samples) == 1:
-                why = "out of memory with one image at a time; give fewer --max_new_tokens"
-                raise JobFailed(why) from error
-        # Outside the except block, whose traceback would hold on to the tensors of the failed try.
-        half = (len(samples) + 1) // 2
-        logger.warning("out of memory with %d images at a time; going on with %d", len(samples), half)
-        self.batch_size = min(self.batch_size, half)
-        if paddle.get_device().startswith("gpu"):
-            paddle.device.cuda.empty_cache()
-        return self.generate(samples[:half]) + self.generate(samples[half:])
-
 
 class Sample(NamedTuple):
     """One row, ready for the model: prompt ids [T], pixel values float32 [3, S, S], its Answer's note."""
@@ -243,16 +239,3 @@ class Sample(NamedTuple):
     ids: List[int]
     pixels: np.ndarray
     note: Optional[str] = None
-
-
-def windows(images: Iterable, rows: int, max_bytes: int = WINDOW_BYTES) -> Iterator[List]:
-    """Lists of up to `rows` images, shorter where their undecoded bytes pass `max_bytes`."""
-    window, size = [], 0
-    for image in images:
-        window.append(image)
-        size += 0 if isinstance(image, Answer) else len(image)
-        if len(window) == rows or size >= max_bytes:
-            yield window
-            window, size = [], 0
-    if window:
-        yield window

@@ -10,8 +10,8 @@ import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from paddlemix.inference.boxes import save_boxes
-from paddlemix.inference.captioner import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from paddlemix.inference.loading import Loaded
+from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import JobFailed, UserError
 

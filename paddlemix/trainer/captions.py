@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from paddlemix.datasets.chatml import Question
 from paddlemix.datasets.collator import Failure
 from paddlemix.metrics.captions import score_captions
-from paddlemix.models.mgen_vl.captioning import Decoding, Prompt, generate_captions
+from paddlemix.models.mgen_vl.captioning import generate_captions
+from paddlemix.models.mgen_vl.engine import STOP_REPEATING, Decoding, Prompt
 from paddlemix.processors.postprocess import single_line, without_grounding
 from paddlemix.trainer.keys import GenerationArguments
 from paddlemix.utils.errors import UserError
@@ -25,6 +26,14 @@ class Caption(NamedTuple):
     reference: str
 
 
+def _prompts(group: Iterable[Tuple[int, Question]], asked: List[Caption]) -> Iterator[Prompt]:
+    """Prompts of questions, which are noted in `asked` as captions without text."""
+    for index, question in group:
+        name, reference = single_line(question.id), single_line(without_grounding(question.answer))
+        asked.append(Caption(f"{name}#{index}", "", reference))
+        yield Prompt(question.ids, question.images, key=index)
+
+
 class CaptionEvaluator:
     """Generates the first caption of each validation sample.
 
@@ -34,32 +43,34 @@ class CaptionEvaluator:
     def __init__(self, dataset, tokenizer, generation: GenerationArguments, batch_size: int, limit: Optional[int]):
         self.dataset = dataset
         self.tokenizer = tokenizer
-        strategy = "greedy_search" if generation.top_k == 1 else "sampling"
-        self.decoding = Decoding(generation.max_new_tokens, strategy, generation.top_k, generation.top_p)
+        self.decoding = Decoding(
+            generation.max_new_tokens,
+            sample=generation.top_k != 1,
+            top_k=generation.top_k,
+            top_p=generation.top_p,
+            stop_repeating=STOP_REPEATING,
+        )
         self.batch_size = batch_size
         self.limit = len(dataset) if limit is None else min(limit, len(dataset))
 
     def captions(self, model, between: Callable[[], None] = lambda: None) -> List[Caption]:
-        """What `model`, a MGenLMHeadModel, says about each sample. between: called before each batch."""
+        """What `model`, a MGenLMHeadModel, says about each sample. between: called before each sample."""
         found: List[Caption] = []
-        for begin in range(0, self.limit, self.batch_size):
-            between()
-            samples = []
-            for index in range(begin, min(begin + self.batch_size, self.limit)):
-                question = self.dataset.attempt(index, "it gets no caption", self.dataset.question)
-                if not isinstance(question, Failure):
-                    samples.append((index, question))
-            for _, group in groupby(samples, key=lambda sample: sample[1].template):
-                found += self._generate(model, list(group))
+        for template, group in groupby(self._questions(between), key=lambda sample: sample[1].template):
+            asked: List[Caption] = []
+            answers = generate_captions(
+                model, self.tokenizer, _prompts(group, asked), self.decoding, self.batch_size, template
+            )
+            texts = {number: candidates[0].text for number, candidates in answers}
+            found += [one._replace(text=texts[number]) for number, one in enumerate(asked)]
         return found
 
-    def _generate(self, model, samples: List[Tuple[int, Question]]) -> List[Caption]:
-        prompts = [Prompt(question.ids, question.images) for _, question in samples]
-        texts = generate_captions(model, self.tokenizer, prompts, self.decoding, samples[0][1].template)
-        return [
-            Caption(f"{single_line(asked.id)}#{index}", text, single_line(without_grounding(asked.answer)))
-            for (index, asked), text in zip(samples, texts)
-        ]
+    def _questions(self, between: Callable[[], None]) -> Iterator[Tuple[int, Question]]:
+        for index in range(self.limit):
+            between()
+            question = self.dataset.attempt(index, "it gets no caption", self.dataset.question)
+            if not isinstance(question, Failure):
+                yield index, question
 
     def thumbnail(self, name: str, side: int = 224) -> Optional[np.ndarray]:
         """The first image of the sample behind a Caption's id: uint8 [h, w, 3], thinned out to at most `side`.

@@ -1,7 +1,9 @@
-"""Windows, batches and order. `pytest tests/inference/test_captioner.py`"""
+"""Rows ahead, slots and order. `pytest tests/inference/test_captioner.py`"""
 
+import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +19,10 @@ from paddlemix.inference.captioner import (
     bytes_per_row,
     choose_batch_size,
     free_memory,
-    is_out_of_memory,
-    windows,
 )
-from paddlemix.models.mgen_vl.captioning import left_pad
+from paddlemix.models.mgen_vl import captioning
+from paddlemix.models.mgen_vl.captioning import Candidate, left_pad
+from paddlemix.models.mgen_vl.engine import Prompt, is_out_of_memory
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import image_base64, make_tiny_model, tiny_config
 
@@ -75,13 +77,19 @@ def test_prompts_and_system_texts_change_the_answer(parts, images):
 def test_prompts_of_different_length_in_one_batch(parts, images):
     model, tokenizer, image_processor = parts
     captioner = Captioner(*parts, max_new_tokens=12, batch_size=4)
-    samples = []
+    prompts = []
     for i, prompt in enumerate(("short", "a much longer question than the other ones", "中等长度", "x")):
         sample = captioner._prepare(images[i])
         ids = Captioner(*parts, prompt=prompt, batch_size=1).prompt_ids
-        samples.append(Sample(ids, sample.pixels))
-    together = captioner.generate(samples)
-    assert together == [captioner.generate([sample])[0] for sample in samples]
+        prompts.append(Prompt(ids, sample.pixels[None]))
+
+    def said(prompts):
+        answers = captioning.generate_captions(model, tokenizer, prompts, captioner.decoding, 4)
+        return {number: candidates[0].text for number, candidates in answers}
+
+    assert len({len(prompt.ids) for prompt in prompts}) == 4
+    together = said(prompts)
+    assert [together[i] for i in range(4)] == [said([prompt])[0] for prompt in prompts]
 
 
 def test_image_tags_in_a_prompt_are_text(parts, images):
@@ -101,10 +109,30 @@ def test_a_prompt_longer_than_the_models_positions_is_refused(parts):
             Captioner(*parts, **options)
 
 
+def answering(monkeypatch, answer):
+    """Let captions be answer(number, pixels) of each prompt, two prompts at a time."""
+
+    def fake(model, tokenizer, prompts, *options):
+        numbered = enumerate(prompts)
+        for pair in iter(lambda: list(itertools.islice(numbered, 2)), []):
+            yield from [(number, [Candidate(answer(number, prompt.images[0]))]) for number, prompt in pair]
+
+    monkeypatch.setattr(captioning, "generate_captions", fake)
+
+
 def test_an_empty_answer_is_no_caption(parts, images, monkeypatch):
-    captioner = Captioner(*parts, batch_size=2)
-    monkeypatch.setattr(captioner, "generate", lambda samples: [""] * len(samples))
-    assert list(captioner.captions(images[:3])) == [Answer(None, EMPTY_ANSWER)] * 3
+    answering(monkeypatch, lambda number, pixels: "")
+    assert ask(parts, images[:3]) == [Answer(None, EMPTY_ANSWER)] * 3
+
+
+def test_answers_out_of_order_come_in_order(parts, images, monkeypatch):
+    def fake(model, tokenizer, prompts, *options):
+        for number in reversed(range(len(list(prompts)))):
+            yield number, [Candidate(str(number))]
+
+    monkeypatch.setattr(captioning, "generate_captions", fake)
+    answers = ask(parts, [images[0], Answer(None, "no image"), images[1], images[2], Answer(None, "no image")])
+    assert [answer.caption for answer in answers] == ["0", None, "1", "2", None]
 
 
 def test_a_decoder_bug_costs_one_row(parts, images, monkeypatch):
@@ -123,31 +151,30 @@ def test_a_decoder_bug_costs_one_row(parts, images, monkeypatch):
     ]  # fmt: skip
 
 
-def fake_captioner(parts, generate, **options):
-    """A Captioner whose model is `generate(batch of one-pixel samples)`."""
+def captioner_of_numbers(parts, prepare=lambda image: None, **options):
+    """A Captioner whose images are numbers."""
     made = Captioner(*parts, **options)
-    made._prepare = lambda image: Sample([1], image)
-    made.generate = generate
+    made._prepare = lambda image: prepare(image) or Sample([1], np.array(int(image)))
     return made
 
 
-def test_the_next_window_is_decoded_while_the_model_answers(parts, monkeypatch):
-    monkeypatch.setattr(module, "WINDOW_ROWS", 2)
+def test_rows_ahead_are_decoded_while_the_model_answers(parts, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_ROWS", 3)
     decoded = set()
     overlapped = threading.Event()
 
-    def generate(samples):
-        if 0 in [sample.pixels for sample in samples]:
+    def answer(number, pixels):
+        if number == 0:
             # Only another thread can decode 2 and 3 now.
             for _ in range(500):
                 if {2, 3} <= decoded:
                     overlapped.set()
                     break
                 time.sleep(0.01)
-        return [str(sample.pixels) for sample in samples]
+        return str(pixels)
 
-    captioner = fake_captioner(parts, generate, batch_size=2)
-    captioner._prepare = lambda image: decoded.add(image) or Sample([1], image)
+    answering(monkeypatch, answer)
+    captioner = captioner_of_numbers(parts, decoded.add)
     answers = list(captioner.captions(_Sized(range(6))))
     assert overlapped.is_set()
     assert [answer.caption for answer in answers] == list("012345")
@@ -174,10 +201,29 @@ def test_answers_come_out_before_the_input_is_read_to_its_end(parts, monkeypatch
             read.append(i)
             yield _Number(i)
 
-    captioner = fake_captioner(parts, lambda samples: ["x"] * len(samples), batch_size=2)
-    next(captioner.captions(source()))
-    # Its own window of 2, and the next one.
-    assert len(read) == 4
+    answering(monkeypatch, lambda number, pixels: "x")
+    next(captioner_of_numbers(parts).captions(source()))
+    # Two prompts, and the one ahead.
+    assert len(read) == 3
+
+
+def test_rows_ahead_are_bounded_by_bytes(parts, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_BYTES", 5)
+    read = []
+
+    def source():
+        for image in ("aaaa", Answer(None, "x"), "bb", "c", "dddd"):
+            read.append(image)
+            yield image
+
+    captioner = Captioner(*parts)
+    captioner._prepare = lambda image: image
+    with ThreadPoolExecutor(1) as pool:
+        prepared = captioner._prepared(source(), pool)
+        next(prepared)
+        # With "bb" the five bytes are passed.
+        assert read == ["aaaa", Answer(None, "x"), "bb"]
+        assert list(prepared) == [Answer(None, "x"), "bb", "c", "dddd"]
 
 
 @pytest.mark.parametrize(
@@ -197,28 +243,32 @@ def test_out_of_memory_halves_the_batch_and_goes_on(parts, images, error):
         def __getattr__(self, name):
             return getattr(model, name)
 
-        def generate(self, ids, **kwargs):
+        def __call__(self, ids, **kwargs):
             sizes.append(ids.shape[0])
             if ids.shape[0] > 3:
                 raise error
-            return model.generate(ids, **kwargs)
+            return model(ids, **kwargs)
 
     answers = ask((Small(), tokenizer, image_processor), images, batch_size=8)
     assert answers == ask(parts, images, batch_size=1)
-    # 8 fails, and so does the half of it; what it learns stays.
-    assert sizes == [8, 4, 2, 2, 4, 2, 2, 1]
+    # Groups of four fail with eight slots and with four; what it learns stays.
+    assert sizes == [4, 4, 2, 2, 2, 2, 1]
 
 
 def test_out_of_memory_with_one_image_ends_the_job(parts, images):
     model, tokenizer, image_processor = parts
-    broken = SimpleNamespace(generation_config=model.generation_config, stop_ids=model.stop_ids, config=model.config)
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def __call__(self, *args, **kwargs):
+            raise self.error
+
+    broken = Broken()
     bug, fault = RuntimeError("a bug"), OSError("(External) CUDA error(700)")
     for raised, expected in ((MemoryError(), JobFailed), (bug, RuntimeError), (fault, OSError)):
-
-        def generate(*args, raised=raised, **kwargs):
-            raise raised
-
-        broken.generate = generate
+        broken.error = raised
         with pytest.raises(expected):
             ask((broken, tokenizer, image_processor), images[:1], batch_size=1)
 
@@ -228,15 +278,6 @@ def test_is_out_of_memory():
     assert is_out_of_memory(RuntimeError("(ResourceExhausted) Out of memory error"))
     assert is_out_of_memory(OSError("(External) CUBLAS error(3). [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'.]"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
-
-
-def test_windows_are_bounded_by_rows_and_bytes():
-    assert [len(window) for window in windows(["a"] * 7, rows=3)] == [3, 3, 1]
-    assert list(windows(["aaaa", Answer(None, "x"), "bbbb", "c", "dddd"], rows=9, max_bytes=5)) == [
-        ["aaaa", Answer(None, "x"), "bbbb"],
-        ["c", "dddd"],
-    ]
-    assert list(windows([], rows=3)) == []
 
 
 def test_left_pad():

@@ -1,59 +1,66 @@
-"""Prompts with images to captions: the one way in which prediction and evaluation generate.
-
-Shapes: B rows, T padded prompt length, n images of a row, S image side.
-"""
+"""Prompts with images to captions: the one way in which prediction and evaluation generate."""
 
 from __future__ import annotations
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from collections import defaultdict
+from itertools import islice
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import paddle
 
+from paddlemix.models.mgen_vl.engine import Decoding, Engine, Finished, Prompt, left_pad
 from paddlemix.models.mgen_vl.generation import decode_response
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.processors.postprocess import single_line, without_grounding
 
 
-class Prompt(NamedTuple):
-    """One row: ids [T] up to where the answer begins, and the images of its spans, float32 [n, 3, S, S]."""
+class Candidate(NamedTuple):
+    """A caption, one line, "" where the model says nothing; its mean log-probability per token (nan unless asked for);
+    why it ended early, or None."""
 
-    ids: Sequence[int]
-    images: np.ndarray
-
-
-class Decoding(NamedTuple):
-    """How captions are chosen. keep_boxes: `<ref>`, `<box>` and `<quad>` stay in them, as text."""
-
-    max_new_tokens: int
-    decode_strategy: str = "greedy_search"
-    top_k: int = 1
-    top_p: float = 1.0
-    keep_boxes: bool = False
+    text: str
+    score: float = float("nan")
+    note: Optional[str] = None
 
 
 def generate_captions(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], decoding: Decoding, template: Optional[ChatTemplate] = None
-) -> List[str]:
-    """A caption for each prompt, in order, one line each; "" where the model says nothing.
+    model: Any,
+    tokenizer: Any,
+    prompts: Iterable[Prompt],
+    decoding: Decoding,
+    slots: int,
+    template: Optional[ChatTemplate] = None,
+    keep_boxes: bool = False,
+    scores: bool = False,
+) -> Iterator[Tuple[int, List[Candidate]]]:
+    """(number of the prompt, its captions: decoding.samples of them), as each prompt's are done.
 
-    A greedy caption does not depend on the others of the call. template: the prompts'; None for the default.
+    A caption does not depend on the other prompts. slots: rows decoded at a time. template: the prompts', None for the
+    default. keep_boxes: `<ref>`, `<box>` and `<quad>` stay in captions, as text. scores: see Engine.
     """
     stop_ids = model.stop_ids(tokenizer, template)
-    ids, mask = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
-    images = np.concatenate([prompt.images for prompt in prompts])
-    options = {} if decoding.decode_strategy == "greedy_search" else {"top_k": decoding.top_k, "top_p": decoding.top_p}
-    new_ids, _ = model.generate(
-        paddle.to_tensor(ids),
-        images=paddle.to_tensor(images) if len(images) else None,
-        attention_mask=paddle.to_tensor(mask),
-        max_new_tokens=decoding.max_new_tokens,
-        decode_strategy=decoding.decode_strategy,
-        eos_token_id=stop_ids,
-        **options,
-    )
     ending = () if template is None else template.ending(tokenizer)
-    return [caption(tokenizer, row, stop_ids, ending, decoding.keep_boxes) for row in new_ids.tolist()]
+    if decoding.num_beams > 1:
+        found = _by_beams(model, prompts, decoding, stop_ids, max(1, slots // decoding.num_beams))
+    else:
+        engine = Engine(
+            model,
+            decoding,
+            stop_ids,
+            slots,
+            ending=ending,
+            scores=scores,
+            is_number=lambda ids: is_number(tokenizer.decode(list(ids))),
+        )
+        found = engine.run(prompts)
+    answers: Dict[int, Dict[int, Candidate]] = defaultdict(dict)
+    with model.generating():
+        for one in found:
+            text = caption(tokenizer, one.ids, stop_ids, ending, keep_boxes)
+            answers[one.index][one.sample] = Candidate(text, one.score, one.note)
+            if len(answers[one.index]) == decoding.samples:
+                yield one.index, [text for _, text in sorted(answers.pop(one.index).items())]
 
 
 def caption(tokenizer: Any, ids: Sequence[int], stop_ids, ending=(), keep_boxes: bool = False) -> str:
@@ -64,12 +71,33 @@ def caption(tokenizer: Any, ids: Sequence[int], stop_ids, ending=(), keep_boxes:
     return single_line(text if keep_boxes else without_grounding(text))
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:
-    """(ids int64 [B, T], mask int64 [B, T], 0 on the padding) of rows of different lengths."""
-    longest = max(len(row) for row in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = row
-        mask[i, longest - len(row) :] = 1
-    return ids, mask
+def is_number(text: str) -> bool:
+    """Whether a text has digits and no letters."""
+    return any(map(str.isdigit, text)) and not any(map(str.isalpha, text))
+
+
+def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, rows: int) -> Iterator[Finished]:
+    """Beam search, by PaddleNLP's loop, `rows` prompts at a time."""
+    source, index = iter(prompts), 0
+    for batch in iter(lambda: list(islice(source, rows)), []):
+        ids, mask = left_pad([prompt.ids for prompt in batch], model.config.pad_token_id or 0)
+        images = np.concatenate([prompt.images for prompt in batch])
+        new, scores = model.generate(
+            paddle.to_tensor(ids),
+            images=paddle.to_tensor(images) if len(images) else None,
+            attention_mask=paddle.to_tensor(mask),
+            decode_strategy="beam_search",
+            eos_token_id=stop_ids,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.samples,
+            length_penalty=decoding.length_penalty,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens,
+            repetition_penalty=decoding.repetition_penalty,
+            no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
+        )
+        for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
+            number, sample = divmod(at, decoding.samples)
+            end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+            yield Finished(index + number, sample, row[:end], row[end] if end < len(row) else None, score)
+        index += len(batch)

@@ -1,19 +1,20 @@
-"""Decoding: PaddleNLP's generation loop over our cache, images seen once, and chat.
+"""generate and chat: greedy search and sampling by the engine, beam search by PaddleNLP's loop over our cache.
 
-Greedy search, sampling and beam search are PaddleNLP's GenerationMixin. Here stand the parts that it asks a model
-for: the inputs of each step, the cache and its reordering.
+Of the latter, the parts that it asks a model for are here: the inputs of each step, the cache and its reordering.
 
 Shapes: B rows, T prompt tokens, N images, Q queries, D hidden.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
 import paddle
 from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
+from paddlemix.models.mgen_vl.engine import Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.content import count_images, named_images
 from paddlemix.processors.mgen_vl_processing import encode_prompt, image_positions
@@ -98,41 +99,90 @@ class CaptionGeneration:
         return KVCache()
 
     @paddle.no_grad()
-    def generate(self, input_ids, images=None, attention_mask=None, image_features=None, **kwargs):
-        """Continue each row; PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, streamer, …)
-        stand in kwargs over generation_config.json.
+    def generate(self, input_ids, images=None, attention_mask=None, image_features=None, streamer=None, **kwargs):
+        """Continue each row; PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, …) in kwargs go
+        before those of generation_config.json. Greedy search and sampling are the engine's, beam search is PaddleNLP's.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: 0/1 [B, T], all ones by default; images
         [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row alone gives the same ids
-        as in a batch. eos_token_id may be a list.
+        as in a batch. eos_token_id may be a list. streamer: gets each token of a single row (`put`, `end`). seed: of
+        sampling; by default paddle.seed decides.
 
         Returns:
-            (new ids int64 [B, new], scores [B, 1]) as PaddleNLP does; a finished row is filled with pad_token_id.
+            (new ids int64 [B, new], scores [B, 1]): a finished row is filled with pad_token_id; a score is the mean
+            log-probability of the row's new tokens (of beams, what PaddleNLP gives).
 
         Raises:
             UserError: the spans in the text do not match the images.
         """
+        with self.generating():
+            if attention_mask is None:
+                attention_mask = paddle.ones_like(input_ids)
+            if kwargs.get("decode_strategy", self.generation_config.decode_strategy) == "beam_search":
+                given = images if image_features is None else image_features
+                n_images = 0 if given is None else given.shape[0]
+                # In front of the ViT: to read the ids, the host would wait for it.
+                places = image_positions(
+                    input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries
+                )
+                if image_features is None and n_images:
+                    image_features = self.visual(images)
+                mask = attention_mask.astype("int64")
+                return super().generate(
+                    input_ids, attention_mask=mask, image_features=image_features, image_positions=places, **kwargs
+                )
+            return self._decode(input_ids.numpy(), attention_mask.numpy(), images, image_features, streamer, kwargs)
+
+    def _decode(self, ids, mask, images, features, streamer, kwargs):
+        """generate by the engine. ids, mask: numpy [B, T]."""
+        known = {*_NUMBERS, "decode_strategy", "seed"}
+        if set(kwargs) - known:
+            raise TypeError(f"generate takes no {', '.join(sorted(set(kwargs) - known))}")
+        options = {name: getattr(self.generation_config, name, None) for name in known}
+        options.update((name, value) for name, value in kwargs.items() if value is not None)
+        sample = options["decode_strategy"] == "sampling"
+        if sample and options["seed"] is None:
+            options["seed"] = int(paddle.randint(0, (1 << 31) - 1, [1]))
+        decoding = Decoding(
+            sample=sample,
+            seed=options["seed"] or 0,
+            samples=options["num_return_sequences"] or 1,
+            **{name: options[name] for name in Decoding._fields if options.get(name) is not None and name != "seed"},
+        )
+        stops, pad = options["eos_token_id"], options["pad_token_id"]
+        stops = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
+        prompts = []
+        rows = [row[seen != 0].tolist() for row, seen in zip(ids, mask)]
+        given = images if features is None else features
+        n_images = 0 if given is None else given.shape[0]
+        image_positions(ids, n_images, self.config.image_start_id, self.config.n_queries)
+        if features is None:
+            given = np.zeros([0, 3, 1, 1], "float32") if given is None else given.numpy()
+        first = 0
+        for row in rows:
+            own = given[first : first + row.count(self.config.image_start_id)]
+            first += len(own)
+            prompts.append(Prompt(row, own) if features is None else Prompt(row, features=own))
+        engine = Engine(self, decoding, stops, len(rows) * decoding.samples, scores=True)
+        if streamer is not None:
+            engine.on_token = lambda token: streamer.put(np.array([[token]]))
+        found = sorted(engine.run(prompts))
+        if streamer is not None:
+            streamer.end()
+        new = [one.ids + [one.stop] * (one.stop is not None) for one in found]
+        longest = max(map(len, new))
+        new = np.array([row + [pad or 0] * (longest - len(row)) for row in new], dtype=np.int64)
+        scores = np.array([[one.score] for one in found], dtype=np.float32)
+        return paddle.to_tensor(new), paddle.to_tensor(scores)
+
+    @contextlib.contextmanager
+    def generating(self):
+        """Within it the model evaluates, and takes fused attention where it can."""
         was_training, was_fused = self.training, self.config.use_flash_attention
         self.eval()
         self._fuse(self.generates_fused())
         try:
-            given = images if image_features is None else image_features
-            n_images = 0 if given is None else given.shape[0]
-            # In front of the ViT: to read the ids, the host would wait for it.
-            places = image_positions(
-                input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries
-            )
-            if image_features is None and n_images:
-                image_features = self.visual(images)
-            if attention_mask is None:
-                attention_mask = paddle.ones_like(input_ids)
-            return super().generate(
-                input_ids,
-                attention_mask=attention_mask.astype("int64"),
-                image_features=image_features,
-                image_positions=places,
-                **kwargs,
-            )
+            yield
         finally:
             self._fuse(was_fused)
             if was_training:
@@ -279,7 +329,7 @@ class TextStreamer:
         self._ids, self._shown = [], ""
 
     def put(self, token_ids) -> None:
-        """token_ids: the next id, int64 [1, 1] or [1]."""
+        """token_ids: the next id, int64 [1, 1] or [1], a tensor or numpy's."""
         self._ids += token_ids.flatten().tolist()
         known, span = _answer(self._ids, *self._stops), self._tokenizer.img_start_id
         if len(known) == len(self._ids):

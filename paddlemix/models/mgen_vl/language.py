@@ -309,7 +309,7 @@ class MGenDecoder(MGenPretrainedModel):
             allowed, paddle.zeros([1], "float32"), paddle.full([1], MASKED, "float32")
         )
 
-    def _factors(self, position_ids, alphas, end, fused, dtype):
+    def factors(self, position_ids, alphas, end, fused, dtype):
         """attention_factors of these positions, which end before `end`, with log-n scaling beyond the trained context.
 
         It is off while training, as NTK scaling is (SPEC §5). fused: the kernel scales queries itself.
@@ -338,7 +338,7 @@ class MGenDecoder(MGenPretrainedModel):
             start = cache.mask.sum(-1, keepdim=True) + (past - cache.mask.shape[1])
         positions = start + paddle.arange(steps).unsqueeze(0)
         with full_precision():
-            factors = self._factors(positions, cache.alphas, cache.capacity, False, compute_dtype(inputs_embeds))
+            factors = self.factors(positions, cache.alphas, cache.capacity, False, compute_dtype(inputs_embeds))
         bias = self._bias(self._whole_mask(cache, cache.capacity), len(positions), steps, past, cache.capacity)
         return (past, *(t.astype(inputs_embeds.dtype) for t in factors), bias)
 
@@ -375,6 +375,18 @@ class MGenDecoder(MGenPretrainedModel):
             cos, sin, bias = self._step(cache, inputs_embeds)
         else:
             cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, sample_lengths)
+        hidden = self.through(inputs_embeds, cos, sin, bias, cache)
+        if cache is not None:
+            cache.length = past + T
+        return hidden
+
+    def through(self, inputs_embeds, cos, sin, bias, cache=None):
+        """Blocks and final norm: [B, T, D] → [B, T, D].
+
+        cos, sin: of attention_factors, for [B, 1] or more general. bias: what attention adds to the scores, or segments
+        as attend_within takes them. cache: what `append`s keys and values of a layer, and returns what to attend over.
+        """
+        B, T, _ = inputs_embeds.shape
         heads = self.h[0].attn.num_heads
         cos, sin = (spread(t, [3, B, heads, *t.shape[3:]]) for t in (cos, sin))
         if not isinstance(bias, list):
@@ -387,8 +399,6 @@ class MGenDecoder(MGenPretrainedModel):
                 x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin)
             else:
                 x = block(x, bias, cos, sin, cache, i, fused_norm)
-        if cache is not None:
-            cache.length = past + T
         return self.ln_f(x, fused_norm)
 
     def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
@@ -414,7 +424,7 @@ class MGenDecoder(MGenPretrainedModel):
         fused, dtype = self.config.use_flash_attention and T > 1, compute_dtype(inputs_embeds)
         with full_precision():
             alphas = cache.alphas if past else self._alphas(position_ids, T)
-            factors = self._factors(position_ids, alphas, past + T, fused, dtype)
+            factors = self.factors(position_ids, alphas, past + T, fused, dtype)
             if cache is not None:
                 cache.alphas = alphas
             if bias is None:

@@ -1,0 +1,488 @@
+"""Greedy decoding and sampling in slots: a row that ends makes room for the next, so that none waits for the longest of
+its batch (continuous batching: Yu et al. 2022, "Orca", OSDI; here with plain Paddle operators).
+
+The cache is a ring. A step writes one column for all slots, wherever their rows began, and a row of n tokens owns the n
+columns before the next one to be written: keys carry their rotary positions, so where one lies makes no difference.
+Prompts are computed in groups, and rows that find no slot wait with their keys and values.
+
+A row is decoded as if it were alone: its positions, limits, stop ids and random numbers are its own.
+
+Shapes: A slots, B rows of a group, T prompt tokens, S columns of the ring, H heads, d head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Callable, Deque, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from paddlemix.models.mgen_vl.attention import compute_dtype
+from paddlemix.models.mgen_vl.language import MASKED, KVCache
+from paddlemix.processors.mgen_vl_processing import image_positions
+from paddlemix.utils.compat import full_precision
+from paddlemix.utils.log import logger
+
+# Rows whose prompts are computed together, at most.
+GROUP = 4
+# Cycles of up to so many tokens are looked for; of digits, only where no price or phone number is as long.
+_LONGEST_CYCLE, _LONGEST_NUMBER = 16, 24
+# Decoding.stop_repeating of captions.
+STOP_REPEATING = 4
+# What a row ended with, beside a stop id or its limit.
+STUCK, NOT_FINITE = "repeats itself", "not a number"
+
+
+# Paddle's own allocator raises a MemoryError; what CUDA and its libraries say comes as an OSError.
+OUT_OF_MEMORY_TYPES = (MemoryError, OSError, RuntimeError, SystemError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Paddle or Python ran out of memory; but for MemoryError, an error's text alone says so."""
+    signs = ("out of memory", "resourceexhausted", "bad_alloc", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+class Prompt(NamedTuple):
+    """One row. ids [T] up to where the answer begins; images of its spans, float32 [n, 3, S, S], or for all rows their
+    features [n, Q, D], tensors. key: what its random numbers come from beside the seed (default: its place among the
+    rows)."""
+
+    ids: Sequence[int]
+    images: Any = ()
+    features: Any = None
+    key: Optional[int] = None
+
+
+class Decoding(NamedTuple):
+    """How tokens are chosen: the most probable one, or with `sample` by chance, from the `top_k` most probable (0: all)
+    and of those from the fewest whose probabilities sum to `top_p`, with logits divided by `temperature`.
+
+    repetition_penalty: divides positive logits of the row's tokens so far, prompt included, and multiplies negative
+    ones (Keskar et al. 2019). no_repeat_ngram_size: no n-gram of the row comes twice. samples: answers to each prompt.
+    stop_repeating: an answer ends when its last tokens are so many repeats of a cycle, which is cut to one (0: never).
+    num_beams, length_penalty: of beam search, which is PaddleNLP's; above one beam, nothing is sampled.
+    """
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    samples: int = 1
+    stop_repeating: int = 0
+    num_beams: int = 1
+    length_penalty: float = 0.0
+
+
+class Finished(NamedTuple):
+    """The answer to prompt `index`. ids: without the stop id, which is `stop` (None where the answer was cut off).
+    score: mean log-probability of its tokens, the stop id included (nan unless asked for). note: why it ended early."""
+
+    index: int
+    sample: int
+    ids: List[int]
+    stop: Optional[int]
+    score: float
+    note: Optional[str] = None
+
+
+class _Row:
+    """One answer while it is decoded."""
+
+    def __init__(self, index: int, sample: int, prompt: Prompt, seed: int):
+        self.index, self.sample, self.prompt = index, sample, prompt
+        self.tokens: List[int] = []
+        self.log_probability = 0.0
+        self.alpha = 1
+        self.random = np.random.default_rng([seed, index if prompt.key is None else prompt.key, sample])
+        # n-gram without its last token → last tokens; see Engine._forbidden.
+        self.followers: dict = {}
+        self.counted = 0
+
+
+class _PromptCache(KVCache):
+    """Keys and values of a group's prompts, as they come: one [B, H, T, d] each per layer."""
+
+    def append(self, layer, key, value):
+        self.keys.append(key)
+        self.values.append(value)
+        return key, value
+
+
+class SlotCache:
+    """The ring: one [A, H, S, d] buffer for keys and one for values per layer.
+
+    columns: S. cursor: the next column to be written. lengths: int64 [A], the columns that each slot's row owns.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, slots: int):
+        self.keys, self.values = [], []
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        self.columns = self.cursor = 0
+
+    def put(self, slot: int, prompts: _PromptCache, row: int, length: int) -> None:
+        """A prompt into a slot: the last `length` columns of a row of its group."""
+        self.lengths[slot] = length
+        self.fit()
+        if not self.keys:
+            for kept, group in ((self.keys, prompts.keys), (self.values, prompts.values)):
+                for tensor in group:
+                    _, H, _, d = tensor.shape
+                    kept.append(paddle.zeros([len(self.lengths), H, self.columns, d], tensor.dtype))
+        T = prompts.keys[0].shape[2]
+        # In two parts where it goes round the end.
+        first = min(self.cursor, length)
+        for kept, group in ((self.keys, prompts.keys), (self.values, prompts.values)):
+            for buffer, tensor in zip(kept, group):
+                if first:
+                    buffer[slot, :, self.cursor - first : self.cursor] = tensor[row, :, T - first :]
+                if first < length:
+                    buffer[slot, :, self.columns - (length - first) :] = tensor[row, :, T - length : T - first]
+
+    def fit(self) -> None:
+        """Room for the longest row and a token more; columns are given back when a quarter is not needed."""
+        needed = int(self.lengths.max()) + 1
+        needed += -needed % self.BLOCK
+        if self.columns < needed or self.columns - needed >= max(2 * self.BLOCK, self.columns // 4):
+            self._lay_out(needed)
+
+    def _lay_out(self, columns: int) -> None:
+        """A ring of `columns` with the newest of the old one, which then begin at its first column."""
+        kept = min(columns, self.columns)
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                A, H, _, d = buffer.shape
+                parts = [buffer[:, :, self.cursor :], buffer[:, :, : self.cursor]]
+                parts = [part for part in parts if part.shape[2]]
+                ordered = paddle.concat(parts, axis=2)[:, :, self.columns - kept :] if parts else buffer
+                if columns > kept:
+                    ordered = paddle.concat([ordered, paddle.zeros([A, H, columns - kept, d], buffer.dtype)], axis=2)
+                buffers[i] = ordered
+        self.columns, self.cursor = columns, kept % columns
+
+    def append(self, layer: int, key, value):
+        """Write [A, H, 1, d] into the next column and return the buffers."""
+        self.keys[layer][:, :, self.cursor : self.cursor + 1] = key
+        self.values[layer][:, :, self.cursor : self.cursor + 1] = value
+        return self.keys[layer], self.values[layer]
+
+    def bias(self) -> np.ndarray:
+        """Scores to add in a step: float32 [A, 1, 1, S], MASKED where a slot's row does not own the column."""
+        age = (self.cursor - np.arange(self.columns)) % self.columns
+        return np.where(age <= self.lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]
+
+    def advance(self, slots: Sequence[int]) -> None:
+        """The column was written; the rows in `slots` own it."""
+        self.lengths[slots] += 1
+        self.cursor = (self.cursor + 1) % self.columns
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Only these slots, in this order."""
+        chosen = paddle.to_tensor(np.array(slots, dtype=np.int64))
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = paddle.index_select(buffer, chosen)
+        self.lengths = self.lengths[slots]
+
+
+class Engine:
+    """Decodes any number of prompts, `slots` rows at a time.
+
+    model: a MGenLMHeadModel in evaluation mode. stop_ids end an answer, and so do the ids `ending`, one after the
+    other. scores: compute log-probabilities. is_number: whether ids are digits and what stands between them (for
+    stop_repeating). on_token: called with each token of each row, the stop id too. When memory runs out, the unfinished
+    rows begin anew in half the slots.
+
+    steps, busy, filled, waited: steps made; rows decoded in them; of the steps with rows still waiting for a slot, the
+    rows decoded and the number of steps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decoding: Decoding,
+        stop_ids: Sequence[int],
+        slots: int,
+        ending: Sequence[int] = (),
+        scores: bool = False,
+        is_number: Callable[[Sequence[int]], bool] = lambda ids: False,
+        on_token: Callable[[int], None] = lambda token: None,
+    ):
+        self.model, self.decoding, self.scores = model, decoding, scores
+        self.stop_ids, self.ending = set(stop_ids), list(ending)
+        self.slots, self.is_number, self.on_token = slots, is_number, on_token
+        self.steps = self.busy = self.filled = self.waited = 0
+        self._tables: dict = {}
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
+        """The answers, as each ends. Prompts are taken as slots become free.
+
+        Raises:
+            UserError: the spans in a prompt do not match its images.
+        """
+        source = enumerate(prompts)
+        again: Deque[Tuple[int, Prompt, List[int]]] = deque()
+        while True:
+            # Rows in their slots, and those that wait for one with their keys and values.
+            self._rows: List[Optional[_Row]] = [None] * self.slots
+            self._ready: Deque[Tuple[_Row, _PromptCache, int, int]] = deque()
+            self._cache, self._done = SlotCache(self.slots), deque()
+            try:
+                while self._advance(source, again):
+                    while self._done:
+                        yield self._done.popleft()
+                return
+            except OUT_OF_MEMORY_TYPES as error:
+                if not is_out_of_memory(error) or self.slots == 1:
+                    raise
+            # Outside the except block, whose traceback would hold on to the tensors of the failed try.
+            while self._done:
+                yield self._done.popleft()
+            rows = [row for row in self._rows if row is not None] + [entry[0] for entry in self._ready]
+            unfinished: dict = {}
+            for row in rows + self._starting:
+                unfinished.setdefault(row.index, (row.prompt, set()))[1].add(row.sample)
+            again.extendleft((index, *unfinished[index]) for index in sorted(unfinished, reverse=True))
+            logger.warning("out of memory with %d rows at a time; going on with %d", self.slots, (self.slots + 1) // 2)
+            self.slots = (self.slots + 1) // 2
+            self._tables.clear()
+            if paddle.get_device().startswith("gpu"):
+                paddle.device.cuda.empty_cache()
+
+    @paddle.no_grad()
+    def _advance(self, source, again) -> bool:
+        """Fill free slots and make one step. Returns False when all is done."""
+        self._starting: List[_Row] = []
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        while free:
+            while free and self._ready:
+                row, prompts, place, length = self._ready.popleft()
+                self._cache.put(free[0], prompts, place, length)
+                self._rows[free.pop(0)] = row
+            if not free or not self._prefill(source, again):
+                break
+        active = [slot for slot, row in enumerate(self._rows) if row is not None]
+        if not active:
+            return bool(self._done)
+        if len(active) <= len(self._rows) // 2 and not self._ready:
+            # Nothing is left to fill the others with.
+            self._cache.keep(active)
+            self._rows = [self._rows[slot] for slot in active]
+            active = list(range(len(active)))
+        self._step(active)
+        return True
+
+    def _prefill(self, source, again) -> bool:
+        """Compute the prompts of the next group. Returns False when there is none."""
+        group: List[Tuple[int, Prompt, Sequence[int]]] = []
+        most = max(1, min(GROUP, self.slots) // self.decoding.samples)
+        while len(group) < most:
+            if again:
+                group.append(again.popleft())
+                continue
+            following = next(source, None)
+            if following is None:
+                break
+            group.append((*following, range(self.decoding.samples)))
+        if not group:
+            return False
+        self._starting = [
+            _Row(index, sample, prompt, self.decoding.seed) for index, prompt, samples in group for sample in samples
+        ]
+        prompts = [prompt for _, prompt, _ in group]
+        ids, mask = left_pad([prompt.ids for prompt in prompts], self.model.config.pad_token_id or 0)
+        cache, config = _PromptCache(), self.model.config
+        n_images = sum(len(prompt.images if prompt.features is None else prompt.features) for prompt in prompts)
+        output = self.model(
+            paddle.to_tensor(ids),
+            attention_mask=paddle.to_tensor(mask),
+            image_positions=image_positions(ids, n_images, config.image_start_id, config.n_queries),
+            image_features=self._features(prompts),
+            past_key_values=cache,
+            use_cache=True,
+            last_logits_only=True,
+        )
+        place = {index: at for at, (index, _, _) in enumerate(group)}
+        lines = [place[row.index] for row in self._starting]
+        logits = output.logits[:, 0]
+        if len(lines) != len(group):
+            logits = paddle.index_select(logits, paddle.to_tensor(np.array(lines, dtype=np.int64)))
+        going_on = self._take(logits, self._starting)
+        for row, at in zip(self._starting, lines):
+            row.alpha = cache.alphas[at] if len(cache.alphas) > 1 else cache.alphas[0]
+            if row in going_on:
+                self._ready.append((row, cache, at, len(row.prompt.ids)))
+        self._starting = []
+        return True
+
+    def _features(self, prompts: Sequence[Prompt]):
+        """Image features of a group, [N, Q, D] in the order of their spans, or None."""
+        given = [prompt.features for prompt in prompts if prompt.features is not None]
+        if given:
+            return paddle.concat(given)
+        images = np.concatenate([prompt.images for prompt in prompts])
+        return self.model.visual(paddle.to_tensor(images)) if len(images) else None
+
+    def _step(self, active: List[int]) -> None:
+        cache, llm = self._cache, self.model.transformer.llm
+        cache.fit()
+        last = np.zeros([len(self._rows), 1], dtype=np.int64)
+        for slot in active:
+            last[slot] = self._rows[slot].tokens[-1]
+        embeds = llm.wte(paddle.to_tensor(last))
+        cos, sin = self._factors(llm, embeds)
+        hidden = llm.through(embeds, cos, sin, paddle.to_tensor(cache.bias()), cache)
+        cache.advance(active)
+        waiting = bool(self._ready)
+        self.steps += 1
+        self.busy += len(active)
+        self.waited += waiting
+        self.filled += len(active) * waiting
+        going_on = self._take(self.model._logits(hidden)[:, 0], self._rows)
+        for slot in active:
+            if self._rows[slot] not in going_on:
+                self._rows[slot] = None
+                cache.lengths[slot] = 0
+
+    def _factors(self, llm, embeds):
+        """attention_factors of each slot's next position: two [3, A, 1, 1, d]."""
+        alphas = sorted({row.alpha for row in self._rows if row is not None})
+        table = self._tables.get((tuple(alphas), self._cache.columns))
+        if table is None:
+            positions = paddle.arange(self._cache.columns).unsqueeze(0)
+            dtype = compute_dtype(embeds)
+            with full_precision():
+                parts = [llm.factors(positions, [alpha], self._cache.columns, False, dtype) for alpha in alphas]
+            # [3, positions of the first alpha, of the second, …, d]
+            table = [paddle.concat(part, axis=3)[:, 0, 0].astype(embeds.dtype) for part in zip(*parts)]
+            self._tables = {(tuple(alphas), self._cache.columns): table}
+        where = self._cache.lengths.copy()
+        for slot, row in enumerate(self._rows):
+            if row is not None:
+                where[slot] += alphas.index(row.alpha) * self._cache.columns
+        where = paddle.to_tensor(where)
+        return [paddle.index_select(part, where, axis=1).unsqueeze([2, 3]) for part in table]
+
+    def _take(self, logits, rows: Sequence[Optional[_Row]]) -> List[_Row]:
+        """Choose a token for each row from logits [len(rows), V]; rows that end with it go to `_done`. Returns the
+        others."""
+        decoding = self.decoding
+        logits = logits.astype("float32")
+        broken = paddle.logical_not(paddle.isfinite(logits.sum(-1))).astype("int64")
+        if decoding.repetition_penalty != 1.0:
+            logits = self._penalised(logits, rows)
+        forbidden = [at * logits.shape[1] + i for at, row in enumerate(rows) if row for i in self._forbidden(row)]
+        if forbidden:
+            flat, where = logits.reshape([-1]), paddle.to_tensor(np.array(forbidden, dtype=np.int64))
+            logits = paddle.scatter(flat, where, paddle.full([len(forbidden)], MASKED)).reshape(logits.shape)
+        chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1)
+        # The one place where the host waits for the device.
+        values, broken_rows = paddle.stack([chosen, broken]).numpy()
+        scores = [float("nan")] * len(rows)
+        if self.scores:
+            scores = -F.cross_entropy(logits, chosen.unsqueeze(-1), reduction="none").flatten().numpy()
+        going_on = []
+        for row, token, is_broken, score in zip(rows, values.tolist(), broken_rows.tolist(), scores):
+            if row is not None and not self._ends(row, token, is_broken, float(score)):
+                going_on.append(row)
+        return going_on
+
+    def _ends(self, row: _Row, token: int, broken: int, score: float) -> bool:
+        """Give a row its token; whether that is its last."""
+        if broken:
+            self._finish(row, row.tokens, None, NOT_FINITE)
+            return True
+        row.log_probability += score
+        self.on_token(token)
+        if token in self.stop_ids:
+            self._finish(row, row.tokens, token)
+            return True
+        row.tokens.append(token)
+        n, repeats = len(self.ending), self.decoding.stop_repeating
+        if n and row.tokens[-n:] == self.ending:
+            self._finish(row, row.tokens[:-n], token)
+        elif len(row.tokens) >= self.decoding.max_new_tokens:
+            self._finish(row, row.tokens, None)
+        elif repeats and (period := _cycle(row.tokens, repeats, self.is_number)):
+            first = len(row.tokens)
+            while first > period and row.tokens[first - 1] == row.tokens[first - 1 - period]:
+                first -= 1
+            self._finish(row, row.tokens[:first], None, STUCK)
+        else:
+            return False
+        return True
+
+    def _finish(self, row: _Row, ids: List[int], stop: Optional[int], note: Optional[str] = None) -> None:
+        made = len(row.tokens) + (stop in self.stop_ids)
+        score = row.log_probability / made if made else 0.0
+        self._done.append(Finished(row.index, row.sample, list(ids), stop, score, note))
+
+    def _forbidden(self, row: _Row) -> List[int]:
+        """Ids that the row's next token must not be."""
+        found = list(self.stop_ids) if len(row.tokens) < self.decoding.min_new_tokens else []
+        n = self.decoding.no_repeat_ngram_size
+        if n:
+            ids = [*row.prompt.ids, *row.tokens]
+            for end in range(max(row.counted, n), len(ids) + 1):
+                row.followers.setdefault(tuple(ids[end - n : end - 1]), []).append(ids[end - 1])
+            row.counted = len(ids) + 1
+            found += row.followers.get(tuple(ids[len(ids) - n + 1 :]), ())
+        return found
+
+    def _penalised(self, logits, rows: Sequence[Optional[_Row]]):
+        seen = [sorted({*row.prompt.ids, *row.tokens}) if row else [0] for row in rows]
+        longest = max(map(len, seen))
+        # An id that comes twice gets the same value twice.
+        where = paddle.to_tensor(np.array([ids + ids[-1:] * (longest - len(ids)) for ids in seen], dtype=np.int64))
+        values = paddle.take_along_axis(logits, where, 1)
+        penalty = self.decoding.repetition_penalty
+        return paddle.put_along_axis(logits, where, paddle.where(values < 0, values * penalty, values / penalty), 1)
+
+    def _sampled(self, logits, rows: Sequence[Optional[_Row]]):
+        decoding = self.decoding
+        width = logits.shape[1]
+        values, ids = paddle.topk(logits / decoding.temperature, min(decoding.top_k or width, width), axis=-1)
+        probabilities = F.softmax(values, axis=-1)
+        sums = probabilities.cumsum(-1)
+        if decoding.top_p < 1.0:
+            # Those before which less than top_p has been seen.
+            probabilities = paddle.where(
+                sums - probabilities < decoding.top_p, probabilities, paddle.zeros_like(probabilities)
+            )
+            sums = probabilities.cumsum(-1)
+        chance = np.array([[row.random.random() if row else 0.0] for row in rows], dtype=np.float32)
+        place = (sums <= paddle.to_tensor(chance) * sums[:, -1:]).astype("int64").sum(-1, keepdim=True)
+        # Rounding may carry the product to the sum itself: never behind the last one that may be chosen.
+        last = (probabilities > 0).astype("int64").sum(-1, keepdim=True) - 1
+        return paddle.take_along_axis(ids, paddle.minimum(place, last), 1).flatten()
+
+
+def _cycle(tokens: List[int], repeats: int, is_number: Callable[[Sequence[int]], bool]) -> int:
+    """The length of the cycle that the last tokens repeat so many times, 0 if they do not."""
+    for period in range(1, min(_LONGEST_CYCLE, len(tokens) // repeats) + 1):
+        if tokens[-period * (repeats - 1) :] == tokens[-period * repeats : -period]:
+            if not is_number(tokens[-period:]):
+                return period
+            if tokens[-_LONGEST_NUMBER:] == tokens[-_LONGEST_NUMBER - period : -period]:
+                return period
+    return 0
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:
+    """(ids int64 [B, T], mask int64 [B, T], 0 on the padding) of rows of different lengths."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = 1
+    return ids, mask
