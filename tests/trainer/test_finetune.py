@@ -437,7 +437,7 @@ def test_sigterm_ends_an_evaluation(run_keys, tmp_path, monkeypatch, moment):
     keys = {"evaluation_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1, "save_strategy": "no"}
     trainer = start(run_keys(max_steps=4, eval_with_do_generation=True, max_new_tokens=2, **keys, **LORA))
     seen = []
-    owner, name = (trainer, "prediction_step") if moment == "loss" else (trainer.captions, "_generate")
+    owner, name = (trainer, "prediction_step") if moment == "loss" else (trainer.captions.dataset, "question")
     work = getattr(owner, name)
 
     def with_signal(*args, **kwargs):
