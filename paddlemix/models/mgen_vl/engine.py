@@ -46,9 +46,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Prompt(NamedTuple):
-    """One row. ids [T] up to where the answer begins; images of its spans, float32 [n, 3, S, S], or for all rows their
-    features [n, Q, D], tensors. key: what its random numbers come from beside the seed (default: its place among the
-    rows)."""
+    """One row. ids [T] up to where the answer begins; images of its spans, float32 [n, 3, S, S], arrays or tensors, or
+    their features [n, Q, D], tensors. key: what its random numbers come from beside the seed (default: its place among
+    the rows)."""
 
     ids: Sequence[int]
     images: Any = ()
@@ -329,8 +329,11 @@ class Engine:
         given = [prompt.features for prompt in prompts if prompt.features is not None]
         if given:
             return paddle.concat(given)
-        images = np.concatenate([prompt.images for prompt in prompts])
-        return self.model.visual(paddle.to_tensor(images)) if len(images) else None
+        images = [prompt.images for prompt in prompts if len(prompt.images)]
+        if not images:
+            return None
+        on_host = isinstance(images[0], np.ndarray)
+        return self.model.visual(paddle.to_tensor(np.concatenate(images)) if on_host else paddle.concat(images))
 
     def _step(self, active: List[int]) -> None:
         cache, llm = self._cache, self.model.transformer.llm

@@ -156,13 +156,12 @@ class CaptionGeneration:
         given = images if features is None else features
         n_images = 0 if given is None else given.shape[0]
         image_positions(ids, n_images, self.config.image_start_id, self.config.n_queries)
-        if features is None:
-            given = np.zeros([0, 3, 1, 1], "float32") if given is None else given.numpy()
         first = 0
         for row in rows:
-            own = given[first : first + row.count(self.config.image_start_id)]
-            first += len(own)
-            prompts.append(Prompt(row, own) if features is None else Prompt(row, features=own))
+            behind = first + row.count(self.config.image_start_id)
+            own = given[first:behind] if first < behind else ()
+            prompts.append(Prompt(row, features=own) if features is not None and len(own) else Prompt(row, own))
+            first = behind
         engine = Engine(self, decoding, stops, len(rows) * decoding.samples, scores=True)
         if streamer is not None:
             engine.on_token = lambda token: streamer.put(np.array([[token]]))
