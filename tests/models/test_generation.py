@@ -161,7 +161,7 @@ def test_ids_are_read_before_the_vit_is_launched(model, monkeypatch):
     read, see = paddle.Tensor.numpy, type(model.visual).forward
     monkeypatch.setattr(paddle.Tensor, "numpy", lambda self, *_: events.append(tuple(self.shape)) or read(self, *_))
     monkeypatch.setattr(type(model.visual), "forward", lambda self, x: events.append("ViT") or see(self, x))
-    for strategy in ({}, {"decode_strategy": "sampling", "num_return_sequences": 2, "top_k": 1}):
+    for strategy in ({}, {"decode_strategy": "sampling", "num_return_sequences": 2, "top_k": 1, "seed": 5}):
         events.clear()
         model.generate(batch(PROMPTS[1]), images=pixels(2), max_new_tokens=3, eos_token_id=NEVER, **strategy)
         rows = strategy.get("num_return_sequences", 1)
