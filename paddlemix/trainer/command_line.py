@@ -25,7 +25,7 @@ def read(argv: Sequence[str], cards: Optional[int] = None) -> Tuple[Arguments, L
     cards: of the run, as the launcher says by default.
 
     Raises:
-        ConfigError: there is no such config file, it is not JSON, or a word stands where none can.
+        ConfigError: the config file cannot be read, is not JSON, or a word stands where none can.
     """
     path, pairs = _split(argv)
     config = read_config(path) if path is not None else {}

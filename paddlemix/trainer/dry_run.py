@@ -84,7 +84,7 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
     found = Forecast(run, list(run.problems), [*run.warnings, *run.notes], _setting(run))
     _look_at_data(found)
     if arguments.training.do_train and run.trained:
-        if run.order is not None and run.order.packs is not None:
+        if run.packs is not None:
             found.packs = packing(run)
         _foresee_memory(found)
         if arguments.training.output_dir is not None:

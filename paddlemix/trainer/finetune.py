@@ -8,7 +8,6 @@ from typing import Any, Dict
 import paddle
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
-from paddlemix.checkpoint.origin import Origin
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
@@ -67,7 +66,7 @@ def build(run: Run) -> FinetuneTrainer:
         ConfigError: with all problems of the run, if there are any.
     """
     run.refuse()
-    model_args, data_args, _, training = run.arguments[:4]
+    model_args, training = run.arguments.model, run.arguments.training
     _announce(run)
     training_args = paddlenlp_arguments(training, run.precision, run.order)
     logger.warning(
@@ -85,9 +84,9 @@ def build(run: Run) -> FinetuneTrainer:
     for line in (freeze.summary_line(run.counts()), *freeze.table_lines(run.counts())):
         logger.info(line)
     template = run.entries["train" if "train" in run.entries else "eval"][0].chat_template
-    train, packs = run.datasets.get("train"), run.order.packs if run.order is not None else None
-    if packs is not None:
-        train = PackedDataset(train, packs)
+    train = run.datasets.get("train")
+    if run.packs is not None:
+        train = PackedDataset(train, run.packs)
     return FinetuneTrainer(
         model=model,
         args=training_args,
@@ -99,7 +98,7 @@ def build(run: Run) -> FinetuneTrainer:
         tokenizer=run.tokenizer,
         chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
         order=run.order,
-        origin=Origin.of(model_args.model_name_or_path, model_args.text_model_name_or_path),
+        origin=run.origin,
         guard=run.guard,
         **_captions(run),
     )
@@ -118,7 +117,7 @@ def _announce(run: Run) -> None:
         logger.info(text)
     if not run.machine.gpu:
         logger.info(describe_threads())
-    packs = run.order.packs if run.order is not None else None
+    packs = run.packs
     if packs is not None:
         filled = run.lengths.tokens.sum() / (packs.count * packs.max_length)
         logger.info(

@@ -7,6 +7,7 @@ import typing
 from typing import Any, Dict, List, NamedTuple
 
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.texts import nearest, shown
 
 
@@ -130,15 +131,6 @@ def check_limits(key: Key, value: Any) -> None:
             raise ConfigError(f"{key.name} must be at most {limits['at_most']}, not {one}")
 
 
-def _no_duplicates(pairs: list) -> dict:
-    found: Dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ConfigError(f"{json.dumps(name[:80], ensure_ascii=False)} is given twice")
-        found[name] = value
-    return found
-
-
 def _check_texts(value: Any) -> None:
     """No path can hold half a character (a lone surrogate) or a zero byte; here both are said in one line."""
     if isinstance(value, dict):
@@ -152,23 +144,14 @@ def _check_texts(value: Any) -> None:
 
 
 def read_config(path: str) -> Dict[str, Any]:
-    """The names and raw values of a JSON config file. Raises ConfigError with the line of a syntax error."""
+    """The names and raw values of a JSON config file.
+
+    Raises:
+        ConfigError: there is no such file, it is not a JSON object, or it holds a text that no path can have.
+    """
+    config = read_config_object(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            config = json.load(file, object_pairs_hook=_no_duplicates)
         _check_texts(config)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such config file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: the config must be a JSON object of keys and values")
     return config

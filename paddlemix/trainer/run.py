@@ -6,6 +6,7 @@ one look finds it all.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.datasets.chatml import ChatmlDataset, build_dataset
 from paddlemix.datasets.entries import Entry, read_entries
-from paddlemix.datasets.packing import SampleLengths, plan_packs
+from paddlemix.datasets.packing import Packs, SampleLengths, plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
 from paddlemix.models.mgen_vl.parameters import Shape, check_weights, cut_problems, parameter_shapes
 from paddlemix.processors.images import MGenVLImageProcessor
@@ -108,6 +109,15 @@ class Run:
     def trained(self) -> List[str]:
         """Names of all that train."""
         return [*self.trainable, *self.adapters]
+
+    @property
+    def packs(self) -> Optional[Packs]:
+        return None if self.order is None else self.order.packs
+
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """The models that the run starts from, for what it saves."""
+        return Origin.of(self.arguments.model.model_name_or_path, self.arguments.model.text_model_name_or_path)
 
     @property
     def kind(self) -> str:
@@ -325,7 +335,5 @@ def _check_resume(run: Run) -> None:
 
 
 def _check_resumed_weights(run: Run, folder: str) -> None:
-    model = run.arguments.model
-    origin = Origin.of(model.model_name_or_path, model.text_model_name_or_path)
-    with open_tuned(folder, run.saved, run.kind, origin):
+    with open_tuned(folder, run.saved, run.kind, run.origin):
         pass

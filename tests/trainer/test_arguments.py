@@ -90,7 +90,7 @@ def test_unknown_key_names_the_nearest(parse, wrong, right):
         ('{"lora_rank": 1%s}' % ("0" * 5000), "not JSON"),
         ('{"output_dir": "\\ud800"}', "no text or path can have"),
         ('{"dataset": {"train": [{"data_files": ["a\\u0000"]}]}}', "no text or path can have"),
-        ('{"a\\nb": 1, "a\\nb": 1}', r'"a\\nb" is given twice'),
+        ('{"a\\nb": 1, "a\\nb": 1}', r"the key a\\nb is in it twice"),
         ('{"a\\nb": 1}', r'unknown key "a\\nb"'),
     ],
 )
@@ -207,18 +207,19 @@ def test_wrong_words_on_the_command_line(parse, words, says):
 def test_broken_config_files(tmp_path):
     path = tmp_path / "c.json"
     for text, says in [
-        ('{"lora": true,\n "lora": false}', '"lora" is given twice'),
+        ('{"lora": true,\n "lora": false}', 'the key lora is in it twice'),
         ('{"lora": true,\n', "line 2"),
-        ("[1]", "must be a JSON object"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        ("[1]", "must hold a JSON object"),
+        (b"\xff\xfe\x00", "can't decode byte 0xff"),
+        ('{"learning_rate": NaN}', "NaN is not allowed"),
     ]:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ConfigError) as caught:
             command_line.parse([str(path)])
         assert says in str(caught.value) and str(path) in str(caught.value)
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match="No such file"):
         command_line.parse([str(tmp_path / "missing.json")])
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         command_line.parse([str(tmp_path)])
 
 
