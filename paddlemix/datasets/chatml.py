@@ -109,22 +109,22 @@ class Question(NamedTuple):
 
 
 class _Tally:
-    """How many samples failed, over all loader workers.
+    """How many samples something happened to, over all loader workers.
 
     It lives in memory shared with processes started later, so the training process sees what happens in workers.
     """
 
     def __init__(self) -> None:
-        self._skipped = multiprocessing.Value("q", 0)
+        self._count = multiprocessing.Value("q", 0)
 
     def add(self) -> int:
-        with self._skipped.get_lock():
-            self._skipped.value += 1
-            return self._skipped.value
+        with self._count.get_lock():
+            self._count.value += 1
+            return self._count.value
 
     @property
-    def skipped(self) -> int:
-        return self._skipped.value
+    def count(self) -> int:
+        return self._count.value
 
 
 def find_files(data_files: Union[str, Sequence[str]]) -> List[str]:
@@ -192,7 +192,7 @@ class ChatmlDataset:
         self.max_length = max_length
         self.label_all_turn_markers = label_all_turn_markers
         self._files = _Files()
-        self._tally = _Tally()
+        self._failed, self._cut = _Tally(), _Tally()
 
     def _set_ends(self) -> None:
         self._ends = np.cumsum([len(part.bounds) for part in self._parts]).tolist()
@@ -208,7 +208,12 @@ class ChatmlDataset:
     @property
     def n_skipped(self) -> int:
         """Failed samples so far, those in loader workers included."""
-        return self._tally.skipped
+        return self._failed.count
+
+    @property
+    def n_shortened(self) -> int:
+        """Samples so far that lost text to max_length, those in loader workers included."""
+        return self._cut.count
 
     def _place(self, index: int) -> Tuple[_Part, int]:
         if not -len(self) <= index < len(self):
@@ -266,7 +271,18 @@ class ChatmlDataset:
             UserError: it cannot be used (a SampleError, ImageError, …).
         """
         encoded, images = self.encoded(index)
+        self._count_cut(index, encoded["cut"])
         return {"input_ids": encoded["input_ids"], "labels": encoded["labels"], "images": self._pixels(images)}
+
+    def _count_cut(self, index: int, tokens: int) -> None:
+        if not tokens:
+            return
+        shortened = self._cut.add()
+        if shortened == 1 or shortened % LOG_EVERY == 0:
+            logger.warning(
+                f"sample {self._name(index)} is {tokens} tokens too long for max_length={self.max_length}: its text is "
+                f"cut ({shortened} so far)"
+            )
 
     def _pixels(self, images: List[bytes]) -> np.ndarray:
         size = self.image_processor.image_size
@@ -275,8 +291,8 @@ class ChatmlDataset:
             pixels[number] = self.image_processor(open_image(data))
         return pixels
 
-    def encoded(self, index: int) -> Tuple[Dict[str, np.ndarray], List[bytes]]:
-        """This sample before its images are decoded: input_ids and labels int64 [t], and each image's file as bytes.
+    def encoded(self, index: int) -> Tuple[Dict[str, Any], List[bytes]]:
+        """This sample before its images are decoded: what encode_example gives, and each image's file as bytes.
 
         Raises:
             UserError: it cannot be used (a SampleError, ImageError, …).
@@ -302,10 +318,11 @@ class ChatmlDataset:
         part, _ = self._place(index)
         record = self.record(index)
         prompt, answer = place_images(record.turns, len(record.images), self.tokenizer.n_queries)[0]
-        ids = part.template.encode(self.tokenizer, [(prompt, None)], self.max_length)["input_ids"]
+        encoded = part.template.encode(self.tokenizer, [(prompt, None)], self.max_length)
+        self._count_cut(index, encoded["cut"])
         sources = record.images[: count_images(prompt)]
         images = self._pixels([self._image_bytes(source, part.folder) for source in sources])
-        return Question(record.id, ids, images, answer, part.template)
+        return Question(record.id, encoded["input_ids"], images, answer, part.template)
 
     def _image_bytes(self, source: Any, folder: str) -> bytes:
         if isinstance(source, str):
@@ -351,7 +368,7 @@ class ChatmlDataset:
             return (read or self.sample)(index)
         except Exception as error:  # of whatever kind: one sample must not end a run of hours
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        skipped = self._tally.add()
+        skipped = self._failed.add()
         if skipped == 1 or skipped % LOG_EVERY == 0:
             logger.warning(f"sample {self._name(index)} cannot be used: {reason}; {consequence} ({skipped} so far)")
         return Failure(reason)

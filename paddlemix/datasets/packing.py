@@ -68,6 +68,10 @@ class PackedDataset:
     def n_skipped(self) -> int:
         return self.dataset.n_skipped
 
+    @property
+    def n_shortened(self) -> int:
+        return self.dataset.n_shortened
+
     def __getitem__(self, pack: int) -> List[Union[Sample, Failure]]:
         members = self.packs.samples(pack)
         found = [self.dataset.attempt(index, "left out") for index in members]

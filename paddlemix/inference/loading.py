@@ -29,9 +29,10 @@ def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: 
     resolve_device.
 
     Raises:
-        UserError: the folder is not a whole model, or what was tuned does not fit it.
+        UserError: the folder is not a whole model, its tokenizer is another model's, or what was tuned does not fit it.
     """
     from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
+    from paddlemix.models.mgen_vl.tokenizer import check_vocabulary
     from paddlemix.processors.images import MGenVLImageProcessor
     from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate, MGenVLProcessor
     from paddlemix.utils.runtime import describe_threads, resolve_device
@@ -44,6 +45,7 @@ def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: 
     config = AutoConfigMIX.from_pretrained(folder, dtype=dtype)
     image_processor = MGenVLImageProcessor.from_config(config)
     tokenizer = AutoTokenizerMIX.from_pretrained(source.folder_of(*VOCABULARIES))
+    check_vocabulary(tokenizer, config)
     template = ChatTemplate.of_folder(source.folder_of(CHAT_TEMPLATE_NAME))
     processor = MGenVLProcessor(tokenizer, image_processor, template)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -146,14 +146,14 @@ class ChatTemplate(NamedTuple):
         turns: Sequence[Tuple[Content, Optional[str]]],
         max_length: int,
         label_all_turn_markers: bool = True,
-    ) -> Dict[str, np.ndarray]:
+    ) -> Dict[str, Any]:
         """The sequence of a conversation; the last answer may be None, for a model to give.
 
         A sequence above max_length loses text from its end: the last answer first, then earlier ones, then prompts;
         never a part of an image's span. label_all_turn_markers: see encode_example.
 
         Returns:
-            {"input_ids": int64 [T], "labels": int64 [T]}, labels -100 where nothing is learned.
+            {"input_ids": int64 [T], "labels": int64 [T], "cut": tokens lost}, labels -100 where nothing is learned.
 
         Raises:
             UserError: not even a sequence without text fits max_length.
@@ -173,7 +173,8 @@ class ChatTemplate(NamedTuple):
             else:
                 learned = all_turns.get(segment.kind, ()) if label_all_turn_markers else ()
                 labels += [i if i in learned else IGNORE_INDEX for i in segment.ids[:length]]
-        return {"input_ids": np.array(ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64)}
+        cut = sum(len(segment.ids) for segment in segments) - len(ids)
+        return {"input_ids": np.array(ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64), "cut": cut}
 
     def ending(self, tokenizer) -> List[int]:
         """The ids by which an answer is known to have ended: those behind it, up to the first control token."""
@@ -236,7 +237,7 @@ def encode_example(
     template: Optional[ChatTemplate] = None,
     max_length: int = 2048,
     label_all_turn_markers: bool = True,
-) -> Dict[str, np.ndarray]:
+) -> Dict[str, Any]:
     """A conversation as a training sequence; see ChatTemplate.encode.
 
     conversations: [[prompt, answer], …] of a record. n_images: spans to hold; see place_images.

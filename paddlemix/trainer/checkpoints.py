@@ -22,6 +22,7 @@ from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
 from paddlemix.utils.files import atomic_write, sync_folder
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import some
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_PREFIX = ".partial-"
@@ -123,9 +124,9 @@ def check_output(
 
     A finished run that goes on, to more steps, is an unfinished one from then on: its RESULT_NAME is to delete.
 
-    resume: from the newest whole checkpoint in output_dir, if any. resume_from: from this folder, which must be that
-    one if there is any. Otherwise a folder with an unfinished run is refused, and the result of a finished one is
-    replaced only with `overwrite`. Nothing is changed here.
+    resume: from the newest whole checkpoint in output_dir; without one the folder must hold no result. resume_from:
+    from this folder, which must be that one if there is any. Otherwise a folder with an unfinished run is refused, and
+    the result of a finished one is replaced only with `overwrite`. Nothing is changed here.
 
     Raises:
         ConfigError: the folder holds a run and neither resume nor overwrite says what to do with it.
@@ -144,15 +145,22 @@ def check_output(
         return resume_from, finished
     if resume and last is not None:
         return last, finished
+    old = checkpoints(output_dir)
+    if os.path.isdir(output_dir):
+        old += [os.path.join(output_dir, name) for name in model_folder.files_of(output_dir, *_RESULTS)]
+    if resume and old:
+        names = some([os.path.basename(path) for path in old], 3)
+        raise ConfigError(
+            f"--resume: {output_dir} holds no whole checkpoint to go on from, but {names}: to train on from a finished "
+            "result, give it as lora_path (LoRA) or model_name_or_path and set another output_dir; to replace it, "
+            "leave out --resume"
+        )
     if last is not None and not finished:
         raise ConfigError(
             f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
             "with it, or delete the folder to begin anew"
         )
     # The result file last: while it stands, what is left cannot pass for an unfinished run.
-    old = checkpoints(output_dir)
-    if os.path.isdir(output_dir):
-        old += [os.path.join(output_dir, name) for name in model_folder.files_of(output_dir, *_RESULTS)]
     old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(

@@ -23,8 +23,9 @@ def padded(tokens: Any) -> Any:
 class DataStatistics(NamedTuple):
     """What the records looked at are like.
 
-    records: in the whole part; looked_at, failed: of the sample. lengths, labels, images: per good record. sizes:
-    (width, height) per image. formats: images by format. padding: part of a padded batch that is padding, on average.
+    records: in the whole part; looked_at, failed: of the sample. lengths, labels, images, cut (tokens lost to
+    max_length): per good record. sizes: (width, height) per image. formats: images by format. padding: part of a padded
+    batch that is padding, on average.
     """
 
     records: int
@@ -33,6 +34,7 @@ class DataStatistics(NamedTuple):
     lengths: np.ndarray
     labels: np.ndarray
     images: np.ndarray
+    cut: np.ndarray
     sizes: np.ndarray
     formats: Counter
     padding: float
@@ -46,7 +48,7 @@ def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tup
     """
     count = len(dataset)
     indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
-    rows: List[Tuple[int, int, int]] = []
+    rows: List[Tuple[int, int, int, int]] = []
     sizes: List[Tuple[int, int]] = []
     formats: Counter = Counter()
     failures: List[str] = []
@@ -62,8 +64,8 @@ def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tup
         sizes += [size for _, size in headers]
         spans = int((encoded["input_ids"] == dataset.tokenizer.img_start_id).sum())
         spans_lost += spans != len(sources)
-        rows.append((len(encoded["input_ids"]), int((encoded["labels"][1:] >= 0).sum()), len(sources)))
-    lengths, labels, images = (np.array([row[i] for row in rows], dtype=np.int64) for i in range(3))
+        rows.append((len(encoded["input_ids"]), int((encoded["labels"][1:] >= 0).sum()), len(sources), encoded["cut"]))
+    lengths, labels, images, cut = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     padding = 0.0
     if len(rows):
         rng = np.random.default_rng(0)
@@ -81,7 +83,6 @@ def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tup
         )
     if rows and not images.any():
         problems.append(f"no image in any of the {len(rows)} records looked at: the model would learn from texts alone")
-    statistics = DataStatistics(
-        count, len(indices), len(failures), lengths, labels, images, np.array(sizes).reshape(-1, 2), formats, padding
-    )
-    return statistics, problems
+    shapes = np.array(sizes).reshape(-1, 2)
+    looked_at, failed = len(indices), len(failures)
+    return DataStatistics(count, looked_at, failed, lengths, labels, images, cut, shapes, formats, padding), problems

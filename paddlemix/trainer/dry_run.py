@@ -126,6 +126,12 @@ def _look_at_data(found: Forecast) -> None:
                 f"dataset.{part}: {data.failed} of {data.looked_at} records looked at cannot be used; the next good "
                 "one takes the place of each"
             )
+        shortened = int((data.cut > 0).sum())
+        if shortened:
+            found.notes.append(
+                f"dataset.{part}: max_length={dataset.max_length} cuts the text of {shortened} of {len(data.cut)} "
+                f"records looked at, by up to {data.cut.max():,} tokens"
+            )
 
 
 def _foresee_memory(found: Forecast) -> None:

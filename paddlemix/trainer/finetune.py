@@ -46,7 +46,10 @@ def finetune(arguments: Arguments) -> Dict[str, float]:
         if trainer.stop.received and trainer.state.global_step < trainer.state.max_steps:
             logger.warning(f"stopped after step {trainer.state.global_step}: resume with --resume")
             return metrics
-        if not training.benchmark:
+        if training.benchmark:
+            rates = (f"{metrics[f'train_{unit}_per_second']:,} {unit}" for unit in ("samples", "tokens", "steps"))
+            logger.info(f"benchmark: {', '.join(rates)} a second over the whole run; nothing was saved")
+        else:
             _save_result(trainer, metrics)
     # A strategy evaluates while training.
     if training.do_eval and (training.evaluation_strategy == "no" or not training.do_train):

@@ -75,26 +75,3 @@ def check_text_model(config, folder: str) -> None:
     with open_weights(folder) as reader:
         stored = _language_shapes(reader)
     _refuse(f"text_model_name_or_path {folder}", lines + _differences(stored, expected))
-
-
-def check_vocabulary(tokenizer, config) -> None:
-    """Whether every id of the tokenizer has its row in the embeddings, and the image tags are the model's.
-
-    Raises:
-        ConfigError: the tokenizer has more ids (the embeddings would have to grow), or other ids for images.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} rows of embeddings: {_RULE}, so no "
-            "rows are added; use the tokenizer that belongs to the model"
-        )
-    if tokenizer.img_start_id != config.image_start_id:
-        raise ConfigError(
-            f"<img> is {tokenizer.img_start_id} in the tokenizer and {config.image_start_id} in config.json "
-            "(visual.image_start_id): use the tokenizer that belongs to the model"
-        )
-    if tokenizer.n_queries != config.n_queries:
-        raise ConfigError(
-            f"an image span has {tokenizer.n_queries} ids in the tokenizer and {config.n_queries} in config.json "
-            "(visual.n_queries): use the tokenizer that belongs to the model"
-        )

@@ -20,9 +20,10 @@ from paddlemix.datasets.entries import Entry, read_entries
 from paddlemix.datasets.packing import Packs, SampleLengths, plan_packs
 from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weights
 from paddlemix.models.mgen_vl.parameters import Shape, check_weights, cut_problems, parameter_shapes
+from paddlemix.models.mgen_vl.tokenizer import check_vocabulary
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.trainer import checkpoints, freeze, parallel, resume
-from paddlemix.trainer.guard import LanguageGuard, check_text_model, check_vocabulary
+from paddlemix.trainer.guard import LanguageGuard, check_text_model
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
 from paddlemix.trainer.order import Order
@@ -258,6 +259,8 @@ def _decide_output(run: Run) -> None:
         run.problem(f"output_dir: {found} is a file")
     elif not os.access(found, os.W_OK | os.X_OK):
         run.problem(f"output_dir: {found} cannot be written to")
+    elif training.do_train and training.benchmark:
+        run.notes.append("benchmark: this run measures speed; it saves nothing and leaves what output_dir holds")
     elif training.do_train and (not training.resume_from_checkpoint or os.path.isdir(training.resume_from_checkpoint)):
         run.resume_from, run.old_files = run.attempt(
             checkpoints.check_output,

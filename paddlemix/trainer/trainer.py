@@ -89,7 +89,8 @@ class FinetuneTrainer(Trainer):
         self.stop = StopOnSignal()
         self.numerics = Numerics()
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
-        self._tokens, self._samples, self._counted_since, self._samples_seen = 0, 0, time.time(), 0
+        self._tokens, self._samples, self._counted_since = 0, 0, time.time()
+        self._tokens_seen, self._samples_seen = 0, 0
         self._history: List[dict] = []
         super().__init__(*args, **kwargs)
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
@@ -126,11 +127,13 @@ class FinetuneTrainer(Trainer):
             self._take_counts()
             rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
             logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
+            logs["train_tokens_per_second"] = round(self._tokens_seen / logs["train_runtime"], 1)
             logs["train_steps_per_second"] = round(rate, 4)
         datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
-        (skipped,) = self._of_all_processes(sum(data.n_skipped for data in datasets))
-        if skipped or "loss" in logs:
-            logs["skipped_samples"] = skipped
+        counts = sum(data.n_skipped for data in datasets), sum(data.n_shortened for data in datasets)
+        for name, count in zip(("skipped_samples", "shortened_samples"), self._of_all_processes(*counts)):
+            if count or (name == "skipped_samples" and "loss" in logs):
+                logs[name] = count
         super().log(logs, **kwargs)
         self._history.append(dict(logs, global_step=self.state.global_step))
         # A copy: PaddleNLP 2.8 appends to it by itself.
@@ -139,7 +142,8 @@ class FinetuneTrainer(Trainer):
     def _take_counts(self) -> Tuple[int, int]:
         """Tokens and samples trained on since the last call, by all processes."""
         tokens, samples = self._of_all_processes(self._tokens, self._samples)
-        self._tokens, self._samples, self._samples_seen = 0, 0, self._samples_seen + samples
+        self._tokens, self._tokens_seen = 0, self._tokens_seen + tokens
+        self._samples, self._samples_seen = 0, self._samples_seen + samples
         return tokens, samples
 
     def _of_all_processes(self, *counts) -> List[int]:

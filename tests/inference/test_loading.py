@@ -1,5 +1,6 @@
 """A model folder, found and loaded. `pytest tests/inference/test_loading.py`"""
 
+import base64
 import json
 
 import pytest
@@ -55,6 +56,30 @@ def test_load_takes_the_template_of_the_folder(tmp_path, capfd):
     (tmp_path / "model" / "chat_template.json").write_text(json.dumps(template))
     loaded = load_model(folder)
     assert loaded.template.user == loaded.processor.template.user == ("Q: ", "\n")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("more ids", "the tokenizer has 517 ids, the model 480 rows of embeddings"),
+        ("other ids", "<img> is 474 in the tokenizer and 470 in config.json"),
+        ("another config", "an image span has 4 ids in the tokenizer and 9 in config.json"),
+    ],
+)
+def test_a_tokenizer_or_config_of_another_model_is_refused_before_the_weights(tmp_path, change, says):
+    folder = save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "model_state.pdparams").write_bytes(b"never read")
+    if change == "another config":
+        path = tmp_path / "model" / "config.json"
+        config = json.loads(path.read_text())
+        config["visual"]["n_queries"] = 9
+        path.write_text(json.dumps(config))
+    else:
+        with open(tmp_path / "model" / "mgen.tiktoken", "ab") as file:
+            for rank in range(256, 300 if change == "more ids" else 260):
+                file.write(base64.b64encode(b"w%d" % rank) + b" %d\n" % rank)
+    with pytest.raises(UserError, match=says):
+        load_model(folder, device="cpu")
 
 
 def test_a_dtype_or_device_that_is_not_there_is_said(tmp_path, capfd):

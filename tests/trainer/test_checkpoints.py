@@ -115,6 +115,18 @@ def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, in
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("left", ["train_results.json", "lora_model_state.pdparams", "a broken checkpoint"])
+def test_resuming_without_a_checkpoint_never_replaces_a_result(tmp_path, left, overwrite):
+    if left == "a broken checkpoint":
+        make(tmp_path, 3, whole=False)
+    else:
+        (tmp_path / left).write_text("x")
+    with pytest.raises(ConfigError, match="no whole checkpoint to go on from.*lora_path.*leave out --resume"):
+        prepare(tmp_path, overwrite=overwrite, resume=True)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
     path = make(tmp_path, 4)
     with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):

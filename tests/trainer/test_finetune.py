@@ -6,6 +6,7 @@ so a model that learns must have looked.
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -161,10 +162,23 @@ def test_save_total_limit_holds_in_one_process(run_keys, tmp_path):
     assert left == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_benchmark_saves_nothing(run_keys, tmp_path):
+def test_benchmark_saves_nothing_and_says_so(run_keys, tmp_path, log):
     metrics = run(run_keys(benchmark=True, save_steps=1))
     assert metrics["train_samples_per_second"] > 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
+    said = [record.message for record in log.records if record.message.startswith("benchmark:")]
+    assert "it saves nothing" in said[0]
+    assert re.match(r"benchmark: [\d.,]+ samples, [\d.,]+ tokens, [\d.,]+ steps a second", said[-1])
+    assert said[-1].endswith("nothing was saved")
+
+
+def test_benchmark_leaves_an_earlier_result(run_keys, tmp_path):
+    result = tmp_path / "out" / "train_results.json"
+    result.parent.mkdir()
+    result.write_text("{}")
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    run(run_keys(benchmark=True, overwrite_output_dir=True, max_steps=1))
+    assert result.read_text() == "{}" and (tmp_path / "out" / "checkpoint-1").exists()
 
 
 def test_best_model_is_loaded_at_the_end(run_keys, tmp_path):
@@ -307,6 +321,19 @@ def test_skipped_samples_are_counted_in_the_log(run_keys, tmp_path, log, workers
     run(run_keys(dataset={"train": entry}, dataloader_num_workers=workers, num_train_epochs=1, max_steps=...))
     last = [record.message for record in log.records if "train_loss" in record.message][0]
     assert "skipped_samples: 2" in last
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_that_max_length_cuts_are_counted(run_keys, log, workers):
+    """red 3, green 5, blue 4, white 5 letters, each of them three times, and all of them evaluated."""
+    blue = len(start(run_keys()).train_dataset[2]["input_ids"])
+    keys = dict(dataloader_num_workers=workers, num_train_epochs=1, max_steps=..., evaluation_strategy="epoch")
+    metrics = run(run_keys(max_length=blue, **keys))
+    lines = [record.message for record in log.records]
+    assert [line for line in lines if "train_loss" in line and "shortened_samples: 12" in line]
+    assert metrics["train_loss"] > 0
+    if not workers:  # whose warnings are not caught here
+        assert [line for line in lines if "is 1 tokens too long for max_length=" in line][0].endswith("(1 so far)")
 
 
 @pytest.mark.parametrize("words, kind", [("(Fatal) DataLoader process (pid 9) exited", JobFailed), ("x", SystemError)])
