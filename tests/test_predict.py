@@ -288,6 +288,12 @@ def test_an_interrupted_run_goes_on(call, tmp_path, monkeypatch):
     assert FINISHED not in out
     monkeypatch.setattr(ResultsWriter, "write", wanted)
 
+    # The rows before are not read again.
+    begun = []
+    read_rows = prediction.read_rows
+    monkeypatch.setattr(
+        prediction, "read_rows", lambda *a, **kw: begun.append(kw.get("offset", 0)) or read_rows(*a, **kw)
+    )
     # Half a line more, as a kill leaves it.
     with open(tmp_path / "out.tsv.partial", "ab") as journal:
         journal.write("5\t一".encode()[:-1])
@@ -297,8 +303,26 @@ def test_an_interrupted_run_goes_on(call, tmp_path, monkeypatch):
     status, lines, out, err = call(content, "--batch_size", "4")
     assert (status, lines) == (0, whole)
     assert "going on after the 5 rows of an earlier run" in err
+    assert begun[-1] == len(b"".join(content.splitlines(True)[:5]))
     assert out.split("\n")[1:-2] == [caption for _, caption in whole[5:]]
     assert "1 × bad base64" in err
+
+
+@pytest.mark.parametrize("change", ["cut", "grown"])
+def test_an_input_that_changes_while_it_is_read_is_said(call, tmp_path, monkeypatch, change):
+    content = tsv(*((str(i), image(i)) for i in range(3)))
+    source = tmp_path / "in.tsv"
+    hashed = prediction.input_facts
+
+    def then_changed(path):
+        facts = hashed(path)
+        source.write_bytes(content[:-50] if change == "cut" else content * 2)
+        return facts
+
+    monkeypatch.setattr(prediction, "input_facts", then_changed)
+    status, lines, _, err = call(content)
+    assert (status, lines) == (1, None)
+    assert f"it had {len(content):,} bytes and has {source.stat().st_size:,} now" in err
 
 
 def test_restart_drops_an_unfinished_run(call, tmp_path):
@@ -317,12 +341,23 @@ def test_a_journal_of_other_rows_is_refused(call, tmp_path, monkeypatch):
         call(content)
     monkeypatch.setattr(ResultsWriter, "finish", wanted)
     journal = tmp_path / "out.tsv.partial"
-    journal.write_bytes(journal.read_bytes().replace(b"\nb\t", b"\nx\t"))
+    header, first, second = journal.read_bytes().splitlines(True)
+    for changed in ([header, second], [header, second, first], [header, first, first, second]):
+        journal.write_bytes(b"".join(changed))
+        status, lines, _, err = call(content)
+        assert (status, lines) == (1, None)
+        assert "is not of row" in err
+    # One that begins in the middle of a row.
+    journal.write_bytes(header + re.sub(rb"\d+\n$", b"9\n", first))
     status, lines, _, err = call(content)
-    assert (status, lines) == (1, None)
-    assert "is not of row 2" in err
+    assert (status, lines) == (1, None) and "no line of" in err
+    # Of an earlier version, without places.
+    old = [line[: line.rindex(b"\t")] + b"\n" for line in (first, second.replace(b"b\t", b"x\t"))]
+    journal.write_bytes(b"".join([header.replace(b'"format": 2', b'"format": 1'), *old]))
+    status, lines, _, err = call(content)
+    assert (status, lines) == (1, None) and "is not of row 2" in err
     # A journal that was whole already needs no model to be finished.
-    journal.write_bytes(journal.read_bytes().replace(b"\nx\t", b"\nb\t"))
+    journal.write_bytes(header + first + second)
     monkeypatch.setattr(prediction, "load_model", None)
     assert call(content)[0] == 0
 

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -147,7 +147,7 @@ def find_files(data_files: Union[str, Sequence[str]]) -> List[str]:
         found += matches
     if not found:
         raise ConfigError("data_files names no file")
-    twice = {path for path in found if found.count(path) > 1}
+    twice = [path for path, times in Counter(found).items() if times > 1]
     if twice:
         raise ConfigError(f"data_files: {', '.join(sorted(twice))} is named more than once")
     return found

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter, deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -65,6 +66,11 @@ _SPACES = re.compile(r"\s+")
 _DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
 # A comma in front of another mark.
 _COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
+# Captions that mend_caption returns as they are, which most are, so that ftfy need not look at them: ASCII without &
+# (HTML), Chinese characters, full-width marks, curly quotes, … and —, without a space at an end …
+_PLAIN = re.compile("(?! )[ -%'-~\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u301f\u4e00-\u9fff\uff01-\uff5e]+(?<! )")
+# … or two of these in a row.
+_IN_A_ROW = re.compile("[。，、；：！？,;:!?] ?[。，、；：！？,;:!?]|  ")
 
 
 def mend_caption(text: str) -> str:
@@ -72,6 +78,8 @@ def mend_caption(text: str) -> str:
 
     Full-width punctuation and curly quotes are right in Chinese and stay; so do "……", "——" and "...".
     """
+    if _PLAIN.fullmatch(text) and not _IN_A_ROW.search(text):
+        return text
     import ftfy
 
     text = ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
@@ -287,8 +295,9 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     left out (line number, the row's id, reason).
 
     Raises:
-        UserError: the input cannot be read, or would be overwritten.
-        JobFailed: no row was accepted (only rejected.tsv is written then), or the disk is full.
+        UserError: the input cannot be read or would be overwritten, or the disk has no room for its images.
+        JobFailed: no row was accepted (only rejected.tsv is written then), the disk is full, or the input changed
+            while it was read.
     """
     size = check_input(path)
     shown = len(NAMED_IMAGE.findall(options.prompt))
@@ -299,6 +308,13 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     rejected: Counter = Counter()
     try:
         os.makedirs(out_dir, exist_ok=True)
+        free = shutil.disk_usage(out_dir).free
+        # How much --dedupe leaves is not known before.
+        if options.images == "inline" and not options.dedupe and free < size:
+            raise UserError(
+                f"{out_dir} has {free / 1e9:.1f} GB free, and train.json holds the images of {path} ({size / 1e9:.1f} GB): "
+                "--images reference leaves them there"
+            )
         with Progress(
             total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
         ) as bar, atomic_write(os.path.join(out_dir, "rejected.tsv")) as reject_file:

@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
 
-from paddlemix.utils.errors import UserError
+from paddlemix.utils.errors import JobFailed, UserError
 
 # The longest line that is read into memory, and the longest record of a train.json. A 50 MB image fits.
 MAX_ROW_BYTES = 64 << 20
@@ -152,22 +152,50 @@ def _parse(line: bytes, start: int, stop: int, line_no: int, offset: int, want_c
     )
 
 
-def _blocks(path: str) -> Iterator[bytes]:
-    """What the file holds, in pieces that a thread reads while those before them are gone through."""
+class FileState(NamedTuple):
+    """What changes when somebody writes to a file or replaces it: bytes, time of the last change in ns, inode, disk."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, file: Union[str, int]) -> FileState:
+        """The state of a path or an open file."""
+        found = os.stat(file)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+
+
+def _blocks(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:
+    """What the file holds from `offset` on, in pieces that a thread reads while those before them are gone through.
+
+    Raises:
+        JobFailed: the file has changed since it was in `state`, or since it was opened.
+    """
     # The thread ends before the file is closed, also where the rows are not read to their end.
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+        file.seek(offset)
+        before = state or FileState.of(file.fileno())
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
         ahead = deque(reader.submit(file.read, BUFFER_BYTES) for _ in range(2))
         while True:
             block = ahead.popleft().result()
+            # Looked at for each piece: a row that was cut must not be answered before it is noticed.
+            now = FileState.of(file.fileno())
+            if now != before:
+                raise JobFailed(
+                    f"{path} changed while it was read: it had {before.size:,} bytes and has {now.size:,} now; "
+                    "give the command again when nothing writes to it any more"
+                )
             if not block:
                 return
             ahead.append(reader.submit(file.read, BUFFER_BYTES))
             yield block
 
 
-def _lines(path: str, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
+def _lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
     """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
     max_line_bytes and a buffer, memory may hold the first part only.
 
@@ -175,7 +203,7 @@ def _lines(path: str, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, in
     """
     held: List[bytes] = []
     length = 0
-    for block in _blocks(path):
+    for block in blocks:
         begin, end = 0, block.find(b"\n") + 1
         if held:
             length += end or len(block)
@@ -198,19 +226,27 @@ def _lines(path: str, max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, in
         yield line, 0, len(line), length
 
 
-def read_rows(path: str, want_caption: bool, max_line_bytes: int = MAX_ROW_BYTES) -> Iterator[TsvRow]:
+def read_rows(
+    path: str,
+    want_caption: bool,
+    max_line_bytes: int = MAX_ROW_BYTES,
+    offset: int = 0,
+    line_no: int = 1,
+    state: Optional[FileState] = None,
+) -> Iterator[TsvRow]:
     """The rows of a TSV in order, a buffer of them in memory at a time (a row that is kept keeps its buffer).
 
     want_caption: training rows; a row without a caption then has an error. Otherwise the third column is
     not looked at. A line over `max_line_bytes` is passed over without being held; its row has the error
-    "line too long".
+    "line too long". offset, line_no: the line to begin with. state: the file as it must be still.
 
     Raises:
         UserError: as check_input.
+        JobFailed: the file changed while it was read.
     """
     check_input(path)
-    offset = 0
-    for line_no, (line, begin, end, length) in enumerate(_lines(path, max_line_bytes), 1):
+    blocks = _blocks(path, offset, state)
+    for line_no, (line, begin, end, length) in enumerate(_lines(blocks, max_line_bytes), line_no):
         if length > max_line_bytes:
             begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
             id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)

@@ -7,11 +7,11 @@ import sys
 from collections import deque
 from typing import Callable, Iterator, Optional
 
-from paddlemix.datasets.tsv import TsvRow, check_input, read_rows
+from paddlemix.datasets.tsv import FileState, TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.options import FALLBACK
-from paddlemix.inference.results import ResultsWriter, input_facts, report_notes, row_id
+from paddlemix.inference.results import Place, ResultsWriter, input_facts, report_notes, row_id
 from paddlemix.inference.shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line
@@ -29,10 +29,26 @@ LOG_EVERY = 1000
 class _Rows:
     """The rows of a shard. read: rows of the file that have passed; count: those of them that are the shard's."""
 
-    def __init__(self, path: str, shard: Shard):
-        self._rows = read_rows(path, want_caption=False)
-        self._shard = shard
+    def __init__(self, path: str, shard: Shard, state: FileState):
+        self._path, self._shard, self._state = path, shard, state
+        self._rows = read_rows(path, want_caption=False, state=state)
         self.read = self.count = 0
+
+    def go_on(self, place: Place) -> None:
+        """Go on behind the shard's row of that number.
+
+        Raises:
+            JobFailed: no line begins there.
+        """
+        with open(self._path, "rb") as file:
+            file.seek(place.next_offset - 1)
+            if file.read(1) != b"\n" and place.next_offset != self._state.size:
+                raise JobFailed(f"no line of {self._path} begins at byte {place.next_offset}; give --restart")
+        self.count = place.row
+        self.read = self._shard.index + (place.row - 1) * self._shard.of
+        self._rows = read_rows(
+            self._path, want_caption=False, offset=place.next_offset, line_no=place.line_no + 1, state=self._state
+        )
 
     def __iter__(self) -> Iterator[TsvRow]:
         return self
@@ -48,7 +64,10 @@ class _Rows:
 
 def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
     """Skip the rows that an earlier run has answered; no image is decoded for that."""
-    for number, done_id in enumerate(results.done_ids(), 1):
+    if results.place is not None:
+        rows.go_on(results.place)
+    # Journals of earlier versions do not say where their rows stand.
+    for number, done_id in enumerate(results.done_ids() if results.place is None else (), 1):
         row = next(rows, None)
         if row is None or row_id(row) != done_id:
             raise JobFailed(
@@ -89,7 +108,8 @@ def predict_file(
 
     Raises:
         UserError: bad arguments, input or model.
-        JobFailed: the disk is full, memory runs out, or no row got a caption (OUTPUT is whole then).
+        JobFailed: the disk is full, memory runs out, the input changes while it is read, or no row got a caption
+            (OUTPUT is whole then).
     """
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 
@@ -98,6 +118,7 @@ def predict_file(
             raise UserError("paddle.distributed.launch gives each process its shard: give no --shard with it")
         shard = Shard(rank() + 1, world_size())
     check_input(input)
+    state = FileState.of(input)
     facts = input_facts(input)
     source = find_source(model, lora_path)
     if shard is not None:
@@ -132,7 +153,7 @@ def predict_file(
         return postprocess(caption, DEFAULT_PROMPT if prompt is None else prompt)
 
     with ResultsWriter(output, run, restart=restart) as results:
-        rows = _Rows(input, share)
+        rows = _Rows(input, share, state)
         _pass_over(rows, results)
         first = next(rows, None)
         captioner = None
@@ -173,21 +194,21 @@ def _caption_rows(
     lines: int,
 ) -> None:
     """Caption `first` and the rest of `rows`. lines: how many lines are to come at most, for the time left."""
-    # Rows that were read, but not answered yet: (id, line number).
+    # Rows that were read, but not answered yet: (id, line number, where the next line begins).
     waiting: deque = deque()
 
     def images():
         row = first
         while row is not None:
-            waiting.append((row_id(row), row.line_no))
+            waiting.append((row_id(row), row.line_no, row.next_offset))
             yield Answer(None, row.error) if row.error else row.image
             row = next(rows, None)
 
     with Progress(lines, desc="captions", unit="row", initial=results.done) as bar:
         for answer in captioner.captions(images()):
-            name, line_no = waiting.popleft()
+            name, line_no, next_offset = waiting.popleft()
             caption = repaired(answer.caption) if answer.caption else fallback
-            results.write(name, caption, answer.note)
+            results.write(name, caption, answer.note, line_no, next_offset)
             # What is printed is safe. A row costs the model far more than this call.
             results.flush()
             if answer.note:

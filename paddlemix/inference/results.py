@@ -2,9 +2,12 @@
 
 While a run lasts, its lines go to a journal, `OUTPUT.partial`:
 
-    {"format": 1, "input": {…}, "model": {…}, "settings": {…}}     what made the lines below
-    id \\t caption \\t note                                           one line per row; the note says what was
+    {"format": 2, "input": {…}, "model": {…}, "settings": {…}}     what made the lines below
+    id \\t caption \\t note \\t place                                 one line per row; the note says what was
                                                                    wrong with it, and is mostly empty
+
+A line's place is "1 1 52310": its number, the number of its line in the input, and the byte at which the next one
+begins there, so that a resumed run goes on reading at that byte. Journals of format 1 have no places.
 
 When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
 renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows, the notes,
@@ -25,7 +28,7 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
@@ -33,7 +36,9 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import temporary_folder
 
+# Of OUTPUT.run.json.
 FORMAT = 1
+_JOURNAL_FORMATS = (1, 2)
 # The note of a row whose image file was cut short: it has a caption, of what there was.
 TRUNCATED = "truncated image"
 PARTIAL = ".partial"
@@ -205,8 +210,20 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
         file.write("\n")
 
 
-def _parse_line(line: bytes):
-    """[id, caption, note] of a journal line, or None if it is not a whole one."""
+class Place(NamedTuple):
+    """Where a resumed run goes on: rows answered, the number of the last one's line in the input, and the byte at which
+    the next line begins."""
+
+    row: int
+    line_no: int
+    next_offset: int
+
+
+_PLACE = re.compile(r"(\d{1,15}) (\d{1,15}) (\d{1,18})", re.ASCII)
+
+
+def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
+    """The columns of a journal line, or None if it is not a whole one."""
     # A power cut can leave blocks of zeros where the last lines should be.
     if not line.endswith(b"\n") or b"\0" in line:
         return None
@@ -214,7 +231,9 @@ def _parse_line(line: bytes):
         fields = line[:-1].decode("utf-8").split("\t")
     except UnicodeDecodeError:
         return None
-    return fields if len(fields) == 3 else None
+    if len(fields) != columns or (columns == 4 and not _PLACE.fullmatch(fields[3])):
+        return None
+    return fields
 
 
 class ResultsWriter:
@@ -241,6 +260,9 @@ class ResultsWriter:
         # As it will be read back, so that equal runs compare equal (a tuple comes back as a list).
         self.run = json.loads(json.dumps({"format": FORMAT, **run}))
         self.done = 0
+        # Behind the last row that an earlier run answered; None without such a run, or if it did not say.
+        self.place: Optional[Place] = None
+        self._columns = 4
         self.notes: Counter = Counter()
         if os.path.isdir(self.path):
             raise UserError(f"{path} is a folder; the output must be a file")
@@ -285,17 +307,24 @@ class ResultsWriter:
             if not header.endswith(b"\n") and len(header) < _MAX_HEADER:
                 # Fresh, or killed before its first line was whole.
                 self._file.truncate(0)
-                self._pending += json.dumps(self.run, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+                header = dict(self.run, format=_JOURNAL_FORMATS[-1])
+                self._pending += json.dumps(header, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
                 self._write_pending()
                 return
             self._check_header(header)
             whole = len(header)
+            fields = None
             for line in journal:
-                fields = _parse_line(line)
-                if fields is None:
+                parsed = _parse_line(line, self._columns)
+                if parsed is None:
                     break
+                fields = parsed
                 whole += len(line)
                 self._count(fields[2])
+                self._check_place(fields, self.done)
+            if fields is not None and self._columns == 4:
+                place = Place(*map(int, fields[3].split(" ")))
+                self.place = place if place.next_offset else None
         self._file.truncate(whole)
 
     def _check_header(self, header: bytes) -> None:
@@ -303,14 +332,20 @@ class ResultsWriter:
             there = json.loads(header.decode("utf-8"))
         except (ValueError, RecursionError):
             there = None
-        if not isinstance(there, dict) or there.get("format") != FORMAT:
+        if not isinstance(there, dict) or there.get("format") not in _JOURNAL_FORMATS:
             raise UserError(f"{self.journal} was not written by this program; move it away, or drop it with --restart")
-        different = "; ".join(differences(there, self.run))
+        self._columns = 3 if there["format"] == 1 else 4
+        different = "; ".join(differences(dict(there, format=FORMAT), self.run))
         if different:
             raise UserError(
                 f"{self.journal} is an unfinished run of another kind: {different}. "
                 "Give the same input, model and settings to go on, or drop it with --restart"
             )
+
+    def _check_place(self, fields: List[str], number: int) -> None:
+        """Raise JobFailed if the line behind `number` - 1 others is not of that row: one was doubled, moved or lost."""
+        if self._columns == 4 and not fields[3].startswith(f"{number} "):
+            raise JobFailed(f"line {number + 1} of {self.journal} is not of row {number}; drop it with --restart")
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -329,12 +364,18 @@ class ResultsWriter:
             for _ in range(self.done):
                 yield file.readline().split(b"\t", 1)[0].decode("utf-8")
 
-    def write(self, row_id: str, caption: str, note: Optional[str] = None) -> None:
-        """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs."""
-        fields = (clean_id(row_id), caption.replace("\0", " "), note or "")
+    def write(
+        self, row_id: str, caption: str, note: Optional[str] = None, line_no: int = 0, next_offset: int = 0
+    ) -> None:
+        """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs.
+
+        line_no, next_offset: where the row stands in the input, see Place.
+        """
+        place = f"{self.done + 1} {line_no} {next_offset}"
+        fields = (clean_id(row_id), caption.replace("\0", " "), note or "", place)[: self._columns]
         # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
-        if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line) is None:
+        if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line, self._columns) is None:
             raise ValueError(f"not one line without tabs: {line!r}")
         self._pending += line
         self._count(fields[2])
@@ -364,11 +405,12 @@ class ResultsWriter:
                 journal.readline(_MAX_HEADER)
                 lines = 0
                 for line in journal:
-                    fields = _parse_line(line)
+                    fields = _parse_line(line, self._columns)
                     if fields is None:
                         raise JobFailed(f"{self.journal} was changed while it was written: line {lines + 2} is broken")
-                    out.write(line[: line.rindex(b"\t")] + b"\n")
                     lines += 1
+                    self._check_place(fields, lines)
+                    out.write("\t".join(fields[:2]).encode() + b"\n")
                 if lines != rows:
                     raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
             write_sidecar(self.path, self.run, rows, self.notes, **facts)

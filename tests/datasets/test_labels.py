@@ -5,10 +5,14 @@ python -m pytest tests/datasets/test_labels.py
 
 import base64
 import errno
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -339,6 +343,40 @@ def test_a_full_disk_ends_with_one_line_and_no_litter(run, tmp_path, monkeypatch
         run([row(n) for n in range(5000)])
     assert (tmp_path / "out" / "train.json").read_bytes() == before
     assert not [name for name in os.listdir(tmp_path / "out") if "partial" in name]
+
+
+def test_a_disk_without_room_for_the_images_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    with pytest.raises(UserError, match="has 0.0 GB free.*--images reference"):
+        run([row(0)])
+    assert os.listdir(tmp_path / "out") == []
+    assert len(run(None, images="reference")[1]) == 1
+
+
+@pytest.mark.parametrize("change", ["cut", "grown", "edited"])
+def test_an_input_that_changes_while_it_is_read_is_said(run, tmp_path, monkeypatch, change):
+    lines = [row(number) for number in range(40)]
+    path, done = tmp_path / "in.tsv", []
+    check = labels.check_row
+
+    def changing(row, options):
+        done.append(row.id)
+        if len(done) == 5:
+            with open(path, "r+b") as file:
+                if change == "cut":
+                    file.truncate(len(lines[0]) * 20 + 10)
+                else:
+                    file.seek(*((0, os.SEEK_END) if change == "grown" else (3,)))
+                    file.write(b"x")
+            os.utime(path, ns=(1, 1))
+        return check(row, options)
+
+    monkeypatch.setattr(labels, "check_row", changing)
+    monkeypatch.setattr(tsv, "BUFFER_BYTES", len(lines[0]))
+    with pytest.raises(JobFailed, match=r"in.tsv changed while it was read: it had [\d,]+ bytes and has [\d,]+ now"):
+        run(lines)
+    assert len(done) < 10
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_short_writes_are_completed(run, monkeypatch):

@@ -110,7 +110,7 @@ def test_runs_are_not_mixed(tmp_path, change, named):
     assert out.read_text("utf-8") == WHOLE
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b'{"format": 2}\n', b"x" * (2 << 20)])
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b'{"format": 3}\n', b"x" * (2 << 20)])
 def test_a_strange_partial_file_is_not_overwritten(tmp_path, content):
     strange = tmp_path / "results.txt.partial"
     strange.write_bytes(content)
@@ -142,10 +142,47 @@ def test_a_journal_changed_from_outside_is_noticed(tmp_path):
         writer.write("a", "b")
         writer.flush()
         with open(str(out) + ".partial", "ab") as journal:
-            journal.write(b"c\td\t\n")
+            journal.write(b"c\td\t\t2 2 9\n")
         with pytest.raises(JobFailed, match="2 lines for 1 rows"):
             writer.finish(1)
     assert not out.exists()
+
+
+def journal_lines(tmp_path):
+    write(tmp_path / "results.txt", LINES, finish=False)
+    return (tmp_path / "results.txt.partial").read_bytes().splitlines(True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1, 2, 3, 4), (0, 1, 3, 4), (0, 2, 1, 3, 4)], ids="doubled lost moved".split())
+def test_a_journal_with_other_lines_than_it_was_written_with_is_noticed(tmp_path, order):
+    lines = journal_lines(tmp_path)
+    (tmp_path / "results.txt.partial").write_bytes(b"".join(lines[number] for number in order))
+    with pytest.raises(JobFailed, match="is not of row"):
+        ResultsWriter(str(tmp_path / "results.txt"), RUN)
+
+
+def test_a_journal_of_an_earlier_version_is_gone_on_with(tmp_path):
+    header, *lines = journal_lines(tmp_path)
+    old = [line[: line.rindex(b"\t")] + b"\n" for line in lines[:3]]
+    (tmp_path / "results.txt.partial").write_bytes(b"".join([header.replace(b'"format": 2', b'"format": 1'), *old]))
+    with ResultsWriter(str(tmp_path / "results.txt"), RUN) as writer:
+        assert (writer.done, writer.place) == (3, None)
+    write(tmp_path / "results.txt", LINES)
+    assert (tmp_path / "results.txt").read_text("utf-8") == WHOLE
+
+
+def test_the_place_of_the_last_whole_line_is_where_a_run_goes_on(tmp_path):
+    out = str(tmp_path / "results.txt")
+    with ResultsWriter(out, RUN) as writer:
+        writer.write("a", "b", None, 3, 100)
+        writer.write("c", "d", None, 5, 250)
+        writer.flush()
+    journal = tmp_path / "results.txt.partial"
+    with ResultsWriter(out, RUN) as writer:
+        assert writer.place == (2, 5, 250)
+    journal.write_bytes(journal.read_bytes()[:-2])
+    with ResultsWriter(out, RUN) as writer:
+        assert writer.place == (1, 3, 100)
 
 
 @pytest.mark.parametrize("caption", ["two\nlines", "a\ttab", "a\rreturn"])
