@@ -68,7 +68,9 @@ _DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
 _COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
 # Captions that mend_caption returns as they are, which most are, so that ftfy need not look at them: ASCII without &
 # (HTML), Chinese characters, full-width marks, curly quotes, … and —, without a space at an end …
-_PLAIN = re.compile("(?! )[ -%'-~\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u301f\u4e00-\u9fff\uff01-\uff5e]+(?<! )")
+_PLAIN = re.compile(
+    "(?! )[ -%'-~\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u301f\u4e00-\u9fff\uff01-\uff5e\uffe5]+(?<! )"
+)
 # … or two of these in a row.
 _IN_A_ROW = re.compile("[。，、；：！？,;:!?] ?[。，、；：！？,;:!?]|  ")
 
@@ -312,8 +314,8 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         # How much --dedupe leaves is not known before.
         if options.images == "inline" and not options.dedupe and free < size:
             raise UserError(
-                f"{out_dir} has {free / 1e9:.1f} GB free, and train.json holds the images of {path} ({size / 1e9:.1f} GB): "
-                "--images reference leaves them there"
+                f"{out_dir} has {free / 1e9:.1f} GB free, and train.json would hold the images of {path} "
+                f"({size / 1e9:.1f} GB): --images reference leaves them there"
             )
         with Progress(
             total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress

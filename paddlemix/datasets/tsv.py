@@ -231,14 +231,15 @@ def read_rows(
     want_caption: bool,
     max_line_bytes: int = MAX_ROW_BYTES,
     offset: int = 0,
-    line_no: int = 1,
+    first_line: int = 1,
     state: Optional[FileState] = None,
 ) -> Iterator[TsvRow]:
     """The rows of a TSV in order, a buffer of them in memory at a time (a row that is kept keeps its buffer).
 
     want_caption: training rows; a row without a caption then has an error. Otherwise the third column is
     not looked at. A line over `max_line_bytes` is passed over without being held; its row has the error
-    "line too long". offset, line_no: the line to begin with. state: the file as it must be still.
+    "line too long". offset, first_line: where to begin, and the number of that line. state: the file as it must be
+    still.
 
     Raises:
         UserError: as check_input.
@@ -246,7 +247,7 @@ def read_rows(
     """
     check_input(path)
     blocks = _blocks(path, offset, state)
-    for line_no, (line, begin, end, length) in enumerate(_lines(blocks, max_line_bytes), line_no):
+    for line_no, (line, begin, end, length) in enumerate(_lines(blocks, max_line_bytes), first_line):
         if length > max_line_bytes:
             begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
             id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)

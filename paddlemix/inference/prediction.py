@@ -47,7 +47,7 @@ class _Rows:
         self.count = place.row
         self.read = self._shard.index + (place.row - 1) * self._shard.of
         self._rows = read_rows(
-            self._path, want_caption=False, offset=place.next_offset, line_no=place.line_no + 1, state=self._state
+            self._path, want_caption=False, offset=place.next_offset, first_line=place.line_no + 1, state=self._state
         )
 
     def __iter__(self) -> Iterator[TsvRow]:

@@ -217,6 +217,42 @@ def test_mend_caption(text, cleaned):
     assert mend_caption(cleaned) == cleaned
 
 
+# What ftfy might take for mojibake of what need not be mended: letters of single-byte encodings, and their neighbours.
+_SUSPICIOUS = "—‘’“”…aA0 中，~<;#"
+
+
+def _is_taken_as_plain(text):
+    return labels._PLAIN.fullmatch(text) and not labels._IN_A_ROW.search(text)
+
+
+def test_what_is_not_looked_at_is_what_ftfy_leaves_alone():
+    for letters in itertools.product(_SUSPICIOUS, repeat=3):
+        text = "".join(letters)
+        assert not _is_taken_as_plain(text) or fix_text(text) == text
+    every = "".join(letter for letter in map(chr, range(0x10000)) if labels._PLAIN.fullmatch(letter))
+    assert len(every) > 20000 and fix_text(every) == every
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from(_SUSPICIOUS + "&。、；！？,:!?éâ€œ\u3000\u00a0字"), max_size=16))
+def test_cleaning_without_ftfy_is_cleaning_with_it(text):
+    with pytest.MonkeyPatch.context() as patch:
+        quick = mend_caption(text)
+        patch.setattr(labels, "_PLAIN", re.compile("(?!)"))
+        assert mend_caption(text) == quick
+
+
+def fix_text(text):
+    return ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
+
+
+def test_ordinary_captions_are_not_given_to_ftfy(run, monkeypatch):
+    caption = "画面左侧是一瓶白色面霜，文案写着“水润一整天……”，售价99元（原价￥199.00）——It's 100% fresh!"
+    wanted = run([row(0, caption), row(1, "标题")])[:2]
+    monkeypatch.setattr(ftfy, "fix_text", None)
+    assert run([row(0, caption), row(1, "标题")], clean=True)[:2] == wanted
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("，。、；,;:!? \t字a…—"), max_size=12))
 def test_clean_leaves_nothing_to_clean(text):
