@@ -297,7 +297,9 @@ with ResultsWriter(sys.argv[1], {"settings": {}}) as writer:
 
 def test_a_large_input_is_read_once_per_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "_BAR_BYTES", 10)
-    monkeypatch.setattr(results.tempfile, "gettempdir", lambda: str(tmp_path))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    monkeypatch.setattr(results, "temporary_folder", lambda: str(notes))
     path = tmp_path / "in.tsv"
     path.write_bytes(b"a\tAAAA\n" * 5)
     facts = file_facts(str(path))
@@ -309,11 +311,11 @@ def test_a_large_input_is_read_once_per_machine(tmp_path, monkeypatch):
     os.utime(path, ns=(1, 1))
     input_facts(str(path))
     assert calls == [str(path)]
-    # A note that cannot be read, and a folder of somebody else's making, cost a reading.
-    for note in (tmp_path / f"mgen-vl-{os.getuid()}").iterdir():
+    # A note that cannot be read, and no folder for one, cost a reading.
+    for note in notes.iterdir():
         note.write_text("{")
     input_facts(str(path))
-    monkeypatch.setattr(results.tempfile, "gettempdir", lambda: str(path))
+    monkeypatch.setattr(results, "temporary_folder", lambda: None)
     input_facts(str(path))
     assert len(calls) == 3
 
