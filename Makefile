@@ -27,7 +27,7 @@ QUICK := -m "not slow"
 
 # What test-paddle26 leaves out: tests that import no Paddle. A new file is run on both until it is named here.
 NO_PADDLE := tests/metrics tests/test_house.py tests/test_run_sh.py tests/test_make_venv.py tests/utils/test_cli.py \
-	tests/utils/test_files.py tests/inference/test_shards.py tests/inference/test_boxes.py tests/datasets/test_tsv.py \
+	tests/utils/test_files.py tests/inference/test_row_shards.py tests/inference/test_boxes.py tests/datasets/test_tsv.py \
 	tests/datasets/test_json_index.py tests/processors/test_postprocess.py tests/processors/test_metadata.py
 
 .PHONY: help venv venv-paddle26 demo test test-paddle26 test-all fuzz bench bench-large lint clean

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from paddlemix.inference.options import FALLBACK, add_model_options
-from paddlemix.inference.shards import Shard
+from paddlemix.inference.row_shards import Shard
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils import cli
 

@@ -36,7 +36,7 @@ def main() -> int:
     args = parse_args()
 
     from paddlemix.inference.results import report_notes
-    from paddlemix.inference.shards import merge_shards
+    from paddlemix.inference.row_shards import merge_shards
     from paddlemix.utils.errors import JobFailed
 
     merged = merge_shards(args.output, args.input)

@@ -12,7 +12,7 @@ from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.options import FALLBACK
 from paddlemix.inference.results import Place, ResultsWriter, input_facts, report_notes, row_id
-from paddlemix.inference.shards import Shard, is_whole
+from paddlemix.inference.row_shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
@@ -101,7 +101,7 @@ def predict_file(
     and counted by what was wrong. Captions are greedy. A file without rows gives a file without lines. For the
     other arguments see predict.py --help; for how a run is resumed, results.py.
 
-    shard: answer that share of the rows only, into a file of its own (shards.py); one of several processes that
+    shard: answer that share of the rows only, into a file of its own (row_shards.py); one of several processes that
     paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
     settings, stays as it is. A share may lack a single good row without that being an error; the whole may not, which
     merge_shards' caller sees.

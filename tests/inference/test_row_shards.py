@@ -1,4 +1,4 @@
-"""Shares of the rows, and what merge_shards refuses. `pytest tests/inference/test_shards.py`
+"""Shares of the rows, and what merge_shards refuses. `pytest tests/inference/test_row_shards.py`
 
 tests/test_predict.py joins what predict.py wrote; here the shards are written by hand.
 """
@@ -9,9 +9,9 @@ import json
 import pytest
 
 from paddlemix.datasets.tsv import read_rows
-from paddlemix.inference import shards as module
+from paddlemix.inference import row_shards as module
 from paddlemix.inference.results import ResultsWriter, file_facts
-from paddlemix.inference.shards import Shard, merge_shards
+from paddlemix.inference.row_shards import Shard, merge_shards
 from paddlemix.utils.errors import UserError
 
 ROWS = [(f"id {i}", f"caption {i}") for i in range(7)]
