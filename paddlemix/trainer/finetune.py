@@ -12,7 +12,7 @@ from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, freeze
-from paddlemix.trainer.captions import CaptionEvaluator
+from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.reports import CURVE_NAME, draw_loss
 from paddlemix.trainer.run import Run, resolve

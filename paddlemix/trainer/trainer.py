@@ -43,7 +43,7 @@ from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import checkpoints, parallel, resume
 from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
-from paddlemix.trainer.captions import Caption, CaptionEvaluator
+from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
 from paddlemix.trainer.order import EpochSampler, Order
