@@ -11,7 +11,7 @@ from paddlenlp.utils.log import logger as paddlenlp_logger
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
-from paddlemix.trainer import checkpoints, freeze
+from paddlemix.trainer import freeze, run_checkpoints
 from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.reports import CURVE_NAME, draw_loss
@@ -39,7 +39,7 @@ def finetune(arguments: Arguments) -> Dict[str, float]:
     if trainer.args.world_size > 1:
         paddle.distributed.barrier()
     if paddle.distributed.get_rank() == 0:
-        checkpoints.clear_output(training.output_dir, run.old_files)
+        run_checkpoints.clear_output(training.output_dir, run.old_files)
     metrics: Dict[str, float] = {}
     if training.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=run.resume_from))
@@ -148,7 +148,8 @@ def _captions(run: Run) -> Dict[str, Any]:
 def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:
     """Weights, metrics, history and the loss curve into output_dir."""
     folder = trainer.args.output_dir
-    with checkpoints.disk_errors(f"the result in {folder}", os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")):
+    unfinished = os.path.join(folder, run_checkpoints.PARTIAL_PREFIX + "files")
+    with run_checkpoints.disk_errors(f"the result in {folder}", unfinished):
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)

@@ -19,7 +19,7 @@ from paddlenlp.trainer import TrainerState
 
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.checkpoint.tensors import printable
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import run_checkpoints
 from paddlemix.utils.compat import trainer_state
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.json_files import read_json_object
@@ -65,7 +65,7 @@ def read_progress(folder: str) -> Progress:
     Raises:
         WeightsError: the folder is no whole checkpoint, or its seal holds something else.
     """
-    state = checkpoints.read_seal(folder)
+    state = run_checkpoints.read_seal(folder)
     if state is None:
         raise WeightsError(f"{folder} is not a whole checkpoint")
     state = state if isinstance(state, dict) else {}
@@ -73,7 +73,7 @@ def read_progress(folder: str) -> Progress:
     numbers = isinstance(progress.order, dict) and all(map(_count, progress.order.values()))
     # A loss of float16 may have been no number for a step.
     if not (_count(progress.step) and progress.step and type(progress.loss_sum) is float and numbers):
-        raise WeightsError(f"{folder} does not say where the run stood (in {checkpoints.SEAL_NAME})")
+        raise WeightsError(f"{folder} does not say where the run stood (in {run_checkpoints.SEAL_NAME})")
     return progress
 
 
@@ -121,7 +121,7 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
     best = state.best_model_checkpoint
     if best is not None:
         best = os.path.join(os.path.dirname(os.path.normpath(folder)), os.path.basename(os.path.normpath(best)))
-        whole = checkpoints.step_of(best) >= 0 and checkpoints.read_seal(best) is not None
+        whole = run_checkpoints.step_of(best) >= 0 and run_checkpoints.read_seal(best) is not None
         state.best_model_checkpoint = best if whole else None
         if not whole:
             logger.warning(f"{path}: the best checkpoint, {printable(best)}, is gone; the next evaluation begins anew")

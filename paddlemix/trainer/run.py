@@ -22,7 +22,7 @@ from paddlemix.models.lora import adapter_shapes, check_claims, open_lora_weight
 from paddlemix.models.mgen_vl.parameters import Shape, check_weights, cut_problems, parameter_shapes
 from paddlemix.models.mgen_vl.tokenizer import check_vocabulary
 from paddlemix.processors.images import MGenVLImageProcessor
-from paddlemix.trainer import checkpoints, freeze, parallel, resume
+from paddlemix.trainer import freeze, parallel, resume, run_checkpoints
 from paddlemix.trainer.guard import LanguageGuard, check_text_model
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
@@ -263,7 +263,7 @@ def _decide_output(run: Run) -> None:
         run.notes.append("benchmark: this run measures speed; it saves nothing and leaves what output_dir holds")
     elif training.do_train and (not training.resume_from_checkpoint or os.path.isdir(training.resume_from_checkpoint)):
         run.resume_from, run.old_files = run.attempt(
-            checkpoints.check_output,
+            run_checkpoints.check_output,
             training.output_dir,
             overwrite=training.overwrite_output_dir,
             resume=training.resume,
@@ -331,7 +331,7 @@ def _check_resume(run: Run) -> None:
         return
     progress = run.attempt(resume.read_progress, folder)
     if progress is not None:
-        run.attempt(checkpoints.check_order, folder, progress.order, run.order.settings())
+        run.attempt(run_checkpoints.check_order, folder, progress.order, run.order.settings())
         run.attempt(resume.read_trainer_state, folder, progress.step)
     if run.guard is not None and run.trained:
         run.attempt(_check_resumed_weights, run, folder)

@@ -41,7 +41,7 @@ from paddlenlp.transformers.model_utils import _add_variant
 from paddlemix.datasets.collator import raise_failure
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
-from paddlemix.trainer import checkpoints, parallel, resume
+from paddlemix.trainer import parallel, resume, run_checkpoints
 from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
 from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
@@ -273,9 +273,9 @@ class FinetuneTrainer(Trainer):
         """Write a checkpoint beside its place, seal it and rename it."""
         output_dir, step = self.args.output_dir, self.state.global_step
         final = os.path.join(output_dir, f"checkpoint-{step}")
-        partial = os.path.join(output_dir, f"{checkpoints.PARTIAL_PREFIX}{step}")
+        partial = os.path.join(output_dir, f"{run_checkpoints.PARTIAL_PREFIX}{step}")
         written = os.path.join(partial, f"checkpoint-{step}")
-        with checkpoints.disk_errors(f"checkpoint-{step}", partial):
+        with run_checkpoints.disk_errors(f"checkpoint-{step}", partial):
             with self._writing_to(partial):
                 super()._save_checkpoint(model, metrics)
             if self.state.best_model_checkpoint == written:
@@ -285,7 +285,7 @@ class FinetuneTrainer(Trainer):
             if not self.args.should_save:
                 return
             self.state.save_to_json(os.path.join(written, "trainer_state.json"))
-            checkpoints.seal(
+            run_checkpoints.seal(
                 written,
                 {
                     "global_step": step,
@@ -293,9 +293,9 @@ class FinetuneTrainer(Trainer):
                     "order": self.order.settings(),
                 },
             )
-            checkpoints.publish(written, final)
+            run_checkpoints.publish(written, final)
         shutil.rmtree(partial)
-        checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        run_checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     @contextlib.contextmanager
     def _writing_to(self, folder: str):
@@ -318,7 +318,7 @@ class FinetuneTrainer(Trainer):
         """
         folder = output_dir or self.args.output_dir
         logger.info(f"Saving model checkpoint to {folder}")
-        partial = os.path.join(folder, checkpoints.PARTIAL_PREFIX + "files")
+        partial = os.path.join(folder, run_checkpoints.PARTIAL_PREFIX + "files")
         self.guard.check(base_of(self.model))
         if not self.args.should_save:
             save_tuned(self.model, partial, self.origin, False)

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import run_checkpoints
 
 PATIENCE = 60  # seconds until a run that shows nothing fails the test
 
@@ -46,7 +46,7 @@ class Run:
     def stop_inside_saving(self, steps):
         """Freeze the run in the middle of writing one of these checkpoints; returns which."""
         for step in steps:
-            partial = self.out / f"{checkpoints.PARTIAL_PREFIX}{step}"
+            partial = self.out / f"{run_checkpoints.PARTIAL_PREFIX}{step}"
             self.wait_for(partial.name, f"checkpoint-{step}")
             os.kill(self.pid, signal.SIGSTOP)
             if partial.exists() and not (self.out / f"checkpoint-{step}").exists():

@@ -15,7 +15,7 @@ import pytest
 from paddlemix.checkpoint.shards import WeightsReader
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
-from paddlemix.trainer import checkpoints, command_line, dry_run, machine
+from paddlemix.trainer import command_line, dry_run, machine, run_checkpoints
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import IMAGE_START_ID, byte_vocab_tokenizer
 from tests.trainer.runs import LORA_POOL, write_data
@@ -265,7 +265,7 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     run(command_line.parse(words(**batches, max_steps=3, save_steps=3, disable_tqdm=True)))
     folder = tmp_path / "out" / "checkpoint-3"
-    (tmp_path / "out" / checkpoints.RESULT_NAME).unlink()
+    (tmp_path / "out" / run_checkpoints.RESULT_NAME).unlink()
     assert any("holds an unfinished run" in problem for problem in dry_run.foresee(words()).problems)
     keys = {"resume": True, **batches, "max_steps": 5}
     resumed = dry_run.foresee(words(**keys))
@@ -278,9 +278,9 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
     ):
         problems = dry_run.foresee(words(**dict(keys, **changes))).problems
         assert any(one.startswith(f"{folder} is of another run: ") and says in one for one in problems), problems
-    (folder / checkpoints.SEAL_NAME).unlink()
-    checkpoints.seal(str(folder), [])
-    says = f"{folder} does not say where the run stood (in {checkpoints.SEAL_NAME})"
+    (folder / run_checkpoints.SEAL_NAME).unlink()
+    run_checkpoints.seal(str(folder), [])
+    says = f"{folder} does not say where the run stood (in {run_checkpoints.SEAL_NAME})"
     assert dry_run.foresee(words(**keys)).problems == [says]
 
 

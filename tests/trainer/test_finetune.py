@@ -16,7 +16,7 @@ import pytest
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.models.lora import load_lora
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import run_checkpoints
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
@@ -455,7 +455,7 @@ def test_sigterm_saves_and_says_how_to_go_on(run_keys, tmp_path, log):
     trainer.train()
     assert signal.getsignal(signal.SIGTERM) is previous
     assert trainer.stop.received and trainer.state.global_step == 3
-    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
+    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
 
 
 @pytest.mark.parametrize("moment", ["loss", "captions"])
@@ -475,7 +475,7 @@ def test_sigterm_ends_an_evaluation(run_keys, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(owner, name, with_signal)
     trainer.train()
     assert seen == [2] and trainer.state.global_step == 2
-    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-2")
+    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-2")
     assert not any("eval_cider" in line for line in trainer.state.log_history)
 
 
@@ -491,7 +491,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run_keys, tmp_path, monkeypat
     monkeypatch.setattr(trainer, "_save", full)
     with pytest.raises(JobFailed, match="checkpoint-2 could not be written .No space left on device"):
         trainer.train()
-    assert checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-1")
+    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-1")
     assert not list((tmp_path / "out").glob(".partial*"))
 
 

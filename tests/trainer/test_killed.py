@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from paddlemix.trainer import callbacks, checkpoints
+from paddlemix.trainer import callbacks, run_checkpoints
 from tests.trainer.forked import PATIENCE
 from tests.trainer.runs import final_weights
 
@@ -41,8 +41,8 @@ def test_killed_at_five_moments_ends_with_the_weights_of_one_go(start):
             run.wait_for(f"checkpoint-{step}")
             time.sleep(chance.uniform(0, 0.1))
         assert run.kill() == -signal.SIGKILL
-        last = checkpoints.last_whole(str(run.out))
-        assert last is not None and checkpoints.step_of(last) >= step - 1
+        last = run_checkpoints.last_whole(str(run.out))
+        assert last is not None and run_checkpoints.step_of(last) >= step - 1
         run = start(resume=True)
     assert run.status() == 0, run.log.read_text()
     assert len(caught) >= 2
@@ -58,7 +58,7 @@ def test_killed_while_the_first_checkpoint_is_written(start):
     run = start()
     run.stop_inside_saving([1])
     run.kill()
-    assert checkpoints.last_whole(str(run.out)) is None
+    assert run_checkpoints.last_whole(str(run.out)) is None
     again = start(max_steps=1)
     assert again.status() == 0, again.log.read_text()
 
@@ -82,9 +82,9 @@ def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start, workers):
     for pid in [*loaders, run.pid]:
         os.kill(pid, signal.SIGTERM)
     assert run.status() == 0, run.log.read_text()
-    last = checkpoints.step_of(checkpoints.last_whole(str(run.out)))
+    last = run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out)))
     assert f"stopped after step {last}: resume with --resume" in run.log.read_text()
-    assert not (run.out / checkpoints.RESULT_NAME).exists()
+    assert not (run.out / run_checkpoints.RESULT_NAME).exists()
 
 
 def test_a_killed_run_leaves_no_worker_behind(start):
@@ -131,7 +131,7 @@ def test_no_room_on_the_disk_is_one_line_and_the_last_checkpoint_stands(start):
     last = run.log.read_text().splitlines()[-1]
     assert last.startswith("error: checkpoint-") and "mend the disk and add --resume" in last
     assert "Traceback" not in run.log.read_text()
-    assert checkpoints.step_of(checkpoints.last_whole(str(run.out))) >= 2
+    assert run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out))) >= 2
     assert not list(run.out.glob(".*"))
     again = start(resume=True, max_steps=4)
     assert again.status() == 0

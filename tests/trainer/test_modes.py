@@ -20,7 +20,7 @@ from paddlemix.checkpoint.structure import is_language
 from paddlemix.inference.captioner import Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.prediction import predict_file
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import run_checkpoints
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.tuned_model import base_of
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
@@ -198,7 +198,7 @@ def test_the_best_part_is_loaded_at_the_end(run_keys, tmp_path):
     trainer = start(run_keys(**keys, evaluation_strategy="steps", load_best_model_at_end=True))
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert checkpoints.step_of(best) == 1
+    assert run_checkpoints.step_of(best) == 1
     stored, state = read_all(best + "/partial_model_state.pdparams"), tensors(trainer.model)
     assert all(np.array_equal(array, state[name]) for name, array in stored.items())
 

@@ -14,7 +14,7 @@ import pytest
 
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.datasets import chatml
-from paddlemix.trainer import checkpoints, resume
+from paddlemix.trainer import resume, run_checkpoints
 from paddlemix.trainer.finetune import build
 from paddlemix.trainer.run import resolve
 from paddlemix.utils.errors import UserError, WeightsError
@@ -47,9 +47,9 @@ def go_on(run_keys, **changes):
 
 def reseal(folder):
     """What somebody who changed a checkpoint would do too."""
-    state = json.loads((folder / checkpoints.SEAL_NAME).read_text())["state"]
-    (folder / checkpoints.SEAL_NAME).unlink()
-    checkpoints.seal(str(folder), state)
+    state = json.loads((folder / run_checkpoints.SEAL_NAME).read_text())["state"]
+    (folder / run_checkpoints.SEAL_NAME).unlink()
+    run_checkpoints.seal(str(folder), state)
 
 
 # ---- half precision
@@ -174,7 +174,7 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(run_keys, 
     elif damage == "no optimizer":
         (broken / resume.OPTIMIZER_NAME).unlink()
     else:
-        (broken / checkpoints.SEAL_NAME).unlink()
+        (broken / run_checkpoints.SEAL_NAME).unlink()
     go_on(run_keys)
     assert "checkpoint-4 is not whole" in log.text and "Loading model from" in log.text and "checkpoint-3" in log.text
     ours, theirs = final_weights(stopped), final_weights(one_go)
@@ -406,5 +406,5 @@ def test_the_best_checkpoint_is_one_of_this_run(stopped, best, found):
 )
 def test_a_seal_of_something_else(tmp_path, state):
     os.makedirs(tmp_path / "checkpoint-4")
-    checkpoints.seal(str(tmp_path / "checkpoint-4"), state)
+    run_checkpoints.seal(str(tmp_path / "checkpoint-4"), state)
     refused(resume.read_progress, str(tmp_path / "checkpoint-4"))

@@ -1,10 +1,10 @@
-"""python -m pytest tests/trainer/test_checkpoints.py"""
+"""python -m pytest tests/trainer/test_run_checkpoints.py"""
 
 import json
 
 import pytest
 
-from paddlemix.trainer import checkpoints
+from paddlemix.trainer import run_checkpoints
 from paddlemix.utils.errors import ConfigError
 
 
@@ -13,22 +13,22 @@ def make(folder, step, state=None, whole=True):
     path.mkdir(parents=True)
     (path / "weights").write_bytes(b"w" * step)
     if whole:
-        checkpoints.seal(str(path), state or {"global_step": step})
+        run_checkpoints.seal(str(path), state or {"global_step": step})
     return str(path)
 
 
 def prepare(folder, overwrite=False, resume=False, resume_from=None):
     """Check the folder and clear it; returns the checkpoint to resume from."""
-    resume_from, old = checkpoints.check_output(
+    resume_from, old = run_checkpoints.check_output(
         str(folder), overwrite=overwrite, resume=resume, resume_from=resume_from
     )
-    checkpoints.clear_output(str(folder), old)
+    run_checkpoints.clear_output(str(folder), old)
     return resume_from
 
 
 def test_seal_holds_state_and_sizes(tmp_path):
     path = make(tmp_path, 3, {"loss_sum": 1.5})
-    assert checkpoints.read_seal(path) == {"loss_sum": 1.5}
+    assert run_checkpoints.read_seal(path) == {"loss_sum": 1.5}
 
 
 @pytest.mark.parametrize("name", ["../outside", "sub/weights", "/etc/hostname", "..", ""])
@@ -37,14 +37,14 @@ def test_a_seal_that_names_files_elsewhere_seals_nothing(tmp_path, name):
     (tmp_path / "outside").write_bytes(b"www")
     target = tmp_path / "checkpoint-3" / name
     size = target.stat().st_size if target.exists() else 3
-    (tmp_path / "checkpoint-3" / checkpoints.SEAL_NAME).write_text(json.dumps({"files": {name: size}, "state": {}}))
-    assert checkpoints.read_seal(path) is None
+    (tmp_path / "checkpoint-3" / run_checkpoints.SEAL_NAME).write_text(json.dumps({"files": {name: size}, "state": {}}))
+    assert run_checkpoints.read_seal(path) is None
 
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "seal cut", "no seal", "seal of another kind"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, log, damage):
     good, bad = make(tmp_path, 3), make(tmp_path, 12)
-    seal = tmp_path / "checkpoint-12" / checkpoints.SEAL_NAME
+    seal = tmp_path / "checkpoint-12" / run_checkpoints.SEAL_NAME
     if damage == "shorter":
         (tmp_path / "checkpoint-12" / "weights").write_bytes(b"w")
     elif damage == "missing":
@@ -55,8 +55,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, log, damage):
         seal.unlink()
     else:
         seal.write_text(json.dumps([1]))
-    assert checkpoints.read_seal(bad) is None
-    assert checkpoints.last_whole(str(tmp_path)) == good
+    assert run_checkpoints.read_seal(bad) is None
+    assert run_checkpoints.last_whole(str(tmp_path)) == good
     assert "checkpoint-12 is not whole" in log.text
 
 
@@ -65,27 +65,27 @@ def test_order_is_by_step_not_by_name(tmp_path):
         make(tmp_path, step)
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
-    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(str(tmp_path))] == [9, 20, 100]
-    assert checkpoints.last_whole(str(tmp_path)).endswith("-100")
+    assert [run_checkpoints.step_of(path) for path in run_checkpoints.checkpoints(str(tmp_path))] == [9, 20, 100]
+    assert run_checkpoints.last_whole(str(tmp_path)).endswith("-100")
 
 
 def test_thin_out_keeps_the_newest_and_the_best(tmp_path):
     paths = [make(tmp_path, step) for step in (1, 2, 3, 4)]
-    checkpoints.thin_out(str(tmp_path), None, None)
-    assert len(checkpoints.checkpoints(str(tmp_path))) == 4
-    checkpoints.thin_out(str(tmp_path), 2, paths[0])
-    assert checkpoints.checkpoints(str(tmp_path)) == [paths[0], paths[2], paths[3]]
+    run_checkpoints.thin_out(str(tmp_path), None, None)
+    assert len(run_checkpoints.checkpoints(str(tmp_path))) == 4
+    run_checkpoints.thin_out(str(tmp_path), 2, paths[0])
+    assert run_checkpoints.checkpoints(str(tmp_path)) == [paths[0], paths[2], paths[3]]
 
 
 def test_a_broken_checkpoint_does_not_count(tmp_path):
     """A run that began anew beside a newer, broken one must keep what it has just saved."""
     old, new = make(tmp_path, 2), make(tmp_path, 4)
     broken = [make(tmp_path, step, whole=False) for step in (1, 20)][1]
-    checkpoints.thin_out(str(tmp_path), 2, None)
-    assert checkpoints.checkpoints(str(tmp_path)) == [old, new, broken]
-    checkpoints.thin_out(str(tmp_path), 1, None)
-    assert checkpoints.checkpoints(str(tmp_path)) == [new, broken]
-    assert checkpoints.last_whole(str(tmp_path)) == new
+    run_checkpoints.thin_out(str(tmp_path), 2, None)
+    assert run_checkpoints.checkpoints(str(tmp_path)) == [old, new, broken]
+    run_checkpoints.thin_out(str(tmp_path), 1, None)
+    assert run_checkpoints.checkpoints(str(tmp_path)) == [new, broken]
+    assert run_checkpoints.last_whole(str(tmp_path)) == new
 
 
 def test_fresh_folder_starts_anew_with_or_without_resume(tmp_path):
@@ -110,7 +110,7 @@ def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, in
     last = make(tmp_path, 4)
     with pytest.raises(ConfigError, match="holds checkpoint-4 besides: --resume .*/checkpoint-2, set another"):
         prepare(tmp_path, resume_from=path)
-    assert checkpoints.read_seal(last) is not None
+    assert run_checkpoints.read_seal(last) is not None
     assert prepare(tmp_path / "other", resume_from=path) == path
 
 
@@ -131,7 +131,7 @@ def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
     path = make(tmp_path, 4)
     with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
         prepare(tmp_path, overwrite=overwrite)
-    assert checkpoints.read_seal(path) is not None
+    assert run_checkpoints.read_seal(path) is not None
 
 
 def test_a_finished_run_that_went_on_is_unfinished_again(tmp_path):
@@ -140,7 +140,7 @@ def test_a_finished_run_that_went_on_is_unfinished_again(tmp_path):
     assert prepare(tmp_path, overwrite=True, resume=True) == path
     with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
         prepare(tmp_path, overwrite=True)
-    assert checkpoints.read_seal(path) is not None
+    assert run_checkpoints.read_seal(path) is not None
 
 
 def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
