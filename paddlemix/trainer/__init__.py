@@ -1,1 +1,1 @@
-"""Finetuning: keys and rules (strict) · freeze (what trains) · checkpoints · callbacks (logs) · finetune."""
+"""Finetuning: keys and rules (strict) · freeze (what trains) · run_checkpoints · callbacks (logs) · finetune."""

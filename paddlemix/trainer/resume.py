@@ -48,10 +48,10 @@ def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
-# ---- where the run stood
+# ---- where the run is
 
 
-class Progress(NamedTuple):
+class Position(NamedTuple):
     """step: optimizer steps done. loss_sum: of those steps. order: what the order of samples depended on."""
 
     step: int
@@ -59,7 +59,7 @@ class Progress(NamedTuple):
     order: Dict[str, int]
 
 
-def read_progress(folder: str) -> Progress:
+def read_position(folder: str) -> Position:
     """What a whole checkpoint's seal says.
 
     Raises:
@@ -69,12 +69,12 @@ def read_progress(folder: str) -> Progress:
     if state is None:
         raise WeightsError(f"{folder} is not a whole checkpoint")
     state = state if isinstance(state, dict) else {}
-    progress = Progress(*(state.get(name) for name in ("global_step", "loss_sum", "order")))
-    numbers = isinstance(progress.order, dict) and all(map(_count, progress.order.values()))
+    position = Position(*(state.get(name) for name in ("global_step", "loss_sum", "order")))
+    numbers = isinstance(position.order, dict) and all(map(_count, position.order.values()))
     # A loss of float16 may have been no number for a step.
-    if not (_count(progress.step) and progress.step and type(progress.loss_sum) is float and numbers):
+    if not (_count(position.step) and position.step and type(position.loss_sum) is float and numbers):
         raise WeightsError(f"{folder} does not say where the run stood (in {run_checkpoints.SEAL_NAME})")
-    return progress
+    return position
 
 
 def _text(value: Any) -> bool:

@@ -329,10 +329,10 @@ def _check_resume(run: Run) -> None:
     folder = run.resume_from
     if folder is None:
         return
-    progress = run.attempt(resume.read_progress, folder)
-    if progress is not None:
-        run.attempt(run_checkpoints.check_order, folder, progress.order, run.order.settings())
-        run.attempt(resume.read_trainer_state, folder, progress.step)
+    position = run.attempt(resume.read_position, folder)
+    if position is not None:
+        run.attempt(run_checkpoints.check_order, folder, position.order, run.order.settings())
+        run.attempt(resume.read_trainer_state, folder, position.step)
     if run.guard is not None and run.trained:
         run.attempt(_check_resumed_weights, run, folder)
 

@@ -370,19 +370,19 @@ class FinetuneTrainer(Trainer):
         """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
         given = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
-            progress = resume.read_progress(resume_from_checkpoint)
-            self._first_step, self._resumed_loss = progress.step, progress.loss_sum
-            state = resume.read_trainer_state(resume_from_checkpoint, progress.step)
+            position = resume.read_position(resume_from_checkpoint)
+            self._first_step, self._resumed_loss = position.step, position.loss_sum
+            state = resume.read_trainer_state(resume_from_checkpoint, position.step)
             given = handed_over(state)
             self._history = state.log_history
             self.numerics.overflow.skipped = next(
                 (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
             )
-            if progress.step >= self.order.steps:
+            if position.step >= self.order.steps:
                 logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
                 self.load_weights(resume_from_checkpoint)
                 self.state = state
-                return {"train_loss": progress.loss_sum / progress.step, "epoch": state.epoch}
+                return {"train_loss": position.loss_sum / position.step, "epoch": state.epoch}
         try:
             # The optimizer's states get running names too (see finetune.build).
             with paddle.utils.unique_name.guard(), given:

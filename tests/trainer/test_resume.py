@@ -407,4 +407,4 @@ def test_the_best_checkpoint_is_one_of_this_run(stopped, best, found):
 def test_a_seal_of_something_else(tmp_path, state):
     os.makedirs(tmp_path / "checkpoint-4")
     run_checkpoints.seal(str(tmp_path / "checkpoint-4"), state)
-    refused(resume.read_progress, str(tmp_path / "checkpoint-4"))
+    refused(resume.read_position, str(tmp_path / "checkpoint-4"))
