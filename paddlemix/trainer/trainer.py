@@ -1,25 +1,30 @@
-"""FinetuneTrainer: PaddleNLP's Trainer, wrapped and not rewritten. What each override replaces, and why:
+"""FinetuneTrainer: PaddleNLP's Trainer, wrapped and not rewritten. What the stock method does, and what ours does:
 
-  print_config         one heading for all: the notebook's log has a block of sorted names
-  log                  rates that take all planned steps for done in this session, which a resume or a signal belies; a
-                       history that 3.0.0b4 empties
-  _get_train_sampler   a random order that can be resumed only by reading samples: EpochSampler goes on by index
-  get_*_dataloader     workers that SIGTERM ends in the middle of a step
-  evaluate             the loss alone: captions are generated, shown and scored as well
-  compute_loss         labels taken from the inputs: the model computes its loss from labelled positions alone
-  _wrap_model          cards that share matrices are broadcast each other's batches, and drift apart
-  _prepare_inputs      errors in loader workers, which arrive without their words: a batch carries them, raised here
-  training_step        adds counts of tokens and samples, and a watch on the loss
-  _check_loss_valid    a stop at the first loss that is no number, even with a loss scale: see Numerics
-  create_optimizer     all parameters, decay by their names: here those that train, decay on matrices, float32 norms
-  _save_checkpoint     files written in place, which a kill leaves broken: here under another name, sealed, renamed
-  _rotate_checkpoints  deletes before the new checkpoint is whole: see _save_checkpoint
-  _save                all weights: here what the run changes (tuned_model), tokenizer, chat template
-  _load_…              paddle.load, which executes what a pickle names: see resume
-  _load_rng_state      generator states that Paddle 2.6 cannot restore on the CPU: see seed_step
-  train                resuming and the best weights by the safe readers, the loss sum over both sessions
-Stock callbacks that print or report are replaced by those of callbacks and reports. Losses of accumulated batches are
-averaged batch by batch, as PaddleNLP does, not label by label.
+  print_config              prints at debug level → at info level, as the notebook's log has it
+  log                       empties the history (3.0.0b4); its rates count all planned steps → the history is kept, the
+                            rates are those of this session, skipped samples are reported
+  _get_train_sampler        an order that goes on only by reading samples → EpochSampler, which goes on by index
+  get_train_dataloader,     workers die by the SIGTERM that the launcher sends to all → they leave it to the trainer
+  get_eval_dataloader
+  evaluate                  the loss → captions too: generated, shown, scored
+  compute_loss              takes a criterion, or the first output → the loss that the model computes
+  _wrap_model               broadcasts a batch to the cards that share matrices, whose other weights drift apart → each
+                            reads the same samples itself, gradients of what all hold are made alike
+  _prepare_inputs           an error in a loader worker loses its message → the batch carries it, and it is raised here
+  training_step             → counts tokens and samples, watches the loss
+  _check_loss_valid         waits for the device at every batch → Numerics looks once per step
+  create_optimizer          all parameters, weight decay by names → those that train, decay on matrices only, a rate for
+                            the connector, clipping by a float32 norm
+  _maybe_log_save_evaluate  → keeps the loss of steps not logged yet for the checkpoint
+  _save_checkpoint          writes in place; a kill leaves a part → under another name, sealed, renamed
+  _rotate_checkpoints       deletes before the new checkpoint is complete → see _save_checkpoint
+  _save                     all weights → what the run changes (tuned_model.save_tuned), tokenizer, chat template
+  _load_from_checkpoint,    paddle.load, which executes what a pickle names → readers that execute nothing (resume)
+  _load_optimizer_and_scheduler
+  _load_rng_state           restores generators, which Paddle 2.6 cannot on the CPU → each step is seeded (seed_step)
+  train                     → the loss sum over all sessions, the best weights by the safe readers
+The stock callbacks that print or report are replaced (callbacks, reports). Losses of accumulated batches are averaged
+batch by batch, as PaddleNLP does, not label by label.
 """
 
 from __future__ import annotations

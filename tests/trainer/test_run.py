@@ -5,10 +5,11 @@ taken through both here.
 """
 
 import json
+import re
 
 import pytest
 
-from paddlemix.trainer import command_line, dry_run
+from paddlemix.trainer import command_line, dry_run, trainer
 from paddlemix.trainer.freeze import count_groups
 from paddlemix.trainer.run import resolve
 from paddlemix.trainer.tuned_model import base_of
@@ -82,13 +83,13 @@ def test_training_does_what_was_resolved(run_keys):
     arguments = run_keys(**LORA_POOL, gradient_accumulation_steps=4, num_train_epochs=3, max_steps=...)
     found = resolve(arguments)
     assert (found.order.steps, found.order.batches_per_step, found.order.accumulation) == (3, 3, 4)
-    trainer = start(arguments)
-    state, shapes = base_of(trainer.model).state_dict(), base_of(trainer.model).whole_shapes()
+    started = start(arguments)
+    state, shapes = base_of(started.model).state_dict(), base_of(started.model).whole_shapes()
     counted = count_groups((name, shapes[name], not tensor.stop_gradient) for name, tensor in state.items())
     assert found.counts() == counted
     assert {name for name, tensor in state.items() if not tensor.stop_gradient} == set(found.trained)
-    trainer.train()
-    assert trainer.state.global_step == 3 and trainer.args.gradient_accumulation_steps == 3
+    started.train()
+    assert started.state.global_step == 3 and started.args.gradient_accumulation_steps == 3
 
 
 def test_a_config_is_read_once(run_keys, monkeypatch):
@@ -147,3 +148,12 @@ def test_adapters_of_another_base_are_a_warning_in_both(words, tmp_path, log):
     assert found.problems == [] and any("is another model" in note for note in found.notes)
     run(command_line.parse(words(**keys)))
     assert "is another model" in log.text
+
+
+def test_the_trainers_head_names_every_override():
+    from paddlenlp.trainer import Trainer
+
+    overrides = {name for name in vars(trainer.FinetuneTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
+    named = set(re.findall(r"^  (\w+)", trainer.__doc__, flags=re.MULTILINE))
+    # PaddleNLP 2.8 has no _check_loss_valid.
+    assert overrides <= named <= set(vars(trainer.FinetuneTrainer)) and len(overrides) > 15
