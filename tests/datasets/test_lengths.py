@@ -1,7 +1,9 @@
 """python -m pytest tests/datasets/test_lengths.py"""
 
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -135,3 +137,28 @@ def test_many_records_are_counted_by_several_processes(tokenizer, tmp_path, monk
     monkeypatch.setattr(lengths, "_CHUNK", 8)
     monkeypatch.setattr(lengths, "physical_cores", lambda: 2)
     assert dataset(path, tokenizer).lengths().digest() == alone.digest()
+
+
+def test_of_several_processes_one_counts(tmp_path):
+    """Those of a run on one machine begin at once; the lengths are counted once."""
+    path = write(tmp_path / "train.json", [record(number) for number in range(3)])
+    context = multiprocessing.get_context("fork")
+    together, counted, found = context.Barrier(2), context.Value("i", 0), context.Queue()
+
+    def measure(row):
+        with counted.get_lock():
+            counted.value += 1
+        time.sleep(0.05)
+        return row + 1, True
+
+    def process():
+        together.wait()
+        found.put(lengths.cached_lengths(path, bytes(32), 3, measure)[0].tolist())
+
+    processes = [context.Process(target=process) for _ in range(2)]
+    for one in processes:
+        one.start()
+    results = [found.get(timeout=60) for _ in processes]
+    for one in processes:
+        one.join()
+    assert results == [[1, 2, 3]] * 2 and counted.value == 3
