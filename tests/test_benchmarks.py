@@ -1,7 +1,4 @@
-"""Every benchmark runs at its smallest size, and what the harness says of the measurements is true.
-
-    python -m pytest tests/test_benchmarks.py
-"""
+"""Every benchmark runs at its smallest size, and what the harness says of the measurements is true."""
 
 import argparse
 import importlib

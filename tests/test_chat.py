@@ -1,4 +1,4 @@
-"""chat.py about one image. `pytest tests/test_chat.py`"""
+"""chat.py: questions about images, in one go and in turns."""
 
 import http.server
 import re

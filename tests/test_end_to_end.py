@@ -1,7 +1,4 @@
-"""The whole pipeline at a tiny scale, as a user runs it: tools/demo.py with few rows and steps. About a minute.
-
-Run: pytest tests/test_end_to_end.py
-"""
+"""The whole pipeline at a tiny scale, as a user runs it: tools/demo.py with few rows and steps. About a minute."""
 
 import json
 import os

@@ -1,7 +1,4 @@
-"""The rules of the house: who imports whom, what stays light, what the READMEs promise.
-
-    python -m pytest tests/test_house.py
-"""
+"""The rules of the house: who imports whom, what stays light, what the READMEs promise."""
 
 import ast
 import os
@@ -273,6 +270,13 @@ def test_no_paths_of_one_machine():
             if b"\0" in line:
                 break
             assert not pattern.search(line), f"{path}:{number}: {line[:100]!r}"
+
+
+def test_each_file_of_tests_says_in_one_line_what_it_holds():
+    for path in house_files("*.py"):
+        if path.parts[0] == "tests" and path.name != "__init__.py":
+            first = (ROOT / path).read_text(encoding="utf-8").split("\n", 1)[0]
+            assert re.match(r'"""\S.{15,}', first) and "pytest tests" not in first, f"{path}: {first}"
 
 
 def test_no_large_file_is_tracked():

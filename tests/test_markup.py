@@ -1,7 +1,4 @@
-"""Texts that hold the model's own tags: characters like any other, from conversion to chat.
-
-    python -m pytest tests/test_markup.py
-"""
+"""Texts that hold the model's own tags: characters like any other, from conversion to chat."""
 
 import json
 import sys

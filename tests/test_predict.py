@@ -1,4 +1,4 @@
-"""predict.py from rows of every kind to lines. `pytest tests/test_predict.py`"""
+"""predict.py, from rows of every kind to lines of results."""
 
 import base64
 import io

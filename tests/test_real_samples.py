@@ -1,7 +1,4 @@
-"""The ten real rows of ../shared/real_samples, where they exist: the model learns them by heart, images decide.
-
-Run: pytest tests/test_real_samples.py (two to three minutes)
-"""
+"""The ten real rows of ../shared/real_samples, where they exist: the model learns them by heart, images decide."""
 
 import subprocess
 import sys

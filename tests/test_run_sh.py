@@ -1,4 +1,4 @@
-"""run.sh, as the platform calls it. `pytest tests/test_run_sh.py`
+"""run.sh, as the platform calls it.
 
 A predict.py that writes down its arguments stands in for the real one, which tests/test_predict.py calls.
 """

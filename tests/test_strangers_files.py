@@ -1,6 +1,6 @@
 """Each attack in each place where a program reads a file: nothing runs, one line, exit status 2.
 
-`python -m pytest tests/test_strangers_files.py`. The files of a resume have the same test in trainer/test_resume.py.
+The files of a resume have the same test in trainer/test_resume.py.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""python -m pytest tests/test_supervised_finetune.py
-
-The script as a user starts it: a config file, another folder, its output and exit status.
-"""
+"""supervised_finetune.py as a user starts it: a config file, another folder, its output and exit status."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The notebook's way to open a folder. Run: pytest tests/auto/test_auto.py"""
+"""The notebook's way to open a folder."""
 
 import pytest
 

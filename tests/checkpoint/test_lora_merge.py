@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_lora_merge.py"""
+"""Merging a LoRA folder into its base: the formula, the folder that results, and what is refused."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A merged model gives the adapter's own logits: `python -m pytest tests/checkpoint/test_merge_logits.py`."""
+"""A merged model gives the adapter's own logits."""
 
 import json
 

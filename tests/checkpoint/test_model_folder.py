@@ -1,4 +1,4 @@
-"""The roles of the files in a model folder. python -m pytest tests/checkpoint/test_model_folder.py"""
+"""The roles of the files in a model folder."""
 
 import pytest
 

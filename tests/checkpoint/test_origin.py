@@ -1,4 +1,4 @@
-"""The note of what was tuned, and the fingerprint in it. python -m pytest tests/checkpoint/test_origin.py"""
+"""The note of what was tuned, and the fingerprint in it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_pdparams.py"""
+""".pdparams read and written without executing a pickle, in both of PaddlePaddle's protocols."""
 
 import os
 import pickle

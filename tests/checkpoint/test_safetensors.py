@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_safetensors.py"""
+"""safetensors, against the library's own reader and writer, and headers that lie."""
 
 import struct
 

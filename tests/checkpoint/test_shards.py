@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_shards.py"""
+"""Weights in one file or several: indexes, copies, replacing a set of files, and a full disk."""
 
 import errno
 import json

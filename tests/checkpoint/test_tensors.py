@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_tensors.py"""
+"""Conversion between dtypes, memory-mapped files, and the checks of shapes and names."""
 
 import numpy as np
 import pytest

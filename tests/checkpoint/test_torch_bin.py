@@ -1,4 +1,4 @@
-"""python -m pytest tests/checkpoint/test_torch_bin.py"""
+"""PyTorch's .bin archives, by torch's own rules, and archives that only look like them."""
 
 import struct
 import zipfile

@@ -1,4 +1,4 @@
-"""Files from strangers execute nothing: `python -m pytest tests/checkpoint/test_untrusted.py`."""
+"""Files from strangers execute nothing."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Captions and references from files. Run: pytest tests/datasets"""
+"""Captions and references read from files of each form."""
 
 import base64
 import json

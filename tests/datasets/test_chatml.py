@@ -1,7 +1,4 @@
-"""Samples from train.json files: every form a record may have, and every way it may be bad.
-
-python -m pytest tests/datasets/test_chatml.py
-"""
+"""Samples from train.json files: every form a record may have, and every way it may be bad."""
 
 import base64
 import copy

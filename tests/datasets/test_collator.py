@@ -1,4 +1,4 @@
-"""python -m pytest tests/datasets/test_collator.py"""
+"""Samples become a padded batch with the places of images and labels."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,4 @@
-"""Record bounds in every layout, and when the index beside a file is believed.
-
-python -m pytest tests/datasets/test_json_index.py
-"""
+"""Record bounds in every layout, and when the index beside a file is believed."""
 
 import json
 import os

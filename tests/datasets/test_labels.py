@@ -1,7 +1,4 @@
-"""From TSV to train.json.
-
-python -m pytest tests/datasets/test_labels.py
-"""
+"""From a TSV to train.json: rows that are taken, mended captions, rejects and their reasons."""
 
 import base64
 import errno

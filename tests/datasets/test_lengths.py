@@ -1,4 +1,4 @@
-"""python -m pytest tests/datasets/test_lengths.py"""
+"""Lengths of samples, counted without images and kept beside the data."""
 
 import json
 import multiprocessing

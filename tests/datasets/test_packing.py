@@ -1,4 +1,4 @@
-"""python -m pytest tests/datasets/test_packing.py"""
+"""Which samples share a row, and the order that groups samples by length."""
 
 import numpy as np
 import pytest

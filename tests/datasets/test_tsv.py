@@ -1,7 +1,4 @@
-"""Rows of a TSV, whatever it holds.
-
-python -m pytest tests/datasets/test_tsv.py
-"""
+"""Rows of a TSV, whatever bytes it holds."""
 
 import base64
 

@@ -1,4 +1,4 @@
-"""Whatever a stranger's file holds: a result or an error in one line. `python -m pytest tests/fuzz`
+"""Whatever a stranger's file holds: a result or an error in one line.
 
 The cases are the same in every run; `make fuzz` draws new ones, and many more (FUZZ_EXAMPLES). See docs/security.md.
 """

@@ -1,4 +1,4 @@
-"""MGen-VL in plain numpy, float64, one sequence at a time, straight from SPEC §5: slow, short, and without Paddle.
+"""MGen-VL in plain numpy, float64, one sequence at a time, without Paddle: the reference of the goldens.
 
 It is the tests' second opinion on the model. `python -m tests.goldens.reference` writes model.npz anew.
 

@@ -1,4 +1,4 @@
-"""Everything here runs Paddle 2.6's operators; see simulator.py."""
+"""Skips what simulates Paddle 2.6 where another Paddle is installed."""
 
 import pytest
 

@@ -1,7 +1,7 @@
 """The contest platform's wheel has a GPU kernel for every operator that is called, in the dtype that it gets there.
 
 Nothing runs on a GPU: the simulator computes with stand-ins on the CPU (kernel_trace.py), and the wheel knows by name
-which kernels it has for a GPU. Run: pytest tests/half_precision/test_kernels.py
+which kernels it has for a GPU.
 """
 
 import os

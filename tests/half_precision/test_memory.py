@@ -1,7 +1,5 @@
 """What a layer keeps for its backward under the rules of half precision, against paddlemix/trainer/memory.py.
 
-Run: pytest tests/half_precision/test_memory.py
-
 Layers with the 7B's proportions: heads of 128, an MLP of 11008 / 4096 of the width, a ViT's of 4.9231, 256 queries, 376
 tokens.
 """

@@ -1,4 +1,4 @@
-"""The simulator keeps Paddle's rules. Run: pytest tests/half_precision/test_simulator.py"""
+"""The simulator keeps Paddle's rules."""
 
 import numpy as np
 import paddle

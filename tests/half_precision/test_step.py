@@ -1,7 +1,4 @@
-"""One training step with images in simulated half precision: dtypes, range, loss and gradients.
-
-Run: pytest tests/half_precision/test_step.py
-"""
+"""One training step with images in simulated half precision: dtypes, range, loss and gradients."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Boxes in answers. `pytest tests/inference/test_boxes.py`"""
+"""Boxes in answers: parsed, drawn, saved."""
 
 import os
 

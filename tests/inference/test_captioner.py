@@ -1,4 +1,4 @@
-"""Rows ahead, slots and order. `pytest tests/inference/test_captioner.py`"""
+"""The captioner: rows read ahead, slots, and the order of answers."""
 
 import itertools
 import threading

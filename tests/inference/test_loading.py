@@ -1,4 +1,4 @@
-"""A model folder, found and loaded. `pytest tests/inference/test_loading.py`"""
+"""Finding a model folder and loading it."""
 
 import base64
 import json

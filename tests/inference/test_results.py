@@ -1,4 +1,4 @@
-"""Results: whole when they appear, resumable, never mixed. `pytest tests/inference/test_results.py`"""
+"""Results: whole when they appear, resumable, never mixed."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Shares of the rows, and what merge_shards refuses. `pytest tests/inference/test_row_shards.py`
+"""Shares of the rows, and what merge_shards refuses.
 
 tests/test_predict.py joins what predict.py wrote; here the shards are written by hand.
 """

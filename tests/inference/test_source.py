@@ -1,4 +1,4 @@
-"""What a run tuned, asked directly or on top of its base. python -m pytest tests/inference/test_source.py"""
+"""What a run tuned, asked directly or on top of its base."""
 
 import json
 import os

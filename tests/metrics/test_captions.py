@@ -1,4 +1,4 @@
-"""Caption scores against values worked out by hand. Run: pytest tests/metrics"""
+"""Caption scores against values worked out by hand."""
 
 import math
 import os

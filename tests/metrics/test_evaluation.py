@@ -1,4 +1,4 @@
-"""Intervals and differences. Run: pytest tests/metrics"""
+"""Confidence intervals of scores and differences between two results."""
 
 import json
 

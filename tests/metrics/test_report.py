@@ -1,4 +1,4 @@
-"""The page of captions: what is in the file, and how it behaves in a browser. Run: pytest tests/metrics"""
+"""The page of captions: what is in the file, and how it behaves in a browser."""
 
 import base64
 import io

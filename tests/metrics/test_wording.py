@@ -1,4 +1,4 @@
-"""What is told of captions without a model, against cases worked out by hand. Run: pytest tests/metrics"""
+"""Counts of wording that need no model, against cases worked out by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""config.json. Run: pytest tests/models/test_configuration.py"""
+"""config.json: what is read, what is refused, what is written back."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Slots: every option gives a row what it gets alone. Run: pytest tests/models/test_engine.py"""
+"""Slots: every option gives a row what it gets alone."""
 
 import numpy as np
 import paddle

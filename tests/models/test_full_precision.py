@@ -1,7 +1,5 @@
 """What must stay float32 under mixed precision does, and what must be half is.
 
-    python -m pytest tests/models/test_full_precision.py
-
 The CPU has no autocast, so what can be seen here is where it is switched off. Elsewhere it turns the inputs of
 operators on its half list (matmul) into half precision, those of its float32 list (scatter) into float32, and mixed
 ones into float32, with whatever their results meet.

@@ -1,4 +1,4 @@
-"""Decoding: equal to a plain loop, alone and in batches. Run: pytest tests/models/test_generation.py"""
+"""Decoding: equal to a plain loop, alone and in batches."""
 
 import json
 

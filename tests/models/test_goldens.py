@@ -1,4 +1,4 @@
-"""The model against the public reference's numbers (SPEC §6). Run: pytest tests/models/test_goldens.py
+"""The model against the public reference's numbers, where they are beside the project.
 
 Tolerances are the contract's: 1e-4 on features and logits, 1e-3 relative on loss and gradient norms, equal tokens.
 """

@@ -1,4 +1,4 @@
-"""The decoder's parts against plain formulas. Run: pytest tests/models/test_language.py"""
+"""The decoder's parts against plain formulas."""
 
 import math
 

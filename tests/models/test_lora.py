@@ -1,4 +1,4 @@
-"""python -m pytest tests/models/test_lora.py"""
+"""Adapters on the model: their formula, the file they are saved in, and which layers take them."""
 
 import json
 import os

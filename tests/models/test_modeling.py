@@ -1,4 +1,4 @@
-"""The joined model: spans, loss, weights in and out. Run: pytest tests/models/test_modeling.py"""
+"""The joined model: spans, loss, weights in and out."""
 
 import json
 

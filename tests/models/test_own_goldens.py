@@ -1,4 +1,4 @@
-"""The model against numbers of the numpy reference in tests/goldens. Run: pytest tests/models/test_own_goldens.py"""
+"""The model against numbers of the numpy reference in tests/goldens."""
 
 import numpy as np
 import paddle

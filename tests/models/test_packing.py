@@ -1,7 +1,4 @@
-"""python -m pytest tests/models/test_packing.py
-
-A packed row is its samples, one by one: loss, gradients and logits of both are held against each other.
-"""
+"""A packed row gives the loss, gradients and logits of its samples one by one."""
 
 import numpy as np
 import paddle

@@ -1,4 +1,4 @@
-"""The table of names and shapes. Run: pytest tests/models/test_parameters.py"""
+"""The table of names and shapes."""
 
 import math
 

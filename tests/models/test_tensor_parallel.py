@@ -1,7 +1,6 @@
-"""python -m pytest tests/models/test_tensor_parallel.py
+"""How each parameter and its adapter are split over cards; the parts compute what the full matrix does.
 
-How each parameter and its adapter are split over cards, and that the parts compute what the whole does. Whole runs:
-tests/trainer/test_tensor_parallel_runs.py.
+The runs: tests/trainer/test_tensor_parallel_runs.py.
 """
 
 import copy

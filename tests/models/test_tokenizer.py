@@ -1,4 +1,4 @@
-"""Ids, text and list formats. Run: pytest tests/models/test_tokenizer.py"""
+"""The tokenizer: ids, texts and list formats."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Images by path, URL and base64, and what a server may do. Run: pytest tests/processors/test_image_sources.py"""
+"""Images by path, URL and base64, and what a server may do."""
 
 import contextlib
 import gzip

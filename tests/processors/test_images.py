@@ -1,4 +1,4 @@
-"""Images of every kind, and the limits. Run: pytest tests/processors/test_images.py"""
+"""Image formats, the pixels that come out, and the limits on what goes in."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Small files that would take hours or all memory: python -m pytest tests/processors/test_metadata.py
+"""Small files that would take hours or all memory.
 
 Nothing here measures time: what is looked at is what reaches Pillow, and that the picture stays the same.
 """

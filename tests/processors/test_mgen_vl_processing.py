@@ -1,4 +1,4 @@
-"""Prompts and labels. Run: pytest tests/processors/test_mgen_vl_processing.py"""
+"""Prompts and labels: encoding for training and for an answer, and cutting to a length."""
 
 import json
 import re

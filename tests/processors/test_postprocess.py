@@ -1,4 +1,4 @@
-"""Repairs of captions. `pytest tests/processors/test_postprocess.py`"""
+"""Optional repairs of captions, each by itself."""
 
 import re
 

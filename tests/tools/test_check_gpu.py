@@ -1,7 +1,4 @@
-"""The check of a GPU, by its rows on the CPU: all pass, and each fails when what it checks is broken.
-
-    python -m pytest tests/tools/test_check_gpu.py
-"""
+"""The check of a GPU, by its rows on the CPU: all pass, and each fails when what it checks is broken."""
 
 import importlib
 import json

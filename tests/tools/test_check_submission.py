@@ -1,4 +1,4 @@
-"""Each rule passes for what is packed, and fails for its own defect. `pytest tests/tools/test_check_submission.py`
+"""Each rule passes for what is packed, and fails for its own defect.
 
 The real predict.py runs in one test only, as it imports Paddle twice; elsewhere a stand-in answers at once.
 """

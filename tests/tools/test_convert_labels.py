@@ -1,7 +1,4 @@
-"""The command as a user runs it.
-
-python -m pytest tests/tools/test_convert_labels.py
-"""
+"""convert_labels.py as a user runs it."""
 
 import json
 import subprocess

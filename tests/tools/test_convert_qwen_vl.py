@@ -1,4 +1,4 @@
-"""python -m pytest tests/tools/test_convert_qwen_vl.py"""
+"""A Qwen-VL checkpoint becomes an MGen-VL folder, and what is refused as another model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md and docs/scale.md are those of the script. Run: pytest tests/tools"""
+"""The figures of docs/performance.md and docs/scale.md are those of the script."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""tools/evaluate_captions.py as a user runs it, but in this process. Run: pytest tests/tools"""
+"""tools/evaluate_captions.py as a user runs it, but in this process."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The demo's ads: what captions say is what is drawn, the same seed gives the same bytes. Run: pytest tests/tools"""
+"""The demo's ads: what captions say is what is drawn, the same seed gives the same bytes."""
 
 import base64
 import importlib

@@ -1,4 +1,4 @@
-"""A small model with a vocabulary of its own: ranks, sizes, a whole folder. Run: pytest tests/tools"""
+"""A small model with a vocabulary of its own: ranks, sizes, a whole folder."""
 
 import importlib
 import subprocess

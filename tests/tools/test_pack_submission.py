@@ -1,4 +1,4 @@
-"""What is packed, what is refused, and the archives. `pytest tests/tools/test_pack_submission.py`
+"""What is packed, what is refused, and the archives.
 
 That a packed folder predicts is tested in test_check_submission.py.
 """

@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_arguments.py
-
-Every key that is accepted works; everything else is refused in one line that says what to mend.
-"""
+"""Every key that is accepted works; every other is refused in one line that says what to change."""
 
 import json
 import subprocess

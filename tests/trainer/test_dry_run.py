@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_dry_run.py
-
-The dry run: what it counts, what it finds, and that it reads nothing it need not.
-"""
+"""The dry run: what it counts, what it finds, and that it reads nothing it need not."""
 
 import json
 import os

@@ -1,7 +1,6 @@
-"""python -m pytest tests/trainer/test_finetune.py
+"""Training runs of a tiny model on a few coloured squares, in this process.
 
-Whole runs of a tiny model on a few coloured squares, in this process. What is in a picture decides its caption,
-so a model that learns must have looked.
+What is in a picture decides its caption, so a model that learns must have looked.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""python -m pytest tests/trainer/test_freeze.py"""
+"""Which parameters train: patterns, their counts, and the table that is printed."""
 
 import pytest
 

@@ -1,7 +1,4 @@
-"""Keys of the notebook's table that have no test file of their own do what they say.
-
-Run: pytest tests/trainer/test_keys.py
-"""
+"""Keys of the notebook's table that have no test file of their own do what they say."""
 
 import json
 import math

@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_killed.py
-
-Real runs of the script, killed from outside at moments of the machine's own choosing.
-"""
+"""Runs of the script, killed from outside at moments of the machine's own choosing."""
 
 import functools
 import json

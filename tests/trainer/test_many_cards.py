@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_many_cards.py
-
-Runs of two processes on the CPU, against one process that accumulates twice the batches.
-"""
+"""Runs of two processes on the CPU, against one process that accumulates twice the batches."""
 
 import os
 import signal

@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_memory.py
-
-The estimate against what Paddle's allocator counts, and its arithmetic over cards and precisions.
-"""
+"""The memory estimate against what Paddle's allocator counts, and its arithmetic over cards and precisions."""
 
 import importlib
 import pathlib

@@ -1,7 +1,7 @@
 """The tuning modes, each by its config file: what trains, what is saved, and the way to a prediction and back.
 
-Run: pytest tests/trainer/test_modes.py. The model is tiny, but has 32 decoder layers as the 7B has, so that the
-patterns of the files in config/ are the ones that are tested.
+The model is tiny, but has 32 decoder layers as the 7B has, so that the patterns of the files in config/ are the ones
+that are tested.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Overflow and bad losses. Run: pytest tests/trainer/test_numerics.py
+"""Overflow under the loss scaler, and losses that end a run.
 
 float16 does not run on a CPU; the loss scale does: Paddle's own GradScaler is made to believe in a GPU, and gradients
 overflow because the loss is multiplied with infinity.

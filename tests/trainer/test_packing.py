@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_packing.py
-
-Runs with mixtoken and group_by_modality_length, of a tiny model on coloured squares and plain words.
-"""
+"""Runs with mixtoken and group_by_modality_length, of a tiny model on coloured squares and plain words."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at, read back. Run: pytest tests/trainer/test_reports.py"""
+"""What a run leaves to look at (history, curve, scalars), read back."""
 
 import errno
 import json

@@ -1,7 +1,4 @@
-"""python -m pytest tests/trainer/test_resume.py
-
-A checkpoint is data: whatever its files hold, nothing is executed, and a wrong value is one line.
-"""
+"""A checkpoint is data: whatever its files hold, nothing is executed, and a wrong value is one line."""
 
 import json
 import os

@@ -1,7 +1,6 @@
-"""python -m pytest tests/trainer/test_run.py
+"""A run is resolved once: the dry run prints what training does.
 
-A run is resolved once: what the dry run prints and what training does cannot differ. Where they once did, each case is
-taken through both here.
+Each case in which the two once differed is taken through both here.
 """
 
 import json

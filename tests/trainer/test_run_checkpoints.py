@@ -1,4 +1,4 @@
-"""python -m pytest tests/trainer/test_run_checkpoints.py"""
+"""Checkpoint folders of a run: seals, damage, which are kept, and which a run goes on from."""
 
 import json
 

@@ -1,8 +1,4 @@
-"""python -m pytest tests/trainer/test_tensor_parallel_runs.py
-
-Two processes that share each matrix, against one process: on the CPU, with stand-ins for the four operations that
-only GPUs have (cpu_tensor_parallel.py).
-"""
+"""Two processes that share each matrix, against one process, on the CPU."""
 
 import json
 import math

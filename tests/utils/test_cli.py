@@ -1,4 +1,4 @@
-"""Exit statuses, log lines, progress. Run: pytest tests/utils/test_cli.py"""
+"""Exit statuses, log lines, progress."""
 
 import pickle
 import re

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Run: pytest tests/utils/test_files.py"""
+"""Files that appear complete or not at all, and locks."""
 
 import os
 import signal

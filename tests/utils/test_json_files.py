@@ -1,4 +1,4 @@
-"""Reading JSON from anywhere. python -m pytest tests/utils/test_json_files.py"""
+"""Reading JSON from untrusted files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Decisions on device, dtype and threads. Run: pytest tests/utils/test_runtime.py"""
+"""Choice of device, dtype and threads."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Processes that lack something. Run: pytest tests/utils/test_surroundings.py"""
+"""Processes that lack something: closed streams, no home, an unusual locale."""
 
 import io
 import json
