@@ -26,7 +26,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Verify a submission folder as the contest's platform would.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("submission", metavar="SUBMISSION", help="the folder that tools/pack_submission.py made")
     parser.add_argument("--base", help="the model that was tuned: its LLM must be kept, and what changed is listed")

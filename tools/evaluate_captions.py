@@ -32,9 +32,7 @@ _WIDTHS = (28, 11, 19)
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("results", metavar="RESULTS", help="id \\t caption")
     parser.add_argument("references", metavar="REFERENCES", help="see above")
     parser.add_argument("--compare", metavar="OTHER", help="a second RESULTS; shows RESULTS minus OTHER, paired")

@@ -33,7 +33,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Make the folder, and the archive, that the contest's platform takes.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", required=True, help="a merged model folder, or the folder that holds it")
     parser.add_argument("--out", default="submission", help="folder to make (default: %(default)s)")

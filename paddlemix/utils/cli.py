@@ -14,7 +14,12 @@ from paddlemix.utils.surroundings import open_standard_streams
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with bad usage as one line in place of the whole usage text."""
+    """argparse, with bad usage as one line in place of the whole usage text. Texts of several lines keep them."""
+
+    def __init__(self, **options):
+        if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
+            options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
