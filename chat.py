@@ -32,16 +32,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Print what a model says about an image, or several; or talk with it (--interactive).",
         epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned")
     parser.add_argument(
-        "image", metavar="IMAGE", nargs="?", help="a path, a URL or base64 (default: a red cup; none if interactive)"
+        "model", type=cli.path, metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned"
+    )
+    parser.add_argument(
+        "image", type=cli.path, metavar="IMAGE", nargs="?",
+        help="a path, a URL or base64 (default: a red cup; none if interactive)",
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question (default: 请描述图片内容)")
-    parser.add_argument("--image", dest="images", metavar="IMAGE", action="append", default=[], help="one more image")
+    parser.add_argument(
+        "--image", type=cli.path, dest="images", metavar="IMAGE", action="append", default=[], help="one more image"
+    )
     parser.add_argument("--interactive", action="store_true", help="several turns; /help there lists the commands")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
-    parser.add_argument("--boxes", metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)")
+    parser.add_argument(
+        "--boxes", type=cli.path, metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)"
+    )
     add_model_options(parser)
     add_sampling_options(parser)
     # Intermixed: IMAGE may stand behind an option, too.

@@ -18,12 +18,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         "memory is that of a few tensors. OUT appears when it is whole.",
     )
     parser.add_argument(
-        "--model_name_or_path", required=True, metavar="BASE", help="folder of the base model"
+        "--model_name_or_path", type=cli.path, required=True, metavar="BASE", help="folder of the base model"
     )
-    parser.add_argument("--lora_path", required=True, metavar="LORA", help="folder that the tuning run wrote")
-    parser.add_argument("--merge_model_path", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--lora_path", type=cli.path, required=True, metavar="LORA", help="folder that the tuning run wrote"
+    )
+    parser.add_argument(
+        "--merge_model_path", type=cli.output_folder, required=True, metavar="OUT", help="folder to write"
+    )
     parser.add_argument(
         "--text_model_name_or_path",
+        type=cli.path,
         metavar="TEXT",
         help="folder whose LLM the run took, if it took another one than the base's",
     )

@@ -32,11 +32,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order.",
         epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="INPUT", help="rows of id and base64 image, tab-separated")
-    parser.add_argument("output", metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial")
+    parser.add_argument("input", type=cli.path, metavar="INPUT", help="rows of id and base64 image, tab-separated")
     parser.add_argument(
-        "model", metavar="MODEL_OR_WEIGHTS_DIR", help="a model folder, the one that holds it, or what a run tuned"
+        "output", type=cli.path, metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial"
+    )
+    parser.add_argument(
+        "model", type=cli.path, metavar="MODEL_OR_WEIGHTS_DIR",
+        help="a model folder, the one that holds it, or what a run tuned",
     )
     parser.add_argument("--prompt", help="the question about each image (default: 请描述图片内容)")
     parser.add_argument(

@@ -254,10 +254,13 @@ def test_a_mistake_costs_its_own_turn(talk, call):
     assert out.split("\n")[-3] == call(image_base64(3), "what?")[1]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(talk, call, monkeypatch):
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, call, monkeypatch, request):
     """A real SIGINT in the middle of a streamed answer."""
     from paddlemix.inference import conversation
 
+    # Tests that were started in the background, without a terminal, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     pieces, write = [], conversation.write_piece
 
     def stop_at_3(piece):

@@ -126,6 +126,24 @@ def test_what_paddle26_leaves_out_imports_no_paddle():
                 assert module.split(".")[0] not in ("paddle", "paddlenlp"), f"{path}:{line} imports {module}"
 
 
+# Arguments that are texts, names of devices or numbers of bytes. The type of a path says whether it is written.
+TEXTS = {"prompt", "system", "fallback", "device", "max_shard_size", "paddle", "child", "pretrain"}
+
+
+def test_every_argument_that_is_a_path_says_so():
+    """So that a ~ is the home in each of them, and what cannot be written is said at once (utils/cli.py)."""
+    for path in shipped_files():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                given = {word.arg for word in node.keywords}
+                name = node.args[0].value.lstrip("-")
+                typed = given & {"type", "action", "choices"} and not any(
+                    word.arg == "action" and word.value.value == "append" and "type" not in given
+                    for word in node.keywords
+                )
+                assert typed or name in TEXTS, f"{path}:{node.lineno}: {name} has no type: is it a path (cli.path)?"
+
+
 def test_no_star_imports():
     for path in house_files("*.py"):
         for name, line in imported_modules(parse(path)):

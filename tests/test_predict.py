@@ -260,8 +260,14 @@ def test_bad_numbers_and_the_input_as_output(call, tmp_path, monkeypatch):
         assert status == 2
         assert err.startswith("error: ") and err.count("\n") == 1 and "predict.py --help" in err
     status, _, _, err = call(b"a\tb\n", output="in.tsv")
-    assert status == 2 and "same file" in err
+    assert status == 2 and "in.tsv would be overwritten" in err
     assert (tmp_path / "in.tsv").read_bytes() == b"a\tb\n"
+    for ending in (".partial", ".run.json"):
+        (tmp_path / f"out.tsv{ending}").symlink_to("in.tsv")
+        status, lines, _, err = call(b"a\tb\n")
+        assert (status, lines) == (2, None) and f"in.tsv would be overwritten by {tmp_path}/out.tsv{ending}" in err
+        assert (tmp_path / "in.tsv").read_bytes() == b"a\tb\n"
+        (tmp_path / f"out.tsv{ending}").unlink()
 
 
 def test_the_folder_that_holds_the_model(call, model, tmp_path):

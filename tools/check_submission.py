@@ -26,11 +26,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Verify a submission folder as the contest's platform would.",
         epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("submission", metavar="SUBMISSION", help="the folder that tools/pack_submission.py made")
-    parser.add_argument("--base", help="the model that was tuned: its LLM must be kept, and what changed is listed")
-    parser.add_argument("--sample", metavar="TSV", help="rows to caption (default: four, two of them broken)")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the runs (default: this one)")
+    parser.add_argument(
+        "submission", type=cli.path, metavar="SUBMISSION", help="the folder that tools/pack_submission.py made"
+    )
+    parser.add_argument(
+        "--base", type=cli.path, help="the model that was tuned: its LLM must be kept, and what changed is listed"
+    )
+    parser.add_argument(
+        "--sample", type=cli.path, metavar="TSV", help="rows to caption (default: four, two of them broken)"
+    )
+    parser.add_argument("--python", default=sys.executable, type=cli.path, help="runs it (default: this one)")
     parser.add_argument(
         "--fresh_venv",
         action="store_true",

@@ -25,9 +25,9 @@ from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("input", metavar="IN.tsv", help="images: JPEG, PNG, WebP, GIF or BMP")
-    parser.add_argument("out_dir", metavar="OUT_DIR")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=cli.path, metavar="IN.tsv", help="images: JPEG, PNG, WebP, GIF or BMP")
+    parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
     parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")
     parser.add_argument("--val_every", type=int, default=20, metavar="N", help="0: no validation rows (default: 20)")
     parser.add_argument(

@@ -21,9 +21,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         "in a file.",
     )
     parser.add_argument(
-        "source", metavar="SRC", help="folder with config.json, the weights and qwen.tiktoken"
+        "source", type=cli.path, metavar="SRC", help="folder with config.json, the weights and qwen.tiktoken"
     )
-    parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument("target", type=cli.output_folder, metavar="DST", help="folder to write")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

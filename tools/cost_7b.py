@@ -6,6 +6,7 @@ published peaks, and the shares of them that FLOPS_SHARE and BANDWIDTH_SHARE ass
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -239,7 +240,7 @@ TABLES = {
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("document", nargs="?", choices=sorted(TABLES), help="the tables of one document (default: all)")
     args = parser.parse_args()
     model = Model()

@@ -289,8 +289,12 @@ def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, flo
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", default="demo", help="folder for everything that it makes (default: demo)")
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="demo", help="folder for everything that it makes (default: demo)"
+    )
     parser.add_argument("--restart", action="store_true", help="run every stage again")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--pretrain_rows", type=int, default=5000)

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
-from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.files import atomic_write, keep_apart  # noqa: E402
 from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 # Columns of the table: name, value, interval.
@@ -32,10 +32,14 @@ _WIDTHS = (28, 11, 19)
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("results", metavar="RESULTS", help="id \\t caption")
-    parser.add_argument("references", metavar="REFERENCES", help="see above")
-    parser.add_argument("--compare", metavar="OTHER", help="a second RESULTS; shows RESULTS minus OTHER, paired")
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("results", type=cli.path, metavar="RESULTS", help="id \\t caption")
+    parser.add_argument("references", type=cli.path, metavar="REFERENCES", help="see above")
+    parser.add_argument(
+        "--compare", type=cli.path, metavar="OTHER", help="a second RESULTS; shows RESULTS minus OTHER, paired"
+    )
     parser.add_argument(
         "--tokenizer", choices=("char", "jieba"), default="char",
         help="char: each character, runs of Latin letters and digits whole (default); jieba: its words",
@@ -55,10 +59,15 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "--workers", type=int, default=physical_cores(), metavar="N",
         help="processes that score; 0: none beside this one (default: the number of cores)",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="OUT", help="write all that is printed, and more digits of it")
-    parser.add_argument("--html", metavar="OUT", help="write a page with the captions, worst first")
     parser.add_argument(
-        "--images", metavar="TSV", help="images of the page: id \\t base64 (default: REFERENCES, if it has images)"
+        "--json", type=cli.output_file, metavar="OUT", help="write all that is printed, and more digits of it"
+    )
+    parser.add_argument(
+        "--html", type=cli.output_file, metavar="OUT", help="write a page with the captions, worst first"
+    )
+    parser.add_argument(
+        "--images", type=cli.path, metavar="TSV",
+        help="images of the page: id \\t base64 (default: REFERENCES, if it has images)",
     )
     parser.add_argument(
         "--html_rows", type=cli.positive, default=10000, metavar="N", help="most rows on the page (default: 10000)"
@@ -107,6 +116,8 @@ def main() -> None:
             raise UserError(f"--{name} must be at least 0")
     if args.images and not args.html:
         raise UserError("--images is for the page; give --html too")
+
+    keep_apart([args.results, args.references, args.compare, args.images], [args.json, args.html])
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
     from paddlemix.datasets.tsv import check_input

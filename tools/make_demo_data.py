@@ -435,14 +435,16 @@ def make_demo_data(
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("out_dir", help="folder that the TSV files are written to")
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
     parser.add_argument("--pretrain", type=int, default=5000, help="rows with captions in the plain style")
     parser.add_argument("--tune", type=int, default=2000, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=int, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--size", type=int, default=160, help="image side in pixels")
-    parser.add_argument("--font", help="font file with Chinese characters (default: the one found)")
+    parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the one found)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="drawing processes; 0: none")
     return parser.parse_args(arguments)
 

@@ -217,9 +217,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
         words, handed_on = words[:at], words[at + 1 :]
         if not handed_on:
             raise UserError("--pretrain needs the configuration for supervised_finetune.py")
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("out", help="folder of the new model")
-    parser.add_argument("--captions", nargs="+", required=True, help="TSV files whose last column is a caption")
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("out", type=cli.output_folder, help="folder of the new model")
+    parser.add_argument(
+        "--captions", type=cli.path, nargs="+", required=True, help="TSV files whose last column is a caption"
+    )
     parser.add_argument("--pretrain", nargs="...", help="configuration and --key value pairs; must come last")
     parser.add_argument("--merges", type=int, default=120, help="vocabulary entries longer than a character")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest caption that it writes")

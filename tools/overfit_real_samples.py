@@ -125,10 +125,12 @@ def overfit(args: argparse.Namespace) -> Tuple[int, int, int]:
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("samples", help="id and base64 image")
-    parser.add_argument("captions", help="id and one or more captions")
-    parser.add_argument("out", help="folder for everything that it makes")
+    parser = cli.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("samples", type=cli.path, help="id and base64 image")
+    parser.add_argument("captions", type=cli.path, help="id and one or more captions")
+    parser.add_argument("out", type=cli.output_folder, help="folder for everything that it makes")
     parser.add_argument("--column", type=int, default=2, help="the caption's column, from 1 (default: 2)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -33,11 +33,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Make the folder, and the archive, that the contest's platform takes.",
         epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--weights", required=True, help="a merged model folder, or the folder that holds it")
-    parser.add_argument("--out", default="submission", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--weights", type=cli.path, required=True, help="a merged model folder, or the folder that holds it"
+    )
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="submission", help="folder to make (default: %(default)s)"
+    )
     parser.add_argument(
         "--requirements",
+        type=cli.path,
         default=os.path.join(ROOT, "requirements", "submission.txt"),
         help="what the platform lacks (default: requirements/submission.txt, for Paddle 2.6)",
     )

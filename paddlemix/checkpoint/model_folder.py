@@ -13,7 +13,7 @@ from typing import Dict, List, Optional, Sequence
 
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import UserError, WeightsError
-from paddlemix.utils.files import remove_leftovers
+from paddlemix.utils.files import check_folder, is_empty, remove_leftovers
 
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
 # What a run that trains a part of the model whole leaves: the tensors that trained.
@@ -176,7 +176,6 @@ def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
         real = os.path.realpath(folder)
         if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):
             raise UserError(f"{new} and {folder} overlap: give an output folder of its own")
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UserError(f"{new} is a file: give a folder")
-    if os.path.isdir(out) and os.listdir(out) and not overwrite:
+    check_folder(new)
+    if os.path.isdir(out) and not is_empty(out) and not overwrite:
         raise UserError(f"{new} is not empty: give another folder, or --overwrite to replace it")

@@ -40,7 +40,8 @@ def read_entry(raw: Dict[str, Any]) -> Entry:
         raise ConfigError('"data_files" must be a path or a list of paths')
     if template is not None and not isinstance(template, str):
         raise ConfigError(f'"chat_template" must be a path, not {shown(template)}')
-    return Entry(name, tuple(files), template or None)
+    files = tuple(map(os.path.expanduser, files))
+    return Entry(name, files, os.path.expanduser(template) if template else None)
 
 
 def read_entries(

@@ -34,8 +34,9 @@ from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, check_folder, keep_apart, nearest_folder, only_writer
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.surroundings import check_shared_memory
 
 # Values of the rejected rows' reason, beside those of tsv.py and of processors.images.
 BAD_BASE64 = "bad base64"
@@ -206,6 +207,7 @@ class _Decoders:
     def _start(self) -> None:
         import multiprocessing
 
+        check_shared_memory(self._workers, "--verify header")
         # Not fork: this process has threads.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
@@ -305,19 +307,18 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     shown = len(NAMED_IMAGE.findall(options.prompt))
     if shown > 1:
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
-    if os.path.realpath(path) in {os.path.realpath(os.path.join(out_dir, name)) for name in OUTPUTS}:
-        raise UserError(f"{path} would be overwritten; choose another output folder")
+    check_folder(out_dir)
+    keep_apart([path], [os.path.join(out_dir, name) for name in OUTPUTS])
     rejected: Counter = Counter()
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        free = shutil.disk_usage(out_dir).free
+        free = shutil.disk_usage(nearest_folder(out_dir)).free
         # How much --dedupe leaves is not known before.
         if options.images == "inline" and not options.dedupe and free < size:
             raise UserError(
                 f"{out_dir} has {free / 1e9:.1f} GB free, and train.json would hold the images of {path} "
                 f"({size / 1e9:.1f} GB): --images reference leaves them there"
             )
-        with Progress(
+        with only_writer(out_dir), Progress(
             total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
         ) as bar, atomic_write(os.path.join(out_dir, "rejected.tsv")) as reject_file:
             try:

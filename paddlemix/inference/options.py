@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any, Callable, Dict
 
-from paddlemix.utils.cli import positive
+from paddlemix.utils.cli import path, positive
 from paddlemix.utils.errors import UserError
 
 # Caption of a row whose image cannot be read.
@@ -17,7 +17,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What the model runs in, how it is addressed, and how long it may talk."""
     parser.add_argument("--system", help="system text in place of the one in the model's chat_template.json")
     parser.add_argument(
-        "--lora_path", metavar="TUNED", help="folder of a tuning run: answer with its adapters, or parts, on the model"
+        "--lora_path", type=path, metavar="TUNED",
+        help="folder of a tuning run: answer with its adapters, or parts, on the model",
     )
     parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: the model's)")
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from typing import Callable, Iterator, Optional
@@ -11,12 +10,21 @@ from paddlemix.datasets.tsv import FileState, TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.options import FALLBACK
-from paddlemix.inference.results import Place, ResultsWriter, input_facts, report_notes, row_id
+from paddlemix.inference.results import (
+    PARTIAL,
+    SIDECAR,
+    Place,
+    ResultsWriter,
+    input_facts,
+    report_notes,
+    row_id,
+)
 from paddlemix.inference.row_shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.files import check_file, keep_apart
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import rank, world_size
@@ -119,12 +127,12 @@ def predict_file(
         shard = Shard(rank() + 1, world_size())
     check_input(input)
     state = FileState.of(input)
-    facts = input_facts(input)
-    source = find_source(model, lora_path)
     if shard is not None:
         output = shard.path(output)
-    if os.path.exists(output) and os.path.samefile(input, output):
-        raise UserError("INPUT and OUTPUT are the same file")
+    check_file(output, plain=True)
+    keep_apart([input], [output, output + PARTIAL, output + SIDECAR])
+    facts = input_facts(input)
+    source = find_source(model, lora_path)
     fallback = single_line(fallback)
     if not fallback:
         raise UserError("--fallback must hold text")

@@ -28,10 +28,10 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional
 
 from paddlemix.utils.errors import JobFailed, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, check_file
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import temporary_folder
@@ -50,6 +50,8 @@ _CHUNK = 1 << 20
 _BAR_BYTES = 64 << 20
 # What a field cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
 _UNFIT = re.compile("[\t\r\n\0]")
+# What a journal begins with.
+_BEGIN = b'{"format": '
 # Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
 _MAX_HEADER = 1 << 20
 
@@ -255,6 +257,7 @@ class ResultsWriter:
     """
 
     def __init__(self, path: str, run: Dict[str, Any], restart: bool = False):
+        check_file(path, plain=True)
         self.path = os.path.abspath(path)
         self.journal = self.path + PARTIAL
         # As it will be read back, so that equal runs compare equal (a tuple comes back as a list).
@@ -264,19 +267,18 @@ class ResultsWriter:
         self.place: Optional[Place] = None
         self._columns = 4
         self.notes: Counter = Counter()
-        if os.path.isdir(self.path):
-            raise UserError(f"{path} is a folder; the output must be a file")
+        check_file(self.journal, plain=True)
+        if os.path.islink(self.journal):
+            raise self._foreign()
         with self._explained():
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             # Unbuffered, with a buffer of our own: closing after a full disk must not try to write once more.
-            self._file = open(self.journal, "ab", buffering=0)
+            self._file = open(self.journal, "a+b", buffering=0)
         self._pending = bytearray()
         try:
             self._lock()
             with self._explained():
-                if restart:
-                    self._file.truncate(0)
-                self._open_journal()
+                self._open_journal(restart)
         except BaseException:
             self._file.close()
             raise
@@ -288,7 +290,8 @@ class ResultsWriter:
             yield
         except OSError as error:
             kind = UserError if self.done == 0 else JobFailed
-            hint = "" if self.done == 0 else f"; {self.done} lines are safe in {self.journal}, the same command goes on"
+            safe = self.done and self._is_there()
+            hint = f"; {self.done} lines are safe in {self.journal}, the same command goes on" if safe else ""
             raise kind(f"cannot write {self.path}: {error.strerror}{hint}") from error
 
     def _lock(self) -> None:
@@ -301,10 +304,31 @@ class ResultsWriter:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise UserError(f"cannot lock {self.journal}: {error.strerror}") from error
 
-    def _open_journal(self) -> None:
-        with open(self.journal, "rb") as journal:
+    def _is_there(self) -> bool:
+        """Whether the journal still has its name: it may have been removed while it is written."""
+        try:
+            return os.path.samestat(os.lstat(self.journal), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[BinaryIO]:
+        """The journal from its begin, whatever has become of its name."""
+        with open(os.dup(self._file.fileno()), "rb") as journal:
+            journal.seek(0)
+            yield journal
+
+    def _foreign(self) -> UserError:
+        return UserError(f"{self.journal} was not written by this program: move it away")
+
+    def _open_journal(self, restart: bool) -> None:
+        with self._reading() as journal:
             header = journal.readline(_MAX_HEADER)
-            if not header.endswith(b"\n") and len(header) < _MAX_HEADER:
+            # What a power cut leaves may be zeros.
+            begin = header[: len(_BEGIN)]
+            if begin.strip(b"\0") and not _BEGIN.startswith(begin):
+                raise self._foreign()
+            if restart or (not header.endswith(b"\n") and len(header) < _MAX_HEADER):
                 # Fresh, or killed before its first line was whole.
                 self._file.truncate(0)
                 header = dict(self.run, format=_JOURNAL_FORMATS[-1])
@@ -333,7 +357,7 @@ class ResultsWriter:
         except (ValueError, RecursionError):
             there = None
         if not isinstance(there, dict) or there.get("format") not in _JOURNAL_FORMATS:
-            raise UserError(f"{self.journal} was not written by this program; move it away, or drop it with --restart")
+            raise self._foreign()
         self._columns = 3 if there["format"] == 1 else 4
         different = "; ".join(differences(dict(there, format=FORMAT), self.run))
         if different:
@@ -359,7 +383,7 @@ class ResultsWriter:
 
     def done_ids(self) -> Iterator[str]:
         """Ids of the lines that a resumed run found, as they stand in the journal."""
-        with open(self.journal, "rb") as file:
+        with self._reading() as file:
             file.readline(_MAX_HEADER)
             for _ in range(self.done):
                 yield file.readline().split(b"\t", 1)[0].decode("utf-8")
@@ -401,7 +425,7 @@ class ResultsWriter:
             os.fsync(self._file.fileno())
             if self.done != rows:
                 raise JobFailed(f"{self.journal} has {self.done} lines for {rows} rows")
-            with atomic_write(self.path, "wb") as out, open(self.journal, "rb") as journal:
+            with atomic_write(self.path, "wb") as out, self._reading() as journal:
                 journal.readline(_MAX_HEADER)
                 lines = 0
                 for line in journal:
@@ -414,8 +438,12 @@ class ResultsWriter:
                 if lines != rows:
                     raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
             write_sidecar(self.path, self.run, rows, self.notes, **facts)
-            os.unlink(self.journal)
+            self._drop()
         self.close()
+
+    def _drop(self) -> None:
+        if self._is_there():
+            os.unlink(self.journal)
 
     def close(self) -> None:
         self._file.close()
@@ -424,7 +452,7 @@ class ResultsWriter:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if self.done == 0 and os.path.exists(self.journal):
+        if self.done == 0:
             # Nothing to go on with; a command that never got so far must not stand in the way of the next.
-            os.unlink(self.journal)
+            self._drop()
         self.close()

@@ -30,7 +30,7 @@ from paddlemix.inference.results import (
     write_sidecar,
 )
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, check_file, keep_apart
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.texts import some
@@ -88,7 +88,9 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     if whole is not None:
         logger.info("%s is complete, written by a single process: nothing to join", output)
         return whole
+    check_file(output, plain=True)
     shards = _find(output)
+    keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
     sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
     for shard, there in zip(shards[1:], sidecars[1:]):
         different = "; ".join(differences(_common(there), _common(sidecars[0])))

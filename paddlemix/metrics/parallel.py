@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Callable, Deque, Iterable, Iterator, Optional
 
 from paddlemix.utils.errors import JobFailed
+from paddlemix.utils.surroundings import check_shared_memory
 
 # What a forked worker calls; it inherits the function and all that the function refers to, without a copy.
 _FUNCTION: Optional[Callable[[Any], Any]] = None
@@ -30,6 +31,7 @@ def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: i
     if workers == 0:
         yield from map(function, chunks)
         return
+    check_shared_memory(workers, "--workers 0")
     global _FUNCTION
     _FUNCTION = function
     waiting: Deque[Future] = deque()

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import os
 import signal
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import paddle
 from paddlenlp.trainer import TrainerCallback
@@ -79,7 +79,9 @@ def leave_sigterm_to_parent(number: int = 0) -> None:
             # A worker killed by a signal is an error to Paddle, also while the parent exits.
             os._exit(0)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
     # A parent that was killed leaves none behind: Paddle's own watch over it waits for an index without end.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -94,15 +96,16 @@ class EvaluationLeftOut(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler's notice) saves a checkpoint after the step at hand and ends the training.
+    """SIGTERM (a scheduler's notice) or SIGHUP (a terminal was closed) saves a checkpoint after the step at hand, and
+    ends the training.
 
     An evaluation within the training is left at its next batch. Processes of one run agree: the notice reaches each at
     another moment, but all must stop after the same step.
     """
 
     def __init__(self):
-        self.received = False
-        self._previous = None
+        self.received, self._name = False, "SIGTERM"
+        self._previous: Dict[int, Any] = {}
 
     def asked(self) -> bool:
         """Whether any process was told to stop. All of them must ask at the same point."""
@@ -114,18 +117,21 @@ class StopOnSignal(TrainerCallback):
 
     def leave_evaluation(self) -> None:
         """Raise EvaluationLeftOut when the training that this evaluation is part of was told to stop."""
-        if self._previous is not None and self.asked():
+        if self._previous and self.asked():
             raise EvaluationLeftOut
 
     def on_prediction_step(self, args, state, control, **kwargs):
         self.leave_evaluation()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._previous = signal.signal(signal.SIGTERM, self._note)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # nohup ignores a terminal that goes away.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         _MINDED[0] = 1
 
     def _note(self, number, frame):
-        self.received = True
+        self.received, self._name = True, signal.Signals(number).name
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked():
@@ -136,7 +142,7 @@ class StopOnSignal(TrainerCallback):
         control.should_evaluate = False
         control.should_training_stop = True
         if state.global_step < state.max_steps:
-            logger.warning(f"SIGTERM: stopping after step {state.global_step}")
+            logger.warning(f"{self._name}: stopping after step {state.global_step}")
             control.should_save = not args.benchmark
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -144,8 +150,7 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
     def disarm(self):
-        """Give SIGTERM back its former meaning, however the training ended."""
-        if self._previous is not None:
-            _MINDED[0] = 0
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        """Give the signals back their former meaning, however the training ended."""
+        _MINDED[0] = 0
+        while self._previous:
+            signal.signal(*self._previous.popitem())

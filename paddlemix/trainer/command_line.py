@@ -10,7 +10,7 @@ import json
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from paddlemix.trainer.keys import REFUSED, Arguments, blocks_of, known_keys
-from paddlemix.trainer.reading import FALSE, TRUE, Key, check_limits, from_json, from_text, read_config
+from paddlemix.trainer.reading import FALSE, TRUE, Key, check_limits, expand_path, from_json, from_text, read_config
 from paddlemix.trainer.rules import broken_rules
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.texts import nearest, shown
@@ -68,7 +68,7 @@ def _take(given: Iterable[_Given]) -> Tuple[Dict[str, Any], List[str]]:
             if name in REFUSED:
                 _check_refused(name, read_value, raw)
             elif name in known:
-                value = read_value(known[name], raw)
+                value = expand_path(known[name], read_value(known[name], raw))
                 check_limits(known[name], value)
                 values[name] = value
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, Dict
 
@@ -19,8 +20,9 @@ from paddlemix.trainer.run import Run, resolve
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
 from paddlemix.trainer.tuned_model import choose_trainable, load_model
+from paddlemix.utils.files import only_writer
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import describe_threads, seed_everything
+from paddlemix.utils.runtime import describe_threads, rank, seed_everything
 
 
 def finetune(arguments: Arguments) -> Dict[str, float]:
@@ -32,6 +34,12 @@ def finetune(arguments: Arguments) -> Dict[str, float]:
         UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
         JobFailed: the loss is no number any more, or a checkpoint could not be written.
     """
+    writing = only_writer(arguments.training.output_dir) if rank() == 0 else contextlib.nullcontext()
+    with writing:
+        return _finetune(arguments)
+
+
+def _finetune(arguments: Arguments) -> Dict[str, float]:
     run = resolve(arguments)
     training = arguments.training
     trainer = build(run)

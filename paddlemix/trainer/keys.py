@@ -29,9 +29,11 @@ def key(default: Any, meaning: str, **limits: Any) -> Any:
 class ModelArguments:
     """Which model, and which of its parameters train."""
 
-    model_name_or_path: Optional[str] = key(None, "Folder of the model to tune (config.json, weights, tokenizer).")
+    model_name_or_path: Optional[str] = key(
+        None, "Folder of the model to tune (config.json, weights, tokenizer).", path=True
+    )
     text_model_name_or_path: Optional[str] = key(
-        None, "Folder of another MGen-VL model; its transformer.llm.* and lm_head replace the first's."
+        None, "Folder of another MGen-VL model; its transformer.llm.* and lm_head replace the first's.", path=True
     )
     freeze_include: Optional[List[str]] = key(
         None, "Parameter name patterns (* matches anything) that do not train, such as *visual*."
@@ -42,7 +44,7 @@ class ModelArguments:
         "saved with the adapters.",
     )
     lora: bool = key(False, "Train LoRA adapters; the adapted weights stay frozen.")
-    lora_path: Optional[str] = key(None, "Folder of a LoRA checkpoint to start from.")
+    lora_path: Optional[str] = key(None, "Folder of a LoRA checkpoint to start from.", path=True)
     lora_rank: int = key(64, "Rank r of the adapters.", at_least=1)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", at_least=1)
     lora_dropout: float = key(0.05, "Dropout on the adapters' input.", at_least=0, at_most=0.99)
@@ -65,7 +67,7 @@ class DataArguments:
         '"eval": […]}. '
         "data_files is a path, a list of paths, or a pattern with *; chat_template may be left out.",
     )
-    chat_template: Optional[str] = key(None, "Chat template of entries that name none (default: chatml).")
+    chat_template: Optional[str] = key(None, "Chat template of entries that name none (default: chatml).", path=True)
     max_length: int = key(2048, "Longest sample in tokens; longer texts are shortened, image spans never.", at_least=16)
     label_all_turn_markers: bool = key(
         True, "Learn the <|im_start|>, <|im_end|> and newline of every turn too; false: the captions alone."
@@ -106,13 +108,13 @@ _STRATEGIES = ("no", "steps", "epoch")
 class TrainingKeys:
     """Keys of PaddleNLP's TrainingArguments that work here, with its defaults, and a few of our own."""
 
-    output_dir: Optional[str] = key(None, "Where checkpoints, logs and the result are written.")
+    output_dir: Optional[str] = key(None, "Where checkpoints, logs and the result are written.", path=True)
     overwrite_output_dir: bool = key(
         False, "Replace the result of a finished run in output_dir. An unfinished run is never thrown away: see resume."
     )
     resume: bool = key(False, "Resume from the newest complete checkpoint in output_dir; start anew if there is none.")
     resume_from_checkpoint: Optional[str] = key(
-        None, "Resume from this checkpoint folder, the newest in output_dir or one elsewhere."
+        None, "Resume from this checkpoint folder, the newest in output_dir or one elsewhere.", path=True
     )
     do_train: bool = key(False, "Train.")
     do_eval: bool = key(
@@ -167,7 +169,7 @@ class TrainingKeys:
     logging_strategy: str = key("steps", "When to log.", choices=_STRATEGIES)
     logging_steps: int = key(500, "Steps between log lines.", at_least=1)
     logging_first_step: bool = key(False, "Log the first step too.")
-    logging_dir: Optional[str] = key(None, "Folder of report_to (default: output_dir/runs/DATE_HOST).")
+    logging_dir: Optional[str] = key(None, "Folder of report_to (default: output_dir/runs/DATE_HOST).", path=True)
     run_name: Optional[str] = key(None, "Name of the run in the logs (default: output_dir).")
     report_to: Optional[List[str]] = key(
         None,

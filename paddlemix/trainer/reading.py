@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from typing import Any, Dict, List, NamedTuple
 
@@ -15,7 +16,7 @@ class Key(NamedTuple):
     """A name that takes a value.
 
     hint: its type as a typing object. default: a fresh value. limits: choices=(…) the only values; at_least=n,
-    above=n, at_most=n for numbers.
+    above=n, at_most=n for numbers. path=True: a path, in which a leading ~ is the home.
     """
 
     name: str
@@ -112,6 +113,11 @@ def from_text(key: Key, words: List[str]) -> Any:
     return from_json(key, value)
 
 
+def expand_path(key: Key, value: Any) -> Any:
+    """The value, without a leading ~ if it is a path."""
+    return os.path.expanduser(value) if value and key.limits.get("path") else value
+
+
 def check_limits(key: Key, value: Any) -> None:
     """Raise ConfigError when a value of the right type lies outside the key's limits."""
     if value is None:
@@ -149,6 +155,7 @@ def read_config(path: str) -> Dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is not a JSON object, or it holds a text that no path can have.
     """
+    path = os.path.expanduser(path)
     config = read_config_object(path)
     try:
         _check_texts(config)

@@ -19,7 +19,7 @@ from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.model_folder import inside
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
-from paddlemix.utils.files import atomic_write, sync_folder
+from paddlemix.utils.files import atomic_write, rename_folder, sync_folder
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.texts import some
@@ -59,7 +59,7 @@ def publish(written: str, final: str) -> None:
     if os.path.isdir(final):
         shutil.rmtree(final)
     sync_folder(written)
-    os.rename(written, final)
+    rename_folder(written, final)
     sync_folder(os.path.dirname(final))
 
 

@@ -4,8 +4,8 @@
   log                       empties the history (3.0.0b4); its rates count all planned steps → the history is kept, the
                             rates are those of this session, skipped samples are reported
   _get_train_sampler        an order that goes on only by reading samples → EpochSampler, which goes on by index
-  get_train_dataloader,     workers die by the SIGTERM that the launcher sends to all → they leave it to the trainer
-  get_eval_dataloader
+  get_train_dataloader,     workers die by the SIGTERM that the launcher sends to all → they leave it to the trainer;
+  get_eval_dataloader       batches lie in /dev/shm, which may be small → they go through pipes
   evaluate                  the loss → captions too: generated, shown, scored
   compute_loss              takes a criterion, or the first output → the loss that the model computes
   _wrap_model               broadcasts a batch to the cards that share matrices, whose other weights drift apart → each
@@ -59,6 +59,7 @@ from paddlemix.utils.compat import handed_over
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import seed_step
+from paddlemix.utils.surroundings import check_shared_memory
 
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
@@ -167,13 +168,22 @@ class FinetuneTrainer(Trainer):
         return self.sampler
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = leave_sigterm_to_parent
-        return loader
+        return self._safe_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None):
-        loader = super().get_eval_dataloader(eval_dataset)
-        loader.worker_init_fn = leave_sigterm_to_parent
+        return self._safe_workers(super().get_eval_dataloader(eval_dataset))
+
+    @staticmethod
+    def _safe_workers(loader):
+        """Workers that leave SIGTERM to this process, and hand it their batches through pipes.
+
+        /dev/shm, Paddle's way, may be small (64 MB in Docker): a batch without room there ends a run, or hangs it, and
+        what a killed run has there stays until the machine restarts. The copy takes a thread some milliseconds a batch.
+        """
+        if loader.num_workers:
+            check_shared_memory(loader.num_workers, "dataloader_num_workers 0")
+            loader.worker_init_fn = leave_sigterm_to_parent
+            loader.use_shared_memory = False
         return loader
 
     # ---- evaluation

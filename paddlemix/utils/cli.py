@@ -10,16 +10,12 @@ import sys
 from typing import IO, Callable, Optional
 
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import check_file, check_folder
 from paddlemix.utils.surroundings import open_standard_streams
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with bad usage as one line in place of the whole usage text. Texts of several lines keep them."""
-
-    def __init__(self, **options):
-        if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
-            options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**options)
+    """argparse, with bad usage as one line in place of the whole usage text."""
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -28,6 +24,18 @@ class Parser(argparse.ArgumentParser):
 def path(text: str) -> str:
     """An argument's type: a path. A leading ~ is the home; a shell leaves it in `--out=~/x` and behind quotes."""
     return os.path.expanduser(text)
+
+
+def output_file(text: str) -> str:
+    """An argument's type: a path that a file can be written to."""
+    check_file(path(text))
+    return path(text)
+
+
+def output_folder(text: str) -> str:
+    """An argument's type: a path that a folder can be written to."""
+    check_folder(path(text))
+    return path(text)
 
 
 def positive(text: str) -> int:
@@ -86,9 +94,10 @@ def _start_again_if_needed(main: Callable[[], Optional[int]]) -> None:
 
 
 def _print_utf8() -> None:
-    """Captions are Chinese, whatever a locale says. (A notebook's streams have no encoding.)"""
+    """Captions are Chinese, whatever a locale says."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        # Another stream than Python's has no such thing, and one that was read from cannot change.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "replace")
 
 

@@ -1,4 +1,6 @@
-"""How a file is written: beside its final name, flushed to disk, then renamed. A reader never sees half of it."""
+"""How files and folders are written: beside their final name, flushed to disk, then renamed, so that a reader never
+sees half of them. A link is followed. What cannot be renamed is written in place: a device, a FIFO, a mount.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,125 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import signal
 import stat
-import tempfile
 import threading
-from typing import IO, Callable, Iterator, Optional, Tuple
+from typing import IO, Callable, Iterable, Iterator, List, Optional, Tuple
 
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+from paddlemix.utils.surroundings import temporary_folder
 
 _BLOCK = 1 << 20
+
+
+# ---- where something is to be written, asked before the work is done
+
+
+def nearest_folder(path: str) -> str:
+    """The path, or what is nearest above it that there is. Links are followed, also those that lead to nothing."""
+    path = os.path.realpath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _takes_entries(folder: str) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _check_above(path: str) -> None:
+    above = nearest_folder(path)
+    if not os.path.isdir(above):
+        raise UserError(f"cannot write {path}: {above} is a file")
+    if not _takes_entries(above):
+        raise UserError(f"cannot write {path}: {above} cannot be written to")
+
+
+def check_file(path: str, plain: bool = False) -> None:
+    """Refuse a path that no file can be written to. plain: neither to devices and FIFOs, which hold nothing.
+
+    Raises:
+        UserError: it is a folder, or the folder cannot be written to.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; the output must be a file")
+    if plain and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is a device or a pipe; the output must be a file")
+    # A file that can be written is enough where the folder takes no other.
+    if not (os.path.exists(path) and os.access(path, os.W_OK)):
+        _check_above(path)
+
+
+def check_folder(path: str) -> None:
+    """Refuse a path that no folder can be written to.
+
+    Raises:
+        UserError: it is a file, or cannot be written to.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is a file: give a folder")
+    _check_above(path)
+
+
+def keep_apart(inputs: Iterable[Optional[str]], outputs: Iterable[Optional[str]]) -> None:
+    """Refuse to write over what is read, under whatever name. None: a file that was not given.
+
+    Raises:
+        UserError: an output is an input.
+    """
+    outputs = [path for path in outputs if path is not None and os.path.exists(path)]
+    for path in inputs:
+        for output in outputs:
+            if path is not None and os.path.exists(path) and os.path.samefile(path, output):
+                raise UserError(f"{path} would be overwritten by {output}: give another output")
+
+
+# Handles of folders that only this process writes into. Its children, which may outlive it, let go of them.
+_WRITING: List[int] = []
+
+
+def _let_go() -> None:
+    while _WRITING:
+        os.close(_WRITING.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def only_writer(folder: str) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made if need be. (Where locks are known.)
+
+    Raises:
+        UserError: another process is writing there, or it cannot be written to.
+    """
+    check_folder(folder)
+    made = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    _WRITING.append(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing into {folder}: wait for it, or give another folder") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        if handle in _WRITING:
+            _WRITING.remove(handle)
+            os.close(handle)
+        if made:
+            # Only if nothing was written.
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+# ---- partial files and folders
 
 
 def sync_folder(folder: str) -> None:
@@ -29,7 +136,10 @@ def sync_folder(folder: str) -> None:
 
 
 def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
     except OSError as error:
@@ -39,8 +149,6 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-# ---- partial files and folders
-#
 # What is written to NAME is called .NAME.xxxxxxxx.partial until it is whole, and locked for as long as its process
 # lives. One that is not locked was left by a killed process. (Where the file system knows no locks, none is removed.)
 
@@ -71,13 +179,18 @@ def _lock(path: str) -> Optional[int]:
 
 def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str, int]:
     """A fresh file or folder beside `path`, and an open handle with its lock."""
-    where = {"prefix": f".{os.path.basename(path)}.", "suffix": suffix, "dir": os.path.dirname(path)}
+    parent, name = os.path.split(path)
     while True:
-        if folder:
-            partial = tempfile.mkdtemp(**where)
-            handle = os.open(partial, os.O_RDONLY)
-        else:
-            handle, partial = tempfile.mkstemp(**where)
+        partial = os.path.join(parent, f".{name}.{secrets.token_hex(4)}{suffix}")
+        # With the rights that it keeps: not every file system can change them.
+        try:
+            if folder:
+                os.mkdir(partial)
+                handle = os.open(partial, os.O_RDONLY)
+            else:
+                handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = False
@@ -96,12 +209,14 @@ def remove_leftovers(path: str) -> bool:
 
     Returns whether a process that lives is writing it now.
     """
-    parent, name = os.path.split(os.path.abspath(path))
+    path = os.path.realpath(path)
+    parent, name = os.path.split(path)
     pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}\.(partial|old)")
-    try:
-        left = [os.path.join(parent, one) for one in os.listdir(parent) if pattern.fullmatch(one)]
-    except OSError:
-        return False
+    left = []
+    # A folder that cannot be renamed has them inside.
+    for place in (parent, path):
+        with contextlib.suppress(OSError):
+            left += [os.path.join(place, one) for one in os.listdir(place) if pattern.fullmatch(one)]
     in_use = False
     for partial in left:
         try:
@@ -133,28 +248,52 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
     """Open a file that appears at `path` only when the block ends without an error.
 
     `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and whatever
-    was at `path` stays. So is what killed processes left of the same file.
+    was at `path` stays. So is what killed processes left of the same file. A link at `path` stays, and leads to the new
+    file; a device or FIFO is written into.
     """
-    path = os.path.abspath(path)
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    remove_leftovers(path)
     if "b" not in mode:
         open_kwargs.setdefault("encoding", "utf-8")
         open_kwargs.setdefault("newline", "\n")
-    partial, handle = _new_partial(path, folder=False)
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, mode, **open_kwargs) as file:
+            yield file
+        return
+    # Where a link leads to.
+    path = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(path) and not _takes_entries(folder):
+        folder = temporary_folder() or folder
+    beside = os.path.join(folder, os.path.basename(path))
+    remove_leftovers(beside)
+    partial, handle = _new_partial(beside, folder=False)
     try:
         with os.fdopen(handle, mode, **open_kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_UMASK)
-            os.replace(partial, path)
-        sync_folder(folder)
-    except BaseException:
+            _give_name(partial, path)
+        sync_folder(os.path.dirname(path))
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
-        raise
+
+
+# What renaming says of a mount, of another file system, and of a file system that cannot.
+_NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def _give_name(partial: str, path: str) -> None:
+    """Rename a whole file to `path`; copy it into the file that is there where that cannot be replaced."""
+    try:
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno not in (*_NO_RENAME, errno.EACCES) or not os.path.isfile(path):
+            raise
+        with open(path, "wb") as file:
+            copy_file(partial, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Ended(BaseException):
@@ -191,35 +330,87 @@ def atomic_folder(path: str) -> Iterator[str]:
     """Give a fresh folder beside `path` that takes its name, flushed to disk, when the block ends without an error.
 
     An older folder at `path` is replaced only then, in one step where the system can. On an error, and on SIGTERM, the
-    fresh folder is removed. A link at `path` stays, and leads to the new folder.
+    fresh folder is removed. A link at `path` stays, and leads to the new folder. So does a mount, and gets the files
+    one by one when all are whole.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: `path` is a file, cannot be written to, or another process is writing it.
     """
     given, path = path, os.path.realpath(path)
+    check_folder(path)
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     if remove_leftovers(path):
         raise UserError(f"another process is writing {given}: wait for it, or give another folder")
+    stays = os.path.isdir(path) and (os.path.ismount(path) or not _takes_entries(parent))
+    partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
     with _cleaning_up():
-        partial, handle = _new_partial(path, folder=True)
         try:
-            os.chmod(partial, 0o777 & ~_UMASK)
             yield partial
             for inner, _, names in os.walk(partial):
                 for name in names:
                     if not os.path.islink(os.path.join(inner, name)):
                         _sync(os.path.join(inner, name))
                 _sync(inner)
-            if not os.path.isdir(path):
-                os.rename(partial, path)
-            elif not _exchange(partial, path):
-                _replace(path, partial)
+            if stays or not _take_name(partial, path):
+                _fill(path, partial)
             sync_folder(parent)
         finally:
             # After an exchange it is the older folder.
             shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
+
+
+# What tells readers that a folder is whole: moved last.
+_LAST = ("config.json", "checkpoint.json")
+# What a new file system has in its top folder.
+_OF_THE_SYSTEM = "lost+found"
+
+
+def is_empty(folder: str) -> bool:
+    """Whether a folder holds nothing of anybody's."""
+    return not set(os.listdir(folder)) - {_OF_THE_SYSTEM}
+
+
+def _take_name(partial: str, path: str) -> bool:
+    """Put a whole folder in the place of `path`; False where folders cannot be renamed."""
+    try:
+        if not os.path.isdir(path):
+            os.rename(partial, path)
+        elif not _exchange(partial, path):
+            _replace(path, partial)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        return False
+    return True
+
+
+def _fill(path: str, partial: str) -> None:
+    """Put the files of a whole folder, one by one, in the place of those of a folder that keeps its name."""
+    os.makedirs(path, exist_ok=True)
+    for name in set(os.listdir(path)) - {_OF_THE_SYSTEM, os.path.basename(partial)}:
+        old = os.path.join(path, name)
+        if os.path.isdir(old) and not os.path.islink(old):
+            shutil.rmtree(old)
+        else:
+            os.unlink(old)
+    move_entries(partial, path)
+
+
+def rename_folder(folder: str, path: str) -> None:
+    """Give a whole folder the name `path`, which is free; entry by entry where folders cannot be renamed."""
+    if not _take_name(folder, path):
+        os.makedirs(path, exist_ok=True)
+        move_entries(folder, path)
+        os.rmdir(folder)
+
+
+def move_entries(folder: str, target: str) -> None:
+    """Move all that a folder holds into another one, what tells that it is whole last."""
+    for name in sorted(os.listdir(folder), key=lambda name: name in _LAST):
+        shutil.move(os.path.join(folder, name), os.path.join(target, name))
+    _sync(target)
 
 
 # Name of an older folder in the one that it is moved into.
@@ -277,7 +468,8 @@ def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], No
     except OSError:
         with open(target, "wb") as file:
             copy_file(source, file, progress)
-        shutil.copystat(source, target)
+        with contextlib.suppress(OSError):
+            shutil.copystat(source, target)
         return False
     if progress is not None:
         progress(os.path.getsize(target))

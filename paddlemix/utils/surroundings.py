@@ -117,10 +117,10 @@ class _PaddleInSilence:
             sys.stderr.write("".join(kept))
 
 
-def check_shared_memory(instead: str) -> None:
-    """Refuse to start processes where they cannot be given a lock, which lies in /dev/shm.
+def check_shared_memory(workers: int, instead: str) -> None:
+    """Refuse to start processes where they cannot be given their locks, which lie in /dev/shm.
 
-    instead: the option, with its value, that does without.
+    instead: the option, with its value, that does without them.
 
     Raises:
         UserError: there is no room, or no /dev/shm.
@@ -128,8 +128,8 @@ def check_shared_memory(instead: str) -> None:
     import multiprocessing
 
     try:
-        for _ in range(64):
-            multiprocessing.Lock()
+        # Two queues and an event take eight, each worker's own queue three.
+        [multiprocessing.Lock() for _ in range(8 + 4 * workers)]
     except (OSError, ImportError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -110,13 +110,70 @@ def test_runs_are_not_mixed(tmp_path, change, named):
     assert out.read_text("utf-8") == WHOLE
 
 
-@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b'{"format": 3}\n', b"x" * (2 << 20)])
-def test_a_strange_partial_file_is_not_overwritten(tmp_path, content):
+STRANGE = [b"my notes\n", b"{}\n", b"[1]\n", b"x" * (2 << 20), b"notes without a line end", b'{"a": 1}']
+
+
+@pytest.mark.parametrize("content", STRANGE)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_strange_partial_file_is_left_alone(tmp_path, content, restart):
     strange = tmp_path / "results.txt.partial"
     strange.write_bytes(content)
     with pytest.raises(UserError, match="was not written by this program"):
-        ResultsWriter(str(tmp_path / "results.txt"), RUN)
+        ResultsWriter(str(tmp_path / "results.txt"), RUN, restart=restart)
     assert strange.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1, "inp', b"\0" * 5000])
+def test_a_journal_of_which_nothing_is_left_is_begun_anew(tmp_path, content):
+    (tmp_path / "results.txt.partial").write_bytes(content)
+    write(tmp_path / "results.txt", LINES)
+    assert (tmp_path / "results.txt").read_text("utf-8") == WHOLE
+
+
+def test_a_journal_of_another_version_is_dropped_when_asked(tmp_path):
+    (tmp_path / "results.txt.partial").write_bytes(b'{"format": 99}\n')
+    with pytest.raises(UserError, match="was not written by this program"):
+        ResultsWriter(str(tmp_path / "results.txt"), RUN)
+    write(tmp_path / "results.txt", LINES, restart=True)
+
+
+def test_a_link_in_the_journals_place_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "results.txt.partial").symlink_to("mine")
+    with pytest.raises(UserError, match="was not written by this program"):
+        ResultsWriter(str(tmp_path / "results.txt"), RUN)
+    assert (tmp_path / "results.txt.partial").is_symlink() and (tmp_path / "mine").read_text() == ""
+
+
+@pytest.mark.parametrize("instead", [None, "another run's\n"])
+def test_a_journal_that_is_removed_while_it_is_written(tmp_path, instead):
+    out, journal = tmp_path / "results.txt", tmp_path / "results.txt.partial"
+    with ResultsWriter(str(out), RUN) as writer:
+        for number, line in enumerate(LINES):
+            writer.write(*line)
+            writer.flush()
+            if number == 1:
+                journal.unlink()
+                if instead:
+                    journal.write_text(instead)
+        with pytest.raises(JobFailed) as error, writer._explained():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert "safe" not in str(error.value)
+        writer.finish(len(LINES))
+    assert out.read_text("utf-8") == WHOLE
+    assert (journal.read_text() if instead else journal.exists()) == (instead or False)
+
+
+def test_an_output_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a device or a pipe"):
+        ResultsWriter(str(tmp_path / "pipe"), RUN)
+    assert os.listdir(tmp_path) == ["pipe"]
+    (tmp_path / "far").mkdir()
+    (tmp_path / "results.txt").symlink_to(tmp_path / "far" / "results.txt")
+    write(tmp_path / "results.txt", LINES)
+    assert (tmp_path / "far" / "results.txt").read_text("utf-8") == WHOLE and (tmp_path / "results.txt").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["far", "pipe", "results.txt", "results.txt.run.json"]
 
 
 def test_two_processes_cannot_write_one_output(tmp_path):

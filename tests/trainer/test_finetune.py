@@ -18,6 +18,7 @@ from paddlemix.models.lora import load_lora
 from paddlemix.trainer import run_checkpoints
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.tuned_model import add_neftune
+from paddlemix.utils import files
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
 from tests.helpers import make_tiny_model, save_tiny_model
 from tests.trainer.runs import COLOURS, LORA, LORA_POOL, final_weights, run, start, write_data
@@ -440,21 +441,42 @@ def test_the_old_result_stays_until_the_new_run_can_start(run_keys, tmp_path):
     run(run_keys(overwrite_output_dir=True, **LORA))
 
 
-def test_sigterm_saves_and_says_how_to_go_on(run_keys, tmp_path, log):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_says_how_to_go_on(run_keys, tmp_path, log, number, request):
+    before = signal.signal(number, signal.SIG_DFL)  # which may be to ignore it
+    request.addfinalizer(lambda: signal.signal(number, before))
     trainer = start(run_keys(max_steps=50, save_strategy="no", **LORA))
     step = trainer.training_step
 
     def step_with_signal(*args, **kwargs):
         if trainer.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(*args, **kwargs)
 
     trainer.training_step = step_with_signal
-    previous = signal.getsignal(signal.SIGTERM)
     trainer.train()
-    assert signal.getsignal(signal.SIGTERM) is previous
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert f"{signal.Signals(number).name}: stopping after step 3" in log.text
     assert trainer.stop.received and trainer.state.global_step == 3
     assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
+
+
+def test_nohup_goes_on_without_a_terminal(run_keys, request):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    trainer = start(run_keys(max_steps=2, save_strategy="no", **LORA))
+    step = trainer.training_step
+    trainer.training_step = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGHUP) or step(*args, **kwargs)
+    trainer.train()
+    assert trainer.state.global_step == 2 and not trainer.stop.received
+
+
+def test_one_run_writes_into_a_folder(run_keys, tmp_path):
+    with files.only_writer(str(tmp_path / "out")):
+        with pytest.raises(UserError, match="another process is writing into .*out: wait for it"):
+            run(run_keys(**LORA))
+        assert not os.listdir(tmp_path / "out")
+    run(run_keys(**LORA))
 
 
 @pytest.mark.parametrize("moment", ["loss", "captions"])

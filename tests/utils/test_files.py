@@ -1,6 +1,8 @@
 """Files that appear complete or not at all, and locks."""
 
+import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,7 +20,13 @@ def test_a_file_appears_at_the_end(tmp_path):
         file.write("字\n")
         assert not path.exists()
     assert path.read_bytes() == "字\n".encode()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~files._UMASK
+    umask = os.umask(0o027)
+    try:
+        with files.atomic_write(str(path)), files.atomic_folder(str(tmp_path / "b")):
+            pass
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640 and stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o750
     assert os.listdir(path.parent) == ["a.txt"]
 
 
@@ -179,3 +187,202 @@ def test_every_file_of_a_folder_is_on_disk_before_it_has_its_name(tmp_path, monk
     for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
         assert (path.stat().st_ino, False) in synced, path
     assert (tmp_path.stat().st_ino, True) in synced
+
+
+# ---- what is there already, and file systems that cannot do everything
+
+
+def write_both(folder):
+    """A file and a folder, each new and in the place of an older one; what stands there then."""
+    for text in ("one", "two"):
+        with files.atomic_write(str(folder / "a.txt")) as file:
+            file.write(text)
+        with files.atomic_folder(str(folder / "b")) as inner:
+            with open(os.path.join(inner, text), "w"):
+                pass
+    assert sorted(os.listdir(folder)) == ["a.txt", "b"]
+    return (folder / "a.txt").read_text(), os.listdir(folder / "b")
+
+
+def refuse(number, only=lambda *arguments: True, call=None):
+    def refused(*arguments, **named):
+        if only(*arguments):
+            raise OSError(number, os.strerror(number))
+        return call(*arguments, **named)
+
+    return refused
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_no_folder(tmp_path, monkeypatch, number):
+    """CIFS, VirtualBox' shares, some FUSE."""
+    folders_only = refuse(number, lambda handle: stat.S_ISDIR(os.fstat(handle).st_mode), os.fsync)
+    monkeypatch.setattr(os, "fsync", folders_only)
+    assert write_both(tmp_path) == ("two", ["two"])
+
+
+def test_a_file_system_that_changes_no_rights(tmp_path, monkeypatch):
+    """gcsfuse, s3fs, CIFS."""
+    for name in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, name, refuse(errno.EPERM))
+    assert write_both(tmp_path) == ("two", ["two"])
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    assert not files.link_or_copy(str(tmp_path / "a.txt"), str(tmp_path / "c.txt"))
+    assert (tmp_path / "c.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.ENOSYS])
+def test_a_file_system_that_renames_no_folder(tmp_path, monkeypatch, number):
+    """Object stores; overlayfs, for folders of the image."""
+    monkeypatch.setattr(files, "_exchange", lambda *folders: False)
+    monkeypatch.setattr(os, "rename", refuse(number, lambda source, target: os.path.isdir(source), os.rename))
+    assert write_both(tmp_path) == ("two", ["two"])
+    moved = []
+    (tmp_path / "b" / "checkpoint.json").write_text("{}")
+    (tmp_path / "b" / "weights").write_text("")
+    move = shutil.move
+    monkeypatch.setattr(shutil, "move", lambda source, target: moved.append(source) or move(source, target))
+    files.rename_folder(str(tmp_path / "b"), str(tmp_path / "checkpoint-1"))
+    assert sorted(os.listdir(tmp_path / "checkpoint-1")) == ["checkpoint.json", "two", "weights"]
+    assert moved[-1].endswith("checkpoint.json") and not (tmp_path / "b").exists()
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("there", "dangling"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    (tmp_path / "far" / "there").write_text("old")
+    for name in ("there", "dangling"):
+        with files.atomic_write(str(tmp_path / name)) as file:
+            file.write("new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "far" / name).read_text() == "new"
+    assert sorted(os.listdir(tmp_path / "far")) == ["dangling", "there"]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    """As devices are: renaming onto /dev/null would make a file of it, as root for everyone."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with files.atomic_write(str(pipe), "wb") as file:
+        file.write(b"said")
+    assert os.read(reader, 99) == b"said" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"]
+    files.check_file(str(pipe))
+    with pytest.raises(UserError, match="is a device or a pipe; the output must be a file"):
+        files.check_file(str(pipe), plain=True)
+
+
+IN_MOUNTS = """
+import os, sys
+from paddlemix.utils import files
+for text in ("one", "two"):
+    with files.atomic_write("bound") as file:
+        file.write(text)
+    with files.atomic_folder("disk") as folder:
+        assert os.path.dirname(folder).endswith("/disk"), "or 19 GB go to another disk first"
+        for name in ("config.json", text):
+            with open(os.path.join(folder, name), "w"):
+                pass
+        assert text == "one" or "one" in os.listdir("disk")
+with files.atomic_folder("bound folder") as folder:
+    with open(os.path.join(folder, "two"), "w"):
+        pass
+print(os.getcwd(), open("bound").read(), sorted(os.listdir("disk")), sorted(os.listdir("bound folder")))
+"""
+
+
+def test_mounts_keep_their_place(tmp_path, root):
+    """docker -v of a file, and of a folder; a folder of the same disk tells that it is a mount when it is renamed."""
+    for name in ("disk", "far", "bound folder", "far folder"):
+        (tmp_path / name).mkdir() if name != "far" else (tmp_path / name).write_text("old")
+    (tmp_path / "bound").write_text("")
+    mounts = "mount --bind far bound && mount -t tmpfs none disk && mkdir disk/lost+found && "
+    mounts += "mount --bind 'far folder' 'bound folder'"
+    command = ["unshare", "-m", "sh", "-c", f'{mounts} || exit 77; exec "$@"', "sh", sys.executable, "-c", IN_MOUNTS]
+    env = dict(os.environ, PYTHONPATH=str(root))
+    try:
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode != 0 and "Traceback" not in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path} two ['config.json', 'lost+found', 'two'] ['two']\n"
+    assert (tmp_path / "far").read_text() == "two" and os.listdir(tmp_path / "far folder") == ["two"]
+    assert sorted(os.listdir(tmp_path)) == ["bound", "bound folder", "disk", "far", "far folder"]
+
+
+def test_a_file_in_a_folder_that_takes_no_other(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(files, "_takes_entries", lambda folder: folder != str(tmp_path))
+    monkeypatch.setattr(os, "replace", refuse(errno.EXDEV))
+    files.check_file(str(tmp_path / "a.txt"))
+    with files.atomic_write(str(tmp_path / "a.txt")) as file:
+        file.write("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+    assert (tmp_path / "a.txt").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["a.txt", "t"]
+    with pytest.raises(UserError, match="cannot write .*b.txt: .* cannot be written to"):
+        files.check_file(str(tmp_path / "b.txt"))
+
+
+# ---- what is refused before any work
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file/a", "file/a/b"):
+        for check in (files.check_file, files.check_folder):
+            with pytest.raises(UserError, match=r"cannot write .*: .*file is a file"):
+                check(str(tmp_path / path))
+    with pytest.raises(UserError, match="is a folder; the output must be a file"):
+        files.check_file(str(tmp_path))
+    with pytest.raises(UserError, match="is a file: give a folder"):
+        files.check_folder(str(tmp_path / "file"))
+    with pytest.raises(UserError, match="is a file: give a folder"):
+        with files.atomic_folder(str(tmp_path / "file")):
+            pass
+    for path in ("file", "new", "new/a/b"):
+        files.check_file(str(tmp_path / path))
+    assert os.listdir(tmp_path) == ["file"], "nothing is made"
+
+
+def test_an_input_is_not_written_over(tmp_path):
+    (tmp_path / "in").write_text("")
+    (tmp_path / "link").symlink_to("in")
+    os.link(tmp_path / "in", tmp_path / "hard")
+    (tmp_path / "other").write_text("")
+    given, missing = str(tmp_path / "in"), str(tmp_path / "missing")
+    files.keep_apart([given, None, missing], [str(tmp_path / "other"), None, missing])
+    for name in ("in", "link", "hard"):
+        with pytest.raises(UserError, match="in would be overwritten by .*: give another output"):
+            files.keep_apart([missing, given], [str(tmp_path / "other"), str(tmp_path / name)])
+
+
+def test_one_process_writes_into_a_folder(tmp_path, root):
+    folder = tmp_path / "out"
+    code = "import sys\nfrom paddlemix.utils.files import *\nwith only_writer(sys.argv[1]): print(1, flush=1), input()"
+    command = [sys.executable, "-c", code, str(folder)]
+    process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    with pytest.raises(UserError, match="another process is writing into .*out"):
+        with files.only_writer(str(folder)):
+            pass
+    process.communicate("\n")
+    assert process.returncode == 0 and not folder.exists(), "it was made for nothing"
+    with files.only_writer(str(folder)):
+        (folder / "a").write_text("")
+        # A child that lives on, as a loader's worker may for a moment, keeps nobody out.
+        (asked, ask), pid = os.pipe(), os.fork()
+        if pid == 0:
+            os.close(ask)
+            os.read(asked, 1)
+            os._exit(0)
+    with files.only_writer(str(folder)):
+        pass
+    os.close(ask)
+    os.close(asked)
+    assert os.waitpid(pid, 0)[1] == 0 and os.listdir(folder) == ["a"]

@@ -149,7 +149,7 @@ def test_paddle_says_nothing_about_threads(root, threads):
 def test_no_room_for_locks(monkeypatch):
     import multiprocessing
 
-    surroundings.check_shared_memory("--workers 0")
+    surroundings.check_shared_memory(2, "--workers 0")
     monkeypatch.setattr(multiprocessing, "Lock", lambda: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
     with pytest.raises(UserError, match=r"/dev/shm takes nothing \(No space left on device\).*--workers 0"):
-        surroundings.check_shared_memory("--workers 0")
+        surroundings.check_shared_memory(2, "--workers 0")
