@@ -8,7 +8,7 @@ import sys
 import time
 
 from paddlemix.inference.boxes import check_boxes_path
-from paddlemix.inference.options import add_model_options, add_sampling_options, sampling_options
+from paddlemix.inference.options import add_decoding_options, add_model_options, decoding_options, generate_options
 from paddlemix.utils import cli
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
@@ -19,6 +19,7 @@ examples:
   python chat.py weights/ cup.jpg 图中的价格是多少？
   python chat.py weights/ before.jpg 这两张图有什么不同？ --image after.jpg
   python chat.py weights/ cup.jpg --stream --temperature 0.8 --top_p 0.9 --seed 7
+  python chat.py weights/ cup.jpg --samples 8 --top_p 0.9
   python chat.py weights/ --interactive --stream
   python chat.py weights/ cup.jpg 框出图中的杯子 --boxes cup-boxes.png
 
@@ -51,14 +52,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--boxes", type=cli.path, metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)"
     )
     add_model_options(parser)
-    add_sampling_options(parser)
+    add_decoding_options(parser)
     # Intermixed: IMAGE may stand behind an option, too.
     return parser.parse_intermixed_args(argv)
 
 
 def main() -> int:
     args = parse_args()
-    options = sampling_options(args.temperature, args.top_p, args.top_k, args.seed, args.num_beams, args.stream)
+    decoding = decoding_options(dict(vars(args)), args.stream)
+    options = generate_options(decoding)
+    # Turns of a conversation differ; seed_everything sets where they begin.
+    options.pop("seed", None)
     if args.max_new_tokens is not None:
         options["max_new_tokens"] = args.max_new_tokens
     check_boxes_path(args.boxes)
@@ -83,7 +87,8 @@ def main() -> int:
     if not sources and not args.interactive:
         sources = [EXAMPLE]
     images = [fetch(source) for source in sources]
-    conversation = Conversation(load_model(model, args.dtype, args.device), args.system, **options)
+    loaded = load_model(model, args.dtype, args.device)
+    conversation = Conversation(loaded, args.system, decoding.get("choose", "first"), **options)
     for image in images:
         conversation.add_image(image)
     if args.seed is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paddlemix.inference.options import FALLBACK, add_model_options
+from paddlemix.inference.options import FALLBACK, add_decoding_options, add_model_options, decoding_options
 from paddlemix.inference.row_shards import Shard
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils import cli
@@ -14,6 +14,8 @@ MORE = """\
 examples:
   python predict.py test.tsv results.txt weights/
   python predict.py test.tsv results.txt weights/ --cut_repeats --end_mark --max_chars 200
+  # the caption that agrees most with seven others, all eight of them in n_best.jsonl
+  python predict.py test.tsv results.txt weights/ --samples 8 --top_p 0.9 --n_best n_best.jsonl
   # two machines, or two windows: each answers every second row; then one file of them
   python predict.py test.tsv results.txt weights/ --shard 1/2
   python predict.py test.tsv results.txt weights/ --shard 2/2
@@ -58,6 +60,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="answer rows i, i + n, i + 2n, … only, into OUTPUT.shard-i-of-n; tools/merge_results.py joins the shards",
     )
     parser.add_argument("--keep_boxes", action="store_true", help="keep <ref>, <box> and <quad> of an answer")
+    add_decoding_options(parser)
+    parser.add_argument(
+        "--n_best",
+        type=cli.path,
+        metavar="FILE",
+        help="write all of --samples there, before repairs, with their mean log-probabilities: a line of JSON per row",
+    )
     repairs = parser.add_argument_group("repairs of finished captions, made in this order; all are off unless given")
     repairs.add_argument("--strip_echo", action="store_true", help="drop the question, 图片描述： and its like")
     repairs.add_argument("--full_width", action="store_true", help="ASCII marks beside Chinese text become ，。 …")
@@ -69,6 +78,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main() -> int:
     values = vars(parse_args())
+    values["decoding"] = decoding_options(values)
     values["postprocess"] = PostProcessing(**{name: values.pop(name) for name in PostProcessing._fields})
 
     from paddlemix.inference.prediction import predict_file

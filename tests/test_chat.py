@@ -121,12 +121,18 @@ def test_sampling_is_seeded(call):
     greedy = call()[1]
     assert call("--top_k", "1")[1] == call("--num_beams", "1")[1] == greedy
     assert call("--num_beams", "3")[0] == 0
+    flags = ("--seed", "3", "--samples", "4", "--choose")
+    several = {call(*hot, *flags, how)[1] for how in ("first", "logprob", "consensus")}
+    assert None not in several and len(several) > 1
+    assert call("--no_repeat_ngram_size", "1", "--min_new_tokens", "5")[1] != greedy
+    assert call("--repetition_penalty", "5")[1] != greedy
 
 
 @pytest.mark.parametrize(
     "flags, says",
     [
         (["--num_beams=2", "--top_p=0.5", "--seed=1"], "--num_beams searches, --top_p, --seed samples"),
+        (["--samples=2", "--stream"], "--stream does not go with --samples"),
         (["--num_beams=2", "--stream"], "--stream does not go with --num_beams"),
         (["--seed=1"], "--seed without sampling changes nothing"),
         (["--seed=-1", "--top_k=3"], "--seed is a whole number"),

@@ -18,7 +18,8 @@ import pytest
 
 import predict
 from paddlemix.inference import prediction
-from paddlemix.inference.results import ResultsWriter
+from paddlemix.inference.captioner import BROKEN_ANSWER
+from paddlemix.inference.results import REPEATING, TRUNCATED, ResultsWriter
 from paddlemix.models.mgen_vl import captioning
 from paddlemix.models.mgen_vl.captioning import Candidate
 from paddlemix.utils import cli
@@ -75,7 +76,7 @@ def test_what_it_prints_and_writes(call, tmp_path):
     assert [name for name, _ in lines] == ["b", "a", "c"]
     assert out.split("\n") == [STARTS, *(caption for _, caption in lines), FINISHED, ""]
     assert len({caption for _, caption in lines}) == 3
-    assert "images at a time" in err and " on cpu in float32" in err
+    assert "rows at a time" in err and " on cpu in float32" in err
     assert sorted(os.listdir(tmp_path)) == ["in.tsv", "out.tsv", "out.tsv.run.json"]
 
 
@@ -182,7 +183,8 @@ def test_every_kind_of_row_has_its_outcome(call, tmp_path, root):
             alike[len(rows) - 1] = len(rows)
             wanted.append((f"as {kind}", "caption"))
             rows.append((f"as {kind}", same))
-    status, lines, _, err = call(tsv(*rows), "--fallback", "没有 图片", "--max_new_tokens", "24")
+    flags = ("--fallback", "没有 图片", "--max_new_tokens", "24", "--stop_repeating", "0")
+    status, lines, _, err = call(tsv(*rows), *flags)
     assert status == 0
     assert [name for name, _ in lines] == [name for name, _ in wanted]
     for (name, caption), (_, outcome) in zip(lines, wanted):
@@ -514,6 +516,164 @@ def test_on_a_terminal_the_bar_makes_room(monkeypatch, capsys):
     assert capsys.readouterr().out == "一只猫\n"
 
 
+# ---- how words are chosen
+
+
+HOT = ("--temperature", "1.5", "--top_p", "0.95", "--seed", "3")
+
+
+def n_best(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def without_scores(path):
+    """Their last digits depend on the rows that were computed together."""
+    return re.sub(r'"score": -\d+\.\d+', "", path.read_text("utf-8"))
+
+
+def test_samples_go_by_the_rows_place_in_the_input(call, tmp_path, monkeypatch):
+    """The same for every number of rows at a time, for shards, and for a run that was stopped and went on."""
+    rows = [(str(i), image(1) if i != 2 else "bad!") for i in range(7)]
+    status, whole, _, _ = call(tsv(*rows), *HOT)
+    assert status == 0
+    # The same image each time: only the row's number makes a difference.
+    assert len({caption for _, caption in whole}) == 7
+    assert call(tsv(*rows), *HOT, "--batch_size", "2")[1] == whole
+    assert call(tsv(*rows), *HOT[:-1], "4")[1] != whole
+
+    listed = ("--samples", "3", "--choose", "logprob", "--n_best")
+    whole = call(tsv(*rows), *HOT, *listed, str(tmp_path / "n.jsonl"))[1]
+    candidates = n_best(tmp_path / "n.jsonl")
+    assert [row["id"] for row in candidates] == [name for name, _ in whole]
+    for (_, caption), row in zip(whole, candidates):
+        if row["id"] == "2":
+            assert row["candidates"] == [] and row["chosen"] is None and caption == FALLBACK
+            continue
+        scores = [one["score"] for one in row["candidates"]]
+        assert len(scores) == 3 and max(scores) < 0 and row["chosen"] == scores.index(max(scores))
+        assert caption == row["candidates"][row["chosen"]]["text"]
+    assert len({one["text"] for row in candidates for one in row["candidates"]}) == 18
+
+    flags = (*HOT, *listed, str(tmp_path / "shards.jsonl"))
+    assert [call(tsv(*rows), *flags, "--shard", f"{i}/3", output="s.tsv")[0] for i in (1, 2, 3)] == [0] * 3
+    assert run_merge([str(tmp_path / "s.tsv")]) == 0
+    assert (tmp_path / "s.tsv").read_bytes() == (tmp_path / "out.tsv").read_bytes()
+    assert without_scores(tmp_path / "shards.jsonl") == without_scores(tmp_path / "n.jsonl")
+
+    write = ResultsWriter.write
+
+    def stop_at_4(self, *fields):
+        if self.done == 4:
+            raise KeyboardInterrupt
+        write(self, *fields)
+
+    flags = (*HOT, *listed, str(tmp_path / "k.jsonl"))
+    monkeypatch.setattr(ResultsWriter, "write", stop_at_4)
+    assert call(tsv(*rows), *flags, output="k.tsv")[0] == 130
+    monkeypatch.setattr(ResultsWriter, "write", write)
+    # The line of the row whose result was not written any more, and half a line.
+    partial = tmp_path / "k.jsonl.partial"
+    assert len(n_best(partial)) == 5
+    with open(partial, "a") as file:
+        file.write('{"id": "x')
+    for other in (flags[:-1] + (str(tmp_path / "x.jsonl"),), ("--top_k", "5", *flags), flags[2:]):
+        status, _, _, err = call(tsv(*rows), *other, output="k.tsv")
+        assert status == 2 and "is an unfinished run of another kind: settings." in err
+    kept = partial.read_bytes()
+    partial.write_bytes(kept.replace(b'"1"', b'"9"', 1))
+    status, _, _, err = call(tsv(*rows), *flags, output="k.tsv")
+    assert status == 2 and "does not hold the candidates of row 2" in err
+    # As if the kill had come between the two files' ends.
+    partial.rename(tmp_path / "k.jsonl")
+    (tmp_path / "k.jsonl").write_bytes(kept)
+    status, lines, _, err = call(tsv(*rows), *flags, output="k.tsv")
+    assert status == 0 and lines == whole and "going on after the 4 rows" in err
+    assert without_scores(tmp_path / "k.jsonl") == without_scores(tmp_path / "n.jsonl")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_beams(call, tmp_path):
+    rows = tsv(("a", image(1)), ("b", image(2)))
+    greedy = call(rows)[1]
+    path = str(tmp_path / "n.jsonl")
+    status, lines, _, _ = call(rows, "--num_beams", "3", "--samples", "3", "--n_best", path, "--length_penalty", "1")
+    assert status == 0 and lines != greedy
+    assert call(rows, "--num_beams", "3", "--length_penalty", "1", "--batch_size", "3")[1] == lines
+    for (_, caption), row in zip(lines, n_best(tmp_path / "n.jsonl")):
+        scores = [one["score"] for one in row["candidates"]]
+        assert row["chosen"] == 0 and row["candidates"][0]["text"] == caption
+        assert scores == sorted(scores, reverse=True) and len(scores) == 3
+
+
+def test_a_caption_that_repeats_itself_is_cut_and_counted(call, tmp_path, monkeypatch):
+    cut = base64.b64encode(image_bytes(5, size=(300, 300))[:4000])
+    content = tsv(("a", image(1)), ("b", cut))
+    greedy = call(content, "--max_new_tokens", "60")
+    assert REPEATING not in greedy[3]
+    monkeypatch.setattr(
+        "paddlemix.models.mgen_vl.engine._cycle", lambda tokens, repeats, is_number: repeats == 4 and len(tokens) == 9
+    )
+    status, lines, _, err = call(content, "--max_new_tokens", "60")
+    assert status == 0 and "an answer that repeats itself 4 times ends there" in err
+    assert [len(caption) for _, caption in lines] == [9, 9]
+    assert f"1 × {REPEATING}" in err and f"1 × {TRUNCATED}, {REPEATING}" in err and "fallback" not in err
+    record = json.loads((tmp_path / "out.tsv.run.json").read_text("utf-8"))
+    assert record["notes"] == {REPEATING: 1, f"{TRUNCATED}, {REPEATING}": 1}
+    assert call(content, "--max_new_tokens", "60", "--stop_repeating", "0")[1] == greedy[1]
+
+
+@pytest.mark.parametrize("flags", [(), HOT, ("--num_beams", "2")], ids=["greedy", "sampling", "beams"])
+def test_logits_that_are_no_numbers_cost_their_row(call, tmp_path, monkeypatch, flags):
+    from paddlemix.processors.images import MGenVLImageProcessor
+
+    rows = [("a", image(1)), ("b", image(2)), ("c", image(3, size=(50, 70)))]
+    fine = call(tsv(*rows), *flags)[1]
+    seen = MGenVLImageProcessor.__call__
+
+    def broken(self, picture):
+        pixels = seen(self, picture)
+        return pixels * np.float32("nan") if picture.size == (50, 70) else pixels
+
+    monkeypatch.setattr(MGenVLImageProcessor, "__call__", broken)
+    status, lines, _, err = call(tsv(*rows), *flags)
+    assert status == 0 and lines == [*fine[:2], ("c", FALLBACK)]
+    assert f"1 × {BROKEN_ANSWER}" in err
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--num_beams=2", "--top_p=0.5"], "--num_beams searches, --top_p samples"),
+        (["--top_p=0"], "--top_p: must be above 0 and at most 1"),
+        (["--num_beams=2", "--samples=3"], "2 beams have 2 answers at most"),
+        (["--num_beams=0"], "from 1 to 64"),
+        (["--length_penalty=1"], "give --num_beams with it"),
+        (["--seed=1"], "--seed without sampling"),
+        (["--choose=first"], "give --samples with it"),
+        (["--samples=2", "--choose=best"], "invalid choice"),
+        (["--repetition_penalty=0"], "above 0"),
+        (["--min_new_tokens=9"], "--min_new_tokens is more than --max_new_tokens"),
+        (["--num_beams=2", "--stop_repeating=4"], "--stop_repeating does not go with --num_beams"),
+        (["--samples=2", "--n_best={out}"], "give a file of its own"),
+        (["--samples=2", "--n_best={out}.partial"], "give a file of its own"),
+    ],
+)
+def test_options_that_cannot_be(call, tmp_path, flags, says, monkeypatch):
+    monkeypatch.setattr(prediction, "load_model", None)
+    flags = [flag.format(out=tmp_path / "out.tsv") for flag in flags]
+    status, lines, _, err = call(tsv(("a", image(1))), *flags)
+    assert (status, lines) == (2, None) and says in err and err.count("\n") == 1
+
+
+def test_more_samples_than_memory_holds(call, monkeypatch):
+    monkeypatch.setattr("paddlemix.inference.captioner.free_memory", lambda device: 8 << 20)
+    for name in ("samples", "num_beams"):
+        status, lines, _, err = call(tsv(("a", image(1))), f"--{name}=60", "--max_new_tokens", "200")
+        assert (status, lines) == (2, None)
+        assert re.search(rf"error: --{name} 60 is more than the memory of cpu holds: about \d rows at a time", err)
+    assert call(tsv(("a", image(1))), "--samples=2")[0] == 0
+
+
 # ---- as a user runs it
 
 
@@ -557,8 +717,9 @@ from paddlemix.inference.captioner import Answer
 class Captioner:
     '''Takes a millisecond per row and knows it by its base64.'''
     batch_size = workers = 1
+    decoding = types.SimpleNamespace(stop_repeating=0)
     def __init__(self, *args, **kwargs): pass
-    def captions(self, images):
+    def captions(self, images, numbers):
         for image in images:
             time.sleep(0.001)
             yield image if isinstance(image, Answer) else Answer("一只" + bytes(image[:8]).decode())

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from itertools import count
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from paddlemix.inference.results import TRUNCATED
-from paddlemix.utils.errors import ImageError, JobFailed
+from paddlemix.inference.choosing import choose as choose_one
+from paddlemix.inference.results import REPEATING, TRUNCATED
+from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
@@ -24,16 +26,20 @@ MAX_BATCH = 32
 WINDOW_ROWS = 64
 WINDOW_BYTES = 128 << 20
 EMPTY_ANSWER = "empty answer"
+BROKEN_ANSWER = "answer is not a number"
 
 
 class Answer(NamedTuple):
     """What became of one row. caption: one line, or None where there is none.
 
-    note: None, or what was wrong, in a few words to count by: why it has no caption, or TRUNCATED.
+    note: None, or what was wrong, in a few words to count by: why it has no caption, or TRUNCATED, REPEATING or both.
+    candidates: what the model said (captioning.Candidate), the caption among it. chosen: its number there.
     """
 
     caption: Optional[str]
     note: Optional[str] = None
+    candidates: Sequence = ()
+    chosen: Optional[int] = None
 
 
 def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template=None) -> List[int]:
@@ -46,31 +52,31 @@ def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template
     return encode_prompt(tokenizer, query, None, system, max_window_size, template)[1]
 
 
-def bytes_per_row(config, prompt_length: int, new_tokens: int, dtype: str, fused: bool = False) -> int:
-    """Device memory that one more row in a batch takes at most, in bytes.
+def rows_that_fit(
+    config, prompt_length: int, new_tokens: int, dtype: str, free: int, fused: bool = False, sample: bool = False
+) -> int:
+    """How many rows `free` bytes of memory hold at a time.
 
-    The cache of keys and values up to the last token, and the larger of the two working sets: the ViT's
-    attention scores (8 bytes each: in float32, and before and after it in the model's dtype) with its widened
-    MLP, or the decoder's prefill. fused: the kernel that holds no scores.
+    Each takes its keys and values up to the last token, those of one layer a second time while the cache grows, and
+    its logits. The rows of a group, whose prompts are computed together, take their prompt's keys and values, which
+    wait for a slot, and the larger of two working sets: the ViT's attention scores (8 bytes each: in float32, and
+    before and after it in the model's dtype) with its widened MLP, or the decoder's prefill. fused: the kernel that
+    holds no scores. sample: probabilities, sums and ids are sorted beside the logits.
     """
+    from paddlemix.models.mgen_vl.engine import GROUP
+
     size = 4 if dtype == "float32" else 2
-    visual = config.visual
-    tokens = prompt_length + new_tokens
-    cache = 2 * config.num_hidden_layers * tokens * config.hidden_size * size
+    visual, layers = config.visual, config.num_hidden_layers
+    token = 2 * config.hidden_size * size
+    row = (layers + 1) * (prompt_length + new_tokens) * token + config.vocab_size * (size + (32 if sample else 8))
     patches = (visual["image_size"] // visual["patch_size"]) ** 2
     vit_mlp = 4 * patches * int(visual["width"] * visual["mlp_ratio"]) * size
     score = 0 if fused else 8
     vit = visual["heads"] * patches**2 * score + vit_mlp
     mlp = 4 * prompt_length * config.intermediate_size * size
     prefill = config.num_attention_heads * prompt_length**2 * score + mlp
-    return cache + max(vit, prefill)
-
-
-def choose_batch_size(
-    config, prompt_length: int, new_tokens: int, dtype: str, free: int, fused: bool = False
-) -> int:
-    """As many rows as fit into `free` bytes of memory, from 1 to MAX_BATCH."""
-    return max(1, min(MAX_BATCH, free // bytes_per_row(config, prompt_length, new_tokens, dtype, fused)))
+    computed = layers * prompt_length * token + max(vit, prefill)
+    return min(free // (row + computed), GROUP) if free < GROUP * (row + computed) else (free - GROUP * computed) // row
 
 
 def free_memory(device: str) -> int:
@@ -102,11 +108,12 @@ class Captioner:
 
     prompt: the question. system: the system text of the chat (default: the template's). max_new_tokens: longest
     answer (default: the model's generation configuration). batch_size: rows at a time (default: what fits into
-    memory, see choose_batch_size); it is halved when memory runs out. workers: threads that decode images.
-    template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption.
+    memory, see rows_that_fit, up to MAX_BATCH); it is halved when memory runs out. workers: threads that decode images.
+    template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption. decoding:
+    further fields of Decoding, by name, and `choose`, one of CHOICES. scores: candidates have them in any case.
 
     Raises:
-        UserError: the prompt is longer than the model's positions.
+        UserError: the prompt is longer than the model's positions, or memory does not hold the samples or beams.
     """
 
     def __init__(
@@ -121,33 +128,43 @@ class Captioner:
         workers: Optional[int] = None,
         template=None,
         keep_boxes: bool = False,
+        decoding: Optional[Mapping[str, Any]] = None,
+        scores: bool = False,
     ):
         import paddle
 
         from paddlemix.models.mgen_vl.engine import STOP_REPEATING, Decoding
-        from paddlemix.models.mgen_vl.generation import check_positions
+        from paddlemix.models.mgen_vl.generation import check_lengths, check_positions
 
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         generation = model.generation_config
         self.template = template
         self.prompt_ids = caption_prompt_ids(tokenizer, prompt, system, generation.max_window_size, template)
         check_positions(model.config, self.prompt_ids)
-        self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, stop_repeating=STOP_REPEATING)
-        self.keep_boxes, self.first_row = keep_boxes, 0
+        options = {"stop_repeating": STOP_REPEATING, **(decoding or {})}
+        self.choose = options.pop("choose", "first")
+        self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, **options)
+        check_lengths(self.decoding)
+        self.scores, self.keep_boxes = scores or self.choose == "logprob", keep_boxes
         self.workers = workers or decode_threads()
-        if batch_size is None:
-            device, dtype = paddle.get_device(), str(model.config.dtype)
-            length = len(self.prompt_ids)
-            free, fused = free_memory(device), model.generates_fused()
-            new_tokens = self.decoding.max_new_tokens
-            batch_size = choose_batch_size(model.config, length, new_tokens, dtype, free, fused)
-        self.batch_size = batch_size
+        device, dtype = paddle.get_device(), str(model.config.dtype)
+        fit = rows_that_fit(
+            model.config, len(self.prompt_ids), self.decoding.max_new_tokens, dtype, free_memory(device),
+            model.generates_fused(), self.decoding.sample,
+        )  # fmt: skip
+        for name in ("samples", "num_beams"):
+            asked = getattr(self.decoding, name)
+            if asked > max(fit, 1):
+                held = f"the memory of {device} holds: about {fit} rows at a time"
+                raise UserError(f"--{name} {asked} is more than {held}")
+        self.batch_size = batch_size or max(self.decoding.num_beams, min(MAX_BATCH, fit))
 
-    def captions(self, images: Iterable) -> Iterator[Answer]:
+    def captions(self, images: Iterable, keys: Optional[Iterable[int]] = None) -> Iterator[Answer]:
         """An answer for each image, in order, as soon as it and all before it are known.
 
         images: base64 text (str, bytes or a memoryview), or an Answer for a row that is known to have no
-        image, which comes back in its place. Nothing in a row raises.
+        image, which comes back in its place. Nothing in a row raises. keys: an image's random numbers come from its key
+        and the seed (default: its number).
 
         Raises:
             JobFailed: memory ran out with a single image.
@@ -160,14 +177,15 @@ class Captioner:
         asked: List[Tuple[int, Optional[str]]] = []
 
         def prompts(pool: ThreadPoolExecutor):
-            for number, prepared in enumerate(self._prepared(images, pool), self.first_row):
+            numbered = enumerate(self._prepared(images, pool))
+            for (number, prepared), key in zip(numbered, count() if keys is None else keys):
                 if isinstance(prepared, Answer):
                     known[number] = prepared
                 else:
                     asked.append((number, prepared.note))
-                    yield Prompt(prepared.ids, prepared.pixels[None], key=number)
+                    yield Prompt(prepared.ids, prepared.pixels[None], key=key)
 
-        told = self.first_row
+        told = 0
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             answers = generate_captions(
                 self.model,
@@ -177,6 +195,7 @@ class Captioner:
                 self.batch_size,
                 self.template,
                 self.keep_boxes,
+                self.scores,
             )
             try:
                 for index, candidates in answers:
@@ -196,7 +215,16 @@ class Captioner:
             told += 1
 
     def _answer(self, candidates, note: Optional[str]) -> Answer:
-        return Answer(candidates[0].text, note) if candidates[0].text else Answer(None, EMPTY_ANSWER)
+        from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK
+
+        usable = [i for i, one in enumerate(candidates) if one.text and one.note != NOT_FINITE]
+        if not usable:
+            broken = any(one.note == NOT_FINITE for one in candidates)
+            return Answer(None, BROKEN_ANSWER if broken else EMPTY_ANSWER, candidates)
+        texts, scores = zip(*((candidates[i].text, candidates[i].score) for i in usable))
+        chosen = usable[choose_one(texts, scores, self.choose)]
+        notes = [note] * (note is not None) + [REPEATING] * (candidates[chosen].note == STUCK)
+        return Answer(candidates[chosen].text, ", ".join(notes) or None, candidates, chosen)
 
     def _prepared(self, images: Iterable, pool: ThreadPoolExecutor) -> Iterator:
         """What _prepare makes of each image, in order; threads decode those to come."""

@@ -25,16 +25,16 @@ HELP = """\
 class Conversation:
     """A model, what was said so far, and the images that were shown.
 
-    system: in place of the template's. options: of generate (max_new_tokens, decode_strategy, temperature, …). Images
-    are seen by the vision tower once, whatever number of turns follows. They are numbered through the conversation,
-    `Picture 1`, `Picture 2`, …
+    system: in place of the template's. choose: one of CHOICES, among num_return_sequences answers. options: of generate
+    (max_new_tokens, decode_strategy, temperature, …). Images are seen by the vision tower once, whatever number of
+    turns follows. They are numbered through the conversation, `Picture 1`, `Picture 2`, …
 
     Attributes: history: (query, answer) pairs as text. picture: the newest image (PIL, RGB) that was asked about, or
     None.
     """
 
-    def __init__(self, loaded: Loaded, system: Optional[str] = None, **options):
-        self.loaded, self.system = loaded, system
+    def __init__(self, loaded: Loaded, system: Optional[str] = None, choose: str = "first", **options):
+        self.loaded, self.system, self.choose = loaded, system, choose
         self.options: Dict[str, Any] = options
         self.reset()
 
@@ -71,11 +71,13 @@ class Conversation:
         import numpy as np
         import paddle
 
+        from paddlemix.inference.choosing import choose
+        from paddlemix.models.mgen_vl.engine import STOP_REPEATING
         from paddlemix.models.mgen_vl.generation import TextStreamer
         from paddlemix.processors.content import with_images
 
         model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.loaded.template
-        options = dict(self.options)
+        options = {"stop_repeating": STOP_REPEATING, **self.options}
         if write is not None:
             strategy = options.get("decode_strategy", model.generation_config.decode_strategy)
             if strategy == "beam_search":
@@ -93,8 +95,9 @@ class Conversation:
             shown = 0 if self._features is None else self._features.shape[0]
             query = with_images(text, len(self._pending), first=shown + 1)
             answer, turns = model.chat(
-                tokenizer, query, self._turns, system=self.system, image_features=features, template=template, **options
-            )
+                tokenizer, query, self._turns, system=self.system, image_features=features, template=template,
+                choose=lambda texts, scores: choose(texts, scores, self.choose), **options,
+            )  # fmt: skip
         except OUT_OF_MEMORY_TYPES as error:
             if not is_out_of_memory(error):
                 raise

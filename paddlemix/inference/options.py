@@ -11,6 +11,8 @@ from paddlemix.utils.errors import UserError
 
 # Caption of a row whose image cannot be read.
 FALLBACK = "一张广告图片。"
+# How one of several answers is chosen.
+CHOICES = ("first", "logprob", "consensus")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -44,41 +46,123 @@ def _number(low: float, high: float, says: str) -> Callable[[str], float]:
     return parse
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How an answer's words are chosen; sampling_options makes generate's options of it."""
+def _count(low: int, most: int) -> Callable[[str], int]:
+    """An argument's type: a whole number from `low` to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {most}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """How an answer's words are chosen; decoding_options takes the values."""
     chosen = parser.add_argument_group(
-        "how words are chosen: the likeliest one at each step, unless one of these is given"
+        "how words are chosen",
+        "By default the most probable token at each step (greedy). --temperature, --top_k, --top_p and --samples draw "
+        "tokens by their probability; --num_beams searches. What that does to scores is shown in docs/evaluation.md.",
     )
     hot = _number(0, 100, "above 0 and at most 100 (without sampling, the likeliest word is taken)")
-    chosen.add_argument("--temperature", type=hot, help="sample; below 1 keeps closer to the likely words")
+    chosen.add_argument("--temperature", type=hot, help="sample; below 1 keeps closer to the probable words")
     top_p = _number(0, 1, "above 0 and at most 1")
-    chosen.add_argument("--top_p", type=top_p, help="sample among the likeliest words that make up this share")
-    chosen.add_argument("--top_k", type=positive, help="sample among this many of the likeliest words")
+    chosen.add_argument("--top_p", type=top_p, help="sample among the fewest words that have this share of probability")
+    chosen.add_argument("--top_k", type=positive, help="sample among this many of the most probable words")
     chosen.add_argument("--seed", type=int, help="of sampling: the same seed gives the same answers")
-    chosen.add_argument("--num_beams", type=positive, help="search with so many beams, in place of sampling")
+    beams = _count(1, 64)
+    chosen.add_argument("--num_beams", type=beams, help="beam search with this many beams; cannot be sampled as well")
+    penalty = _number(-1000, 1000, "above -1000 and at most 1000")
+    chosen.add_argument(
+        "--length_penalty", type=penalty, help="of beam search: above 0 favours long answers, below 0 short ones"
+    )
+    above_0 = _number(0, 100, "above 0 and at most 100")
+    chosen.add_argument(
+        "--repetition_penalty",
+        type=above_0,
+        help="above 1 makes tokens that prompt or answer already have less probable (1.05 is mild)",
+    )
+    chosen.add_argument(
+        "--no_repeat_ngram_size", type=positive, metavar="N", help="no N tokens in a row come a second time"
+    )
+    chosen.add_argument("--min_new_tokens", type=positive, help="the answer does not end before this many tokens")
+    chosen.add_argument(
+        "--stop_repeating",
+        type=_count(0, 1000),
+        metavar="N",
+        help="an answer that repeats a cycle of up to 16 tokens N times ends there, and the cycle is kept once; prices "
+        "and telephone numbers are no cycles; not with beams (default: 4; 0: never)",
+    )
+    chosen.add_argument(
+        "--samples", type=positive, metavar="N", help="answers to choose from; with --num_beams, its N best"
+    )
+    chosen.add_argument(
+        "--choose",
+        choices=CHOICES,
+        help="which of --samples: the first; the one with the highest mean log-probability per token; or the one that "
+        "agrees most with the others, by mean CIDEr-D (default: consensus; with beams, whose first is the best: first)",
+    )
 
 
-def sampling_options(temperature, top_p, top_k, seed, num_beams, stream: bool = False) -> Dict[str, Any]:
-    """Options of generate for what add_sampling_options and --stream gave (None where not given).
+_DECODING = (
+    "temperature", "top_p", "top_k", "seed", "num_beams", "length_penalty", "repetition_penalty",
+    "no_repeat_ngram_size", "min_new_tokens", "stop_repeating", "samples",
+)  # fmt: skip
+
+
+def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, Any]:
+    """What add_decoding_options and --stream gave, as fields of Decoding (and `choose`): those that were given, and
+    `sample` where they sample. values: of all arguments; the options are taken out of it.
 
     Raises:
         UserError: they contradict each other.
     """
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if seed is not None and not 0 <= seed < 1 << 31:
+    given = {name: values.pop(name) for name in _DECODING}
+    given = {name: value for name, value in given.items() if value is not None}
+    choose = values.pop("choose")
+    beams, samples = given.get("num_beams", 1), given.get("samples", 1)
+    samplers = [name for name in ("temperature", "top_p", "top_k", "seed") if name in given]
+    if not 0 <= given.get("seed", 0) < 1 << 31:
         raise UserError("--seed is a whole number from 0 to 2147483647")
-    if num_beams is not None and num_beams > 1:
-        if sampling or seed is not None:
-            given = ", ".join(f"--{name}" for name in [*sampling, *(["seed"] if seed is not None else [])])
-            raise UserError(f"--num_beams searches, {given} samples: give one or the other")
+    if given.get("min_new_tokens", 0) > (values.get("max_new_tokens") or math.inf):
+        raise UserError("--min_new_tokens is more than --max_new_tokens")
+    if beams > 1:
+        if samplers:
+            listed = ", ".join(f"--{name}" for name in samplers)
+            raise UserError(f"--num_beams searches, {listed} samples: give one or the other")
         if stream:
             raise UserError("--stream does not go with --num_beams: the answer of beams is only known at the end")
-        return {"decode_strategy": "beam_search", "num_beams": num_beams, "num_return_sequences": 1}
-    if sampling:
-        # What is not given must not come in from generation_config.json (the baseline's top_k of 1 is no sampling).
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_return_sequences": 1}
-        return {"decode_strategy": "sampling", **neutral, **sampling}
-    if seed is not None:
-        raise UserError("--seed without sampling changes nothing: give --temperature, --top_p or --top_k with it")
-    return {} if num_beams is None else {"decode_strategy": "greedy_search"}
+        if samples > beams:
+            raise UserError(f"--samples {samples} with --num_beams: {beams} beams have {beams} answers at most")
+        if given.get("stop_repeating"):
+            raise UserError("--stop_repeating does not go with --num_beams; --no_repeat_ngram_size does")
+    else:
+        if "length_penalty" in given:
+            raise UserError("--length_penalty is one of beam search: give --num_beams with it")
+        if samplers == ["seed"] and samples == 1:
+            raise UserError("--seed without sampling changes nothing: give --temperature, --top_p or --top_k with it")
+        if samplers or samples > 1:
+            given["sample"] = True
+    if samples > 1:
+        if stream:
+            raise UserError("--stream does not go with --samples: which answer is chosen is only known at the end")
+        given["choose"] = choose or ("first" if beams > 1 else "consensus")
+    elif choose is not None:
+        raise UserError("--choose is among --samples: give --samples with it")
+    return given
+
+
+def generate_options(decoding: Dict[str, Any]) -> Dict[str, Any]:
+    """decoding_options as options of the model's generate, which goes by generation_config.json for what is not given.
+    """
+    options = {name: value for name, value in decoding.items() if name not in ("sample", "samples", "choose")}
+    if decoding.get("num_beams", 1) > 1:
+        options["decode_strategy"] = "beam_search"
+    elif decoding.get("sample"):
+        # What is not given must not come in from the file (the baseline's top_k of 1 is no sampling).
+        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **options, "decode_strategy": "sampling"}
+    elif options.pop("num_beams", None):
+        options["decode_strategy"] = "greedy_search"
+    if "decode_strategy" in options:
+        options["num_return_sequences"] = decoding.get("samples", 1)
+    return options

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
-from typing import Callable, Iterator, Optional
+from itertools import count
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 from paddlemix.datasets.tsv import FileState, TsvRow, check_input, read_rows
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
+from paddlemix.inference.n_best import NBestWriter
 from paddlemix.inference.options import FALLBACK
 from paddlemix.inference.results import (
     PARTIAL,
@@ -101,13 +104,16 @@ def predict_file(
     keep_boxes: bool = False,
     postprocess: PostProcessing = _AS_IT_IS,
     lora_path: Optional[str] = None,
+    decoding: Optional[Mapping[str, Any]] = None,
+    n_best: Optional[str] = None,
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption.
 
     Rows are `id \\t base64`, with or without further columns; a row without an id has its line number for
     one. A row without a usable image, or that the model answers with nothing, gets `fallback`, and is logged
-    and counted by what was wrong. Captions are greedy. A file without rows gives a file without lines. For the
-    other arguments see predict.py --help; for how a run is resumed, results.py.
+    and counted by what was wrong. A file without rows gives a file without lines. decoding: fields of Decoding
+    other than their defaults, and `choose` (see Captioner); captions are greedy without. For the other arguments see
+    predict.py --help; for how a run is resumed, results.py.
 
     shard: answer that share of the rows only, into a file of its own (row_shards.py); one of several processes that
     paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
@@ -148,11 +154,15 @@ def predict_file(
         },
     }
     # What older runs did not have is recorded only where it is used, so that they can be resumed.
-    run["settings"].update({} if system is None else {"system": system}, **({"keep_boxes": True} if keep_boxes else {}))
+    used = {"system": system, "keep_boxes": keep_boxes or None, "decoding": decoding or None, "n_best": n_best}
+    run["settings"].update((name, value) for name, value in used.items() if value is not None)
+    if n_best is not None:
+        n_best = n_best if shard is None else shard.path(n_best)
+        _check_apart(n_best, input, output)
     if shard is not None:
         run["shard"] = shard._asdict()
         # paddle.distributed.launch starts all processes again when one of them was killed.
-        if not restart and is_whole(shard, output, run):
+        if not restart and is_whole(shard, output, run) and (n_best is None or os.path.isfile(n_best)):
             logger.info("%s is whole already and stays as it is; --restart answers its rows anew", output)
             return
     share = shard or Shard(1, 1)
@@ -160,7 +170,7 @@ def predict_file(
     def repaired(caption: str) -> str:
         return postprocess(caption, DEFAULT_PROMPT if prompt is None else prompt)
 
-    with ResultsWriter(output, run, restart=restart) as results:
+    with ResultsWriter(output, run, restart=restart) as results, NBestWriter(n_best, results.done_ids()) as listed:
         rows = _Rows(input, share, state)
         _pass_over(rows, results)
         first = next(rows, None)
@@ -177,11 +187,17 @@ def predict_file(
                 batch_size=batch_size,
                 template=loaded.template,
                 keep_boxes=keep_boxes,
+                decoding=decoding,
+                scores=n_best is not None,
             )
-            logger.info("%d images at a time, decoded by %d threads", captioner.batch_size, captioner.workers)
+            logger.info("%d rows at a time, images decoded by %d threads", captioner.batch_size, captioner.workers)
+            repeats = captioner.decoding.stop_repeating
+            if repeats and captioner.decoding.num_beams == 1:
+                logger.info("an answer that repeats itself %d times ends there (--stop_repeating)", repeats)
         show("------predicting starts------")
         if captioner is not None:
-            _caption_rows(captioner, first, rows, results, repaired, fallback, share.share(facts.lines))
+            _caption_rows(captioner, first, rows, results, listed, repaired, fallback, share, facts.lines)
+        listed.finish()
         results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
         show("------predicting finished-----")
 
@@ -197,11 +213,15 @@ def _caption_rows(
     first: TsvRow,
     rows: _Rows,
     results: ResultsWriter,
+    listed: NBestWriter,
     repaired: Callable[[str], str],
     fallback: str,
+    share: Shard,
     lines: int,
 ) -> None:
-    """Caption `first` and the rest of `rows`. lines: how many lines are to come at most, for the time left."""
+    """Caption `first` and the rest of `rows`. lines: of the input, for the time left."""
+    # A row's place in the input is the same for every number of shards, and for a resumed run.
+    numbers = count(share.index - 1 + results.done * share.of, share.of)
     # Rows that were read, but not answered yet: (id, line number, where the next line begins).
     waiting: deque = deque()
 
@@ -212,10 +232,11 @@ def _caption_rows(
             yield Answer(None, row.error) if row.error else row.image
             row = next(rows, None)
 
-    with Progress(lines, desc="captions", unit="row", initial=results.done) as bar:
-        for answer in captioner.captions(images()):
+    with Progress(share.share(lines), desc="captions", unit="row", initial=results.done) as bar:
+        for answer in captioner.captions(images(), numbers):
             name, line_no, next_offset = waiting.popleft()
             caption = repaired(answer.caption) if answer.caption else fallback
+            listed.write(name, answer)
             results.write(name, caption, answer.note, line_no, next_offset)
             # What is printed is safe. A row costs the model far more than this call.
             results.flush()
@@ -225,6 +246,15 @@ def _caption_rows(
                     logger.warning("line %d, id %r: %s (number %d)", line_no, name, answer.note, met)
             show(caption)
             bar.update()
+
+
+def _check_apart(n_best: str, input: str, output: str) -> None:
+    """Raise UserError if the candidates would be written over something else of this run."""
+    check_file(n_best, plain=True)
+    check_file(n_best + PARTIAL, plain=True)
+    taken = {os.path.realpath(name) for name in (input, output, output + PARTIAL, output + SIDECAR)}
+    if {os.path.realpath(n_best), os.path.realpath(n_best + PARTIAL)} & taken:
+        raise UserError(f"--n_best {n_best} is INPUT or a file of OUTPUT: give a file of its own")
 
 
 def show(text: str) -> None:

@@ -41,6 +41,8 @@ FORMAT = 1
 _JOURNAL_FORMATS = (1, 2)
 # The note of a row whose image file was cut short: it has a caption, of what there was.
 TRUNCATED = "truncated image"
+# That of an answer which repeated itself and was cut (see Decoding.stop_repeating); it has a caption, too.
+REPEATING = "repeated itself"
 PARTIAL = ".partial"
 SIDECAR = ".run.json"
 # Lines are handed to the system with every flush; to the disk itself this often.
@@ -188,7 +190,7 @@ def report_notes(rows: int, notes: Dict[str, int], fallback: str) -> Optional[st
     described = ", ".join(f"{count} × {note}" for note, count in ranked)
     if notes:
         logger.warning("of %d rows: %s", rows, described)
-    failed = sum(notes.values()) - notes.get(TRUNCATED, 0)
+    failed = sum(count for note, count in notes.items() if not {*note.split(", ")} <= {TRUNCATED, REPEATING})
     if failed:
         logger.warning("%d rows have the fallback caption %s", failed, fallback)
     if failed and failed == rows:

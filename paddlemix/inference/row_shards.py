@@ -18,6 +18,7 @@ from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 from paddlemix.datasets.tsv import read_rows
+from paddlemix.inference.n_best import line_id as candidates_id
 from paddlemix.inference.results import (
     FORMAT,
     PARTIAL,
@@ -116,10 +117,28 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
             out.write(line)
             if line.count(b"\t") != 1:
                 raise UserError(f"line {number} of the joined shards is not an id and a caption")
+    if run["settings"].get("n_best"):
+        _join_candidates(shards, output, run["settings"]["n_best"], rows)
     del run["input_rows"]
     write_sidecar(output, run, rows, notes)
     with open(output + SIDECAR, encoding="utf-8") as file:
         return json.load(file)
+
+
+def _join_candidates(shards: List[Shard], output: str, path: str, rows: int) -> None:
+    """Join the shards' files of --n_best, too. path: as predict.py was given it."""
+    with contextlib.ExitStack() as opened:
+        for shard in shards:
+            if not os.path.isfile(shard.path(path)):
+                raise UserError(f"no {shard.path(path)}, which --n_best of shard {shard.index} wrote")
+        files = [opened.enter_context(open(shard.path(path), "rb")) for shard in shards]
+        results = opened.enter_context(open(output, "rb"))
+        out = opened.enter_context(atomic_write(path, "wb"))
+        for number, line in enumerate(_in_turn(files, rows)):
+            if candidates_id(line) != _line_id(results.readline()):
+                shard = shards[number % len(shards)]
+                raise UserError(f"{shard.path(path)} does not hold the candidates of row {number // len(shards) + 1}")
+            out.write(line)
 
 
 def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:

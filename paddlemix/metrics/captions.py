@@ -337,9 +337,14 @@ def _row_key(value: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _compare(
-    captions: List[List[str]], references: List[List[List[str]]], frequencies: DocumentFrequencies
+    captions: List[List[str]],
+    references: List[List[List[str]]],
+    frequencies: Callable[[np.ndarray], np.ndarray],
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """CIDEr [r], CIDEr-D [r] and the counts of BLEU [r, 10] of tokenised captions against tokenised references."""
+    """CIDEr [r], CIDEr-D [r] and the counts of BLEU [r, 10] of tokenised captions against tokenised references.
+
+    frequencies: DocumentFrequencies or Uniform.
+    """
     rows = len(captions)
     row = np.repeat(np.arange(rows), [len(texts) for texts in references])
     texts = [tokens for row_texts in references for tokens in row_texts]
@@ -379,6 +384,39 @@ def _compare(
         for length, row_texts in zip(our_length, references)
     ]
     return cider, cider_d, np.column_stack([right, guessed, our_length, closest])
+
+
+class Uniform:
+    """Document frequencies where there is nothing to count them in: each n-gram weighs the same."""
+
+    rows = math.e
+
+    def __call__(self, hashes: np.ndarray) -> np.ndarray:
+        return np.ones(len(hashes))
+
+
+def agreement(
+    rows: Sequence[Sequence[str]], tokenizer: str = "char", frequencies: Optional[DocumentFrequencies] = None
+) -> List[np.ndarray]:
+    """How well each text of a row agrees with the row's others: its mean CIDEr-D with each of them as the reference.
+
+    The one with the highest value is the row's consensus. frequencies: default Uniform. Returns float64 [n] for each
+    row of n texts, 0 where a text is alone.
+    """
+    split = TOKENIZERS[tokenizer]
+    captions, others = [], []
+    for texts in rows:
+        tokens = [split(text) for text in texts]
+        for number, caption in enumerate(tokens) if len(tokens) > 1 else ():
+            captions.append(caption)
+            others.append(tokens[:number] + tokens[number + 1 :])
+    scores = _compare(captions, others, frequencies or Uniform())[1] if captions else np.zeros(0)
+    found, done = [], 0
+    for texts in rows:
+        count = len(texts) if len(texts) > 1 else 0
+        found.append(scores[done : done + count] if count else np.zeros(len(texts)))
+        done += count
+    return found
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:

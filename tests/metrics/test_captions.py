@@ -12,6 +12,7 @@ from paddlemix.metrics import captions
 from paddlemix.metrics.captions import (
     BLEU,
     CaptionScorer,
+    agreement,
     attribute_accuracy,
     bleu_of_counts,
     score_captions,
@@ -197,3 +198,22 @@ def test_attribute_accuracy():
     assert attribute_accuracy([{}, {"color": "蓝"}], truth) == ({"color": 0.5, "side": 0.0}, 0.25, 0.0)
     with pytest.raises(ValueError):
         attribute_accuracy(found[:1], truth)
+
+
+def test_agreement_is_the_mean_cider_d_against_the_others():
+    rows = [["红色的杯子", "红色的大杯子", "一只蓝色的猫"], ["一个词"], [], ["同样", "同样"]]
+    found = agreement(rows)
+    assert [len(one) for one in found] == [3, 1, 0, 2]
+    assert found[0].argmax() in (0, 1) and found[0].argmin() == 2
+    assert found[1].tolist() == [0.0] and found[3].tolist() == pytest.approx([5.0, 5.0])  # no 3- and 4-grams
+    # With document frequencies, as CaptionScorer scores it.
+    texts = ["红色的杯子放在桌上", "红色的大杯子放在地上", "红色的猫坐在桌上"]
+    references = {"a": texts[1:], "b": ["蓝色的杯子"], "c": ["桌上"]}
+    scorer = CaptionScorer(references)
+    wanted = scorer.score({"a": texts[0], "b": "x", "c": "x"}).rows["CIDEr-D"][0]
+    assert wanted > 0
+    assert agreement([texts], frequencies=scorer._frequencies)[0][0] == pytest.approx(wanted)
+
+
+def test_empty_texts_agree_with_nothing():
+    assert agreement([["", "红色", ""]])[0].tolist() == [0.0, 0.0, 0.0]

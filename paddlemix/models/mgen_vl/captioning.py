@@ -9,8 +9,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 import paddle
 
-from paddlemix.models.mgen_vl.engine import Decoding, Engine, Finished, Prompt, left_pad
-from paddlemix.models.mgen_vl.generation import decode_response
+from paddlemix.models.mgen_vl.engine import NOT_FINITE, Decoding, Engine, Finished, Prompt, left_pad
+from paddlemix.models.mgen_vl.generation import decode_response, is_number
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.processors.postprocess import single_line, without_grounding
 
@@ -71,11 +71,6 @@ def caption(tokenizer: Any, ids: Sequence[int], stop_ids, ending=(), keep_boxes:
     return single_line(text if keep_boxes else without_grounding(text))
 
 
-def is_number(text: str) -> bool:
-    """Whether a text has digits and no letters."""
-    return any(map(str.isdigit, text)) and not any(map(str.isalpha, text))
-
-
 def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, rows: int) -> Iterator[Finished]:
     """Beam search, by PaddleNLP's loop, `rows` prompts at a time."""
     source, index = iter(prompts), 0
@@ -96,8 +91,11 @@ def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, ro
             repetition_penalty=decoding.repetition_penalty,
             no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
         )
+        # PaddleNLP's softmax makes numbers of them.
+        broken = paddle.stack(model.broken).any(axis=0).reshape([len(batch), -1]).any(axis=1).numpy()
         for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
             number, sample = divmod(at, decoding.samples)
             end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
-            yield Finished(index + number, sample, row[:end], row[end] if end < len(row) else None, score)
+            stop = row[end] if end < len(row) else None
+            yield Finished(index + number, sample, row[:end], stop, score, NOT_FINITE if broken[number] else None)
         index += len(batch)

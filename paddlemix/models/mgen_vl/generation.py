@@ -14,12 +14,13 @@ import numpy as np
 import paddle
 from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
 
-from paddlemix.models.mgen_vl.engine import Decoding, Engine, Prompt
+from paddlemix.models.mgen_vl.engine import STUCK, Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.content import count_images, named_images
 from paddlemix.processors.mgen_vl_processing import encode_prompt, image_positions
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import resolve_flash
 
 # What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.
@@ -99,14 +100,24 @@ class CaptionGeneration:
         return KVCache()
 
     @paddle.no_grad()
-    def generate(self, input_ids, images=None, attention_mask=None, image_features=None, streamer=None, **kwargs):
+    def generate(
+        self,
+        input_ids,
+        images=None,
+        attention_mask=None,
+        image_features=None,
+        streamer=None,
+        stop_repeating=0,
+        is_number=lambda ids: False,
+        **kwargs,
+    ):
         """Continue each row; PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, …) in kwargs go
         before those of generation_config.json. Greedy search and sampling are the engine's, beam search is PaddleNLP's.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: 0/1 [B, T], all ones by default; images
         [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row alone gives the same ids
         as in a batch. eos_token_id may be a list. streamer: gets each token of a single row (`put`, `end`). seed: of
-        sampling; by default paddle.seed decides.
+        sampling; by default paddle.seed decides. stop_repeating, is_number: see Decoding and Engine; not of beams.
 
         Returns:
             (new ids int64 [B, new], scores [B, 1]): a finished row is filled with pad_token_id; a score is the mean
@@ -128,12 +139,14 @@ class CaptionGeneration:
                 if image_features is None and n_images:
                     image_features = self.visual(images)
                 mask = attention_mask.astype("int64")
+                self.broken = []
                 return super().generate(
                     input_ids, attention_mask=mask, image_features=image_features, image_positions=places, **kwargs
                 )
-            return self._decode(input_ids.numpy(), attention_mask.numpy(), images, image_features, streamer, kwargs)
+            ids, mask, repeats = input_ids.numpy(), attention_mask.numpy(), (stop_repeating, is_number)
+            return self._decode(ids, mask, images, image_features, streamer, repeats, kwargs)
 
-    def _decode(self, ids, mask, images, features, streamer, kwargs):
+    def _decode(self, ids, mask, images, features, streamer, repeats, kwargs):
         """generate by the engine. ids, mask: numpy [B, T]."""
         known = {*_NUMBERS, "decode_strategy", "seed"}
         if set(kwargs) - known:
@@ -147,8 +160,10 @@ class CaptionGeneration:
             sample=sample,
             seed=options["seed"] or 0,
             samples=options["num_return_sequences"] or 1,
+            stop_repeating=repeats[0],
             **{name: options[name] for name in Decoding._fields if options.get(name) is not None and name != "seed"},
         )
+        check_lengths(decoding)
         stops, pad = options["eos_token_id"], options["pad_token_id"]
         stops = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
         prompts = []
@@ -162,10 +177,13 @@ class CaptionGeneration:
             own = given[first:behind] if first < behind else ()
             prompts.append(Prompt(row, features=own) if features is not None and len(own) else Prompt(row, own))
             first = behind
-        engine = Engine(self, decoding, stops, len(rows) * decoding.samples, scores=True)
+        engine = Engine(self, decoding, stops, len(rows) * decoding.samples, scores=True, is_number=repeats[1])
         if streamer is not None:
             engine.on_token = lambda token: streamer.put(np.array([[token]]))
         found = sorted(engine.run(prompts))
+        repeating = sum(one.note == STUCK for one in found)
+        if repeating:
+            logger.info("%d of %d answers repeated themselves, and end there", repeating, len(found))
         if streamer is not None:
             streamer.end()
         new = [one.ids + [one.stop] * (one.stop is not None) for one in found]
@@ -216,6 +234,11 @@ class CaptionGeneration:
             return dict(inputs, input_ids=input_ids, attention_mask=attention_mask, **images)
         return dict(inputs, input_ids=input_ids[:, -1:])
 
+    def adjust_logits_during_generation(self, logits):
+        """Note in `broken`, for each step of a beam search, in which rows logits are not numbers: bool [B × beams]."""
+        self.broken.append(paddle.logical_not(paddle.isfinite(logits.astype("float32").sum(-1))))
+        return logits
+
     @staticmethod
     def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
         model_kwargs["past_key_values"] = outputs.past_key_values
@@ -246,13 +269,23 @@ class CaptionGeneration:
         return paddle.gather(input_ids, rows), model_kwargs
 
     def chat(
-        self, tokenizer, query, history=None, images=None, system=None, image_features=None, template=None, **kwargs
+        self,
+        tokenizer,
+        query,
+        history=None,
+        images=None,
+        system=None,
+        image_features=None,
+        template=None,
+        choose=lambda texts, scores: 0,
+        **kwargs,
     ):
         """One turn of a conversation, as in the baseline's chat.py.
 
         query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it), or Content (processors). history:
         earlier (query, response) pairs. images [N, 3, S, S] or image_features [N, Q, D]: for all spans of history and
         query in order. template: the model's ChatTemplate, None for the default; system: in place of its system text.
+        choose: which of the answers to take, by their texts and scores, where num_return_sequences asks for several.
         kwargs: see generate.
 
         Returns:
@@ -274,11 +307,13 @@ class CaptionGeneration:
         if image_features is not None:
             image_features = image_features[given - spans :] if spans else None
         kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer, template))
-        new_ids, _ = self.generate(
+        kwargs.setdefault("is_number", lambda ids: is_number(tokenizer.decode(list(ids))))
+        new_ids, scores = self.generate(
             paddle.to_tensor([list(ids)], dtype="int64"), images=images, image_features=image_features, **kwargs
         )
         ending = () if template is None else template.ending(tokenizer)
-        response = decode_response(tokenizer, new_ids[0].numpy().tolist(), kwargs["eos_token_id"], ending)
+        texts = [decode_response(tokenizer, row, kwargs["eos_token_id"], ending) for row in new_ids.numpy().tolist()]
+        response = texts[choose(texts, scores.flatten().tolist())]
         history.append((query, response))
         return response, history
 
@@ -290,6 +325,11 @@ class CaptionGeneration:
         return ids + [i for i in ending if len(ending) == 1 and i not in ids]
 
 
+def is_number(text: str) -> bool:
+    """Whether a text has digits and no letters."""
+    return any(map(str.isdigit, text)) and not any(map(str.isalpha, text))
+
+
 def check_positions(config, ids) -> None:
     """Raise UserError if a prompt has more tokens than the model has positions."""
     most = config.max_position_embeddings
@@ -297,6 +337,15 @@ def check_positions(config, ids) -> None:
         raise UserError(
             f"question and system text take {len(ids):,} tokens, and the model takes {most:,} at most "
             "(max_position_embeddings): shorten them"
+        )
+
+
+def check_lengths(decoding: Decoding) -> None:
+    """Raise UserError if an answer's shortest length is above its longest."""
+    if decoding.min_new_tokens > decoding.max_new_tokens:
+        raise UserError(
+            f"min_new_tokens is {decoding.min_new_tokens}, and an answer has {decoding.max_new_tokens} tokens at most "
+            "(max_new_tokens)"
         )
 
 

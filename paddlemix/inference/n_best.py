@@ -1,0 +1,125 @@
+"""All candidates of each row, beside the results: `predict.py --n_best FILE`, a line of JSON per row.
+
+    {"id": "7", "chosen": 1, "candidates": [{"text": "…", "score": -0.31}, {"text": "…", "score": -0.28}]}
+
+score: mean log-probability per token (of beams, PaddleNLP's, with the length penalty). A candidate that ended early has
+a note that says why. A row without an image has no candidates, and one without a caption has null for `chosen`. Texts
+are as the model says them, before repairs.
+
+While a run lasts, the lines are in FILE.partial. A row's line is written before its line of the results, so a resumed
+run, which goes by the results, finds at most some too many here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from typing import Iterator, Optional
+
+from paddlemix.inference.results import PARTIAL, clean_id
+from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.files import sync_folder
+
+
+class NBestWriter:
+    """The lines of one run; nothing at all if `path` is None.
+
+    ids: of the rows that an earlier run has answered, whose lines are kept. As a context manager it closes the file;
+    what was not finished stays.
+
+    Raises:
+        UserError: the file cannot be written, or lacks lines of the earlier run.
+    """
+
+    def __init__(self, path: Optional[str], ids: Iterator[str]):
+        self._path, self._file = path, None
+        if path is None:
+            return
+        self._partial = path + PARTIAL
+        with self._explained(UserError):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            # The run may have been killed when this was finished, and the results were not.
+            there = path if os.path.exists(path) and not os.path.exists(self._partial) else self._partial
+            whole = _length(there, ids)
+            if whole and there == path:
+                os.replace(path, self._partial)
+            self._file = open(self._partial, "ab", buffering=0)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is writing {self._partial}; give another file") from None
+            except OSError:  # some network disks know no locks
+                pass
+            self._file.truncate(whole)
+
+    @contextlib.contextmanager
+    def _explained(self, kind: type):
+        try:
+            yield
+        except OSError as error:
+            raise kind(f"cannot write {self._path}: {error.strerror}") from error
+
+    def write(self, name: str, answer) -> None:
+        """The line of the next row, handed to the system at once. name: the row's id. answer: a captioner's Answer.
+
+        Raises:
+            JobFailed: the disk is full.
+        """
+        if self._file is None:
+            return
+        candidates = []
+        for one in answer.candidates:
+            score = round(one.score, 6) if math.isfinite(one.score) else None
+            candidates.append({"text": one.text, "score": score, **({"note": one.note} if one.note else {})})
+        row = {"id": clean_id(name), "chosen": answer.chosen, "candidates": candidates}
+        rest = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with self._explained(JobFailed):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        if self._file is None:
+            return
+        with self._explained(JobFailed):
+            os.fsync(self._file.fileno())
+            os.replace(self._partial, self._path)
+            sync_folder(os.path.dirname(os.path.abspath(self._path)))
+
+    def __enter__(self) -> NBestWriter:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._file is None:
+            return
+        if os.fstat(self._file.fileno()).st_size == 0 and os.path.exists(self._partial):
+            os.unlink(self._partial)
+        self._file.close()
+
+
+def _length(path: str, ids: Iterator[str]) -> int:
+    """Bytes of the first lines of a file, which must be of the rows `ids`."""
+    length = number = 0
+    with contextlib.ExitStack() as opened:
+        for number, name in enumerate(ids, 1):
+            if number == 1:
+                file = opened.enter_context(open(path, "rb")) if os.path.exists(path) else iter(())
+            line = next(file, b"")
+            if not line.endswith(b"\n") or line_id(line) != name:
+                raise UserError(
+                    f"{path} does not hold the candidates of row {number}, which an earlier run has answered: put it "
+                    "back, or answer all rows anew with --restart"
+                )
+            length += len(line)
+    return length
+
+
+def line_id(line: bytes) -> Optional[str]:
+    """The id of a line, None if it is not one."""
+    try:
+        return json.loads(line.decode("utf-8"))["id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
