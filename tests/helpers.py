@@ -1,10 +1,12 @@
-"""Small models of the real architecture, made on the spot by seed."""
+"""Small models of the real architecture, made on the spot by seed, and what several files of tests ask."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
+from typing import Any, Iterator, Optional
 
 import numpy as np
 
@@ -104,3 +106,14 @@ def prompt_ids(text_ids, n_queries=4, images=1):
     """Ids of a sequence with `images` spans in front of some text ids."""
     span = [IMAGE_START_ID] + [IMAGE_START_ID + 2] * n_queries + [IMAGE_START_ID + 1]
     return span * images + list(text_ids)
+
+
+@contextlib.contextmanager
+def refused(kind: type, *about: str, match: Optional[str] = None) -> Iterator[Any]:
+    """The block must raise `kind`, about these keys or codes (UserError.about)."""
+    # benchmarks/ takes its models from here, and needs no pytest.
+    import pytest
+
+    with pytest.raises(kind, match=match) as caught:
+        yield caught
+    assert set(about) <= set(caught.value.about), caught.value

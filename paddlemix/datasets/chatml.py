@@ -136,20 +136,21 @@ def find_files(data_files: Union[str, Sequence[str]]) -> List[str]:
     found: List[str] = []
     for name in [data_files] if isinstance(data_files, str) else data_files:
         if os.path.isdir(name):
-            raise ConfigError(f"data_files: {name} is a folder; name its files, such as {os.path.join(name, '*.json')}")
+            files = os.path.join(name, "*.json")
+            raise ConfigError(f"data_files: {name} is a folder; name its files, such as {files}", "data_files")
         if os.path.exists(name):
             matches = [name]
         else:
             matches = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         if not matches:
             kind = "no file matches" if glob.has_magic(name) else "no such file:"
-            raise ConfigError(f"data_files: {kind} {name}")
+            raise ConfigError(f"data_files: {kind} {name}", "data_files")
         found += matches
     if not found:
-        raise ConfigError("data_files names no file")
+        raise ConfigError("data_files names no file", "data_files")
     twice = [path for path, times in Counter(found).items() if times > 1]
     if twice:
-        raise ConfigError(f"data_files: {', '.join(sorted(twice))} is named more than once")
+        raise ConfigError(f"data_files: {', '.join(sorted(twice))} is named more than once", "data_files")
     return found
 
 

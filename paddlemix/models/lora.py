@@ -55,7 +55,7 @@ def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence
             problems.append(f'lora_target_modules: "{pattern}" matches no module (names are like {list(linear)[-2]})')
         chosen |= found
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(problems), "lora_target_modules")
     return [module for module in linear if module in chosen]
 
 
@@ -76,7 +76,8 @@ def check_claims(adapters: Iterable[str], trainable: Iterable[str]) -> None:
     weights = {name.rpartition(".")[0] + ".weight" for name in adapters}
     both = sorted(set(trainable) & weights)
     if both:
-        raise ConfigError(f"freeze_exclude and lora_target_modules both claim {both[0]}; leave it out of one of them")
+        keys = "freeze_exclude", "lora_target_modules"
+        raise ConfigError(f"{' and '.join(keys)} both claim {both[0]}; leave it out of one of them", *keys)
 
 
 def apply_lora(

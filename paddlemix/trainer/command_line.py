@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 from paddlemix.trainer.keys import REFUSED, Arguments, blocks_of, known_keys
 from paddlemix.trainer.reading import FALSE, TRUE, Key, check_limits, expand_path, from_json, from_text, read_config
 from paddlemix.trainer.rules import broken_rules
-from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.errors import ConfigError, Problem
 from paddlemix.utils.texts import nearest, shown
 
 # (name, how to read the value, the value as it was given, what an error begins with)
@@ -54,7 +54,7 @@ def _checked(arguments: Arguments, problems: List[str]) -> Arguments:
     # What a key that was not taken leads to is not said.
     problems = problems or broken_rules(arguments)
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError.of(problems)
     return arguments
 
 
@@ -74,24 +74,24 @@ def _take(given: Iterable[_Given]) -> Tuple[Dict[str, Any], List[str]]:
             else:
                 raise _unknown(name, list(known))
         except ConfigError as error:
-            problems.append(f"{where}{error}")
+            problems.append(Problem.of(error, where))
     return values, problems
 
 
 def _check_refused(name: str, read_value: Callable[[Key, Any], Any], raw: Any) -> None:
     why, may_be = REFUSED[name]
     if not may_be:
-        raise ConfigError(f"{name} is not a setting here: {why}")
+        raise ConfigError(f"{name} is not a setting here: {why}", name)
     value = read_value(Key(name, Optional[str] if may_be[0] is None else type(may_be[0])), raw)
     if value not in may_be:
-        raise ConfigError(f"{name}={shown(value)} cannot be used here: {why}")
+        raise ConfigError(f"{name}={shown(value)} cannot be used here: {why}", name)
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
     name = name[:80]
     near = nearest(name, known)
     hint = f'did you mean "{near}"?' if near else "docs/config.md lists all keys"
-    return ConfigError(f"unknown key {json.dumps(name, ensure_ascii=False)}; {hint}")
+    return ConfigError(f"unknown key {json.dumps(name, ensure_ascii=False)}; {hint}", name)
 
 
 def _split(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, List[str]]]:
@@ -108,7 +108,7 @@ def _split(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, List[str]]]:
         elif index == 0:
             path = word
         else:
-            raise ConfigError(f'"{word}" stands alone; write the config file first, then --key value pairs')
+            raise ConfigError(f'"{word}" has no key; write the config file first, then --key value pairs', "no-key")
     return path, pairs
 
 
@@ -125,14 +125,14 @@ def split_dry_run(argv: Sequence[str]) -> Tuple[bool, Optional[str], List[str]]:
         name = name.replace("-", "_")
         if name == "__dry_run":
             if equals or (words and words[0] in TRUE + FALSE):
-                raise ConfigError("--dry_run takes no value")
+                raise ConfigError("--dry_run takes no value", "dry_run")
             dry_run = True
         elif name == "__plan_for":
             if not equals and (not words or words[0].startswith("--")):
-                raise ConfigError("--plan_for needs cards, such as 8xA100-80GB")
+                raise ConfigError("--plan_for needs cards, such as 8xA100-80GB", "plan_for")
             cards = value if equals else words.pop(0)
         else:
             rest.append(word)
     if cards is not None and not dry_run:
-        raise ConfigError("--plan_for goes with --dry_run")
+        raise ConfigError("--plan_for goes with --dry_run", "plan_for")
     return dry_run, cards, rest

@@ -15,7 +15,7 @@ from paddlemix.checkpoint.lora_config import read_lora_config
 from paddlemix.models.lora import adapted_modules
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, GROUPS, group_of
 from paddlemix.trainer.keys import ModelArguments
-from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.errors import ConfigError, Problem
 
 # In the order of the data flow.
 _GROUP_ORDER = tuple(group for group, _ in GROUPS) + ("lora",)
@@ -57,16 +57,15 @@ def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) 
     for pattern in patterns or ():
         spelled = _spelled_out(pattern)
         if not spelled:
-            problems.append(f'{key}: "{pattern}" holds an empty range')
+            problems.append(Problem(f'{key}: "{pattern}" holds an empty range', key))
         for one in spelled:
             # fnmatch.filter would fold case on some systems.
             compiled = re.compile(fnmatch.translate(one))
             matches = [name for name in names if compiled.match(name)]
             if not matches:
                 within = "" if one == pattern else f' (of "{pattern}")'
-                problems.append(
-                    f'{key}: "{one}"{within} matches no parameter (names are like {names[0]} and {names[-1]})'
-                )
+                text = f'{key}: "{one}"{within} matches no parameter (names are like {names[0]} and {names[-1]})'
+                problems.append(Problem(text, key))
             found.update(matches)
     return found, problems
 
@@ -88,13 +87,15 @@ def plan_freeze(
     included, unmatched = _matched(include, names, "freeze_include")
     excluded, more = _matched(exclude, names, "freeze_exclude")
     if unmatched or more:
-        raise ConfigError("; ".join(unmatched + more))
+        raise ConfigError.of(unmatched + more)
     trainable, frozen = [], []
     for name in names:
         trains = name in excluded if lora else (name not in included or name in excluded)
         (trainable if trains and name not in CONSTANTS else frozen).append(name)
     if not trainable and not lora:
-        raise ConfigError("freeze_include leaves nothing to train; name what trains in freeze_exclude")
+        raise ConfigError(
+            "freeze_include leaves nothing to train; name what trains in freeze_exclude", "freeze_include"
+        )
     return FreezePlan(trainable, frozen)
 
 
@@ -115,7 +116,7 @@ def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...
             # Other expressions may mean the same layers.
             same = adapted_modules(shapes, ours) == adapted_modules(shapes, theirs)
         if not same:
-            raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}")
+            raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}", name)
 
 
 def is_everything(trainable: Collection[str], names: Collection[str]) -> bool:

@@ -20,10 +20,13 @@ def check_device(training: TrainingKeys, device: str) -> None:
     if training.tensor_parallel_degree > 1:
         raise ConfigError(
             f"tensor_parallel_degree={training.tensor_parallel_degree} needs GPUs (Paddle's c_identity, c_concat and "
-            "all-reduce on the computing stream have no CPU form)"
+            "all-reduce on the computing stream have no CPU form)",
+            "tensor_parallel_degree",
         )
     if training.sharding == "stage2":
-        raise ConfigError("sharding=stage2 needs GPUs (Paddle's group_sharded_parallel has no CPU form); use stage1")
+        raise ConfigError(
+            "sharding=stage2 needs GPUs (Paddle's group_sharded_parallel has no CPU form); use stage1", "sharding"
+        )
 
 
 def keep_cards_alike(wrapped) -> None:

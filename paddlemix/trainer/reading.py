@@ -57,7 +57,7 @@ def type_name(hint: Any) -> str:
 
 
 def _wrong_kind(key: Key, value: Any) -> ConfigError:
-    return ConfigError(f"{key.name} must be {type_name(key.hint)}, not {shown(value)}")
+    return ConfigError(f"{key.name} must be {type_name(key.hint)}, not {shown(value)}", key.name)
 
 
 def from_json(key: Key, value: Any) -> Any:
@@ -90,13 +90,13 @@ def from_text(key: Key, words: List[str]) -> Any:
     if kind is bool and not words:
         return True
     if not words:
-        raise ConfigError(f"--{key.name} needs a value: {type_name(key.hint)}")
+        raise ConfigError(f"--{key.name} needs a value: {type_name(key.hint)}", key.name)
     if kind is list and not (len(words) == 1 and words[0].lstrip().startswith("[")):
         if optional and words in (["null"], ["None"]):
             return None
         return list(words)
     if len(words) > 1:
-        raise ConfigError(f"--{key.name} takes one value, not {len(words)}: {' '.join(words)}")
+        raise ConfigError(f"--{key.name} takes one value, not {len(words)}: {' '.join(words)}", key.name)
     word = words[0]
     if optional and word in ("null", "None"):
         return None
@@ -128,13 +128,13 @@ def check_limits(key: Key, value: Any) -> None:
             choices = ", ".join(shown(choice) for choice in limits["choices"])
             near = nearest(str(one), [str(choice) for choice in limits["choices"]])
             hint = f"; did you mean {shown(near)}?" if near else ""
-            raise ConfigError(f"{key.name} must be one of {choices}, not {shown(one)}{hint}")
+            raise ConfigError(f"{key.name} must be one of {choices}, not {shown(one)}{hint}", key.name)
         if "at_least" in limits and not one >= limits["at_least"]:
-            raise ConfigError(f"{key.name} must be at least {limits['at_least']}, not {one}")
+            raise ConfigError(f"{key.name} must be at least {limits['at_least']}, not {one}", key.name)
         if "above" in limits and not one > limits["above"]:
-            raise ConfigError(f"{key.name} must be above {limits['above']}, not {one}")
+            raise ConfigError(f"{key.name} must be above {limits['above']}, not {one}", key.name)
         if "at_most" in limits and not one <= limits["at_most"]:
-            raise ConfigError(f"{key.name} must be at most {limits['at_most']}, not {one}")
+            raise ConfigError(f"{key.name} must be at most {limits['at_most']}, not {one}", key.name)
 
 
 def _check_texts(value: Any) -> None:

@@ -35,7 +35,9 @@ def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
     there = [kind for kind, package in _PACKAGES.items() if importlib.util.find_spec(package) is not None]
     for kind in asked or ():
         if kind != "none" and kind not in there:
-            raise ConfigError(f"report_to {kind} needs the package {_PACKAGES[kind]}; install it or leave it out")
+            raise ConfigError(
+                f"report_to {kind} needs the package {_PACKAGES[kind]}; install it or leave it out", "report_to"
+            )
     return list(asked) if asked else there or ["none"]
 
 

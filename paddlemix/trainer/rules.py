@@ -8,7 +8,8 @@ import re
 from typing import Any, Callable, Dict, List, NamedTuple
 
 from paddlemix.datasets.entries import read_entries
-from paddlemix.trainer.keys import Arguments, DataArguments, ModelArguments, TrainingKeys
+from paddlemix.trainer.keys import Arguments, DataArguments, ModelArguments, TrainingKeys, known_keys
+from paddlemix.utils.errors import Problem
 
 
 class Rule(NamedTuple):
@@ -17,6 +18,12 @@ class Rule(NamedTuple):
 
     says: str
     broken: Callable[[ModelArguments, DataArguments, TrainingKeys, Arguments], Any]
+
+    @property
+    def about(self) -> List[str]:
+        """The keys that it names."""
+        keys = known_keys()
+        return [word for word in re.findall(r"\w+", self.says) if word in keys]
 
 
 # Of PaddleNLP's options those that work here, and those that keep optimizer states by pieces of fused buffers.
@@ -125,7 +132,11 @@ def broken_rules(arguments: Arguments) -> List[str]:
     for block in arguments[:4]:
         values.update((field.name, getattr(block, field.name)) for field in dataclasses.fields(block))
     model, data, _, training = arguments[:4]
-    broken = [rule.says.format(**values) for rule in RULES if rule.broken(model, data, training, arguments)]
+    broken = [
+        Problem(rule.says.format(**values), *rule.about)
+        for rule in RULES
+        if rule.broken(model, data, training, arguments)
+    ]
     return broken + _path_problems(arguments)
 
 
@@ -139,28 +150,30 @@ def _path_problems(arguments: Arguments) -> List[str]:
     model, data, training = arguments.model, arguments.data, arguments.training
     problems = []
     if model.model_name_or_path is None:
-        problems.append("model_name_or_path is missing: the folder of the model to tune")
+        problems.append(Problem("model_name_or_path is missing: the folder of the model to tune", "model_name_or_path"))
     for name in ("model_name_or_path", "text_model_name_or_path"):
         folder = getattr(model, name)
         if folder is not None and not os.path.isfile(os.path.join(folder, "config.json")):
             state = "is no folder" if not os.path.isdir(folder) else "has no config.json"
-            problems.append(f"{name}: {folder} {state}")
+            problems.append(Problem(f"{name}: {folder} {state}", name))
     if training.output_dir is None:
-        problems.append("output_dir is missing: where to write the result")
+        problems.append(Problem("output_dir is missing: where to write the result", "output_dir"))
     elif os.path.exists(training.output_dir) and not os.path.isdir(training.output_dir):
-        problems.append(f"output_dir: {training.output_dir} is a file")
+        problems.append(Problem(f"output_dir: {training.output_dir} is a file", "output_dir"))
     else:
         for name in ("model_name_or_path", "text_model_name_or_path", "lora_path"):
             folder = getattr(model, name)
             if folder is not None and _within(folder, training.output_dir):
-                problems.append(f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir")
+                text = f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir"
+                problems.append(Problem(text, name, "output_dir"))
     problems += read_entries(data.dataset)[1]
     if data.chat_template is not None and not os.path.isfile(data.chat_template):
-        problems.append(f"chat_template: there is no file at {data.chat_template}")
+        problems.append(Problem(f"chat_template: there is no file at {data.chat_template}", "chat_template"))
     if model.lora and model.lora_path and not os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
-        problems.append(f"lora_path: {model.lora_path} has no lora_config.json")
+        problems.append(Problem(f"lora_path: {model.lora_path} has no lora_config.json", "lora_path"))
     if training.resume_from_checkpoint and not os.path.isdir(training.resume_from_checkpoint):
-        problems.append(f"resume_from_checkpoint: there is no folder {training.resume_from_checkpoint}")
+        text = f"resume_from_checkpoint: there is no folder {training.resume_from_checkpoint}"
+        problems.append(Problem(text, "resume_from_checkpoint"))
     return problems
 
 

@@ -31,7 +31,7 @@ from paddlemix.trainer.rules import broken_rules
 from paddlemix.trainer.tuned_model import open_tuned
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
-from paddlemix.utils.errors import ConfigError, UserError
+from paddlemix.utils.errors import ConfigError, Problem, UserError
 from paddlemix.utils.runtime import Precision
 
 
@@ -81,7 +81,7 @@ class Run:
         try:
             return call(*arguments, **options)
         except UserError as error:
-            self.problem(str(error))
+            self.problem(Problem.of(error))
             self.errors[str(error)] = error
         return None
 
@@ -94,7 +94,7 @@ class Run:
         if len(self.problems) == 1 and self.problems[0] in self.errors:
             raise self.errors[self.problems[0]]
         if self.problems:
-            raise ConfigError("; ".join(self.problems))
+            raise ConfigError.of(self.problems)
 
     @property
     def tensor(self) -> int:

@@ -81,13 +81,13 @@ def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> No
 
     stored, ours: what it depends on, by name, there and in this run.
     """
-    changed = [
-        f"{printable(name)} was {printable(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
+    changed = {
+        name: f"{printable(name)} was {printable(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
         for name in {**ours, **stored}
         if stored.get(name) != ours.get(name)
-    ]
+    }
     if changed:
-        raise ConfigError(f"{folder} is of another run: {', '.join(changed)}")
+        raise ConfigError(f"{folder} is of another run: {', '.join(changed.values())}", *changed)
 
 
 def checkpoints(output_dir: str) -> List[str]:
@@ -132,7 +132,9 @@ def check_output(
         ConfigError: the folder holds a run and neither resume nor overwrite says what to do with it.
     """
     if resume_from and read_seal(resume_from) is None:
-        raise ConfigError(f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program")
+        raise ConfigError(
+            f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program", "resume_from_checkpoint"
+        )
     last, result = last_whole(output_dir), os.path.join(output_dir, RESULT_NAME)
     finished = [result] if os.path.isfile(result) else []
     if resume_from:
@@ -140,7 +142,8 @@ def check_output(
             # Were both kept, the next --resume would take the newest, of whichever run.
             raise ConfigError(
                 f"{output_dir} holds {os.path.basename(last)} besides: --resume goes on with that; to go on from "
-                f"{resume_from}, set another output_dir, or delete the newer checkpoints"
+                f"{resume_from}, set another output_dir, or delete the newer checkpoints",
+                "resume_from_checkpoint",
             )
         return resume_from, finished
     if resume and last is not None:
@@ -153,18 +156,21 @@ def check_output(
         raise ConfigError(
             f"--resume: {output_dir} holds no whole checkpoint to go on from, but {names}: to train on from a finished "
             "result, give it as lora_path (LoRA) or model_name_or_path and set another output_dir; to replace it, "
-            "leave out --resume"
+            "leave out --resume",
+            "resume",
         )
     if last is not None and not finished:
         raise ConfigError(
             f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
-            "with it, or delete the folder to begin anew"
+            "with it, or delete the folder to begin anew",
+            "unfinished-run",
         )
     # The result file last: while it stands, what is left cannot pass for an unfinished run.
     old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(
-            f"{output_dir} holds the result of a run: set overwrite_output_dir=true or another output_dir"
+            f"{output_dir} holds the result of a run: set overwrite_output_dir=true or another output_dir",
+            "overwrite_output_dir",
         )
     return None, old
 

@@ -1,12 +1,45 @@
-"""Errors a user can mend. A script shows them as one line, without a traceback (see cli.run)."""
+"""Errors that a user can fix. A script shows them as one line, without a traceback (see cli.run)."""
 
 from __future__ import annotations
 
+from typing import Iterable, Tuple
+
 
 class UserError(Exception):
-    """Something in the command, the configuration or the input must be changed; the message says what."""
+    """Something in the command, the configuration or the input must be changed; the message says what.
+
+    about: what it concerns, by names that do not change with the wording: keys of a configuration, options of a
+    command, tensors, or a short code such as "not-empty".
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", *about: str):
+        super().__init__(message)
+        self.about: Tuple[str, ...] = about
+
+    @classmethod
+    def of(cls, problems: Iterable[str]) -> UserError:
+        """One error for several problems; each may be a Problem."""
+        problems = list(problems)
+        names = (name for problem in problems for name in getattr(problem, "about", ()))
+        return cls("; ".join(problems), *dict.fromkeys(names))
+
+
+class Problem(str):
+    """What is wrong, in a sentence that will be one of several in an error, and what it is about (see UserError)."""
+
+    about: Tuple[str, ...]
+
+    def __new__(cls, text: str, *about: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.about = about
+        return problem
+
+    @classmethod
+    def of(cls, error: UserError, where: str = "") -> Problem:
+        """The problem that an error tells of, with `where` in front."""
+        return cls(f"{where}{error}", *error.about)
 
 
 class JobFailed(UserError):

@@ -74,10 +74,10 @@ def test_every_config_file_uses_known_keys_of_the_right_kind(root):
     "wrong, right", [("disabe_tqdm", "disable_tqdm"), ("lora_rnak", "lora_rank"), ("Learning_Rate", "learning_rate")]
 )
 def test_unknown_key_names_the_nearest(parse, wrong, right):
-    with pytest.raises(ConfigError, match=f'config.json: unknown key "{wrong}"; did you mean "{right}"'):
-        parse({wrong: 1})
-    with pytest.raises(ConfigError, match=f'unknown key "{wrong}"; did you mean "{right}"'):
-        parse({}, f"--{wrong}", "1")
+    for given in ({wrong: 1},), ({}, f"--{wrong}", "1"):
+        with pytest.raises(ConfigError, match=f'"{right}"') as caught:
+            parse(*given)
+        assert caught.value.about == (wrong,)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,9 @@ def test_configs_that_are_none(tmp_path, text, says):
 
 
 def test_key_like_none_points_to_the_list(parse):
-    with pytest.raises(ConfigError, match=r'unknown key "zzz"; docs/config.md'):
+    with pytest.raises(ConfigError, match="docs/config.md") as caught:
         parse({"zzz": 1})
+    assert caught.value.about == ("zzz",)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_key_like_none_points_to_the_list(parse):
 def test_wrong_kind_or_range_is_named(parse, name, value, says):
     with pytest.raises(ConfigError) as caught:
         parse({name: value})
-    assert f"config.json: {name} must be" in str(caught.value) and says in str(caught.value)
+    assert caught.value.about == (name,) and says in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +145,9 @@ def test_wrong_kind_or_range_is_named(parse, name, value, says):
     ],
 )
 def test_keys_that_cannot_work_are_refused_with_a_reason(parse, name, value):
-    with pytest.raises(ConfigError, match=f"{name}=.* cannot be used here: .{{15,}}"):
+    with pytest.raises(ConfigError, match=f"{name}=.*: .{{15,}}") as caught:
         parse({name: value})
+    assert caught.value.about == (name,)
 
 
 def test_refused_keys_may_stand_with_the_value_that_leaves_them_off(parse):
@@ -156,8 +158,9 @@ def test_refused_keys_may_stand_with_the_value_that_leaves_them_off(parse):
 
 
 def test_printed_names_that_are_no_settings_say_what_decides(parse):
-    with pytest.raises(ConfigError, match="train_batch_size is not a setting here: .*per_device_train_batch_size"):
+    with pytest.raises(ConfigError, match="per_device_train_batch_size") as caught:
         parse({"train_batch_size": 4})
+    assert caught.value.about == ("train_batch_size",)
     assert not set(keys.REFUSED) & set(keys.known_keys())
 
 
@@ -183,22 +186,22 @@ def test_forms_of_values_on_the_command_line(parse):
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "words, about",
     [
-        (["--lora_rank"], "--lora_rank needs a value"),
-        (["--lora_rank", "a"], "lora_rank must be a whole number"),
-        (["--lora_rank", "1", "2"], "takes one value, not 2"),
-        (["--lora", "maybe"], "true or false"),
-        (["--learning_rate", "nan"], "a number"),
-        (["--dataset", "[]"], "an object"),
-        (["--dataset", "{"], "an object"),
-        (["extra"], '"extra" stands alone'),
+        (["--lora_rank"], "lora_rank"),
+        (["--lora_rank", "a"], "lora_rank"),
+        (["--lora_rank", "1", "2"], "lora_rank"),
+        (["--lora", "maybe"], "lora"),
+        (["--learning_rate", "nan"], "learning_rate"),
+        (["--dataset", "[]"], "dataset"),
+        (["--dataset", "{"], "dataset"),
+        (["extra"], "no-key"),
     ],
 )
-def test_wrong_words_on_the_command_line(parse, words, says):
+def test_wrong_words_on_the_command_line(parse, words, about):
     with pytest.raises(ConfigError) as caught:
         parse({}, *words)
-    assert says in str(caught.value)
+    assert caught.value.about == (about,)
 
 
 def test_broken_config_files(tmp_path):
@@ -220,61 +223,62 @@ def test_broken_config_files(tmp_path):
         command_line.parse([str(tmp_path)])
 
 
+# (keys of a config, the keys that the error is about)
 WRONG = [
-    ({"do_train": False}, "nothing to do"),
-    ({"model_name_or_path": None}, "model_name_or_path is missing"),
-    ({"model_name_or_path": "/no/such"}, "/no/such is no folder"),
-    ({"output_dir": None}, "output_dir is missing"),
-    ({"dataset": None}, "do_train needs data"),
-    ({"do_eval": True}, "do_eval needs data"),
-    ({"evaluation_strategy": "epoch"}, "evaluation_strategy needs data"),
-    ({"dataset": {"train": [{"data_files": "/no/such.json"}]}}, "no file matches /no/such.json"),
-    ({"dataset": {"train": [{"data_file": "x"}]}}, 'did you mean "data_files"'),
-    ({"dataset": {"train": ["x.json"]}}, "dataset.train must be a list of objects"),
-    ({"dataset": {"training": []}}, 'unknown part "training"'),
-    ({"dataset": {"train": [{"name": "llava", "data_files": "x"}]}}, 'unknown dataset "llava"'),
-    ({"fp16": True, "bf16": True}, "fp16 or bf16, not both"),
-    ({"lora_path": "x"}, "lora_path needs lora=true"),
-    ({"lora": True, "lora_path": "/no"}, "/no has no lora_config.json"),
-    ({"lora_rank": 8}, "lora_rank needs lora=true"),
-    ({"lora": True, "lora_target_modules": []}, "lora_target_modules is empty"),
-    ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluation_strategy"),
-    ({"metric_for_best_model": "cider"}, "cider needs eval_with_do_generation"),
-    ({"save_generation_output": True}, "needs eval_with_do_generation"),
-    ({"eval_with_do_generation": True}, "needs do_eval or evaluation_strategy"),
-    ({"benchmark": True, "resume": True}, "benchmark saves nothing"),
-    ({"resume": True, "resume_from_checkpoint": "x"}, "not both"),
-    ({"resume_from_checkpoint": "/no"}, "there is no folder /no"),
-    ({"tensor_parallel_degree": 2}, "needs 2 processes"),
-    ({"sharding": "stage1"}, "sharding needs several processes"),
-    ({"chat_template": "/no.json"}, "no file at /no.json"),
-    ({"lora_dropout": 0.1}, "lora_dropout needs lora=true"),
-    ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "set constant_with_warmup"),
-    ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "set constant_with_warmup"),
-    ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-6, "lr_end": 1e-6}, "must be above lr_end=1e-06"),
-    ({"mm_projector_lr": 1e-4, "learning_rate": 0}, "mm_projector_lr is scheduled as a multiple"),
-    ({"lora_alpha": 8}, "lora_alpha needs lora=true"),
-    ({"lora_target_modules": ["a"]}, "lora_target_modules needs lora=true"),
-    ({"mixtoken": True, "group_by_modality_length": True}, "set mixtoken or group_by_modality_length, not both"),
-    ({"mixtoken": True, "neftune": True}, "mixtoken cannot go with neftune"),
+    ({"do_train": False}, "do_train do_eval"),
+    ({"model_name_or_path": None}, "model_name_or_path"),
+    ({"model_name_or_path": "/no/such"}, "model_name_or_path"),
+    ({"output_dir": None}, "output_dir"),
+    ({"dataset": None}, "do_train dataset"),
+    ({"do_eval": True}, "do_eval dataset"),
+    ({"evaluation_strategy": "epoch"}, "evaluation_strategy dataset"),
+    ({"dataset": {"train": [{"data_files": "/no/such.json"}]}}, "data_files"),
+    ({"dataset": {"train": [{"data_file": "x"}]}}, "data_file"),
+    ({"dataset": {"train": ["x.json"]}}, "dataset train"),
+    ({"dataset": {"training": []}}, "dataset training"),
+    ({"dataset": {"train": [{"name": "llava", "data_files": "x"}]}}, "name"),
+    ({"fp16": True, "bf16": True}, "fp16 bf16"),
+    ({"lora_path": "x"}, "lora_path lora"),
+    ({"lora": True, "lora_path": "/no"}, "lora_path"),
+    ({"lora_rank": 8}, "lora_rank lora"),
+    ({"lora": True, "lora_target_modules": []}, "lora_target_modules"),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end evaluation_strategy"),
+    ({"metric_for_best_model": "cider"}, "metric_for_best_model eval_with_do_generation"),
+    ({"save_generation_output": True}, "save_generation_output eval_with_do_generation"),
+    ({"eval_with_do_generation": True}, "eval_with_do_generation do_eval"),
+    ({"benchmark": True, "resume": True}, "benchmark"),
+    ({"resume": True, "resume_from_checkpoint": "x"}, "resume resume_from_checkpoint"),
+    ({"resume_from_checkpoint": "/no"}, "resume_from_checkpoint"),
+    ({"tensor_parallel_degree": 2}, "tensor_parallel_degree"),
+    ({"sharding": "stage1"}, "sharding"),
+    ({"chat_template": "/no.json"}, "chat_template"),
+    ({"lora_dropout": 0.1}, "lora_dropout lora"),
+    ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "lr_scheduler_type"),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "lr_scheduler_type"),
+    ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-6, "lr_end": 1e-6}, "learning_rate lr_end"),
+    ({"mm_projector_lr": 1e-4, "learning_rate": 0}, "mm_projector_lr learning_rate"),
+    ({"lora_alpha": 8}, "lora_alpha lora"),
+    ({"lora_target_modules": ["a"]}, "lora_target_modules lora"),
+    ({"mixtoken": True, "group_by_modality_length": True}, "mixtoken group_by_modality_length"),
+    ({"mixtoken": True, "neftune": True}, "mixtoken neftune"),
     (
         {"load_best_model_at_end": True, "evaluation_strategy": "steps", "save_steps": 3, "eval_steps": 2},
-        "save_steps to be a multiple of eval_steps",
+        "load_best_model_at_end save_steps eval_steps",
     ),
-    ({"do_train": False, "do_eval": True, "resume": True}, "resume needs do_train"),
-    ({"dataset": {"train": 3}}, "dataset.train must be a list of objects"),
-    ({"dataset": {"train": [{"data_files": [3]}]}}, '"data_files" must be a path or a list of paths'),
-    ({"dataset": {"train": [{"data_files": "x", "chat_template": 3}]}}, '"chat_template" must be a path'),
-    ({"dataset": {"train": [{"data_files": "x", "name": ["y"]}]}}, "unknown dataset"),
+    ({"do_train": False, "do_eval": True, "resume": True}, "resume do_train"),
+    ({"dataset": {"train": 3}}, "dataset train"),
+    ({"dataset": {"train": [{"data_files": [3]}]}}, "data_files"),
+    ({"dataset": {"train": [{"data_files": "x", "chat_template": 3}]}}, "chat_template"),
+    ({"dataset": {"train": [{"data_files": "x", "name": ["y"]}]}}, "name"),
 ]
 # With three processes.
 WRONG_TOGETHER = [
-    ({"sharding": "stage1", "sharding_parallel_degree": 2}, "3 processes cannot be divided"),
-    ({"sharding_parallel_degree": 3}, "sharding_parallel_degree needs sharding=stage1 or stage2"),
+    ({"sharding": "stage1", "sharding_parallel_degree": 2}, "tensor_parallel_degree sharding_parallel_degree"),
+    ({"sharding_parallel_degree": 3}, "sharding_parallel_degree sharding"),
     *(
         (
             {"sharding": "stage1", "sharding_parallel_config": f"enable_stage1_overlap {option}"},
-            f"with {option} a checkpoint could not be resumed",
+            "sharding_parallel_config",
         )
         for option in (
             "split_param",
@@ -283,35 +287,35 @@ WRONG_TOGETHER = [
             "enable_fuse_optimizer_states",
         )
     ),
-    ({"sharding": "stage1", "sharding_parallel_config": "enable_everything"}, "the options are enable_stage1_overlap"),
+    ({"sharding": "stage1", "sharding_parallel_config": "enable_everything"}, "sharding_parallel_config"),
     (
         {"sharding": "stage1", "sharding_parallel_config": "enable_stage2_overlap", "logging_steps": 2},
-        "enable_stage2_overlap needs sharding=stage2",
+        "sharding_parallel_config sharding",
     ),
     (
         {"sharding": "stage2", "sharding_parallel_config": "disable_stage1_reduce_avg"},
-        "disable_stage1_reduce_avg and enable_stage1_broadcast_overlap need sharding=stage1",
+        "sharding_parallel_config sharding",
     ),
     (
         {"sharding": "stage2", "sharding_parallel_config": "enable_stage2_overlap", "logging_steps": 1},
-        "need logging_steps above 1",
+        "sharding_parallel_config logging_steps",
     ),
 ]
 
 
-@pytest.mark.parametrize("changes, says", WRONG)
-def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes, says):
+@pytest.mark.parametrize("changes, about", WRONG)
+def test_what_cannot_work_together_is_said_before_anything_loads(parse, changes, about):
     with pytest.raises(ConfigError) as caught:
         parse(changes)
-    assert says in str(caught.value)
+    assert set(about.split()) <= set(caught.value.about)
 
 
-@pytest.mark.parametrize("changes, says", WRONG_TOGETHER)
-def test_what_several_processes_cannot(parse, monkeypatch, changes, says):
+@pytest.mark.parametrize("changes, about", WRONG_TOGETHER)
+def test_what_several_processes_cannot(parse, monkeypatch, changes, about):
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
     with pytest.raises(ConfigError) as caught:
         parse(changes)
-    assert says in str(caught.value)
+    assert set(about.split()) <= set(caught.value.about)
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.says[:40])
@@ -327,8 +331,9 @@ def test_every_rule_has_a_run_that_breaks_it(base, rule):
 
 def test_the_model_to_tune_may_not_lie_where_the_run_writes(base, parse):
     for folder in (base["model_name_or_path"], base["model_name_or_path"] + "/.."):
-        with pytest.raises(ConfigError, match="model_name_or_path lies in output_dir"):
+        with pytest.raises(ConfigError) as caught:
             parse({"output_dir": folder})
+        assert caught.value.about == ("model_name_or_path", "output_dir")
     assert parse({"output_dir": base["model_name_or_path"] + "_tuned"})
 
 
@@ -340,7 +345,7 @@ def test_degrees_must_divide_the_processes(parse, monkeypatch):
 def test_several_problems_are_said_at_once(parse):
     with pytest.raises(ConfigError) as caught:
         parse({"model_name_or_path": "/no/such", "fp16": True, "bf16": True})
-    assert "/no/such" in str(caught.value) and "not both" in str(caught.value)
+    assert "/no/such" in str(caught.value) and caught.value.about == ("fp16", "bf16", "model_name_or_path")
 
 
 def test_values_from_code_are_checked_the_same_way(base):

@@ -20,7 +20,7 @@ from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils import files
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
-from tests.helpers import make_tiny_model, save_tiny_model
+from tests.helpers import make_tiny_model, refused, save_tiny_model
 from tests.trainer.runs import COLOURS, LORA, LORA_POOL, final_weights, run, start, write_data
 
 # ---- what trains
@@ -36,7 +36,7 @@ def test_counts_are_printed_per_group_and_in_the_notebooks_line(run_keys, log):
 
 
 def test_a_pattern_without_a_match_ends_the_run(run_keys):
-    with pytest.raises(ConfigError, match="freeze_exclude"):
+    with refused(ConfigError, "freeze_exclude"):
         start(run_keys(freeze_include=["*visual*"], freeze_exclude=["*connector*"]))
 
 
@@ -413,7 +413,7 @@ def test_resuming_a_run_that_is_done_trains_no_further(run_keys, tmp_path, log):
 
 def test_resuming_with_another_order_of_samples_is_refused(run_keys):
     run(run_keys(save_steps=1, **LORA))
-    with pytest.raises(ConfigError, match="is of another run: seed was 42, is 7"):
+    with refused(ConfigError, "seed", match="42.* 7"):
         run(run_keys(save_steps=1, resume=True, seed=7, max_steps=4, **LORA))
 
 
@@ -421,7 +421,7 @@ def test_an_unfinished_run_is_not_overwritten(run_keys, tmp_path):
     keys = run_keys(save_steps=1, overwrite_output_dir=True, **LORA)
     run(keys)
     (tmp_path / "out" / "train_results.json").unlink()
-    with pytest.raises(ConfigError, match="unfinished run .checkpoint-2."):
+    with refused(ConfigError, "unfinished-run", match="checkpoint-2"):
         run(keys)
 
 
@@ -435,7 +435,7 @@ def test_a_run_without_a_step_is_refused_and_deletes_nothing(run_keys, tmp_path)
 def test_the_old_result_stays_until_the_new_run_can_start(run_keys, tmp_path):
     run(run_keys(**LORA))
     wrong = run_keys(overwrite_output_dir=True, lora=True, lora_target_modules=[".*nowhere.*"])
-    with pytest.raises(ConfigError, match="nowhere"):
+    with refused(ConfigError, "lora_target_modules", match="nowhere"):
         run(wrong)
     assert (tmp_path / "out" / "lora_model_state.pdparams").is_file()
     run(run_keys(overwrite_output_dir=True, **LORA))
@@ -526,7 +526,7 @@ def test_adapters_to_start_from(run_keys, tmp_path):
     trainer = start(run_keys(**LORA_POOL, lora_path=path, output_dir=str(tmp_path / "second")))
     state = trainer.model.model.state_dict()
     assert all(np.array_equal(state[name].numpy(), array) for name, array in first.items())
-    with pytest.raises(ConfigError, match="lora_rank is 8, but the adapters in lora_path have 4"):
+    with refused(ConfigError, "lora_rank", match="8.* 4"):
         start(run_keys(**dict(LORA_POOL, lora_rank=8), lora_path=path, output_dir=str(tmp_path / "second")))
 
 

@@ -5,7 +5,7 @@ import pytest
 from paddlemix.models.lora import adapter_shapes
 from paddlemix.trainer import freeze
 from paddlemix.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import refused, tiny_config
 
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
 NAMES = [
@@ -96,9 +96,9 @@ def test_a_range_of_layers(shapes_7b):
 
 def test_a_range_beyond_the_layers_is_an_error(shapes_7b):
     names = list(shapes_7b)
-    with pytest.raises(ConfigError, match=r'"\*.h.32.\*" .of "\*.h.{16..40}.\*". matches no parameter'):
+    with refused(ConfigError, "freeze_exclude", match=r'"\*.h.32.\*" .of "\*.h.{16..40}.\*".'):
         freeze.plan_freeze(names, ["*"], ["*.h.{16..40}.*"])
-    with pytest.raises(ConfigError, match="holds an empty range"):
+    with refused(ConfigError, "freeze_exclude", match=r"{31..16}"):
         freeze.plan_freeze(names, ["*"], ["*.h.{31..16}.*"])
 
 
@@ -120,16 +120,16 @@ def test_the_constant_never_trains():
 
 
 def test_a_pattern_without_a_match_is_an_error():
-    with pytest.raises(ConfigError, match='freeze_include: "visual" matches no parameter'):
+    with refused(ConfigError, "freeze_include", match='"visual"'):
         freeze.plan_freeze(NAMES, ["visual"])
-    with pytest.raises(ConfigError, match='freeze_exclude: "[*]VISUAL[*]" matches no parameter'):
+    with refused(ConfigError, "freeze_exclude", match='"[*]VISUAL[*]"'):
         freeze.plan_freeze(NAMES, ["*visual*"], ["*VISUAL*"])
-    with pytest.raises(ConfigError, match='include: "a.*include: "b.*exclude: "d{2..1}" holds an empty range'):
+    with refused(ConfigError, "freeze_include", "freeze_exclude", match='"a.*"b.*"d{2..1}"'):
         freeze.plan_freeze(NAMES, ["a*", "*visual*", "b*"], ["d{2..1}"])
 
 
 def test_nothing_left_to_train_is_an_error():
-    with pytest.raises(ConfigError, match="leaves nothing to train"):
+    with refused(ConfigError, "freeze_include"):
         freeze.plan_freeze(NAMES, ["*"])
 
 

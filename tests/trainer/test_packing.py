@@ -10,7 +10,7 @@ from paddlemix.datasets.packing import PackedDataset, Packs, SampleLengths, plan
 from paddlemix.trainer import command_line
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.utils.errors import ConfigError, UserError
-from tests.helpers import image_base64, save_tiny_model
+from tests.helpers import image_base64, refused, save_tiny_model
 from tests.trainer.runs import run, start
 
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
@@ -181,11 +181,11 @@ def test_a_resumed_run_ends_with_the_weights_of_one_go(run_keys, tmp_path, monke
 def test_resuming_with_other_packs_is_refused(run_keys):
     keys = dict(LORA, save_strategy="steps", save_steps=1, mixtoken=True)
     run(run_keys(**keys, max_length=256, max_steps=1))
-    with pytest.raises(ConfigError, match=r"mixtoken was .* max_length was 256, is 200"):
+    with refused(ConfigError, "mixtoken", "max_length", match="256.* 200"):
         run(run_keys(**keys, max_length=200, max_steps=2, resume=True))
-    with pytest.raises(ConfigError, match=r"mixtoken was \d+, is off"):
+    with refused(ConfigError, "mixtoken"):
         run(run_keys(**dict(keys, mixtoken=False), max_length=256, max_steps=2, resume=True))
-    with pytest.raises(ConfigError, match="group_by_modality_length was off, is "):
+    with refused(ConfigError, "group_by_modality_length"):
         changed = dict(keys, mixtoken=False, group_by_modality_length=True)
         run(run_keys(**changed, max_length=256, max_steps=2, resume=True))
 
@@ -235,18 +235,3 @@ def test_too_few_packs_for_a_batch():
     packs = plan_packs(np.array([10, 10]), 100, 0)
     (problem,) = Order(2, 2, packs=packs, drop_last=True).problems()
     assert problem.startswith("1 packed sequences do not fill one batch of 2")
-
-
-# ---- what cannot go together
-
-
-@pytest.mark.parametrize(
-    "keys, words",
-    [
-        ({"mixtoken": True, "group_by_modality_length": True}, "not both"),
-        ({"mixtoken": True, "neftune": True}, "noise depends on the length of one sample"),
-    ],
-)
-def test_combinations_that_cannot_work(run_keys, keys, words):
-    with pytest.raises(ConfigError, match=words):
-        run_keys(**keys)

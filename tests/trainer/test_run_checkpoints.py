@@ -6,6 +6,7 @@ import pytest
 
 from paddlemix.trainer import run_checkpoints
 from paddlemix.utils.errors import ConfigError
+from tests.helpers import refused
 
 
 def make(folder, step, state=None, whole=True):
@@ -99,7 +100,7 @@ def test_resume_finds_the_last_whole_one(tmp_path):
     make(tmp_path, 6, whole=False)
     assert prepare(tmp_path, resume=True) == path
     assert prepare(tmp_path, resume_from=path) == path
-    with pytest.raises(ConfigError, match="not a whole checkpoint"):
+    with refused(ConfigError, "resume_from_checkpoint"):
         prepare(tmp_path, resume_from=str(tmp_path / "checkpoint-6"))
 
 
@@ -108,7 +109,7 @@ def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, in
     """A newer one of this folder would be what the next --resume takes."""
     path = make(tmp_path if inside else tmp_path / "elsewhere", 2)
     last = make(tmp_path, 4)
-    with pytest.raises(ConfigError, match="holds checkpoint-4 besides: --resume .*/checkpoint-2, set another"):
+    with refused(ConfigError, "resume_from_checkpoint", match="checkpoint-4 .*--resume.*/checkpoint-2"):
         prepare(tmp_path, resume_from=path)
     assert run_checkpoints.read_seal(last) is not None
     assert prepare(tmp_path / "other", resume_from=path) == path
@@ -121,7 +122,7 @@ def test_resuming_without_a_checkpoint_never_replaces_a_result(tmp_path, left, o
         make(tmp_path, 3, whole=False)
     else:
         (tmp_path / left).write_text("x")
-    with pytest.raises(ConfigError, match="no whole checkpoint to go on from.*lora_path.*leave out --resume"):
+    with refused(ConfigError, "resume", match="lora_path.*--resume"):
         prepare(tmp_path, overwrite=overwrite, resume=True)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -129,7 +130,7 @@ def test_resuming_without_a_checkpoint_never_replaces_a_result(tmp_path, left, o
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_unfinished_run_is_never_thrown_away(tmp_path, overwrite):
     path = make(tmp_path, 4)
-    with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
+    with refused(ConfigError, "unfinished-run", match="checkpoint-4.*--resume"):
         prepare(tmp_path, overwrite=overwrite)
     assert run_checkpoints.read_seal(path) is not None
 
@@ -138,7 +139,7 @@ def test_a_finished_run_that_went_on_is_unfinished_again(tmp_path):
     path = make(tmp_path, 4)
     (tmp_path / "train_results.json").write_text("x")
     assert prepare(tmp_path, overwrite=True, resume=True) == path
-    with pytest.raises(ConfigError, match="unfinished run .checkpoint-4.: add --resume"):
+    with refused(ConfigError, "unfinished-run", match="checkpoint-4.*--resume"):
         prepare(tmp_path, overwrite=True)
     assert run_checkpoints.read_seal(path) is not None
 
@@ -148,7 +149,7 @@ def test_a_finished_run_is_replaced_only_on_demand_and_said(tmp_path, log):
     for name in ("train_results.json", "lora_model_state.pdparams", "model_state-00001-of-00002.pdparams", "notes"):
         (tmp_path / name).write_text("x")
     (tmp_path / "runs").mkdir()
-    with pytest.raises(ConfigError, match="set overwrite_output_dir=true or another output_dir"):
+    with refused(ConfigError, "overwrite_output_dir"):
         prepare(tmp_path)
     assert prepare(tmp_path, overwrite=True) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "runs"]

@@ -94,7 +94,7 @@ class MGenConfig(QWenConfig):
     def _check(self) -> None:
         def positive(value, key: str, limit: int) -> None:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-                raise ConfigError(f"config.json: {key} must be a whole number from 1 to {limit}, not {value!r}")
+                raise ConfigError(f"config.json: {key} must be a whole number from 1 to {limit}, not {value!r}", key)
 
         for key, limit in _LIMITS.items():
             positive(getattr(self, key), key, limit)
@@ -103,7 +103,9 @@ class MGenConfig(QWenConfig):
         visual = self.visual
         ratio = visual["mlp_ratio"]
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
-            raise ConfigError(f"config.json: visual.mlp_ratio must be a number from 0 to 64, not {ratio!r}")
+            raise ConfigError(
+                f"config.json: visual.mlp_ratio must be a number from 0 to 64, not {ratio!r}", "visual.mlp_ratio"
+            )
 
         def must(condition: bool, text: str) -> None:
             if not condition:

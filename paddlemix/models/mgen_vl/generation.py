@@ -69,15 +69,15 @@ def load_generation_config(folder, config) -> GenerationConfig:
                 kind, low, high = _NUMBERS[key]
                 fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
                 if not fits or not low <= value <= high:
-                    raise ConfigError(f"{path}: {key} must be from {low} to {high}, not {value!r}")
+                    raise ConfigError(f"{path}: {key} must be from {low} to {high}, not {value!r}", key)
                 (extra if key in extra or key in _NOT_GREEDY else values)[key] = value
             elif key == "decode_strategy":
                 if value not in ("greedy_search", "sampling", "beam_search"):
-                    raise ConfigError(f"{path}: decode_strategy is greedy_search, sampling or beam_search")
+                    raise ConfigError(f"{path}: decode_strategy is greedy_search, sampling or beam_search", key)
                 values[key] = value
             elif key == "chat_format":
                 if value != "chatml":
-                    raise ConfigError(f"{path}: chat_format must be chatml, not {value!r}")
+                    raise ConfigError(f"{path}: chat_format must be chatml, not {value!r}", key)
     made = GenerationConfig(**values)
     for key, value in extra.items():
         setattr(made, key, value)
