@@ -5,11 +5,11 @@ Coordinates are thousandths of the image's width and height, as Qwen-VL writes t
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from typing import List, NamedTuple, Optional, Tuple
 
+from paddlemix.processors.fonts import find_font
 from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
@@ -19,16 +19,6 @@ from paddlemix.utils.log import logger
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 _CORNER = r"\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*"
 _MARK = re.compile(rf"<ref>(?P<ref>.*?)</ref>|<box>{_CORNER},{_CORNER}</box>", re.DOTALL)
-# Where Debian puts fonts with Chinese characters: noto-cjk, wqy, arphic, droid-fallback.
-_FONTS = "/usr/share/fonts/"
-_FONT_FILES = (
-    "opentype/noto/NotoSansCJK-Regular.ttc",
-    "truetype/wqy/*.ttc",
-    "truetype/arphic/*.ttc",
-    "truetype/droid/DroidSansFallback*.ttf",
-    "opentype/noto/*CJK*.ttc",
-)
-_MAX_FONT_BYTES = 64 << 20
 _MAX_LABEL = 40
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
@@ -66,24 +56,6 @@ def check_boxes_path(path: str) -> str:
     if os.path.splitext(path)[1].lower() not in FORMATS:
         raise UserError(f"boxes are drawn to a file ending in {', '.join(FORMATS)}, not {path}")
     return path
-
-
-def find_font(folder: str, size: int):
-    """A Pillow font with Chinese characters in `size` pixels: of the model folder (Qwen-VL ships SimSun.ttf), else of
-    Debian's packages; None if there is none that opens."""
-    from PIL import ImageFont
-
-    own = [path for ending in ("ttf", "ttc", "otf") for path in glob.glob(f"{glob.escape(folder)}/*.{ending}")]
-    own.sort(key=lambda path: (not os.path.basename(path).lower().startswith("simsun"), path))
-    debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
-    for path in own + debian:
-        try:
-            # No pipe, which would be waited for.
-            if os.path.isfile(path) and os.path.getsize(path) <= _MAX_FONT_BYTES:
-                return ImageFont.truetype(path, size)
-        except (OSError, ValueError) as error:
-            logger.warning("the font %s cannot be used: %s", path, error)
-    return None
 
 
 def draw_boxes(image, boxes: List[Box], font=None):

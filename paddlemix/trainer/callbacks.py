@@ -7,7 +7,8 @@ import ctypes
 import mmap
 import os
 import signal
-from typing import Any, Dict, Optional
+import time
+from typing import Any, Dict, Optional, Union
 
 import paddle
 from paddlenlp.trainer import TrainerCallback
@@ -16,6 +17,41 @@ from paddlemix.utils.compat import name_the_epoch
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
+# Seconds between two lines on the progress of an evaluation, where disable_tqdm wants no bar.
+LINE_SECONDS = 30.0
+
+
+def time_left(done: int, total: int, seconds: float) -> str:
+    """How long the rest of `total` will take, if it goes as what has been `done` in `seconds`: h:mm:ss."""
+    left = round(seconds / max(done, 1) * (total - done))
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+
+class ProgressLines:
+    """What Progress is, as a line of the log each half minute."""
+
+    def __init__(self, total: int, desc: str):
+        self._total, self._desc = total, desc
+        self._done, self._began = 0, time.monotonic()
+        self._said = self._began
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._said >= LINE_SECONDS and self._done < self._total:
+            self._said = now
+            left = time_left(self._done, self._total, now - self._began)
+            logger.info(f"{self._desc}: {self._done:,} of {self._total:,}, time left: {left}")
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
 
 def format_logs(logs: dict) -> str:
     """`loss: 4.1, learning_rate: 9.755e-06, global_step: 1, …`"""
@@ -23,16 +59,42 @@ def format_logs(logs: dict) -> str:
 
 
 class LogLines(TrainerCallback):
-    """One line per log, from the first process; a progress bar unless disable_tqdm.
+    """One line per log, from the first process; a progress bar unless disable_tqdm, for evaluations too.
 
     First in the chain of callbacks, so that those after it (VisualDL) see the epoch's name that it sets.
     """
 
     def __init__(self):
         self._bar: Optional[Progress] = None
-        self._shown = 0
+        self._evaluation: Optional[Union[Progress, ProgressLines]] = None
+        self._shown = self._first_step = 0
+        self._began = time.monotonic()
+
+    @staticmethod
+    def counting(args, state, total: int, desc: str, unit: str) -> Union[Progress, ProgressLines]:
+        """A bar, or lines of the log, for `total` units of work."""
+        if args.disable_tqdm and state.is_local_process_zero:
+            return ProgressLines(total, desc)
+        return Progress(total, desc, unit, disable=not state.is_local_process_zero)
+
+    def begin_evaluation(self, args, state, batches: int) -> None:
+        """Show the progress of an evaluation's loss, which counts its batches by itself."""
+        self._evaluation = self.counting(args, state, batches, "evaluation", "batch")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self._evaluation is not None:
+            self._evaluation.update()
+
+    def end_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.end_evaluation()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._first_step, self._began = state.global_step, time.monotonic()
         if state.is_local_process_zero and not args.disable_tqdm:
             self._shown = state.global_step
             self._bar = Progress(total=state.max_steps, desc="training", unit="step", initial=state.global_step)
@@ -49,13 +111,19 @@ class LogLines(TrainerCallback):
             shown = [f"{logs[name]:.4g} {unit}" for name, unit in rates if name in logs]
             self._bar.note(", ".join([f"loss {logs['loss']:.4f}", *shown]))
         if state.is_world_process_zero:
-            logger.info(format_logs(logs))
+            line = format_logs(logs)
+            if "loss" in logs and state.max_steps > 0:
+                step, begin, end = state.global_step, self._first_step, state.max_steps
+                left = time_left(step - begin, end - begin, time.monotonic() - self._began)
+                line += f", step: {step}/{end}, time left: {left}"
+            logger.info(line)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self) -> None:
-        """End the bar, however the training ended: what is said next stands below it."""
+        """End the bars, however the training ended: what is said next stands below them."""
+        self.end_evaluation()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -53,15 +53,23 @@ class CaptionEvaluator:
         self.batch_size = batch_size
         self.limit = len(dataset) if limit is None else min(limit, len(dataset))
 
-    def captions(self, model, between: Callable[[], None] = lambda: None) -> List[Caption]:
-        """What `model`, a MGenLMHeadModel, says about each sample. between: called before each sample."""
+    def captions(
+        self, model, between: Callable[[], None] = lambda: None, done: Callable[[], None] = lambda: None
+    ) -> List[Caption]:
+        """What `model`, a MGenLMHeadModel, says about each sample.
+
+        between: called before each sample is read. done: called for each caption.
+        """
         found: List[Caption] = []
         for template, group in groupby(self._questions(between), key=lambda sample: sample[1].template):
             asked: List[Caption] = []
             answers = generate_captions(
                 model, self.tokenizer, _prompts(group, asked), self.decoding, self.batch_size, template
             )
-            texts = {number: candidates[0].text for number, candidates in answers}
+            texts = {}
+            for number, candidates in answers:
+                texts[number] = candidates[0].text
+                done()
             found += [one._replace(text=texts[number]) for number, one in enumerate(asked)]
         return found
 
@@ -83,14 +91,12 @@ class CaptionEvaluator:
         step = -(-images[0].shape[1] // side)
         return np.ascontiguousarray(self.dataset.image_processor.picture(images[0])[::step, ::step])
 
-    def evaluate(
-        self, model, output_path: Optional[str] = None, between: Callable[[], None] = lambda: None
-    ) -> Tuple[Dict[str, float], List[Caption]]:
-        """({"eval_cider": …}, captions). eval_cider is CIDEr-D × 10 over characters, as pycocoevalcap prints CIDEr.
+    @staticmethod
+    def score(found: List[Caption], output_path: Optional[str] = None) -> Dict[str, float]:
+        """{"eval_cider": …}: CIDEr-D × 10 over characters, as pycocoevalcap prints CIDEr.
 
-        output_path: where to write `id \\t caption \\t reference` lines. between: as `captions` takes it.
+        output_path: where to write `id \\t caption \\t reference` lines.
         """
-        found = self.captions(model, between)
         scored = [caption for caption in found if caption.reference]
         if not scored:
             raise UserError("eval_with_do_generation: no validation sample could be read")
@@ -100,4 +106,4 @@ class CaptionEvaluator:
         if output_path is not None:
             with atomic_write(output_path) as file:
                 file.writelines(f"{one.id}\t{one.text}\t{one.reference}\n" for one in found)
-        return {"eval_cider": round(scores.corpus["CIDEr-D"], 6)}, found
+        return {"eval_cider": round(scores.corpus["CIDEr-D"], 6)}

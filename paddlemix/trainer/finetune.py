@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
-from typing import Any, Dict
+import shlex
+from typing import Any, Dict, List
 
 import paddle
 from paddlenlp.utils.log import logger as paddlenlp_logger
 
+from paddlemix.checkpoint.model_folder import find_tuned_weights, merge_command
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.packing import PackedDataset
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import freeze, run_checkpoints
 from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
-from paddlemix.trainer.reports import CURVE_NAME, draw_loss
+from paddlemix.trainer.reports import CURVE_NAME, Parameter, draw_loss
+from paddlemix.trainer.resume import write_trainer_state
 from paddlemix.trainer.run import Run, resolve
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
@@ -66,7 +71,12 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
         if not training.benchmark:
             trainer.log_metrics("eval", found)
             trainer.save_metrics("eval", found)
+            if training.do_train:
+                _write_history(trainer)
     trainer.events.close()
+    if training.do_train and not training.benchmark and trainer.is_world_process_zero():
+        for line in _what_next(trainer):
+            logger.info(line)
     return metrics
 
 
@@ -111,8 +121,21 @@ def build(run: Run) -> FinetuneTrainer:
         order=run.order,
         origin=run.origin,
         guard=run.guard,
+        parameters=_parameters(run),
         **_captions(run),
     )
+
+
+def _parameters(run: Run) -> Dict[str, Parameter]:
+    """The keys of model, data and generation, and those of training that were given, as numbers and texts."""
+    *blocks, training = run.arguments[:4]
+    values = {name: value for block in blocks for name, value in dataclasses.asdict(block).items()}
+    values.update((name, value) for name, value in dataclasses.asdict(training).items() if name in run.arguments.given)
+    return {
+        name: value if type(value) in (int, float, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in sorted(values.items())
+        if value is not None
+    }
 
 
 def _announce(run: Run) -> None:
@@ -161,6 +184,27 @@ def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            draw_loss(trainer.state.log_history, os.path.join(folder, CURVE_NAME))
+        _write_history(trainer)
+
+
+def _write_history(trainer: FinetuneTrainer) -> None:
+    """trainer_state.json and the loss curve."""
+    folder = trainer.args.output_dir
+    if trainer.is_world_process_zero():
+        write_trainer_state(trainer.state, folder)
+        draw_loss(trainer.state.log_history, os.path.join(folder, CURVE_NAME))
+
+
+def _what_next(trainer: FinetuneTrainer) -> List[str]:
+    """Where a finished run's result is, and the commands that look at it and go on with it, to be copied."""
+    folder = trainer.args.output_dir
+    quoted = shlex.quote(folder)
+    lines = [f"result: {folder}"]
+    if os.path.isfile(os.path.join(folder, CURVE_NAME)):
+        lines.append(f"loss curve: {os.path.join(folder, CURVE_NAME)}")
+    if "visualdl" in trainer.events.kinds:
+        lines.append(f"more curves, captions on their images: visualdl --logdir {shlex.quote(trainer.events.folder)}")
+    lines.append(f"ask it: python chat.py {quoted}")
+    if find_tuned_weights(folder) is not None:
+        lines.append(f"make a model of it: {merge_command(folder, trainer.origin.base, trainer.origin.text)}")
+    return lines

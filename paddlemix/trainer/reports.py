@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import shutil
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from paddlenlp.trainer import TrainerCallback
@@ -24,6 +25,11 @@ _PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX"}
 CURVE_NAME = "loss_curve.png"
 # Bytes a disk must have left for an entry to be written: more than any entry takes.
 _ROOM = 1 << 20
+# Pixels of the text beside a thumbnail, and of a line of it; letters of a text that are drawn.
+FONT_SIZE = 15
+_TEXT_WIDTH, _LINE, _MARGIN, _MOST_LETTERS = 360, 20, 10, 1000
+# Fewer losses need no smoothed line.
+_SMOOTHED_FROM = 20
 
 
 def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
@@ -41,17 +47,23 @@ def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
     return list(asked) if asked else there or ["none"]
 
 
+Parameter = Union[str, int, float]
+# What the pages show of each run beside its parameters.
+METRICS = ("train/loss", "eval/loss", "eval/cider")
+
+
 class EventFiles(TrainerCallback):
     """Event files of one run, opened with the first entry. Only the first process should have one.
 
     A disk without room ends them, not the run. Their packages write in threads of their own, which a failed write ends
     or blocks: so room is asked for beforehand.
 
-    folder: where they go. kinds: "visualdl", "tensorboard".
+    folder: where they go. kinds: "visualdl", "tensorboard". parameters: the run's settings, shown beside its results.
     """
 
-    def __init__(self, folder: str, kinds: Sequence[str]):
+    def __init__(self, folder: str, kinds: Sequence[str], parameters: Optional[Dict[str, Parameter]] = None):
         self.folder = folder
+        self.parameters = parameters or {}
         self.kinds = [kind for kind in kinds if kind in _PACKAGES]
         self._writers: Dict[str, Any] = {}
 
@@ -68,7 +80,20 @@ class EventFiles(TrainerCallback):
         return self._writers
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.text("arguments", args.to_json_string(), 0)
+        self.text("arguments", json.dumps(self.parameters, ensure_ascii=False, indent=1), 0)
+
+        def write(writer):
+            if writer is self._writers.get("visualdl"):
+                writer.add_hparams(self.parameters, list(METRICS))
+                return
+            from tensorboardX.summary import hparams
+
+            # The writer's own add_hparams makes a run of its own, in a folder beneath this one's.
+            for summary in hparams(self.parameters, dict.fromkeys(METRICS, 0.0)):
+                writer.file_writer.add_summary(summary)
+
+        if self.parameters:
+            self._enter(write)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Each number under train/ or, for eval_…, under eval/."""
@@ -82,7 +107,7 @@ class EventFiles(TrainerCallback):
         self._enter(write)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """A text in Markdown."""
+        """A text; TensorBoard takes it for Markdown, VisualDL shows it as one paragraph."""
         self._enter(lambda writer: writer.add_text(tag, text, step))
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
@@ -122,14 +147,34 @@ class EventFiles(TrainerCallback):
         self._writers = {}
 
 
-def caption_table(rows: Sequence[Tuple[str, str, str]]) -> str:
-    """(id, caption, reference) rows as a Markdown table."""
+def caption_picture(thumbnail: np.ndarray, caption: str, reference: str, font) -> np.ndarray:
+    """An image with what a model says of it beside it, and its reference below: uint8 [h, w, 3].
 
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|")
+    thumbnail: uint8 [h, w, 3]. font: a Pillow font with the letters of both.
+    """
+    from PIL import Image, ImageDraw
 
-    lines = ["| id | caption | reference |", "|---|---|---|"]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
+    lines = []
+    for name, text, colour in (("caption", caption, "black"), ("reference", reference, "#666666")):
+        lines += [(name, "#1f77b4"), *((line, colour) for line in _wrapped(text, font, _TEXT_WIDTH)), ("", colour)]
+    height, width = thumbnail.shape[:2]
+    picture = Image.new("RGB", (width + _TEXT_WIDTH + 3 * _MARGIN, max(height, len(lines) * _LINE) + _MARGIN), "white")
+    picture.paste(Image.fromarray(thumbnail), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for number, (line, colour) in enumerate(lines):
+        draw.text((width + _MARGIN, _MARGIN // 2 + number * _LINE), line, fill=colour, font=font)
+    return np.asarray(picture)
+
+
+def _wrapped(text: str, font, width: int) -> List[str]:
+    """Lines of at most `width` pixels, broken between any two letters, as Chinese is."""
+    lines, line = [], ""
+    for letter in text[:_MOST_LETTERS]:
+        if line and font.getlength(line + letter) > width:
+            lines.append(line)
+            line = ""
+        line += letter
+    return [*lines, line]
 
 
 def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], List[float]]]:
@@ -142,16 +187,28 @@ def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], Li
     return found
 
 
-def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
-    """Draw the losses and the learning rate over the steps as a PNG at `path`. False if there is no loss to draw.
+def smoothed(values: Sequence[float]) -> List[float]:
+    """A running mean, over a thirtieth of the values or ten to either side, those further away counting less."""
+    keep = 1 - 1 / max(10, len(values) / 30)
 
-    Raises:
-        OSError: the picture cannot be written.
-    """
+    def behind(values: Sequence[float]) -> List[float]:
+        found, total, weight = [], 0.0, 0.0
+        for value in values:
+            total, weight = keep * total + value, keep * weight + 1
+            found.append(total / weight)
+        return found
+
+    # Both ways: of one alone, what falls lies below its mean.
+    return [(one + other) / 2 for one, other in zip(behind(values), behind(values[::-1])[::-1])]
+
+
+def loss_figure(history: Sequence[Dict[str, float]], title: str = ""):
+    """The losses, smoothed too, and the learning rate over the steps, as a matplotlib figure. The losses are drawn on a
+    logarithmic scale if they span more than a factor of ten. None if there is no loss to draw."""
     found = curves(history)
     steps, losses = found["loss"]
     if not steps:
-        return False
+        return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -159,16 +216,36 @@ def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     alone = "o-" if len(steps) == 1 else "-"
-    above.plot(steps, losses, alone, color="tab:blue", linewidth=1, label="training")
+    calm = smoothed(losses)
+    many = len(losses) >= _SMOOTHED_FROM
+    above.plot(steps, losses, alone, color="tab:blue", linewidth=1, alpha=0.35 if many else 1.0, label="training")
+    if many:
+        above.plot(steps, calm, "-", color="tab:blue", linewidth=2, label="training, smoothed")
     if found["eval_loss"][0]:
         above.plot(*found["eval_loss"], "o-", color="tab:orange", markersize=4, label="validation")
+    shown = losses + found["eval_loss"][1]
+    if min(shown) > 0 and max(calm) > 10 * min(calm):
+        above.set_yscale("log")
     above.set_ylabel("loss")
+    above.set_title(title.encode("ascii", "replace").decode().replace("$", "\\$"))
     above.legend()
     below.plot(*found["learning_rate"], alone, color="tab:gray", linewidth=1)
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
     for axes in (above, below):
         axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
+    """Write loss_figure as a PNG to `path`. False if there is no loss to draw.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    figure = loss_figure(history, os.path.basename(os.path.dirname(os.path.abspath(path))))
+    if figure is None:
+        return False
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
     return True

@@ -8,6 +8,8 @@ the generators' states, which PaddleNLP leaves beside the weights, are never rea
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 import re
@@ -22,6 +24,7 @@ from paddlemix.checkpoint.tensors import printable
 from paddlemix.trainer import run_checkpoints
 from paddlemix.utils.compat import trainer_state
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
 
@@ -100,6 +103,13 @@ _STATE: Dict[str, Callable[[Any], bool]] = {
     "trial_name": lambda value: value is None,
     "trial_params": lambda value: value is None,
 }
+
+
+def write_trainer_state(state: TrainerState, folder: str) -> None:
+    """Write trainer_state.json on one line: the stock one, indented, takes seconds for the history of a long run."""
+    values = {one.name: getattr(state, one.name) for one in dataclasses.fields(state)}
+    with atomic_write(os.path.join(folder, STATE_NAME)) as file:
+        file.write(json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n")
 
 
 def read_trainer_state(folder: str, step: int) -> TrainerState:

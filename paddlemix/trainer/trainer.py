@@ -45,6 +45,7 @@ from paddlenlp.transformers.model_utils import _add_variant
 
 from paddlemix.datasets.collator import raise_failure
 from paddlemix.models.mgen_vl.parameters import group_of
+from paddlemix.processors.fonts import find_font
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import parallel, resume, run_checkpoints
 from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
@@ -52,7 +53,7 @@ from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
 from paddlemix.trainer.order import EpochSampler, Order
-from paddlemix.trainer.reports import EventFiles, caption_table
+from paddlemix.trainer.reports import FONT_SIZE, EventFiles, Parameter, caption_picture
 from paddlemix.trainer.training_args import print_block
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
 from paddlemix.utils.compat import handed_over
@@ -61,8 +62,19 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import seed_step
 from paddlemix.utils.surroundings import check_shared_memory
 
+# Lines of training that the history holds at most.
+MOST_LINES = 10_000
+# An evaluation of fewer seconds is never said to take too long.
+_LONG_SECONDS = 10.0
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
+
+
+def thinned(history: List[dict]) -> List[dict]:
+    """A history without every second line of training; evaluations stay, and the newest line."""
+    lines = [number for number, line in enumerate(history) if "loss" in line]
+    left_out = set(lines[-2::-2])
+    return [line for number, line in enumerate(history) if number not in left_out]
 
 
 class FinetuneTrainer(Trainer):
@@ -70,7 +82,8 @@ class FinetuneTrainer(Trainer):
 
     chat_template: what the result is asked with. origin: the models that the run started from. guard: what the LLM must
     stay like. order: of the training samples; not for an evaluation alone. captions: of evaluations, all scored
-    (score_captions) and written (save_captions), the first shown_captions of them shown.
+    (score_captions) and written (save_captions), the first shown_captions of them shown. parameters: the run's, for the
+    event files.
     """
 
     def __init__(
@@ -84,13 +97,17 @@ class FinetuneTrainer(Trainer):
         score_captions: bool = False,
         save_captions: bool = False,
         shown_captions: int = 0,
+        parameters: Optional[Dict[str, Parameter]] = None,
         **kwargs,
     ):
         self.chat_template = chat_template
         self.origin, self.guard = origin, guard
         self.order = order
         self.captions, self.score_captions, self.save_captions = captions, score_captions, save_captions
-        self.shown_captions, self._images_shown = shown_captions, False
+        self.shown_captions = shown_captions
+        # Thumbnails of the captions that are shown, and the font for their pictures, looked for when one is needed.
+        self._thumbnails: Dict[str, Optional[np.ndarray]] = {}
+        self._font = None  # False: there is none
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
@@ -98,6 +115,8 @@ class FinetuneTrainer(Trainer):
         self._tokens, self._samples, self._counted_since = 0, 0, time.time()
         self._tokens_seen, self._samples_seen = 0, 0
         self._history: List[dict] = []
+        # Seconds of evaluations in the training; when the training between two of them began; whether it was shorter.
+        self._evaluated, self._trained_since, self._warned = 0.0, None, False
         super().__init__(*args, **kwargs)
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
             unscale_main_gradients(self.scaler)
@@ -112,7 +131,8 @@ class FinetuneTrainer(Trainer):
         self.add_callback(_Bookkeeping(self))
         self.lines = LogLines()
         self.callback_handler.callbacks.insert(0, self.lines)
-        self.events = EventFiles(self.args.logging_dir, self.args.report_to if self.is_world_process_zero() else [])
+        reports = self.args.report_to if self.is_world_process_zero() else []
+        self.events = EventFiles(self.args.logging_dir, reports, parameters)
         self.add_callback(self.events)
 
     # ---- what is printed
@@ -123,7 +143,11 @@ class FinetuneTrainer(Trainer):
     def log(self, logs: Dict[str, float], **kwargs) -> None:
         if "loss" in logs:
             tokens, samples = self._take_counts()
-            seconds = time.time() - self._counted_since
+            seconds = max(time.time() - self._counted_since, 1e-6)
+            if "interval_steps_per_second" in logs:
+                steps = round(logs["interval_steps_per_second"] * logs["interval_runtime"])
+                logs["interval_steps_per_second"] = round(steps / seconds, 4)
+            logs["interval_runtime"] = round(seconds, 4)
             logs["interval_samples_per_second"] = round(samples / seconds, 4)
             logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
             self._counted_since = time.time()
@@ -131,10 +155,10 @@ class FinetuneTrainer(Trainer):
         if "train_runtime" in logs:
             # The stock rates take all planned steps for done in this session, which a resume or a signal belies.
             self._take_counts()
-            rate = (self.state.global_step - self._first_step) / logs["train_runtime"]
-            logs["train_samples_per_second"] = round(self._samples_seen / logs["train_runtime"], 4)
-            logs["train_tokens_per_second"] = round(self._tokens_seen / logs["train_runtime"], 1)
-            logs["train_steps_per_second"] = round(rate, 4)
+            seconds = max(logs["train_runtime"] - self._evaluated, 1e-6)
+            logs["train_samples_per_second"] = round(self._samples_seen / seconds, 4)
+            logs["train_tokens_per_second"] = round(self._tokens_seen / seconds, 1)
+            logs["train_steps_per_second"] = round((self.state.global_step - self._first_step) / seconds, 4)
         datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
         counts = sum(data.n_skipped for data in datasets), sum(data.n_shortened for data in datasets)
         for name, count in zip(("skipped_samples", "shortened_samples"), self._of_all_processes(*counts)):
@@ -142,6 +166,8 @@ class FinetuneTrainer(Trainer):
                 logs[name] = count
         super().log(logs, **kwargs)
         self._history.append(dict(logs, global_step=self.state.global_step))
+        if len(self._history) > MOST_LINES and "loss" in logs:
+            self._history = thinned(self._history)
         # A copy: PaddleNLP 2.8 appends to it by itself.
         self.state.log_history = list(self._history)
 
@@ -193,39 +219,91 @@ class FinetuneTrainer(Trainer):
 
         None when SIGTERM ended it.
         """
+        began = time.time()
         try:
             return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         except EvaluationLeftOut:
             self.stop.stop(self.args, self.state, self.control)
             return None
+        finally:
+            self.lines.end_evaluation()
+            self._leave_out(began)
 
-    def _evaluate(self, *words):
-        metrics, between = super().evaluate(*words), self.stop.leave_evaluation
-        if self.captions is not None and not self.score_captions:
-            self.show_captions(self.captions.captions(base_of(self.model), between))
-        elif self.captions is not None:
+    def _leave_out(self, began: float) -> None:
+        """Take an evaluation since `began` out of the training's rates; warn once of one that takes longer than the
+        training between two."""
+        seconds = time.time() - began
+        self._counted_since += seconds
+        if self._trained_since is None:
+            return
+        self._evaluated += seconds
+        trained = began - self._trained_since
+        if seconds > max(trained, _LONG_SECONDS) and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"this evaluation took {seconds:,.0f} s, the training before it {trained:,.0f} s: a larger eval_steps, "
+                "or max_evaluate_steps, which bounds its batches, shortens the run"
+            )
+        self._trained_since = time.time()
+
+    def _evaluate(self, eval_dataset, *words):
+        batches = math.ceil(
+            len(self.eval_dataset if eval_dataset is None else eval_dataset)
+            / (self.args.per_device_eval_batch_size * self.args.dataset_world_size)
+        )
+        limit = self.args.max_evaluate_steps
+        self.lines.begin_evaluation(self.args, self.state, min(batches, limit) if limit > 0 else batches)
+        metrics = super().evaluate(eval_dataset, *words)
+        if self.captions is None:
+            return metrics
+        model, between = base_of(self.model), self.stop.leave_evaluation
+        with self.lines.counting(self.args, self.state, self.captions.limit, "captions", "row") as bar:
+            found = self.captions.captions(model, between, bar.update)
+        if not self.score_captions:
+            self.show_captions(found)
+        else:
             path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
             write = self.save_captions and self.args.should_save
-            scores, found = self.captions.evaluate(base_of(self.model), path if write else None, between)
+            scores = self.captions.score(found, path if write else None)
             self.show_captions(found[: self.shown_captions])
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)
         return metrics
 
     def show_captions(self, found: List[Caption]) -> None:
-        """Captions as lines of the log and as a table in the event files, their images there too, once."""
+        """Captions as lines of the log and of the event files, and there beside their images too."""
         if not found or not self.is_world_process_zero():
             return
-        for one in found:
-            logger.info(f"{one.id}: {one.text} | reference: {one.reference}")
         step = self.state.global_step
-        self.events.text("eval/captions", caption_table(found), step)
-        if not self._images_shown and self.events.kinds:
-            for one in found:
-                thumbnail = self.captions.thumbnail(one.id)
-                if thumbnail is not None:
-                    self.events.image("eval/" + one.id.replace("#", "_"), thumbnail, step)
-        self._images_shown = True
+        for one in found:
+            line = f"{one.text} | reference: {one.reference}"
+            logger.info(f"{one.id}: {line}")
+            if not self.events.kinds:
+                continue
+            name = one.id.replace("#", "_")
+            self.events.text(f"captions/{name}", line, step)
+            if one.id not in self._thumbnails:
+                self._thumbnails[one.id] = self.captions.thumbnail(one.id)
+            thumbnail = self._thumbnails[one.id]
+            if thumbnail is not None:
+                font = self._font_for(line)
+                shown = thumbnail if font is None else caption_picture(thumbnail, one.text, one.reference, font)
+                self.events.image(f"eval/{name}", shown, step)
+
+    def _font_for(self, text: str):
+        """A font with the letters of a text, or None, which is said once."""
+        from PIL import ImageFont
+
+        if text.isascii():
+            return ImageFont.load_default()
+        if self._font is None:
+            self._font = find_font(self.origin.base, FONT_SIZE) or False
+            if not self._font:
+                logger.warning(
+                    "no font with Chinese characters (apt install fonts-noto-cjk): the event files show captions as "
+                    "text (captions/…), not beside their images (eval/…)"
+                )
+        return self._font or None
 
     # ---- a step
 
@@ -299,7 +377,7 @@ class FinetuneTrainer(Trainer):
                 paddle.distributed.barrier()
             if not self.args.should_save:
                 return
-            self.state.save_to_json(os.path.join(written, "trainer_state.json"))
+            resume.write_trainer_state(self.state, written)
             run_checkpoints.seal(
                 written,
                 {
@@ -314,13 +392,15 @@ class FinetuneTrainer(Trainer):
 
     @contextlib.contextmanager
     def _writing_to(self, folder: str):
-        """Let the base class write under another folder."""
+        """Let the base class write under another folder, all but the trainer's state, which is not final yet."""
         # PaddleNLP 2.8 has no output_signal_dir; setting it there harms nothing.
         kept = self.args.output_dir
         self.args.output_dir = self.args.output_signal_dir = folder
+        self.state.save_to_json = lambda path: None
         try:
             yield
         finally:
+            del self.state.save_to_json
             self.args.output_dir = self.args.output_signal_dir = kept
 
     def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
@@ -439,7 +519,7 @@ class _Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # What was loaded before is no part of the first interval.
-        self.trainer._counted_since = time.time()
+        self.trainer._counted_since = self.trainer._trained_since = time.time()
         # PaddleNLP says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
@@ -456,3 +536,6 @@ class _Bookkeeping(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / self.trainer.order.steps_per_epoch
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._trained_since = None

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image, ImageFont
 
 from paddlemix.inference import boxes as module
-from paddlemix.inference.boxes import Box, check_boxes_path, draw_boxes, find_font, parse_boxes, save_boxes
+from paddlemix.inference.boxes import Box, check_boxes_path, draw_boxes, parse_boxes, save_boxes
+from paddlemix.processors import fonts as fonts_module
+from paddlemix.processors.fonts import find_font
 from paddlemix.utils.errors import UserError
 
 
@@ -54,7 +56,7 @@ def test_any_image_and_label(size, font, tmp_path):
 def test_the_model_folders_font_goes_first(tmp_path, monkeypatch):
     fonts = tmp_path / "fonts"
     fonts.mkdir()
-    monkeypatch.setattr(module, "_FONTS", str(fonts) + "/")
+    monkeypatch.setattr(fonts_module, "_FONTS", str(fonts) + "/")
     folder = tmp_path / "model [7B]"
     folder.mkdir()
     assert find_font(str(folder), 12) is None
@@ -70,7 +72,7 @@ def test_the_model_folders_font_goes_first(tmp_path, monkeypatch):
 
 
 def test_a_broken_font_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_FONTS", str(tmp_path / "none") + "/")
+    monkeypatch.setattr(fonts_module, "_FONTS", str(tmp_path / "none") + "/")
     (tmp_path / "SimSun.ttf").write_bytes(b"no font at all")
     # A pipe would be waited for.
     os.mkfifo(tmp_path / "pipe.ttf")
@@ -78,7 +80,7 @@ def test_a_broken_font_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_save_boxes(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(module, "_FONTS", str(tmp_path / "none") + "/")
+    monkeypatch.setattr(fonts_module, "_FONTS", str(tmp_path / "none") + "/")
     image = Image.new("RGB", (300, 200))
     answer = "<ref>杯子</ref><box>(10,200),(300,400)</box>"
     for name, format in (("a.png", "PNG"), ("new/b.JPG", "JPEG")):

@@ -245,7 +245,9 @@ def test_log_has_the_notebooks_blocks_and_lines(run_keys, log):
         "interval_samples_per_second",
         "interval_steps_per_second",
     ]
-    assert names[-1] == "epoch" and "progress_or_epoch" not in text
+    assert names[-3:] == ["epoch", "step", "time left"] and "progress_or_epoch" not in text
+    steps = [re.search(r", step: (\d+)/(\d+), time left: \d+:\d\d:\d\d$", line).groups() for line in lines]
+    assert steps == [("1", "2"), ("2", "2")]
     assert "\x1b[" not in text
 
 

@@ -5,11 +5,13 @@ import json
 import os
 import struct
 import types
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFont
 
-from paddlemix.trainer import reports
+from paddlemix.trainer import eval_captions, reports, trainer
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import refused
 from tests.trainer.runs import COLOURS, LORA, run, write_data
@@ -79,35 +81,61 @@ def test_scalars_in_both_kinds_of_file_are_those_of_the_log(finished):
     assert [record.value for record in vdl["eval/loss"]] == pytest.approx(losses, rel=1e-5) and len(losses) == 2
 
 
-def test_captions_are_a_table_at_each_evaluation(finished):
-    records = visualdl(finished / "runs", "text")["eval/captions"]
-    texts = {record.id: record.text.encoded_text_string for record in records}
-    assert set(texts) == {2, 4}
-    for text in texts.values():
-        head, rule, *rows = text.split("\n")
-        assert head == "| id | caption | reference |" and rule == "|---|---|---|"
-        assert [row.split(" | ")[0] for row in rows] == ["| identity_0#0", "| identity_1#1"]
-        assert [row.split(" | ")[2] for row in rows] == ["red |", "green |"]
-    board = tensorboard(finished / "runs")["eval/captions"]
-    assert {step: value.tensor.string_val[0].decode() for step, value in board} == texts
+def pixels_of(record):
+    return np.asarray(Image.open(BytesIO(record.encoded_image_string)))
 
 
-def test_the_images_of_the_table_are_there_once(finished):
-    from io import BytesIO
+def pictures(folder):
+    """{tag: {step: pixels}} of both kinds of event files."""
+    board, vdl = tensorboard(folder), visualdl(folder, "image")
+    found = {}
+    for tag, records in vdl.items():
+        found[tag] = {record.id: pixels_of(record.image) for record in records}
+        for step, value in board[tag]:
+            written = pixels_of(value.image)
+            np.testing.assert_array_equal(written, found[tag][step])
+        assert len(board[tag]) == len(found[tag])
+    return found
 
-    from PIL import Image
 
-    board, vdl = tensorboard(finished / "runs"), visualdl(finished / "runs", "image")
+def test_captions_are_a_line_at_each_evaluation(finished):
+    vdl, board = visualdl(finished / "runs", "text"), tensorboard(finished / "runs")
+    for number, colour in enumerate(("red", "green")):
+        tag = f"captions/identity_{number}_{number}"
+        texts = {record.id: record.text.encoded_text_string for record in vdl[tag]}
+        assert set(texts) == {2, 4} and all(text.endswith(f" | reference: {colour}") for text in texts.values())
+        assert {step: value.tensor.string_val[0].decode() for step, value in board[tag]} == texts
+
+
+@pytest.mark.parametrize("font", ["there", "none"])
+def test_captions_stand_beside_their_images_at_each_evaluation(run_keys, tmp_path, monkeypatch, log, font):
+    said = iter(["红色的T恤", "plain words", "蓝色的T恤" * 30, "words"])
+    monkeypatch.setattr(eval_captions, "generate_captions", lambda model, *_: _answers(_[1], said))
+    # Not a Chinese one, but a font.
+    monkeypatch.setattr(trainer, "find_font", lambda *_: ImageFont.load_default() if font == "there" else None)
+    keys = {"evaluation_strategy": "steps", "eval_steps": 1, "shown_captions": 2, "max_steps": 2}
+    run(run_keys(**LORA, **keys, save_strategy="no"))
+    found = pictures(tmp_path / "out" / "runs")
     for number, colour in enumerate(list(COLOURS.values())[:2]):
-        tag = f"eval/identity_{number}_{number}"
-        ((step, value),) = board[tag]
-        pixels = np.asarray(Image.open(BytesIO(value.image.encoded_image_string)))
-        assert step == 2 and pixels.shape == (56, 56, 3)
-        np.testing.assert_allclose(pixels[20, 20], colour, atol=2)
-        assert len(vdl[tag]) == 1
+        for step, pixels in found[f"eval/identity_{number}_{number}"].items():
+            np.testing.assert_allclose(pixels[20, 20], colour, atol=2)
+            written = font == "there" or number == 1
+            # Both captions of the first sample are Chinese, those of the other are not.
+            assert pixels.shape[:2] != (56, 56) if written else pixels.shape[:2] == (56, 56)
+            if written:
+                assert (pixels[:, 60:] < 100).any() and step in (1, 2)
+    (first, second) = (found["eval/identity_0_0"][step] for step in (1, 2))
+    assert (first.shape != second.shape) == (font == "there")
+    warnings = [line for line in log.messages if "no font with Chinese characters" in line]
+    assert len(warnings) == (font == "none")
 
 
-def test_a_sample_without_an_image_has_its_row_and_no_picture(run_keys, tmp_path):
+def _answers(prompts, said):
+    for number, _ in enumerate(list(prompts)):
+        yield number, [types.SimpleNamespace(text=next(said))]
+
+
+def test_a_sample_without_an_image_has_its_line_and_no_picture(run_keys, tmp_path):
     path = tmp_path / "mixed.json"
     write_data(path, ["red", "green"])
     records = json.loads(path.read_text())
@@ -117,14 +145,25 @@ def test_a_sample_without_an_image_has_its_row_and_no_picture(run_keys, tmp_path
     keys = {"evaluation_strategy": "steps", "shown_captions": 2, "max_new_tokens": 3, "max_steps": 1}
     run(run_keys(**LORA, **keys, save_strategy="no", dataset={"train": entry, "eval": entry}))
     runs = tmp_path / "out" / "runs"
-    (table,) = visualdl(runs, "text")["eval/captions"]
-    assert table.text.encoded_text_string.count("| identity_") == 2
+    assert {"captions/identity_0_0", "captions/identity_1_1"} <= set(visualdl(runs, "text"))
     assert list(visualdl(runs, "image")) == ["eval/identity_1_1"]
 
 
-def test_the_loss_is_drawn(finished):
-    from PIL import Image
+def test_the_parameters_of_model_data_and_lora_are_there(finished):
+    values = visualdl(finished / "runs", "hyper_parameters")
+    (record,) = [record for records in values.values() for record in records]
+    shown = {info.name: info for info in record.hparam.hparamInfos}
+    assert shown["lora_rank"].int_value == 4 and shown["learning_rate"].float_value > 0
+    assert {"max_length", "model_name_or_path", "lora_target_modules", "dataset", "max_new_tokens"} <= set(shown)
+    assert "pdc_download_ckpt" not in shown
+    assert {metric.name for metric in record.hparam.metricInfos} == set(reports.METRICS)
+    board = tensorboard(finished / "runs")
+    ((_, value),) = board["_hparams_/session_start_info"]
+    plugin = value.metadata.plugin_data.content
+    assert b"lora_rank" in plugin and b"model_name_or_path" in plugin
 
+
+def test_the_loss_is_drawn(finished):
     picture = Image.open(finished / "loss_curve.png")
     assert picture.format == "PNG" and picture.size == (900, 600)
     assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
@@ -172,8 +211,24 @@ def test_a_full_disk_ends_the_event_files_not_the_run(tmp_path, monkeypatch, log
     assert not any(os.readlink(path).startswith(str(tmp_path)) for path in handles if os.path.exists(path))
 
 
-def test_a_table_keeps_its_columns():
-    assert reports.caption_table([("a", "b|c", "d")]).splitlines()[2] == "| a | b\\|c | d |"
+def test_a_long_loss_is_smoothed_and_drawn_on_a_logarithmic_scale():
+    steps = range(1, 301)
+    lines = [{"loss": 5 * 0.98**step + 0.02 * (step % 2), "learning_rate": 1e-4, "global_step": step} for step in steps]
+    figure = reports.loss_figure([*lines, {"eval_loss": 0.1, "global_step": 300}], "run")
+    losses = figure.axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in losses.lines}
+    assert set(drawn) == {"training", "training, smoothed", "validation"} and losses.get_yscale() == "log"
+    smooth, rough = (np.abs(np.diff(drawn[name])[100:]).max() for name in ("training, smoothed", "training"))
+    assert smooth < rough * 0.6
+    assert losses.get_title() == "run"
+    # Neither helps a few losses that hardly change.
+    losses = reports.loss_figure(lines[:5]).axes[0]
+    assert len(losses.lines) == 1 and losses.get_yscale() == "linear"
+
+
+def test_smoothing_leaves_a_straight_line_where_it_is():
+    assert reports.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
+    assert reports.smoothed(range(1000))[300:700] == pytest.approx(range(300, 700), rel=1e-3)
 
 
 def test_where_to_report(monkeypatch):

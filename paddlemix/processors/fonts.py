@@ -1,0 +1,37 @@
+"""A font with Chinese characters, for words on pictures."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from paddlemix.utils.log import logger
+
+# Where Debian puts fonts with Chinese characters: noto-cjk, wqy, arphic, droid-fallback.
+_FONTS = "/usr/share/fonts/"
+_FONT_FILES = (
+    "opentype/noto/NotoSansCJK-Regular.ttc",
+    "truetype/wqy/*.ttc",
+    "truetype/arphic/*.ttc",
+    "truetype/droid/DroidSansFallback*.ttf",
+    "opentype/noto/*CJK*.ttc",
+)
+_MAX_FONT_BYTES = 64 << 20
+
+
+def find_font(folder: str, size: int):
+    """A Pillow font with Chinese characters in `size` pixels: of the model folder (Qwen-VL ships SimSun.ttf), else of
+    Debian's packages; None if there is none that opens."""
+    from PIL import ImageFont
+
+    own = [path for ending in ("ttf", "ttc", "otf") for path in glob.glob(f"{glob.escape(folder)}/*.{ending}")]
+    own.sort(key=lambda path: (not os.path.basename(path).lower().startswith("simsun"), path))
+    debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
+    for path in own + debian:
+        try:
+            # No pipe, which would be waited for.
+            if os.path.isfile(path) and os.path.getsize(path) <= _MAX_FONT_BYTES:
+                return ImageFont.truetype(path, size)
+        except (OSError, ValueError) as error:
+            logger.warning("the font %s cannot be used: %s", path, error)
+    return None
