@@ -677,6 +677,7 @@ def test_more_samples_than_memory_holds(call, monkeypatch):
 # ---- as a user runs it
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_time_and_an_ascii_locale(model, root, tmp_path):
     # The fallback caption is Chinese, so it is printed too.
     rows = [(str(i), image(i) if i != 1 else "bad!") for i in range(40)]
@@ -760,6 +761,7 @@ def test_a_reader_that_goes_away_ends_no_run(child, tmp_path):
     assert (tmp_path / "out.tsv").read_text("utf-8") == expected
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_random_moments(child, tmp_path):
     """Without a model, so that only what is written counts; every kill leaves off somewhere else."""
     command, starts, expected = child
@@ -783,6 +785,7 @@ def test_killed_again_and_again_at_random_moments(child, tmp_path):
     assert json.loads((tmp_path / "out.tsv.run.json").read_text())["notes"] == {"missing column": 129}
 
 
+@pytest.mark.slow
 def test_launched_on_two_processes(root, model, tmp_path):
     rows = [(str(i), image(i)) for i in range(5)]
     (tmp_path / "in.tsv").write_bytes(tsv(*rows))
@@ -807,6 +810,7 @@ def test_help_is_quick(root):
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.slow
 def test_ten_real_rows_through_run_sh(shared, root, model, tmp_path):
     """The platform's own call on real input, in a submission folder whose path has spaces."""
     submission = tmp_path / "my work" / "submission"

@@ -62,6 +62,7 @@ def start(root, folder, *words):
     )
 
 
+@pytest.mark.slow
 def test_a_run_from_a_config_and_going_on_with_it(root, workplace):
     done = start(root, workplace, "config.json")
     assert done.returncode == 0, done.stderr
@@ -105,6 +106,7 @@ def test_bad_use_is_one_line_and_status_2(root, workplace, words, says):
     assert done.stderr.startswith(says) and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_one_line_and_status_2(root, workplace):
     config = json.loads((workplace / "model" / "config.json").read_text())
     other = workplace / "other"

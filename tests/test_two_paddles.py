@@ -11,6 +11,8 @@ import pytest
 
 from tests import two_paddles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(root, tmp_path_factory):

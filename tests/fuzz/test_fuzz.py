@@ -21,6 +21,8 @@ from tests.fuzz import targets
 from tests.helpers import image_bytes, tiny_config
 from tests.pickles import attacks, text
 
+pytestmark = pytest.mark.slow
+
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")),
     deadline=None,

@@ -223,6 +223,7 @@ def test_a_strangers_note_leads_to_no_model_that_the_stranger_does_not_know(base
         find_source(tuned)
 
 
+@pytest.mark.slow
 def test_both_programs_take_both_ways(base, rows, root, tmp_path):
     tuned = save_adapters(tmp_path / "tuned", base)
 

@@ -13,6 +13,8 @@ from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.trainer import resume
 from paddlemix.trainer.trainer import FinetuneTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tool(root):

@@ -86,6 +86,7 @@ def tune(folder):
 # ---- the whole
 
 
+@pytest.mark.slow
 def test_what_was_packed_passes(submission, merged, tmp_path, monkeypatch, capfd):
     """The real thing, end to end: the packed program predicts, and the report has a line per rule."""
     tune(submission)

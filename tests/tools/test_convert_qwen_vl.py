@@ -245,6 +245,7 @@ def test_goldens(shared, tmp_path):
                 np.testing.assert_array_equal(reader.read(name, "float32"), wanted[name])
 
 
+@pytest.mark.slow
 def test_the_script_gives_a_folder_that_everything_runs_on(tmp_path, tensors, root):
     source = write_public(tmp_path / "src", public_tensors(tensors))
     (source / "qwen.tiktoken").unlink()

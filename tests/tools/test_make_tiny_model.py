@@ -101,6 +101,7 @@ def test_the_folder_is_a_model(tool, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 def test_a_failed_pretraining_is_a_failure(root, tmp_path):
     captions = tmp_path / "captions.tsv"
     captions.write_text("".join(f"{i}\tZm9v\t{text}\n" for i, text in enumerate(CAPTIONS)), encoding="utf-8")

@@ -16,6 +16,8 @@ from paddlemix.trainer import callbacks, run_checkpoints
 from tests.trainer.forked import PATIENCE
 from tests.trainer.runs import final_weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 14
 
 

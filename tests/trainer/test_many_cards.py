@@ -12,6 +12,8 @@ from paddlemix.checkpoint import open_weights
 from paddlemix.trainer import run_checkpoints
 from tests.trainer.runs import COLOURS, final_weights, write_data
 
+pytestmark = pytest.mark.slow
+
 # Without dropout, whose random numbers each process draws for itself.
 ALIKE = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.0, "per_device_train_batch_size": 2}
 FULL = dict.fromkeys(

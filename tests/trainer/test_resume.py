@@ -80,6 +80,7 @@ def test_half_precision_resumes_bit_for_bit(run_keys, in_half_precision, capsys,
     assert f"{5 * trained} states are as they were" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(O2))
 def test_each_shard_of_half_precision_resumes_bit_for_bit(start_run, dtype):
     keys = dict(O2[dtype], sharding="stage1", sharding_parallel_degree=2)

@@ -14,6 +14,8 @@ from paddlemix.models.lora import apply_lora
 from paddlemix.models.mgen_vl.parameters import CONSTANTS, parameter_shapes
 from tests.trainer.runs import final_weights
 
+pytestmark = pytest.mark.slow
+
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*h.*mlp.c_proj.*"]
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_target_modules": TARGETS}
 WHOLE = dict.fromkeys(("lora", "lora_rank", "lora_alpha", "lora_dropout", "freeze_include", "freeze_exclude"), ...)

@@ -108,6 +108,7 @@ def fresh(code, root, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["", "file/below", "missing", None])
 def test_paddlenlp_is_imported_without_a_home(tmp_path, root, home):
     """A home that takes nothing to anyone, root included, lies below a file."""
@@ -128,6 +129,7 @@ def test_a_users_own_places_stay(tmp_path, root):
     assert fresh(code, root, HOME="/dev/null", PPNLP_HOME=str(tmp_path)).stdout == f"{tmp_path}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [None, "2"])
 def test_paddle_says_nothing_about_threads(root, threads):
     code = (
