@@ -1,4 +1,4 @@
-"""Make training data of a TSV: `python tools/convert_labels.py IN.tsv OUT_DIR` (SPEC §3, §4).
+"""Make training data of a TSV: `python tools/convert_labels.py IN.tsv OUT_DIR` (docs/formats.md).
 
 Reads `id \\t base64 \\t caption` rows (or `base64 \\t caption`) and writes to OUT_DIR:
 

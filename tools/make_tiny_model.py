@@ -114,7 +114,7 @@ def fixed_texts() -> List[str]:
 
 
 def make_config(args: argparse.Namespace, ranks: int):
-    """The configuration for a vocabulary of so many ranks; the special ids follow them (SPEC §5)."""
+    """The configuration for a vocabulary of so many ranks; the special ids follow them."""
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.tokenizer import IMG_START, SPECIAL_TOKENS
 

@@ -1,1 +1,1 @@
-"""The folder for the contest's platform (SPEC §3): packed, and held against the contest's rules."""
+"""The folder for the contest's platform (docs/formats.md, "Submission"): packed, and checked by the contest's rules."""

@@ -160,7 +160,7 @@ class ChatmlDataset:
     data_files: a path, a pattern, or a list of them (see find_files).
     chat_template: a file, a ChatTemplate, or None for the default.
     max_length: longest sample in tokens; texts are shortened to it, image spans never cut.
-    label_all_turn_markers: SPEC §3, label scheme (b).
+    label_all_turn_markers: labels (b) of docs/formats.md, "Training sequence".
 
     Raises:
         UserError: a file is missing or unreadable, or there is no record at all.

@@ -1,4 +1,4 @@
-"""From the contest's TSV to train.json, val.json and chat_template.json (SPEC §3), a row at a time.
+"""From the contest's TSV to train.json, val.json and chat_template.json (docs/formats.md), a row at a time.
 
     TsvRow → checks in this order: columns, base64, caption (cleaned, counted), image (verify), duplicate
            → record n = 0, 1, 2, … of the accepted rows: val.json when n % val_every == 0, train.json otherwise

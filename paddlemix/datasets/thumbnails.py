@@ -36,7 +36,7 @@ def shrink(data: bytes, side: int) -> bytes:
 
 
 def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = True) -> Dict[str, Thumbnail]:
-    """The first picture of each of `ids` that the TSV has a row of (SPEC §3). A picture that cannot be used says why.
+    """The first picture of each of `ids` that the TSV has a row of. A picture that cannot be used says why.
 
     Raises:
         UserError: the file cannot be read.

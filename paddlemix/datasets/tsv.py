@@ -1,4 +1,4 @@
-"""Rows of the contest's TSV: `id \\t base64 \\t caption`, one row per line, in a file of any size (SPEC §3).
+"""Rows of the contest's TSV: `id \\t base64 \\t caption`, one row per line, in a file of any size (docs/formats.md).
 
 What is a row: a physical line (ended by \\n or \\r\\n, or by the end of the file) that holds anything but
 spaces. Empty lines are no rows. A row never raises: what is wrong with it stands in its `error`, so that

@@ -23,7 +23,7 @@ import numpy as np
 from paddlemix.processors.metadata import MAX_EXIF, bounded, jpeg_size, webp_size
 from paddlemix.utils.errors import ImageError
 
-# CLIP's mean and standard deviation per channel (SPEC §5).
+# CLIP's mean and standard deviation per channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -271,7 +271,7 @@ def _high_bytes(image):
 
 
 class MGenVLImageProcessor:
-    """A picture to pixel values: bicubic resize to S × S, /255, minus mean, over std (SPEC §5).
+    """A picture to pixel values: bicubic resize to S × S, /255, minus mean, over std.
 
     image_size: S. mean, std: per channel, in 0 … 1.
     """

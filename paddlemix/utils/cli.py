@@ -1,4 +1,4 @@
-"""How every script reads its arguments and ends: status 0 when wholly done, one clear line otherwise (SPEC §4)."""
+"""How every script reads its arguments and ends: status 0 when the job is complete, one clear line otherwise."""
 
 from __future__ import annotations
 

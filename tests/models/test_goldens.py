@@ -123,7 +123,7 @@ def test_loss_and_gradients(shared, arrays, pixels):
         key = name if name in public else re.sub(r"(h|resblocks)\.\d+\.", r"\1.{layer}.", name)
         ours = public[key]["paddle"].replace("{layer}", layer.group(1) if layer else "")
         if ours == "visual.attn_pool.pos_embed":
-            assert ours not in gradients  # a constant here (SPEC §5)
+            assert ours not in gradients  # a constant here
             continue
         assert float(np.linalg.norm(gradients[ours])) == pytest.approx(norm, rel=1e-3), name
         checked += 1

@@ -1,4 +1,4 @@
-"""MGenConfig: config.json of a model folder (SPEC §5), checked when it is read."""
+"""MGenConfig: config.json of a model folder (docs/formats.md), checked when it is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VISUAL_7B = {
     "n_queries": 256,
 }
 
-# A resampler head is always this wide (SPEC §5: heads = output_dim // 128).
+# A resampler head is always this wide (heads = output_dim // 128).
 RESAMPLER_HEAD_DIM = 128
 
 # A configuration file comes with weights from strangers. Nothing real is near these; past them a typo or an attack

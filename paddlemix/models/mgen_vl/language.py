@@ -312,7 +312,7 @@ class MGenDecoder(MGenPretrainedModel):
     def factors(self, position_ids, alphas, end, fused, dtype):
         """attention_factors of these positions, which end before `end`, with log-n scaling beyond the trained context.
 
-        It is off while training, as NTK scaling is (SPEC §5). fused: the kernel scales queries itself.
+        It is off while training, as NTK scaling is. fused: the kernel scales queries itself.
         """
         config = self.config
         cos, sin = rotary_factors(position_ids, config.kv_channels, config.rotary_emb_base, alphas)

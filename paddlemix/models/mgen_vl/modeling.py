@@ -210,7 +210,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, config=None, dtype=None):
-        """Read a model folder (SPEC §3: .pdparams or safetensors, single or sharded).
+        """Read a model folder (docs/formats.md: .pdparams or safetensors, single or sharded).
 
         config: an MGenConfig to use in place of the folder's. dtype: "float32", "float16" or "bfloat16"; by default
         the configuration's, else what most tensors are stored in, changed to what the device can compute in. Tensors

@@ -1,4 +1,4 @@
-"""MGenVLTokenizer: tiktoken's byte-pair encoding with the chatml and image tokens of SPEC §5.
+"""MGenVLTokenizer: tiktoken's byte-pair encoding with the chatml and image tokens of docs/formats.md.
 
 An image span is `<img>`, n_queries ids, `</img>`. The ids between the tags are the bytes of a short name (a path), then
 `<imgpad>`; the model puts image features in their place, whatever they are. Image data never goes through BPE.

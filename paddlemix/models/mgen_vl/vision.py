@@ -101,7 +101,7 @@ class VisionTransformer(nn.Layer):
 
 
 class Vision(nn.Layer):
-    """The whole visual part: ViT, attn_pool, ln_post, proj (SPEC §5).
+    """The whole visual part: ViT, attn_pool, ln_post, proj.
 
     visual: config.json's `visual` object. Frozen parts build no gradient graph: nothing in front of the first
     trained parameter requires a gradient.
