@@ -139,7 +139,10 @@ def own_pages(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
     numpy asks for huge pages, which the system may first have to clear from its caches: for a whole model that took
     four times as long as reading it.
     """
-    memory = mmap.mmap(-1, max(1, size_of(dtype, shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, max(1, size_of(dtype, shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return np.empty(shape, NUMPY_TYPES[dtype])
     return np.frombuffer(memory, NUMPY_TYPES[dtype], math.prod(shape)).reshape(shape)
 
 

@@ -26,7 +26,7 @@ from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
 from paddlemix.trainer.tuned_model import choose_trainable, load_model
 from paddlemix.utils.files import only_writer
-from paddlemix.utils.log import logger
+from paddlemix.utils.log import logger, print_like_ours
 from paddlemix.utils.runtime import describe_threads, rank, seed_everything
 
 
@@ -140,9 +140,7 @@ def _parameters(run: Run) -> Dict[str, Parameter]:
 
 def _announce(run: Run) -> None:
     """Log what was asked for, and what became of it."""
-    # One form of line for the whole run, without PaddleNLP's colours and debug lines.
-    paddlenlp_logger.logger.handlers = logger.handlers[:1]
-    paddlenlp_logger.logger.setLevel("INFO")
+    print_like_ours(paddlenlp_logger.logger)
     for title, block in zip(("Model", "Data", "Generation"), run.arguments):
         print_block(title, block)
     for text in run.warnings:

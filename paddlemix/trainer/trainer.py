@@ -387,6 +387,7 @@ class FinetuneTrainer(Trainer):
                 },
             )
             run_checkpoints.publish(written, final)
+            logger.info(f"Saved model checkpoint to {final}")
         shutil.rmtree(partial)
         run_checkpoints.thin_out(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -412,7 +413,8 @@ class FinetuneTrainer(Trainer):
         The first process writes; those that share its matrices come here too and hand it their parts.
         """
         folder = output_dir or self.args.output_dir
-        logger.info(f"Saving model checkpoint to {folder}")
+        if folder == self.output_dir:
+            logger.info(f"Saving model checkpoint to {folder}")
         partial = os.path.join(folder, run_checkpoints.PARTIAL_PREFIX + "files")
         self.guard.check(base_of(self.model))
         if not self.args.should_save:

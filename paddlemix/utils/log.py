@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 from paddlemix.utils.progress import bars_aside
@@ -40,3 +41,21 @@ def _make_logger() -> logging.Logger:
 
 
 logger = _make_logger()
+
+# Lines of PaddleNLP that do not hold here: samples are skipped by index, which takes no time; what is saved has another
+# name for a moment.
+_LEFT_OUT = re.compile(r"--ignore_data_skip|consumed_samples to|[/\\]\.partial-")
+
+
+def _holds(record: logging.LogRecord) -> bool:
+    record.msg, record.args = record.getMessage().strip("\n"), ()
+    return not _LEFT_OUT.search(record.msg)
+
+
+def print_like_ours(other: logging.Logger) -> None:
+    """One form of line for a whole run: a library's logger without its colours, debug lines, and those that do not
+    hold."""
+    other.handlers = logger.handlers[:1]
+    other.setLevel("INFO")
+    if _holds not in other.filters:
+        other.addFilter(_holds)

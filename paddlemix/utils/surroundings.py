@@ -10,7 +10,7 @@ import importlib.machinery
 import io
 import os
 import sys
-from typing import Optional
+from typing import Iterator, Optional
 
 from paddlemix.utils.errors import UserError
 
@@ -19,7 +19,7 @@ def prepare() -> None:
     """Make Paddle and PaddleNLP importable here, without what they say about settings of ours."""
     open_standard_streams()
     _find_homes()
-    sys.meta_path.insert(0, _PaddleInSilence())
+    sys.meta_path.insert(0, _Around())
 
 
 def open_standard_streams() -> None:
@@ -89,32 +89,52 @@ def temporary_folder() -> Optional[str]:
         return None
 
 
-class _PaddleInSilence:
-    """Finds paddle.base, and lets it be imported without its two lines about an OMP_NUM_THREADS above 1.
+@contextlib.contextmanager
+def _without_thread_lines() -> Iterator[None]:
+    """Keep back Paddle's two lines about an OMP_NUM_THREADS above 1: they are meant for processes that share the cores,
+    and set_cpu_defaults sets it for one that has them."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        kept = [line for line in said.getvalue().splitlines(True) if "OMP_NUM_THREADS" not in line]
+        sys.stderr.write("".join(kept))
 
-    It is meant for machines that share the cores by data parallelism, and set_cpu_defaults sets it for those that do
-    not.
-    """
+
+@contextlib.contextmanager
+def _with_a_home() -> Iterator[None]:
+    """For a library that knows no variable but HOME."""
+    home = os.environ.get("HOME")
+    folder = None if _takes_files(os.path.expanduser(os.path.join("~", ".visualdl"))) else temporary_folder()
+    try:
+        if folder is not None:
+            os.environ["HOME"] = folder
+        yield
+    finally:
+        if folder is not None:
+            os.environ.pop("HOME")
+            os.environ.update({} if home is None else {"HOME": home})
+
+
+class _Around:
+    """Finds modules that are imported within a context."""
+
+    contexts = {"paddle.base": _without_thread_lines, "visualdl": _with_a_home}
 
     def find_spec(self, name, path=None, target=None):
-        if name != "paddle.base":
+        if name not in self.contexts:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: self._load(load, module)
-        return spec
 
-    @staticmethod
-    def _load(load, module) -> None:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                load(module)
-        finally:
-            kept = [line for line in said.getvalue().splitlines(True) if "OMP_NUM_THREADS" not in line]
-            sys.stderr.write("".join(kept))
+            def load_within(module):
+                with self.contexts[name]():
+                    load(module)
+
+            spec.loader.exec_module = load_within
+        return spec
 
 
 def check_shared_memory(workers: int, instead: str) -> None:

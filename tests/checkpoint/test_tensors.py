@@ -1,10 +1,14 @@
 """Conversion between dtypes, memory-mapped files, and the checks of shapes and names."""
 
+import errno
+import mmap
+import os
+
 import numpy as np
 import pytest
 
 from paddlemix.checkpoint import convert_dtype
-from paddlemix.checkpoint.tensors import MappedFile, check_shape, printable
+from paddlemix.checkpoint.tensors import MappedFile, check_shape, own_pages, printable
 from paddlemix.utils.errors import WeightsError
 
 
@@ -119,3 +123,25 @@ def test_arrays_outlive_the_file_and_forgotten_bytes_come_back(tmp_path):
         file.fileno()
     del file
     np.testing.assert_array_equal(view, data)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EIO])
+def test_a_file_system_without_mappings(tmp_path, monkeypatch, number):
+    """Some FUSE: the file is read, and what is given back to the system's cache stays."""
+    path = tmp_path / "weights"
+    data = np.arange(5000, dtype="<f4")
+    path.write_bytes(data.tobytes())
+
+    def refuse(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    if number == errno.EIO:
+        with pytest.raises(WeightsError, match="cannot read .*weights: Input/output error"):
+            MappedFile(str(path))
+        return
+    mapped = MappedFile(str(path))
+    array = mapped.array(0, "float32", (5000,))
+    mapped.forget(0, mapped.size)
+    mapped.close()
+    assert np.array_equal(array, data) and own_pages((2, 3), "bfloat16").shape == (2, 3)

@@ -15,7 +15,7 @@ import pytest
 from paddlemix.auto import AutoModelMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.models.lora import load_lora
-from paddlemix.trainer import run_checkpoints
+from paddlemix.trainer import command_line, run_checkpoints
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils import files
@@ -463,6 +463,17 @@ def test_a_signal_saves_and_says_how_to_go_on(run_keys, tmp_path, log, number, r
     assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
 
 
+def test_a_log_names_no_folder_that_is_there_for_a_moment(run_keys, tmp_path, capsys):
+    run(run_keys(**LORA, max_steps=2, save_steps=1))
+    (tmp_path / "out" / "train_results.json").unlink()
+    run(run_keys(**LORA, max_steps=3, save_steps=1, resume=True))
+    said = capsys.readouterr().err
+    assert "Continuing training from global step 2" in said
+    assert ".partial" not in said and "--ignore_data_skip" not in said
+    for name in ("checkpoint-1", "checkpoint-3"):
+        assert f"Saved model checkpoint to {tmp_path}/out/{name}" in said
+
+
 def test_nohup_goes_on_without_a_terminal(run_keys, request):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
@@ -471,6 +482,37 @@ def test_nohup_goes_on_without_a_terminal(run_keys, request):
     trainer.training_step = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGHUP) or step(*args, **kwargs)
     trainer.train()
     assert trainer.state.global_step == 2 and not trainer.stop.received
+
+
+def test_workers_need_no_room_in_shared_memory(run_keys, monkeypatch):
+    """Docker gives 64 MB, and a batch without room ends a run, or hangs it."""
+    trainer = start(run_keys(dataloader_num_workers=1, do_eval=True, **LORA))
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.num_workers == 1 and not loader.use_shared_memory
+        before = set(os.listdir("/dev/shm"))
+        batches = iter(loader)
+        next(batches)
+        # Paddle's are called so; what else lies there is other programs' business.
+        mine = f"paddle_{os.getpid()}_"
+        assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(mine)]
+    monkeypatch.setattr("multiprocessing.Lock", lambda: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+    with pytest.raises(UserError, match="/dev/shm takes nothing .* dataloader_num_workers 0"):
+        trainer.get_train_dataloader()
+
+
+def test_a_tilde_is_the_home_in_every_path(run_keys, tmp_path, monkeypatch, world):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.json").write_bytes(open(world[1], "rb").read())
+    (tmp_path / "model").symlink_to(world[0])
+    values = {
+        "model_name_or_path": "~/model", "output_dir": "~/out", "dataset": {"train": [{"data_files": "~/train.json"}]},
+        "do_train": True, "max_steps": 1, "lora": True, "report_to": ["none"], "disable_tqdm": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run(command_line.parse(["~/config.json"]))
+    with pytest.raises(ConfigError, match="holds the result of a run"):
+        run(command_line.parse(["~/config.json", "--output_dir=~/out", "--logging_dir", "~/runs"]))
+    assert final_weights(tmp_path / "out") and not os.path.exists("~")
 
 
 def test_one_run_writes_into_a_folder(run_keys, tmp_path):

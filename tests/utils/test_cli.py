@@ -1,5 +1,6 @@
 """Exit statuses, log lines, progress."""
 
+import logging
 import pickle
 import re
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from paddlemix.inference.prediction import show
 from paddlemix.utils import cli, errors
-from paddlemix.utils.log import logger
+from paddlemix.utils.log import logger, print_like_ours
 from paddlemix.utils.progress import Progress
 
 
@@ -70,6 +71,19 @@ def test_log_lines_have_the_notebooks_form(capsys):
     logger.warning("mind the gap")
     line = capsys.readouterr().err
     assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[ WARNING\] - mind the gap\n", line)
+
+
+def test_a_librarys_lines_are_ours_and_hold(capsys):
+    other = logging.Logger("other")
+    print_like_ours(other)
+    print_like_ours(other)
+    other.debug("no debug lines")
+    other.info("  Will skip the first 4 batches. You can add the `--ignore_data_skip` flag to your launch command")
+    other.info("Configuration saved in %s", "out/.partial-2/checkpoint-2/.partial-files/config.json")
+    other.info("\nTraining completed. \n")
+    other.info("Configuration saved in out/config.json")
+    lines = [line.split("] - ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["Training completed. ", "Configuration saved in out/config.json"]
 
 
 def test_progress_shows_rate_and_count(capsys, monkeypatch):

@@ -114,7 +114,12 @@ def test_paddlenlp_is_imported_without_a_home(tmp_path, root, home):
     """A home that takes nothing to anyone, root included, lies below a file."""
     (tmp_path / "file").write_text("")
     (tmp_path / "t").mkdir()
-    code = "import paddlemix, paddlenlp, os; print(os.environ.get('PPNLP_HOME'), os.environ.get('MPLCONFIGDIR'))"
+    code = (
+        "import paddlemix, paddlenlp, os; home = os.environ.get('HOME')\n"
+        "try:\n    import visualdl\nexcept ImportError:\n    pass\n"
+        "assert os.environ.get('HOME') == home\n"
+        "print(os.environ.get('PPNLP_HOME'), os.environ.get('MPLCONFIGDIR'))"
+    )
     environment = {"TMPDIR": str(tmp_path / "t"), "HOME": str(tmp_path / home) if home is not None else "not/absolute"}
     done = fresh(code, root, **environment)
     assert done.returncode == 0, done.stderr
@@ -137,8 +142,7 @@ def test_paddle_says_nothing_about_threads(root, threads):
         "if os.environ['OMP_NUM_THREADS'] == '1': os.environ['OMP_NUM_THREADS'] = '2'\n"
         "before = os.environ['OMP_NUM_THREADS']\n"
         "import paddle\n"
-        "assert os.environ['OMP_NUM_THREADS'] == before and not any('Silence' in type(one).__name__ for one in "
-        "sys.meta_path)\n"
+        "assert os.environ['OMP_NUM_THREADS'] == before\n"
         "paddle.matmul(paddle.rand([8, 8]), paddle.rand([8, 8]))\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
