@@ -59,7 +59,7 @@ from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tune
 from paddlemix.utils.compat import handed_over
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import seed_step
+from paddlemix.utils.runtime import peak_memory, seed_step
 from paddlemix.utils.surroundings import check_shared_memory
 
 # Lines of training that the history holds at most.
@@ -500,17 +500,6 @@ class FinetuneTrainer(Trainer):
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
             self.load_weights(best)
         return metrics
-
-
-def peak_memory() -> Dict[str, int]:
-    """Most bytes that this process's tensors took on its card so far, under PaddleNLP's name; empty on the CPU.
-
-    Paddle counts them by itself. PaddleNLP would read them with skip_memory_metrics off alone, which starts a thread
-    without a pause beside the one that launches the kernels.
-    """
-    if not paddle.get_device().startswith("gpu"):
-        return {}
-    return {"gpu_mem_max_memory_allocated": paddle.device.cuda.max_memory_allocated()}
 
 
 class _Bookkeeping(TrainerCallback):

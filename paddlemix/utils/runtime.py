@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 import zlib
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from paddlemix.utils.errors import UserError
 
@@ -275,6 +275,19 @@ def resolve_flash(requested: bool, compute: str, device: str) -> Tuple[bool, Opt
 
     capability = paddle.device.cuda.get_device_capability(device) if device.startswith("gpu") else (0, 0)
     return decide_flash(requested, compute, device, tuple(capability), FUSED_ATTENTION_ON_CPU)
+
+
+def peak_memory() -> Dict[str, int]:
+    """Most bytes that this process's tensors took on its card so far, under PaddleNLP's name; empty on the CPU.
+
+    Paddle counts them by itself. PaddleNLP would read them with skip_memory_metrics off alone, which starts a thread
+    without a pause beside the one that launches the kernels.
+    """
+    import paddle
+
+    if not paddle.get_device().startswith("gpu"):
+        return {}
+    return {"gpu_mem_max_memory_allocated": paddle.device.cuda.max_memory_allocated()}
 
 
 def seed_everything(seed: int) -> None:

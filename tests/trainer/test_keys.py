@@ -8,7 +8,6 @@ import paddle
 import pytest
 
 from paddlemix.trainer import finetune as module
-from paddlemix.trainer import trainer as trainer_module
 from paddlemix.trainer import tuned_model
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
@@ -123,7 +122,7 @@ def test_a_cards_peak_is_in_the_results_without_the_thread(run_keys, monkeypatch
     # What a GPU would answer when the steps are done.
     monkeypatch.setattr(paddle.device.cuda, "max_memory_allocated", lambda: 3 << 30)
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
-    assert trainer_module.peak_memory() == {"gpu_mem_max_memory_allocated": 3 << 30}
+    assert runtime.peak_memory() == {"gpu_mem_max_memory_allocated": 3 << 30}
 
 
 @pytest.mark.parametrize("tuning", ["lora", "lora_only", "attn_pool", "layers", "full", ""])
