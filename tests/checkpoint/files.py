@@ -9,6 +9,10 @@ import struct
 import zipfile
 
 import numpy as np
+import pytest
+
+from paddlemix.checkpoint import open_weights
+from paddlemix.utils.errors import WeightsError
 
 
 def arrays(seed=0):
@@ -115,3 +119,10 @@ def safetensors_bytes(header, data=b""):
 
 def entry(dtype, shape, begin, end):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def refused(path, match):
+    """Opening this file or folder of weights must raise one line that names it."""
+    with pytest.raises(WeightsError, match=match) as caught:
+        open_weights(str(path))
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)

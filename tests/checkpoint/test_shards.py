@@ -11,7 +11,7 @@ from paddlemix.checkpoint import convert_dtype, find_weights, open_weights, writ
 from paddlemix.checkpoint.shards import parse_size
 from paddlemix.checkpoint.tensors import Rows, rows_of
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
-from tests.checkpoint.files import arrays, torch_file
+from tests.checkpoint.files import arrays, refused, torch_file
 
 
 def items_of(named):
@@ -231,12 +231,6 @@ def test_sizes_that_are_none(text):
 
 def index(folder, weight_map, name="model_state.pdparams.index.json"):
     (folder / name).write_text(json.dumps({"metadata": {"total_size": 1.5e9}, "weight_map": weight_map}))
-
-
-def refused(folder, match):
-    with pytest.raises(WeightsError, match=match) as caught:
-        open_weights(str(folder))
-    assert "\n" not in str(caught.value)
 
 
 def test_what_a_folder_may_hold(tmp_path):

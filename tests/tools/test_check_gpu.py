@@ -1,8 +1,6 @@
 """The check of a GPU, by its rows on the CPU: all pass, and each fails when what it checks is broken."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
 import paddle
@@ -12,17 +10,14 @@ from paddlemix.inference.captioner import Captioner
 from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.trainer import resume
 from paddlemix.trainer.trainer import FinetuneTrainer
+from tools import check_gpu
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tool(root):
-    sys.path.insert(0, str(root / "tools"))
-    try:
-        yield importlib.import_module("check_gpu")
-    finally:
-        sys.path.pop(0)
+def tool():
+    return check_gpu
 
 
 @pytest.fixture(scope="module")

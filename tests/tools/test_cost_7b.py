@@ -1,23 +1,14 @@
 """The figures of docs/performance.md and docs/scale.md are those of the script."""
 
-import importlib
-import sys
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def tool(root):
-    sys.path.insert(0, str(root / "tools"))
-    try:
-        return importlib.import_module("cost_7b")
-    finally:
-        sys.path.pop(0)
+from tools import cost_7b
 
 
 @pytest.fixture(scope="module")
-def model(tool):
-    return tool.Model()
+def model():
+    return cost_7b.Model()
 
 
 @pytest.mark.parametrize(
@@ -25,13 +16,13 @@ def model(tool):
     [("performance", name) for name in ("training", "generation", "merging", "public")]
     + [("scale", name) for name in ("scale", "data")],
 )
-def test_the_docs_hold_the_scripts_tables(tool, model, root, document, name):
+def test_the_docs_hold_the_scripts_tables(model, root, document, name):
     text = (root / "docs" / f"{document}.md").read_text(encoding="utf-8")
-    printed = "\n".join(tool.TABLES[document][name](model))
+    printed = "\n".join(cost_7b.TABLES[document][name](model))
     assert printed in text, f"python tools/cost_7b.py {document} prints another table:\n{printed}"
 
 
-def test_counts_are_those_of_the_matrices(tool, model):
+def test_counts_are_those_of_the_matrices(model):
     assert model.parameters == 9_656_935_168 and model.adapters == 112_197_632
     assert model.cache_per_token() == 512 << 10
     # Two operations for each weight and token: all of the ViT's weights lie in matrices but a few.

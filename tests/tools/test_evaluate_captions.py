@@ -1,6 +1,5 @@
 """tools/evaluate_captions.py as a user runs it, but in this process."""
 
-import importlib.util
 import json
 import sys
 
@@ -8,20 +7,17 @@ import pytest
 
 from paddlemix.utils import cli
 from tests.helpers import image_base64
+from tools import evaluate_captions
 
 
 @pytest.fixture
 def run(root, tmp_path, monkeypatch, capsys):
     """Run the tool in tmp_path with some files; its exit status, stdout and last line of stderr."""
-    path = root / "tools" / "evaluate_captions.py"
-    spec = importlib.util.spec_from_file_location("evaluate_captions", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--workers", "0", "--quiet"])
-        status = cli.run(tool.main)
+        monkeypatch.setattr(sys, "argv", ["evaluate_captions.py", *arguments, "--workers", "0", "--quiet"])
+        status = cli.run(evaluate_captions.main)
         out, err = capsys.readouterr()
         return status, out, (err.splitlines() or [""])[-1]
 

@@ -1,7 +1,6 @@
 """The demo's ads: what captions say is what is drawn, the same seed gives the same bytes."""
 
 import base64
-import importlib
 import io
 import random
 import subprocess
@@ -12,56 +11,48 @@ import pytest
 from PIL import Image
 
 from paddlemix.utils.errors import UserError
+from tools import make_demo_data
 
 
 @pytest.fixture(scope="module")
-def demo_data(root):
-    sys.path.insert(0, str(root / "tools"))
+def font():
     try:
-        return importlib.import_module("make_demo_data")
-    finally:
-        sys.path.pop(0)
-
-
-@pytest.fixture(scope="module")
-def font(demo_data):
-    try:
-        return demo_data.find_font()
+        return make_demo_data.find_font()
     except UserError as error:
         pytest.skip(str(error))
 
 
-def test_both_styles_parse_back_exactly(demo_data):
-    for ad in demo_data.sample_ads(2000, seed=3):
-        for style in demo_data.STYLES:
-            assert demo_data.parse_caption(demo_data.write_caption(ad, style)) == ad._asdict()
+def test_both_styles_parse_back_exactly():
+    for ad in make_demo_data.sample_ads(2000, seed=3):
+        for style in make_demo_data.STYLES:
+            assert make_demo_data.parse_caption(make_demo_data.write_caption(ad, style)) == ad._asdict()
 
 
-def test_a_caption_counts_for_what_it_says(demo_data):
-    ad = demo_data.sample_ads(1, seed=1)[0]
-    caption = demo_data.write_caption(ad, "plain")
-    cut = demo_data.parse_caption(caption[: caption.index("，")])
+def test_a_caption_counts_for_what_it_says():
+    ad = make_demo_data.sample_ads(1, seed=1)[0]
+    caption = make_demo_data.write_caption(ad, "plain")
+    cut = make_demo_data.parse_caption(caption[: caption.index("，")])
     assert (cut["product"], cut["color"], cut["side"]) == (ad.product, ad.color, ad.side)
     assert cut["price"] is None and cut["slogan"] is None
-    assert set(demo_data.parse_caption("一只猫在睡觉。").values()) == {None}
+    assert set(make_demo_data.parse_caption("一只猫在睡觉。").values()) == {None}
     # A value that does not exist, or the fixed words of no style, say nothing.
-    assert demo_data.parse_caption("价格12元。")["price"] is None
-    assert demo_data.parse_caption("红色")["color"] is None
+    assert make_demo_data.parse_caption("价格12元。")["price"] is None
+    assert make_demo_data.parse_caption("红色")["color"] is None
 
 
-def test_ads_differ_and_depend_on_the_seed(demo_data):
-    ads = demo_data.sample_ads(3000, seed=5)
+def test_ads_differ_and_depend_on_the_seed():
+    ads = make_demo_data.sample_ads(3000, seed=5)
     assert len(set(ads)) == 3000
-    assert ads == demo_data.sample_ads(3000, seed=5) != demo_data.sample_ads(3000, seed=6)
-    for field, values in demo_data._words().items():
+    assert ads == make_demo_data.sample_ads(3000, seed=5) != make_demo_data.sample_ads(3000, seed=6)
+    for field, values in make_demo_data._words().items():
         assert {getattr(ad, field) for ad in ads} == set(values), field
     with pytest.raises(UserError, match="different ads"):
-        demo_data.sample_ads(10**9, seed=1)
+        make_demo_data.sample_ads(10**9, seed=1)
 
 
-def test_the_picture_shows_what_the_ad_says(demo_data, font):
-    ad = demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "72", "新品上市", "上方")
-    draw = lambda ad: np.asarray(demo_data.draw_ad(ad, random.Random(1), 160, font)).astype(int)  # noqa: E731
+def test_the_picture_shows_what_the_ad_says(font):
+    ad = make_demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "72", "新品上市", "上方")
+    draw = lambda ad: np.asarray(make_demo_data.draw_ad(ad, random.Random(1), 160, font)).astype(int)  # noqa: E731
     picture = draw(ad)
     assert picture.shape == (160, 160, 3)
 
@@ -74,24 +65,24 @@ def test_the_picture_shows_what_the_ad_says(demo_data, font):
     right = draw(ad._replace(side="右侧"))
     assert 90 < np.nonzero(red(right[40:110]))[1].mean() < 135
     # The background's colour is what most pixels have.
-    wanted = np.array(demo_data.BACKGROUND_COLORS["浅蓝色"])
+    wanted = np.array(make_demo_data.BACKGROUND_COLORS["浅蓝色"])
     assert np.abs(np.median(picture[40:].reshape(-1, 3), axis=0) - wanted).max() < 12
     # Each attribute changes the picture.
-    for field, values in demo_data._words().items():
+    for field, values in make_demo_data._words().items():
         other = next(value for value in values if value != getattr(ad, field))
         assert np.abs(draw(ad._replace(**{field: other})) - picture).max() > 60, field
 
 
-def test_characters_are_drawn_not_boxes(demo_data, font):
-    loaded = demo_data._load_font(font, 32)
+def test_characters_are_drawn_not_boxes(font):
+    loaded = make_demo_data._load_font(font, 32)
     missing = bytes(loaded.getmask("\U0010fffd"))
-    for slogan in demo_data.SLOGANS:
+    for slogan in make_demo_data.SLOGANS:
         for character in slogan:
             mask = loaded.getmask(character)
             assert sum(bytes(mask)) > 0 and bytes(mask) != missing, character
 
 
-def test_files_and_their_order(demo_data, font, root, tmp_path):
+def test_files_and_their_order(font, root, tmp_path):
     def make(out, workers):
         command = [sys.executable, str(root / "tools" / "make_demo_data.py"), str(out), "--size", "48"]
         command += ["--pretrain", "5", "--tune", "3", "--held_out", "4", "--workers", str(workers)]
@@ -108,7 +99,7 @@ def test_files_and_their_order(demo_data, font, root, tmp_path):
         return [line.split("\t") for line in files[name].decode().splitlines()]
 
     captions = [columns[-1] for name in ("pretrain.tsv", "tune.tsv", "held_out_captions.tsv") for columns in rows(name)]
-    assert len({tuple(demo_data.parse_caption(caption).items()) for caption in captions}) == 12
+    assert len({tuple(make_demo_data.parse_caption(caption).items()) for caption in captions}) == 12
     assert all(caption.startswith("一个") for caption in captions[:5])
     assert all("广告图" in caption for caption in captions[5:])
     ids = [columns[0] for columns in rows("held_out.tsv")]

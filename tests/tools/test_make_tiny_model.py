@@ -1,6 +1,5 @@
 """A small model with a vocabulary of its own: ranks, sizes, a whole folder."""
 
-import importlib
 import subprocess
 import sys
 
@@ -8,21 +7,13 @@ import numpy as np
 import pytest
 
 from paddlemix.utils.errors import UserError
+from tools import make_tiny_model
 
 CAPTIONS = ["一个红色的杯子放在画面左侧，价格99元。", "一个蓝色的瓶子放在画面右侧，价格19元。"] * 5
 
 
-@pytest.fixture(scope="module")
-def tool(root):
-    sys.path.insert(0, str(root / "tools"))
-    try:
-        return importlib.import_module("make_tiny_model")
-    finally:
-        sys.path.pop(0)
-
-
-def test_ranks_start_with_the_bytes_and_keep_characters_whole(tool):
-    ranks = tool.train_vocabulary(CAPTIONS, merges=12)
+def test_ranks_start_with_the_bytes_and_keep_characters_whole():
+    ranks = make_tiny_model.train_vocabulary(CAPTIONS, merges=12)
     assert ranks[:256] == [bytes([value]) for value in range(256)]
     assert len(set(ranks)) == len(ranks)
     known = set(ranks)
@@ -31,9 +22,9 @@ def test_ranks_start_with_the_bytes_and_keep_characters_whole(tool):
     # One rank per merge: "放在画面" is in every caption, so it grows to one entry.
     assert len(words) == 12 and "放在画面" in words
     # Equal texts give equal ranks, in whatever order they come.
-    assert ranks == tool.train_vocabulary(CAPTIONS[::-1], merges=12)
+    assert ranks == make_tiny_model.train_vocabulary(CAPTIONS[::-1], merges=12)
     # When nothing is left to merge, it stops.
-    assert len(tool.train_vocabulary(["啊"], merges=50)) == 256 + 2
+    assert len(make_tiny_model.train_vocabulary(["啊"], merges=50)) == 256 + 2
 
 
 def _is_text(rank):
@@ -44,35 +35,35 @@ def _is_text(rank):
     return True
 
 
-def test_captions_are_the_last_column(tool, tmp_path):
+def test_captions_are_the_last_column(tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_bytes("a\tZm9v\t红色\r\nb\tZm9v\t蓝 色\nlonely\n".encode())
-    assert tool.read_captions([str(path)]) == ["红色", "蓝 色"]
+    assert make_tiny_model.read_captions([str(path)]) == ["红色", "蓝 色"]
     with pytest.raises(UserError, match="cannot read"):
-        tool.read_captions([str(tmp_path / "none.tsv")])
+        make_tiny_model.read_captions([str(tmp_path / "none.tsv")])
     path.write_bytes(b"only one column\n")
     with pytest.raises(UserError, match="no captions"):
-        tool.read_captions([str(path)])
+        make_tiny_model.read_captions([str(path)])
 
 
-def test_what_follows_pretrain_is_handed_on(tool):
-    args, words = tool.parse_arguments(
+def test_what_follows_pretrain_is_handed_on():
+    args, words = make_tiny_model.parse_arguments(
         ["out", "--captions", "a", "b", "--seed", "3", "--pretrain", "c.json", "--x", "1"]
     )
     assert (args.out, args.captions, args.seed, words) == ("out", ["a", "b"], 3, ["c.json", "--x", "1"])
-    assert tool.parse_arguments(["out", "--captions", "a"])[1] == []
+    assert make_tiny_model.parse_arguments(["out", "--captions", "a"])[1] == []
     with pytest.raises(UserError, match="needs the configuration"):
-        tool.parse_arguments(["out", "--captions", "a", "--pretrain"])
+        make_tiny_model.parse_arguments(["out", "--captions", "a", "--pretrain"])
     with pytest.raises(UserError, match="divided"):
-        tool.parse_arguments(["out", "--captions", "a", "--heads", "3"])
+        make_tiny_model.parse_arguments(["out", "--captions", "a", "--heads", "3"])
 
 
-def test_the_folder_is_a_model(tool, tmp_path):
+def test_the_folder_is_a_model(tmp_path):
     from paddlemix.auto import AutoModelMIX, AutoProcessorMIX, AutoTokenizerMIX
 
     def make(name, *words):
-        args, _ = tool.parse_arguments([str(tmp_path / name), "--captions", "-", "--merges", "20", *words])
-        tool.make_model(args.out, CAPTIONS, args)
+        args, _ = make_tiny_model.parse_arguments([str(tmp_path / name), "--captions", "-", "--merges", "20", *words])
+        make_tiny_model.make_model(args.out, CAPTIONS, args)
         return args.out
 
     folder = make("a")

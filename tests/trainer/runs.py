@@ -8,6 +8,7 @@ import io
 import json
 
 import paddle
+import pytest
 
 from paddlemix.trainer.finetune import build, finetune
 from paddlemix.trainer.run import resolve
@@ -45,6 +46,41 @@ def start(keys):
 
 LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
 LORA_POOL = dict(LORA, freeze_include=["*visual*"], freeze_exclude=["*visual.attn_pool*"])
+
+
+# What every run leaves in output_dir beside its weights.
+LEFT = {
+    "tuned_from.json",
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "mgen.tiktoken",
+    "chat_template.json",
+    "train_results.json",
+    "all_results.json",
+    "trainer_state.json",
+    "training_args.bin",
+    "loss_curve.png",
+    "runs",
+}
+
+
+def killed_at(trainer, stop, monkeypatch):
+    """Train up to step `stop`, where the run ends as by a power cut: nothing is written after checkpoint-<stop>."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == stop:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    step = type(trainer).training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer), "training_step", killed)
+        with pytest.raises(Killed):
+            trainer.train()
 
 
 def final_weights(folder):

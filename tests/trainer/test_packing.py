@@ -11,9 +11,8 @@ from paddlemix.trainer import command_line
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import image_base64, refused, save_tiny_model
-from tests.trainer.runs import run, start
+from tests.trainer.runs import LORA, final_weights, killed_at, run, start
 
-LORA = {"lora": True, "lora_rank": 4, "lora_alpha": 8}
 MODES = [{"mixtoken": True, "max_length": 256}, {"group_by_modality_length": True}]
 
 
@@ -57,14 +56,6 @@ def run_keys(world, tmp_path):
         return command_line.from_values(values)
 
     return keys
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level("INFO")
-    return caplog
-
-
 
 
 def history(folder):
@@ -147,10 +138,6 @@ def test_a_pack_of_failures_is_another_good_sample(run_keys, tmp_path):
 # ---- resuming
 
 
-def final_weights(folder):
-    return paddle.load(str(folder / "lora_model_state.pdparams"), return_numpy=True)
-
-
 @pytest.mark.parametrize("mode", MODES, ids=["mixtoken", "grouped"])
 def test_a_resumed_run_ends_with_the_weights_of_one_go(run_keys, tmp_path, monkeypatch, mode):
     keys = dict(LORA, **mode, save_strategy="steps", save_steps=4, max_steps=5, lora_dropout=0.3)
@@ -160,19 +147,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_go(run_keys, tmp_path, monke
     # Step 4 is the first of the second epoch, and not its last.
     assert len(trainer._get_train_sampler()) == 3
 
-    class Killed(Exception):
-        pass
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 4:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    step = type(trainer).training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(type(trainer), "training_step", killed)
-        with pytest.raises(Killed):
-            trainer.train()
+    killed_at(trainer, 4, monkeypatch)
     run(run_keys(**keys, resume=True))
     ours, theirs = final_weights(tmp_path / "out"), final_weights(tmp_path / "whole")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
