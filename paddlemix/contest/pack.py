@@ -21,6 +21,7 @@ from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, VOCABULARIES, find_tuned_weights, gather, inside
 from paddlemix.contest.sources import REQUIREMENTS_NAME
 from paddlemix.inference.source import find_model_folder
+from paddlemix.models.mgen_vl.config_values import plain_config
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write, copy_file, link_or_copy
@@ -61,8 +62,6 @@ def open_model(path: str) -> WeightsReader:
     Raises:
         UserError: it is no merged model: a LoRA or partial checkpoint, a file or tensor missing; says what to do.
     """
-    from paddlemix.models.mgen_vl.configuration import MGenConfig
-
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give a merged model folder")
     if find_tuned_weights(path) is not None:
@@ -71,8 +70,7 @@ def open_model(path: str) -> WeightsReader:
     folder = find_model_folder(path)
     reader = open_weights(folder)
     try:
-        config = MGenConfig.from_pretrained(folder)
-        check_weights(reader, parameter_shapes(config), folder)
+        check_weights(reader, parameter_shapes(plain_config(folder)), folder)
         if not any(os.path.isfile(inside(folder, name)) for name in VOCABULARIES):
             raise WeightsError(f"{folder} has no vocabulary: put mgen.tiktoken into it")
     except BaseException:

@@ -16,10 +16,9 @@ import math
 import re
 from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
+from paddlemix.models.mgen_vl.config_values import RESAMPLER_HEAD_DIM
 from paddlemix.models.mgen_vl.parameters import CONSTANTS
 
-# head width of the connector (configuration.RESAMPLER_HEAD_DIM, which Paddle would come with).
-_POOL_HEAD = 128
 GPU_ALLOWANCE = 1 << 30
 
 Shapes = Dict[str, Tuple[int, ...]]
@@ -249,7 +248,7 @@ def _connector(config: Any, shapes: Shapes, batch: Batch, setting: Setting) -> i
     kept = n * P * w * act + n * P * D * (5 * act + wide) + n * Q * D * (4 * act + wide) + (Q + 3 * D) * D * act
     for name in ("visual.attn_pool.kv_proj.", "visual.attn_pool.attn.out_proj.", "visual.proj"):
         kept += _copies(shapes, name, setting)
-    heads = D // _POOL_HEAD
+    heads = D // RESAMPLER_HEAD_DIM
     if not setting.flash:
         kept += n * heads * Q * P * (4 if act == 4 else 6)
     return kept

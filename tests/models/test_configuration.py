@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS
+from paddlemix.models.mgen_vl.config_values import plain_config
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import tiny_config
@@ -14,6 +16,22 @@ def test_defaults_are_the_7b():
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 32, 151936)
     assert (config.visual["width"], config.visual["layers"], config.n_queries) == (1664, 48, 256)
     assert config.image_start_id == 151857 and config.model_type == "mgen"
+
+
+def test_read_without_paddle_it_has_the_same_values_and_refusals(tmp_path):
+    for values in ({"visual": {}}, tiny_config().to_dict()):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        plain, config = plain_config(str(tmp_path)), MGenConfig.from_pretrained(str(tmp_path))
+        for key in (*LANGUAGE_KEYS, "visual", "max_position_embeddings", "use_long_sequence_strategies"):
+            assert getattr(plain, key) == getattr(config, key), key
+    for values in ({}, {"visual": 1}, {"visual": {}, "hidden_size": -1}, {"visual": {"heads": 7}}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        messages = []
+        for read in (plain_config, MGenConfig.from_pretrained):
+            with pytest.raises(ConfigError) as error:
+                read(str(tmp_path))
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
 
 
 def test_round_trip(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from paddlemix.checkpoint import open_weights
 from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
 from paddlemix.processors.mgen_vl_processing import image_positions, label_positions
 from paddlemix.utils.errors import UserError, WeightsError
@@ -251,3 +252,24 @@ def test_pos_embed_never_trains():
     model(ids, images=pixels(1), labels=ids).loss.backward()
     optimizer.step()
     np.testing.assert_array_equal(model.visual.attn_pool.pos_embed.numpy(), before)
+
+
+def test_loading_says_what_was_read(tmp_path, monkeypatch, capsys):
+    from paddlemix.models.mgen_vl import modeling
+    from paddlemix.utils import progress
+
+    make_tiny_model(seed=0).save_pretrained(str(tmp_path), max_shard_size="200KB")
+    monkeypatch.setattr(modeling, "_BAR_BYTES", 1)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    model = MGenLMHeadModel.from_pretrained(str(tmp_path), dtype="float32")
+    count, files = len(model.state_dict()), len(list(tmp_path.glob("*.pdparams")))
+    assert files > 1
+    size = sum(tensor.numel().item() * 4 for tensor in model.state_dict().values()) / 1e9
+    said = capsys.readouterr().err
+    assert f"weights: {count} of {count} tensors, {files} files, {size:,.3g} GB, float32, " in said
+    assert "loading: 100%" in said
+    with open_weights(str(tmp_path)) as reader:
+        model.to(dtype="bfloat16")
+        model.fill(reader, {"lm_head.weight"})
+    said = capsys.readouterr().err
+    assert f"weights: 1 of {count} tensors, 1 file, " in said and "float32 → bfloat16" in said

@@ -33,6 +33,20 @@ def call(tmp_path, merged, monkeypatch, capfd):
     return run
 
 
+def test_hard_links_are_made_without_paddle(merged, root, tmp_path):
+    words = ["--weights", str(merged), "--out", str(tmp_path / "submission")]
+    program = f"""
+import sys
+sys.argv[1:] = {words!r}
+from tools import pack_submission
+assert pack_submission.main() == 0
+loaded = {{"paddle", "paddlenlp", "PIL", "transformers"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def refused(call, *flags, **kwargs):
     status, _, err = call(*flags, **kwargs)
     assert status == 2

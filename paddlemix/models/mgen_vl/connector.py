@@ -13,7 +13,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend
-from paddlemix.models.mgen_vl.configuration import RESAMPLER_HEAD_DIM
+from paddlemix.models.mgen_vl.config_values import RESAMPLER_HEAD_DIM
 from paddlemix.utils.compat import full_precision, keep_from_decorate
 
 # Every LayerNorm of the visual part.

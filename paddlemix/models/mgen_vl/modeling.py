@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -30,7 +31,11 @@ from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, image_position
 from paddlemix.utils.compat import full_precision
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
+from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import resolve_dtype
+
+# Weights of fewer bytes are read in a moment.
+_BAR_BYTES = 256 << 20
 
 
 @dataclass
@@ -238,12 +243,17 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         """Set parameters, all or those in `names`, from an open_weights reader that has been checked.
 
         Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part. On the CPU, what
-        has been read becomes the storage of a parameter that has none yet.
+        has been read becomes the storage of a parameter that has none yet. Large weights have a bar; what was read is
+        logged.
         """
-        split = self._cuts()
+        began = time.monotonic()
+        split, parameters = self._cuts(), self.state_dict()
         on_cpu = paddle.get_device() == "cpu"
-        for name, tensor in self.state_dict().items():
-            if names is None or name in names:
+        stored = {name: reader.info(name) for name in parameters if names is None or name in names}
+        size = sum(info.nbytes for info in stored.values())
+        with Progress(size, "loading", unit="B", unit_scale=True, disable=size < _BAR_BYTES) as bar:
+            for name, info in stored.items():
+                tensor = parameters[name]
                 dtype = str(tensor.dtype).replace("paddle.", "")
                 if name in split:
                     # A copy: a part may be a view of the file, which cannot be written to.
@@ -254,6 +264,15 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
                     tensor.set_value(array)
                 else:
                     tensor.get_tensor().set(array, paddle.CPUPlace(), True)
+                bar.update(info.nbytes)
+        kinds = [info.dtype for info in stored.values()], [str(parameters[name].dtype) for name in stored]
+        before, after = (", ".join(sorted({kind.replace("paddle.", "") for kind in one})) for one in kinds)
+        dtypes = before if before == after else f"{before} → {after}"
+        files = len({info.file for info in stored.values()})
+        logger.info(
+            f"weights: {len(stored)} of {len(parameters)} tensors, {files} file{'s' * (files != 1)}, "
+            f"{size / 1e9:,.3g} GB, {dtypes}, {time.monotonic() - began:.0f} s"
+        )
 
     def _cuts(self, is_split=True):
         """Split or merge action of each parameter that tensor parallelism cuts; none without it."""
