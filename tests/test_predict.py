@@ -20,6 +20,7 @@ import predict
 from paddlemix.inference import prediction
 from paddlemix.inference.captioner import BROKEN_ANSWER
 from paddlemix.inference.results import REPEATING, TRUNCATED, ResultsWriter
+from paddlemix.inference.row_shards import merge_shards
 from paddlemix.models.mgen_vl import captioning
 from paddlemix.models.mgen_vl.captioning import Candidate
 from paddlemix.utils import cli
@@ -40,8 +41,8 @@ def model(tmp_path_factory):
 def call(tmp_path, model, monkeypatch, capfd):
     """call(content, *flags) → (exit status, output lines as (id, caption), stdout, stderr)."""
 
-    def run(content, *flags, output="out.tsv", weights=model):
-        source = tmp_path / "in.tsv"
+    def run(content, *flags, output="out.tsv", weights=model, source="in.tsv"):
+        source = tmp_path / source
         if content is not None:
             source.write_bytes(content)
         target = tmp_path / output
@@ -51,7 +52,7 @@ def call(tmp_path, model, monkeypatch, capfd):
         status = cli.run(predict.main)
         said = capfd.readouterr()
         lines = None
-        if target.exists():
+        if target.exists() and status != 2:
             data = target.read_bytes().decode("utf-8")
             assert data == "" or data.endswith("\n")
             lines = [tuple(line.split("\t")) for line in data.split("\n")[:-1]]
@@ -707,6 +708,60 @@ def test_sigkill_at_any_time_and_an_ascii_locale(model, root, tmp_path):
         str(tmp_path / "in.tsv"), str(tmp_path / "whole.tsv"), model, max_new_tokens=8, batch_size=8
     )
     assert (tmp_path / "whole.tsv").read_text("utf-8") == killed
+
+
+def test_records_and_tables_give_what_their_tsv_gives(call, tmp_path):
+    """A val.json with images in it or referred to, a TSV of paths, a CSV of paths: the captions of the same images."""
+    from paddlemix.datasets.labels import Options, convert
+
+    rows = [(f"ad{n}", image(n), f"标题{n}") for n in range(4)]
+    _, expected, _, _ = call(tsv(*rows))
+    captions = [caption for _, caption in expected]
+    for images in ("inline", "reference"):
+        convert(str(tmp_path / "in.tsv"), str(tmp_path / images), Options(val_every=1, images=images), True)
+    (tmp_path / "pictures").mkdir()
+    for number in range(4):
+        (tmp_path / "pictures" / f"{number}.jpg").write_bytes(image_bytes(number))
+    (tmp_path / "t.tsv").write_text("".join(f"ad{n}\tpictures/{n}.jpg\n" for n in range(4)))
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"pictures/{n}.jpg,x\n" for n in range(4)))
+    for name, ids in (
+        ("inline/val.json", [f"identity_{n}" for n in range(4)]),
+        ("reference/val.json", [f"identity_{n}" for n in range(4)]),
+        ("t.tsv", [f"ad{n}" for n in range(4)]),
+        ("t.csv", [f"pictures/{n}.jpg" for n in range(4)]),
+    ):
+        status, lines, _, err = call(None, source=name)
+        assert (status, lines) == (0, list(zip(ids, captions))), name
+    call(None, "--shard", "1/2", source="t.csv", output="shared")
+    call(None, "--shard", "2/2", source="t.csv", output="shared")
+    merged = merge_shards(str(tmp_path / "shared"), str(tmp_path / "t.csv"))
+    assert merged["rows"] == 4
+    assert (tmp_path / "shared").read_text() == "".join(f"pictures/{n}.jpg\t{captions[n]}\n" for n in range(4))
+
+
+def test_paths_that_cannot_be_read_get_the_fallback(call, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(image_bytes(1))
+    rows = [("a", "a.jpg"), ("b", "gone.jpg"), ("c", "../a.jpg"), ("d", "https://host/a.jpg")]
+    status, lines, _, err = call(tsv(*rows))
+    assert status == 0 and [name for name, _ in lines] == list("abcd")
+    assert [caption == FALLBACK for _, caption in lines] == [False, True, True, True]
+    assert "1 × no such file" in err and "1 × image path leads out" in err and "1 × image is a URL" in err
+
+
+def test_records_that_ask_something_else_are_said(call, tmp_path):
+    record = {"id": "a", "conversations": [["图中有什么？", "x"]], "image": image(1)}
+    (tmp_path / "val.json").write_text(json.dumps([record]))
+    assert "ask '图中有什么？': to ask the same, give --prompt" in call(None, source="val.json")[3]
+    assert "to ask the same" not in call(None, "--prompt", "图中有什么？", source="val.json")[3]
+
+
+@pytest.mark.parametrize("there", ["tsv", "json"])
+def test_an_output_that_is_an_input_is_refused(call, tmp_path, there):
+    content = tsv(("a", image(1))) if there == "tsv" else json.dumps([{"id": "a", "image": image(1)}]).encode()
+    (tmp_path / "test.tsv").write_bytes(content)
+    status, _, _, err = call(tsv(("a", "一只猫")), output="test.tsv")
+    assert status == 2 and "holds images or records, not results: the order is INPUT OUTPUT MODEL" in err
+    assert (tmp_path / "test.tsv").read_bytes() == content
 
 
 CHILD = """

@@ -1,11 +1,13 @@
-"""Make training data of a TSV: `python tools/convert_labels.py IN.tsv OUT_DIR` (docs/formats.md).
+"""Make training data of a table of images and captions: `python tools/convert_labels.py IN OUT_DIR`.
 
-Reads `id \\t base64 \\t caption` rows (or `base64 \\t caption`) and writes to OUT_DIR:
+IN is a TSV of `id \\t base64 \\t caption` rows (or `base64 \\t caption`). In place of base64 a row may have the path of
+an image file in the folder of IN or below. A CSV is read, too, if its header names the columns: image (a path or
+base64) and caption, and perhaps id. What is written to OUT_DIR:
 
     train.json, val.json   one record per line; every 20th accepted row goes to val.json
     chat_template.json     the chat format, for the training config
-    ids.tsv                record id, id in the TSV, line in the TSV
-    rejected.tsv           line in the TSV, id, and the reason why there is no record of it
+    ids.tsv                record id, id in IN, line in IN
+    rejected.tsv           line in IN, id, and the reason why there is no record of it
 
 A row that cannot be used is counted and left out; it never ends the run.
 """
@@ -26,7 +28,7 @@ from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=cli.path, metavar="IN.tsv", help="images: JPEG, PNG, WebP, GIF or BMP")
+    parser.add_argument("input", type=cli.path, metavar="IN", help="rows with images: JPEG, PNG, WebP, GIF or BMP")
     parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
     parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")
     parser.add_argument("--val_every", type=int, default=20, metavar="N", help="0: no validation rows (default: 20)")
@@ -47,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",
-        help="inline copies each image; reference stores where it stands in IN.tsv, which must then stay as it is",
+        help="inline copies each image; reference stores where it is, in IN or a file, which must then stay as it is",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
@@ -74,6 +76,8 @@ def main() -> int:
         )
         for reason, count in result.rejected.most_common():
             print(f"  {count:10d}  {reason}", file=sys.stderr)
+    for text in result.warnings:
+        print(f"warning: {text}", file=sys.stderr)
     print(f"num of training set: {result.n_train}")
     print(f"num of validation set: {result.n_val}")
     return 0

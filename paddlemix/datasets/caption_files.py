@@ -7,15 +7,17 @@ from typing import Dict, List, Mapping, NamedTuple
 
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.records import SampleError, parse_record
+from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
     EMPTY_CAPTION,
     EMPTY_IMAGE,
+    IMAGE_IS_URL,
     NO_CAPTION,
     NO_IMAGE,
+    PATH_LEADS_OUT,
     check_input,
     is_image,
-    read_rows,
 )
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
@@ -77,7 +79,8 @@ def read_references(path: str, quiet: bool = True) -> References:
     """References by id. An id may come several times, each time with a further reference.
 
     A JSON file holds chatml records, whose first answer is the reference. In any other file a line is
-    `id \\t base64 \\t caption`, or `id \\t caption`; behind the latter each further column is one more reference.
+    `id \\t base64 \\t caption` (or as rows.py reads it), or `id \\t caption`; behind the latter each further column is
+    one more reference.
     quiet: show no progress.
 
     Raises:
@@ -123,12 +126,13 @@ def _of_rows(path: str, bar: Progress) -> References:
             position = row.next_offset
             second = bytes(row.image)
             reason = row.error
-            if is_image(second):
+            named = reason in (IMAGE_IS_URL, PATH_LEADS_OUT) and row.caption is not None
+            if row.place is not None or named or is_image(second):
                 has_images = True
-                captions = [row.caption]
+                captions, reason = [row.caption], None if named else reason
             else:
                 # A line of text; TsvRow says what it lacks as a row with an image.
-                if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION):
+                if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION, IMAGE_IS_URL, PATH_LEADS_OUT):
                     reason = None
                 elif reason == EMPTY_IMAGE and row.caption is None:
                     reason = EMPTY_CAPTION

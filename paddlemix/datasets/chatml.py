@@ -25,7 +25,8 @@ from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
-from paddlemix.datasets.tsv import MAX_ROW_BYTES
+from paddlemix.datasets.rows import base64_at, read_image
+from paddlemix.datasets.tsv import MAX_ROW_BYTES, ImagePlace
 from paddlemix.processors.content import count_images
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import (
@@ -328,20 +329,10 @@ class ChatmlDataset:
     def _image_bytes(self, source: Any, folder: str) -> bytes:
         if isinstance(source, str):
             return decode_base64(source)
-        if isinstance(source, tuple):
-            path = source[1]
-            if self._files.size(path) > MAX_ROW_BYTES:
-                raise SampleError(f"{path} is larger than the {MAX_ROW_BYTES >> 20} MB that are read")
-            return self._files.read(path, 0, MAX_ROW_BYTES)
-        path, offset, length = os.path.join(folder, source["file"]), source["offset"], source["length"]
-        # One byte more on either side: a column of a TSV has its ends there, unless the file has changed since.
-        before = min(offset, 1)
-        text = self._files.read(path, offset - before, length + before + 1)
-        field = text[before : before + length]
-        ends = text[:before] in (b"", b"\t", b"\n", b"\xbf") and text[before + length :] in (b"", b"\t", b"\n", b"\r")
-        if len(field) < length or not ends:
-            raise SampleError(f"{path} is not the file it was when the record was made; convert it again")
-        return decode_base64(field)
+        place = ImagePlace(source[1]) if isinstance(source, tuple) else ImagePlace.of_reference(source, folder)
+        if place.length:
+            return decode_base64(base64_at(self._files.read, place))
+        return read_image(place.file)
 
     def __getitem__(self, index: int) -> Union[Sample, Failure]:
         """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning)."""

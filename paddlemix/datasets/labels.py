@@ -1,4 +1,4 @@
-"""From the contest's TSV to train.json, val.json and chat_template.json (docs/formats.md), a row at a time.
+"""From the contest's TSV, or a table of images, to train.json, val.json and chat_template.json, a row at a time.
 
     TsvRow → checks in this order: columns, base64, caption (cleaned, counted), image (verify), duplicate
            → record n = 0, 1, 2, … of the accepted rows: val.json when n % val_every == 0, train.json otherwise
@@ -25,10 +25,11 @@ from collections import Counter, deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import IO, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 from paddlemix.datasets.json_index import IndexWriter
-from paddlemix.datasets.tsv import EMPTY_CAPTION, TsvRow, check_input, read_rows
+from paddlemix.datasets.rows import image_text, is_json, read_rows
+from paddlemix.datasets.tsv import EMPTY_CAPTION, MISSING_COLUMN, ImagePlace, TsvRow, check_input, is_image, unquoted
 from paddlemix.datasets.writing import WRITE_BYTES, BackgroundWriter, JsonArray
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
@@ -45,6 +46,7 @@ TOO_LONG = "caption too long"
 DUPLICATE = "duplicate"
 TRUNCATED = "truncated image"
 DECODER_DIED = "image decoder died"
+EXCHANGED = "image and caption exchanged"
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _EXACT_BYTES = 16 << 10
@@ -152,12 +154,20 @@ class Options(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """A row with the texts that go into its record, or the reason why it gets none."""
+    """A row with the texts that go into its record, or the reason why it gets none.
+
+    image: base64 text; that of a row which only names it has been read.
+    """
 
     row: TsvRow
     image: Union[bytes, memoryview]
     caption: str
     reason: Optional[str]
+
+
+def _exchanged(row: TsvRow) -> Optional[str]:
+    """EXCHANGED if the image is where the caption should be."""
+    return EXCHANGED if is_image((row.caption or "")[:256].encode()) else None
 
 
 def check_row(row: TsvRow, options: Options) -> Checked:
@@ -166,17 +176,20 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     The image of the result is plain base64 when options.images is "inline", and the row's own text otherwise.
     """
     if row.error:
-        return Checked(row, b"", "", row.error)
-    image: Union[bytes, memoryview] = row.image
-    inline = options.images == "inline"
-    if not _is_plain_base64(image, all_of_it=inline):
+        return Checked(row, b"", "", _exchanged(row) or row.error)
+    try:
+        image = image_text(row)
+    except ImageError as error:
+        return Checked(row, b"", "", error.reason)
+    inline = options.images == "inline" or row.image_offset < 0
+    if row.place is None and not _is_plain_base64(image, all_of_it=inline):
         try:
             data = decode_base64(row.image)
         except ImageError:
-            return Checked(row, b"", "", BAD_BASE64)
+            return Checked(row, b"", "", _exchanged(row) or BAD_BASE64)
         if inline:
             image = base64.b64encode(data)
-    caption = row.caption or ""
+    caption = unquoted(row.caption or "")
     if options.clean:
         caption = mend_caption(caption)
         if not caption:
@@ -189,18 +202,28 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     return Checked(row, image, caption, reason)
 
 
-def _decode_task(path: str, places: List[Tuple[int, int]]) -> List[Optional[str]]:
-    """In a worker: the problems of the images whose base64 stands at (offset, length) in the TSV."""
-    with open(path, "rb") as file:
-        return [decode_problem(os.pread(file.fileno(), length, offset)) for offset, length in places]
+# Where a worker finds an image: its place, or its base64 text where that is in no file.
+_Found = Union[ImagePlace, bytes]
+
+
+def _decode_task(places: List[_Found]) -> List[Optional[str]]:
+    """In a worker: the problems of these images."""
+
+    def problem(place: _Found) -> Optional[str]:
+        try:
+            named = isinstance(place, ImagePlace)
+            return decode_problem(image_text(TsvRow(0, "", b"", -1, 0, None, None, 0, place)) if named else place)
+        except ImageError as error:
+            return error.reason
+
+    return [problem(place) for place in places]
 
 
 class _Decoders:
     """Worker processes that decode images. A worker that dies (a decoder's crash, out of memory) is replaced, and
     the images it had are tried again one by one, so that the one to blame is found."""
 
-    def __init__(self, path: str, workers: int):
-        self._path = path
+    def __init__(self, workers: int):
         self._workers = workers
         self._start()
 
@@ -212,13 +235,13 @@ class _Decoders:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
 
-    def submit(self, places: List[Tuple[int, int]]) -> Optional[Future]:
+    def submit(self, places: List[_Found]) -> Optional[Future]:
         try:
-            return self._pool.submit(_decode_task, self._path, places)
+            return self._pool.submit(_decode_task, places)
         except BrokenProcessPool:
             return None  # result() tries again
 
-    def result(self, future: Optional[Future], places: List[Tuple[int, int]]) -> List[Optional[str]]:
+    def result(self, future: Optional[Future], places: List[_Found]) -> List[Optional[str]]:
         if future is not None:
             try:
                 return future.result()
@@ -228,7 +251,7 @@ class _Decoders:
         for place in places:
             for attempt in (1, 2):
                 try:
-                    problems += self._pool.submit(_decode_task, self._path, [place]).result()
+                    problems += self._pool.submit(_decode_task, [place]).result()
                     break
                 except BrokenProcessPool:
                     # The pool may have broken before this image: it is to blame only when it is alone in a new one.
@@ -244,13 +267,22 @@ class _Decoders:
 
 def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
     """The same rows in the same order, with the reason of those whose image cannot be decoded."""
-    decoders = _Decoders(path, workers)
-    waiting: Deque[Tuple[List[Checked], List[Tuple[int, int]], Optional[Future]]] = deque()
+    decoders = _Decoders(workers)
+    waiting: Deque[Tuple[List[Checked], List[_Found], Optional[Future]]] = deque()
     batch: List[Checked] = []
     held = 0
 
+    def place(item: Checked) -> _Found:
+        row = item.row
+        if row.place is not None or row.image_offset < 0:
+            return row.place or bytes(row.image)
+        return ImagePlace(path, row.image_offset, row.image_length)
+
+    def size(item: Checked) -> int:
+        return max(item.row.image_length, len(item.image))
+
     def submit() -> None:
-        places = [(item.row.image_offset, item.row.image_length) for item in batch if item.reason is None]
+        places = [place(item) for item in batch if item.reason is None]
         waiting.append((list(batch), places, decoders.submit(places)))
         batch.clear()
 
@@ -259,14 +291,14 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
         items, places, future = waiting.popleft()
         problems = iter(decoders.result(future, places))
         for item in items:
-            held -= item.row.image_length
+            held -= size(item)
             yield item if item.reason else item._replace(reason=next(problems))
 
     try:
         for item in stream:
             batch.append(item)
-            held += item.row.image_length
-            if len(batch) >= _VERIFY_BATCH or item.row.image_length >= WRITE_BYTES:
+            held += size(item)
+            if len(batch) >= _VERIFY_BATCH or size(item) >= WRITE_BYTES:
                 submit()
             while waiting and (len(waiting) > 2 * workers or held > _HELD_BYTES):
                 yield from finish()
@@ -282,18 +314,75 @@ class _NothingAccepted(Exception):
 
 
 class Result(NamedTuple):
-    """What a conversion did. rejected: rows per reason."""
+    """What a conversion did. rejected: rows per reason. warnings: what may be otherwise than meant."""
 
     n_train: int
     n_val: int
     rejected: Counter
+    warnings: List[str]
+
+
+# Letters that captions are made of and ids are not.
+_WORDS = re.compile("[\u4e00-\u9fff]{4}")
+
+
+class _Doubts:
+    """What is odd about accepted rows although each of them can be used."""
+
+    def __init__(self) -> None:
+        self._count: Counter = Counter()
+        # The first line of each kind.
+        self._first: Dict[str, int] = {}
+
+    def look(self, row: TsvRow, caption: str) -> None:
+        """caption: the row's, in its record."""
+        text = row.caption or ""
+        if text.startswith('"'):
+            if unquoted(text) != text:
+                self._add("unquoted", row)
+            elif text.count('"') % 2:
+                self._add("unclosed", row)
+        if _WORDS.search(row.id) and not _WORDS.search(caption) and len(caption) < len(row.id):
+            self._add("exchanged", row)
+
+    def _add(self, kind: str, row: TsvRow) -> None:
+        self._count[kind] += 1
+        self._first.setdefault(kind, row.line_no)
+
+    def warnings(self, n_train: int, n_val: int, val_every: int) -> List[str]:
+        found = []
+        unquoted_, unclosed, exchanged = (self._count[kind] for kind in ("unquoted", "unclosed", "exchanged"))
+        if unquoted_:
+            found.append(
+                f"{unquoted_} captions were quoted as in CSV (the first in line {self._first['unquoted']}): the quotes "
+                "were taken off"
+            )
+        if unclosed:
+            found.append(
+                f"{unclosed} captions open a quote that their line does not close (the first in line "
+                f"{self._first['unclosed']}): if a CSV writer made this of line breaks, they are cut there; write the "
+                "file without quoting and line breaks, or as CSV with a header"
+            )
+        if 2 * exchanged > n_train + n_val:
+            found.append(
+                f"{exchanged} rows have an id that reads like a caption, and a caption that does not: the columns are "
+                "id, image, caption; are two of them exchanged?"
+            )
+        if not n_train:
+            found.append("train.json is empty: all rows went to val.json; give more rows, or a larger --val_every")
+        if not n_val:
+            found.append(
+                "val.json is empty (--val_every 0): leave it out of the run's dataset.eval"
+                if not val_every else "val.json is empty"
+            )
+        return found
 
 
 OUTPUTS = ("train.json", "val.json", "chat_template.json", "ids.tsv", "rejected.tsv")
 
 
 def convert(path: str, out_dir: str, options: Options, disable_progress: bool = False) -> Result:
-    """Convert the TSV at `path` into the files OUTPUTS in `out_dir`; they appear together when all rows are done.
+    """Convert the rows of `path` (see rows.py) into the files OUTPUTS in `out_dir`, which appear together at the end.
 
     ids.tsv says which row a record came from (record id, the row's id, line number); rejected.tsv which rows were
     left out (line number, the row's id, reason).
@@ -304,12 +393,17 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             while it was read.
     """
     size = check_input(path)
+    if is_json(path):
+        raise UserError(f"{path} is JSON, as this command writes it, not a table of rows: give the TSV or CSV")
+    if os.path.isfile(out_dir):
+        raise UserError(f"OUT_DIR {out_dir} is a file: the order is IN OUT_DIR")
     shown = len(NAMED_IMAGE.findall(options.prompt))
     if shown > 1:
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
     check_folder(out_dir)
     keep_apart([path], [os.path.join(out_dir, name) for name in OUTPUTS])
     rejected: Counter = Counter()
+    doubts = _Doubts()
     try:
         free = shutil.disk_usage(nearest_folder(out_dir)).free
         # How much --dedupe leaves is not known before.
@@ -322,7 +416,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
         ) as bar, atomic_write(os.path.join(out_dir, "rejected.tsv")) as reject_file:
             try:
-                counts = _convert(path, out_dir, options, rejected, reject_file, bar)
+                counts = _convert(path, out_dir, options, rejected, doubts, reject_file, bar)
             except _NothingAccepted:
                 counts = None
     except OSError as error:
@@ -334,12 +428,20 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             if total
             else "it is empty"
         )
+        if total and rejected[MISSING_COLUMN] == total:
+            why += "; columns are separated by tabs, or by commas in a CSV whose header names image and caption"
         raise JobFailed(f"no usable row in {path}: {why}")
-    return Result(counts[0], counts[1], rejected)
+    return Result(counts[0], counts[1], rejected, doubts.warnings(*counts, options.val_every))
 
 
 def _convert(
-    path: str, out_dir: str, options: Options, rejected: Counter, reject_file: IO[str], bar: Progress
+    path: str,
+    out_dir: str,
+    options: Options,
+    rejected: Counter,
+    doubts: _Doubts,
+    reject_file: IO[str],
+    bar: Progress,
 ) -> Tuple[int, int]:
     """The counts of training and validation records. Nothing is kept when it raises."""
     stream: Iterable[Checked] = (check_row(row, options) for row in read_rows(path, want_caption=True))
@@ -347,10 +449,14 @@ def _convert(
         stream = _decode_checked(stream, path, options.workers)
     encode_text = json.JSONEncoder(ensure_ascii=False).encode
     middle = f', "conversations": [[{encode_text(options.prompt)}, '
-    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out_dir)).replace(os.sep, "/")
     inline_end = ']], "image": "'
-    # ASCII: a path need not be UTF-8.
-    reference_end = f']], "image": {{"file": {json.dumps(relative)}, "offset": '
+
+    def reference_to(file: str) -> str:
+        relative = os.path.relpath(os.path.realpath(file), os.path.realpath(out_dir)).replace(os.sep, "/")
+        # ASCII: a path need not be UTF-8.
+        return f']], "image": {{"file": {json.dumps(relative)}'
+
+    reference_end = reference_to(path)
     seen: Set[bytes] = set()
     accepted = done = 0
     with ExitStack() as stack:
@@ -388,10 +494,13 @@ def _convert(
                     continue
                 array = arrays[bool(options.val_every) and accepted % options.val_every == 0]
                 start = f',\n{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
-                if options.images == "inline":
+                doubts.look(row, caption)
+                if row.place is not None and options.images == "reference":
+                    array.add((start + reference_to(row.place.file) + "}}").encode())
+                elif options.images == "inline" or row.image_offset < 0:
                     array.add((start + inline_end).encode(), image, b'"}')
                 else:
-                    end = f'{reference_end}{row.image_offset}, "length": {row.image_length}}}}}'
+                    end = f'{reference_end}, "offset": {row.image_offset}, "length": {row.image_length}}}}}'
                     array.add((start + end).encode())
                 ids.write(f"identity_{accepted}\t{row_id}\t{row.line_no}\n")
                 accepted += 1

@@ -3,8 +3,8 @@
     {"id": …, "conversations": [[prompt, caption], …], "image": …}   (docs/formats.md)
 
 "image" is base64 text, a reference {"file", "offset", "length"} to base64 text in another file (beside the JSON, or
-relative to its folder), or a list of these; it may be missing. A prompt may hold its images itself, as
-`<img>path or base64</img>`.
+relative to its folder), {"file"} for an image file, or a list of these; it may be missing. A prompt may hold its images
+itself, as `<img>path or base64</img>`.
 
 Record text comes from anywhere, so it is bounded before it is parsed.
 """
@@ -130,6 +130,8 @@ def _check_source(image: Any) -> None:
     if isinstance(image, dict):
         file, offset, length = image.get("file"), image.get("offset"), image.get("length")
         # bool is an int to Python, not here.
+        if isinstance(file, str) and file and "\0" not in file and set(image) == {"file"}:
+            return
         if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
             if offset >= 0 and 0 < length <= MAX_ROW_BYTES:
                 return

@@ -1,11 +1,12 @@
-"""Small pictures of the rows of a TSV, for pages that show many of them."""
+"""Small pictures of the rows of a file, for pages that show many of them."""
 
 from __future__ import annotations
 
 import io
 from typing import Collection, Dict, NamedTuple
 
-from paddlemix.datasets.tsv import check_input, read_rows
+from paddlemix.datasets.rows import image_text, read_rows
+from paddlemix.datasets.tsv import check_input
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.utils.errors import ImageError
 from paddlemix.utils.progress import Progress
@@ -36,7 +37,7 @@ def shrink(data: bytes, side: int) -> bytes:
 
 
 def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = True) -> Dict[str, Thumbnail]:
-    """The first picture of each of `ids` that the TSV has a row of. A picture that cannot be used says why.
+    """The first picture of each of `ids` that the file has a row of. A picture that cannot be used says why.
 
     Raises:
         UserError: the file cannot be read.
@@ -51,7 +52,7 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
                 try:
                     if row.error:
                         raise ImageError(row.error)
-                    found[row.id] = Thumbnail(shrink(decode_base64(row.image), side), "")
+                    found[row.id] = Thumbnail(shrink(decode_base64(image_text(row)), side), "")
                 except ImageError as error:
                     found[row.id] = Thumbnail(b"", error.reason)
                 if len(found) == len(wanted):

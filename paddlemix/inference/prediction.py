@@ -6,9 +6,10 @@ import os
 import sys
 from collections import deque
 from itertools import count
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional, Union
 
-from paddlemix.datasets.tsv import FileState, TsvRow, check_input, read_rows
+from paddlemix.datasets.rows import first_prompt, image_text, is_json, read_rows
+from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.n_best import NBestWriter
@@ -26,7 +27,7 @@ from paddlemix.inference.row_shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
-from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import check_file, keep_apart
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -53,7 +54,8 @@ class _Rows:
         """
         with open(self._path, "rb") as file:
             file.seek(place.next_offset - 1)
-            if file.read(1) != b"\n" and place.next_offset != self._state.size:
+            # Records of a JSON file need not have lines of their own.
+            if file.read(1) != b"\n" and place.next_offset != self._state.size and not is_json(self._path):
                 raise JobFailed(f"no line of {self._path} begins at byte {place.next_offset}; give --restart")
         self.count = place.row
         self.read = self._shard.index + (place.row - 1) * self._shard.of
@@ -71,6 +73,23 @@ class _Rows:
                 self.count += 1
                 return row
         raise StopIteration
+
+
+def _image(row: TsvRow) -> Union[bytes, memoryview, Answer]:
+    """The base64 text of a row's image, or what to say of the row."""
+    try:
+        return image_text(row)
+    except ImageError as error:
+        return Answer(None, error.reason)
+
+
+def _check_not_input(path: str) -> None:
+    """Refuse an OUTPUT that exists and holds images: the order of the arguments is easily mistaken."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    first = None if is_json(path) else next(read_rows(path, want_caption=False), None)
+    if first is None or is_image(bytes(first.image[:256])):
+        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is INPUT OUTPUT MODEL")
 
 
 def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
@@ -137,6 +156,10 @@ def predict_file(
         output = shard.path(output)
     check_file(output, plain=True)
     keep_apart([input], [output, output + PARTIAL, output + SIDECAR])
+    _check_not_input(output)
+    asked = first_prompt(input)
+    if prompt is None and asked not in (None, DEFAULT_PROMPT):
+        logger.warning("the records of %s ask %r: to ask the same, give --prompt", input, asked)
     facts = input_facts(input)
     source = find_source(model, lora_path)
     fallback = single_line(fallback)
@@ -229,7 +252,7 @@ def _caption_rows(
         row = first
         while row is not None:
             waiting.append((row_id(row), row.line_no, row.next_offset))
-            yield Answer(None, row.error) if row.error else row.image
+            yield Answer(None, row.error) if row.error else _image(row)
             row = next(rows, None)
 
     with Progress(share.share(lines), desc="captions", unit="row", initial=results.done) as bar:

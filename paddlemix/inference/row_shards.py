@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
-from paddlemix.datasets.tsv import read_rows
+from paddlemix.datasets.rows import read_rows
 from paddlemix.inference.n_best import line_id as candidates_id
 from paddlemix.inference.results import (
     FORMAT,

@@ -23,6 +23,20 @@ from paddlemix.utils.surroundings import temporary_folder
 _BLOCK = 1 << 20
 
 
+def open_plain(path: str) -> IO[bytes]:
+    """A plain file, for reading, whatever a stranger has put in its place.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+    # Opening a pipe would wait for its writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return open(handle, "rb")
+
+
 # ---- where something is to be written, asked before the work is done
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
-import stat
 from typing import Any, Dict, List, Tuple, Type, Union
 
 from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
+from paddlemix.utils.files import open_plain
 
 # A configuration has a few KB; the index of a 7B has 80 KB, the log of a million steps some MB.
 MAX_CONFIG_BYTES = 4 << 20
@@ -70,12 +69,7 @@ def strict_json(
 
 def _read(path: str, limit: int, constants: bool, error: Type[UserError]) -> Dict[str, Any]:
     try:
-        # Opening a pipe would wait for its writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise error(f"cannot read {path}: not a regular file")
-        with open(handle, "rb") as file:
+        with open_plain(path) as file:
             data = file.read(limit + 1)
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}") from None

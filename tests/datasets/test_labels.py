@@ -74,7 +74,8 @@ def test_the_index_is_written_with_the_file(run, tmp_path, images):
 
 
 def test_rejected_rows_do_not_count(run, tmp_path):
-    bad = ["id only\n", "x\t!!!!\tcaption\n", f"y\t{JPEG}\n", f"z\t{JPEG}\t \n", b"w\t" + JPEG.encode() + b"\t\xff\n"]
+    bad = ["id only\n", "x\t!!!!\tcaption\n", f"y\t{JPEG}\n", f"z\t{JPEG}\t \n"]
+    bad.append(b"w\t" + JPEG.encode() + b"\t\xff\n")
     lines = [row(n) if n % 3 else bad[n // 3 % 5] for n in range(90)]
     train, val, rejected, result = run([*lines, "\n", "  \r\n"])
     assert (len(train), len(val)) == (57, 3)
@@ -305,17 +306,17 @@ def test_verify_looks_behind_a_long_header():
 def test_a_decoder_that_dies_costs_its_image_alone(run, monkeypatch):
     """os.abort in place of a decoder's crash; the same worker has other rows, too."""
     monkeypatch.setattr(labels, "_decode_task", _die_on_marked)
-    lines = [row(n, image=base64.b64encode(b"die" if n == 19 else b"ok").decode()) for n in range(22)]
+    lines = [row(n, image=base64.b64encode(b"die" * 9 if n == 19 else b"ok" * 9).decode()) for n in range(22)]
     train, _, rejected, _ = run(lines, val_every=0, verify="decode", workers=1)
     assert rejected == [("20", "ad19", labels.DECODER_DIED)]
     assert len(train) == 21
 
 
-def _die_on_marked(path, places):
-    with open(path, "rb") as file:
-        content = file.read()
-    for offset, length in places:
-        if base64.b64decode(content[offset : offset + length]) == b"die":
+def _die_on_marked(places):
+    for path, offset, length in places:
+        with open(path, "rb") as file:
+            content = file.read()
+        if base64.b64decode(content[offset : offset + length])[:3] == b"die":
             os._exit(9)
     return [None] * len(places)
 
@@ -339,7 +340,7 @@ def test_memory_held_for_decoding_is_bounded(monkeypatch):
 
 
 class _NoDecoders:
-    def __init__(self, path, workers):
+    def __init__(self, workers):
         pass
 
     def submit(self, places):
@@ -451,7 +452,9 @@ def test_ids_with_odd_characters_stay_in_their_column(run, tmp_path):
 )
 def test_every_row_is_a_record_or_rejected(tmp_path_factory, rows, images):
     tmp_path = tmp_path_factory.mktemp("labels")
-    (tmp_path / "in.tsv").write_bytes("\n".join("\t".join(row) for row in rows).encode())
+    lines = ["\t".join(row).encode() for row in rows]
+    (tmp_path / "in.tsv").write_bytes(b"\n".join(lines))
+    rows = [line for line in lines if line.strip()]
     options = Options(val_every=2, images=images)
     try:
         result = convert(str(tmp_path / "in.tsv"), str(tmp_path / "out"), options, disable_progress=True)
@@ -484,3 +487,86 @@ def test_a_bad_image_among_many_costs_itself_alone(run):
     train, val, rejected, _ = run(f"i{n}\t{image}\tcaption\n" for n, image in enumerate(images))
     assert rejected == [("8", "i7", "bad base64"), ("10", "i9", "bad base64")]
     assert {record["image"] for record in train + val} == {text}
+
+
+@pytest.mark.parametrize("images", ["inline", "reference"])
+@pytest.mark.parametrize("verify", ["none", "header", "decode"])
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_tables_of_image_files(run, tmp_path, images, verify, kind):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(image_bytes(number))
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    names = ["images/0.jpg", "images/1.jpg", "images/gone.jpg", "../in.tsv.jpg", "images/broken.jpg", "images/2.jpg"]
+    if kind == "tsv":
+        lines = [f"ad{n}\t{name}\t标题{n}\n" for n, name in enumerate(names)]
+    else:
+        lines = ["id,image,caption\n", *(f"ad{n},{name},标题{n}\n" for n, name in enumerate(names))]
+    train, _, rejected, _ = run(lines, val_every=0, images=images, verify=verify, workers=1)
+    reasons = {id_: reason for _, id_, reason in rejected}
+    broken = {} if verify == "none" else {"ad4": "not an image"}
+    assert reasons == {"ad2": "no such file", "ad3": tsv.PATH_LEADS_OUT, **broken}
+    good = [record for record in train if record["conversations"][0][1] != "标题4"]
+    if images == "inline":
+        assert [base64.b64decode(record["image"]) for record in good] == [image_bytes(n) for n in range(3)]
+    else:
+        assert [record["image"] for record in good] == [{"file": f"../images/{n}.jpg"} for n in range(3)]
+    tokenizer = byte_vocab_tokenizer(tmp_path)
+    dataset = ChatmlDataset(str(tmp_path / "out" / "train.json"), None, tokenizer, MGenVLImageProcessor(56))
+    processor = MGenVLImageProcessor(56)
+    from paddlemix.processors.images import open_image
+
+    wanted = [processor(open_image(image_bytes(number))) for number in range(3)]
+    places = [number for number, record in enumerate(train) if record in good]
+    assert all(np.array_equal(dataset.sample(place)["images"][0], pixels) for place, pixels in zip(places, wanted))
+
+
+def test_captions_quoted_as_in_csv_are_said(run, tmp_path):
+    """As csv.writer(delimiter="\\t") and DataFrame.to_csv(sep="\\t") write them."""
+    import csv
+
+    captions = ['他说"买一送一"', '"限时"特惠', "第一行\n第二行", "普通", "a\tb", '"品牌"']
+    with open(tmp_path / "in.tsv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["id", "image_base64", "caption"])
+        writer.writerows([f"id{number}", JPEG, caption] for number, caption in enumerate(captions))
+    train, _, rejected, result = run(None, val_every=0)
+    found = [record["conversations"][0][1] for record in train]
+    assert found == ['他说"买一送一"', '"限时"特惠', '"第一行', "普通", "a\tb", '"品牌"']
+    assert rejected == [("1", "id", "no image"), ("5", '第二行"', "missing column")]
+    assert len(result.warnings) == 3
+    assert "4 captions were quoted as in CSV (the first in line 2)" in result.warnings[0]
+    assert "1 captions open a quote that their line does not close (the first in line 4)" in result.warnings[1]
+
+
+def test_exchanged_columns_are_said(run):
+    lines = [f"这是第{n}张广告图片。\t{JPEG}\tad{n}\n" for n in range(5)]
+    assert "are two of them exchanged?" in run(lines)[3].warnings[0]
+    assert not run([f"商品编号{n}\t{JPEG}\t这是第{n}张广告图片。\n" for n in range(5)])[3].warnings
+    long = "这是一张很长的广告图片的描述。"
+    with pytest.raises(JobFailed, match="all 2 rows"):
+        run([f"ad0\t{long}\t{JPEG}\n", f"ad1\t短。\t{JPEG}\n"])
+
+
+def test_the_reason_of_an_exchanged_row(run, tmp_path):
+    long = "这是一张很长的广告图片的描述。"
+    _, _, rejected, _ = run([f"ad0\t{long}\t{JPEG}\n", f"ad1\t短。\t{JPEG}\n", row(2), row(3)])
+    assert [reason for _, _, reason in rejected] == [labels.EXCHANGED] * 2
+
+
+def test_an_empty_set_is_said(run):
+    assert "train.json is empty" in run([row(0)])[3].warnings[0]
+    assert "val.json is empty (--val_every 0)" in run([row(0)], val_every=0)[3].warnings[0]
+    assert run([row(0), row(1)])[3].warnings == []
+
+
+def test_what_is_no_table_is_named(run, tmp_path):
+    run([row(0), row(1)])
+    with pytest.raises(UserError, match="train.json is JSON, as this command writes it"):
+        convert(str(tmp_path / "out" / "train.json"), str(tmp_path / "two"), Options(), disable_progress=True)
+    with pytest.raises(UserError, match="is a file: the order is IN OUT_DIR"):
+        convert(str(tmp_path / "in.tsv"), str(tmp_path / "in.tsv"), Options(), disable_progress=True)
+    with pytest.raises(UserError, match="is a folder"):
+        convert(str(tmp_path / "out"), str(tmp_path / "in.tsv"), Options(), disable_progress=True)
+    with pytest.raises(JobFailed, match="in a CSV whose header names image and caption"):
+        run(["a,b,c\n", "1,2,3\n"])

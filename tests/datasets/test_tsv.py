@@ -29,8 +29,8 @@ def test_training_rows(tmp_path):
     caption = "红色的\t杯子"
     content = b"a1\t%s\t%s\nb2\t%s\tx" % (JPEG, caption.encode(), PNG)
     first, second = rows_of(tmp_path, content)
-    assert first == (1, "a1", JPEG, 3, len(JPEG), caption, None, content.index(b"b2"))
-    assert second == (2, "b2", PNG, content.index(PNG), len(PNG), "x", None, len(content))
+    assert first == (1, "a1", JPEG, 3, len(JPEG), caption, None, content.index(b"b2"), None)
+    assert second == (2, "b2", PNG, content.index(PNG), len(PNG), "x", None, len(content), None)
 
 
 def test_rows_without_an_id(tmp_path):
@@ -52,7 +52,15 @@ def test_rows_without_an_id(tmp_path):
         (b"a\t" + UNKNOWN, tsv.NO_CAPTION, "a"),
         (b"a\tsome caption", tsv.NO_IMAGE, "a"),
         (b"a\t\tcaption", tsv.EMPTY_IMAGE, "a"),
-        (b"\t\t", tsv.EMPTY_IMAGE, ""),
+        (b"\t\tx", tsv.EMPTY_IMAGE, ""),
+        (b"id\timage_base64\tcaption", tsv.NO_IMAGE, "id"),
+        (b"a\tNone\tcaption", tsv.NO_IMAGE, "a"),
+        (b"a\tnan\tcaption", tsv.NO_IMAGE, "a"),
+        (b"a\thttps://host/a.jpg\tcaption", tsv.IMAGE_IS_URL, "a"),
+        (b"a\t../a.jpg\tcaption", tsv.PATH_LEADS_OUT, "a"),
+        (b"a\timages/../../a.jpg\tcaption", tsv.PATH_LEADS_OUT, "a"),
+        (b"a\t/elsewhere/a.jpg\tcaption", tsv.PATH_LEADS_OUT, "a"),
+        (b"a\timages/a.jpg", tsv.NO_CAPTION, "a"),
         (b"a\t%s\t" % JPEG, tsv.EMPTY_CAPTION, "a"),
         (b"a\t%s\t \t " % JPEG, tsv.EMPTY_CAPTION, "a"),
         (b"a\t%s\t\xff\xfe" % JPEG, tsv.CAPTION_NOT_UTF8, "a"),
@@ -61,7 +69,9 @@ def test_rows_without_an_id(tmp_path):
 def test_bad_rows_cost_themselves_alone(tmp_path, line, error, row_id):
     good = b"g\t%s\tcaption\n" % JPEG
     before, bad, after = rows_of(tmp_path, good + line + b"\n" + good)
-    assert (bad.error, bad.id, bad.caption, bad.line_no) == (error, row_id, None, 2)
+    assert (bad.error, bad.id, bad.line_no, bad.place) == (error, row_id, 2, None)
+    read = error in (tsv.NO_IMAGE, tsv.IMAGE_IS_URL, tsv.PATH_LEADS_OUT) and line.count(b"\t") == 2
+    assert bad.caption == ("caption" if read else None)
     assert before.error is after.error is None
     assert after.line_no == 3
 
@@ -88,6 +98,60 @@ def test_line_ends_bom_and_empty_lines(tmp_path):
         (5, "b", "two"),
         (6, "c", "th\rree"),
     ]
+
+
+@pytest.mark.parametrize("blank", [b"\t", b" \t ", b"\t\t\r", b""])
+def test_blank_lines_are_no_rows(tmp_path, blank):
+    content = b"a\t%s\tone\n" % JPEG + blank + b"\nb\t%s\ttwo\n" % PNG + blank
+    assert [row.line_no for row in rows_of(tmp_path, content)] == [1, 3]
+
+
+def test_lines_that_end_with_cr_alone_are_named(tmp_path):
+    content = b"".join(b"id%d\t%s\tcaption\r" % (number, JPEG) for number in range(6))
+    for want_caption in (True, False):
+        with pytest.raises(UserError, match=r"its lines end with CR alone.*: tr '\\r' '\\n' < "):
+            rows_of(tmp_path, content, want_caption)
+    # A CR inside a caption is a character like any other.
+    (row,) = rows_of(tmp_path, b"a\t%s\tone\rtwo\tthree\n" % JPEG)
+    assert row.caption == "one\rtwo\tthree"
+
+
+def test_a_writer_that_quotes_every_field(tmp_path):
+    content = b'"a"\t"%s"\t"one ""two"""\n"b"\t"%s"\t"three"\n' % (JPEG, PNG)
+    rows = rows_of(tmp_path, content)
+    assert [(row.id, bytes(row.image), row.caption) for row in rows] == [("a", JPEG, 'one "two"'), ("b", PNG, "three")]
+
+
+@pytest.mark.parametrize(
+    "text, meant",
+    [
+        ('"he said ""two for one"""', 'he said "two for one"'),
+        ('"""now"" only"', '"now" only'),
+        ('"with\ttab"', "with\ttab"),
+        ('"a title"', '"a title"'),
+        ('"now" only', '"now" only'),
+        ('"5"" and "more"', '"5"" and "more"'),
+        ('say ""x""', 'say ""x""'),
+        ('"', '"'),
+    ],
+)
+def test_only_what_a_csv_writer_quoted_is_unquoted(text, meant):
+    assert tsv.unquoted(text) == meant
+
+
+def test_paths_in_place_of_base64(tmp_path):
+    content = "a\timages/1.JPG\tone\nb\t图 片.png\ttwo\nc.jpg\tthree\tfour\n1.webp\tfive\n".encode()
+    rows = rows_of(tmp_path, content)
+    found = [(row.id, row.place and row.place.file[len(str(tmp_path)) + 1 :], row.caption, row.error) for row in rows]
+    assert found == [
+        ("a", "images/1.JPG", "one", None),
+        ("b", "图 片.png", "two", None),
+        ("c.jpg", None, "four", tsv.NO_IMAGE),
+        ("1.webp", "1.webp", "five", None),
+    ]
+    # An id may look like a path; the second column is the image then.
+    (row,) = rows_of(tmp_path, b"1.jpg\tNone\n", want_caption=False)
+    assert (row.id, bytes(row.image), row.place) == ("1.jpg", b"None", None)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\r\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
@@ -144,7 +208,7 @@ field = st.text(st.characters(blacklist_characters="\t\n\r", blacklist_categorie
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(field, st.binary(min_size=1, max_size=80), field.filter(str.strip), st.booleans()), max_size=8),
+    st.lists(st.tuples(field, st.binary(min_size=20, max_size=80), field.filter(str.strip), st.booleans()), max_size=8),
     st.sampled_from([b"\n", b"\r\n"]),
 )
 def test_what_is_written_is_read(tmp_path_factory, written, line_end):
@@ -160,6 +224,7 @@ def test_what_is_written_is_read(tmp_path_factory, written, line_end):
         lines[0] = lines[0][3:]
     rows = rows_of(tmp_path, line_end.join(lines))
     assert [row.error for row in rows] == [None] * len(lines)
+    assert [row.place for row in rows] == [None] * len(lines)
     assert [b"\t".join([row.id.encode(), bytes(row.image), row.caption.encode()]) for row in rows] == lines
 
 
@@ -174,8 +239,13 @@ def test_any_bytes_give_a_row_per_line(tmp_path_factory, pieces):
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
     text = content[3:] if content.startswith(b"\xef\xbb\xbf") else content
-    wanted = sum(bool(line.rstrip(b"\r").strip()) or b"\t" in line for line in text.split(b"\n"))
+    wanted = sum(bool(line.strip()) for line in text.split(b"\n"))
     for want_caption in (True, False):
-        rows = rows_of(tmp_path_factory.mktemp("tsv"), content, want_caption)
+        try:
+            rows = rows_of(tmp_path_factory.mktemp("tsv"), content, want_caption)
+        except UserError as error:
+            assert "CR alone" in str(error) and b"\r" in text.split(b"\n")[0]
+            continue
         assert len(rows) == wanted
-        assert all((row.caption is not None) == (want_caption and row.error is None) for row in rows)
+        assert all(row.caption is None or want_caption for row in rows)
+        assert all(row.caption is not None or row.error is not None for row in rows if want_caption)

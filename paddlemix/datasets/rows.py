@@ -1,0 +1,276 @@
+"""Rows with images, whatever file they come in, and the bytes of their images.
+
+    TSV     `id \\t base64 \\t caption`, or the path of an image file in place of base64 (tsv.py)
+    CSV     a header that names the columns: image (or path, file_name, …), and perhaps id and caption
+    JSON    the records of a train.json or val.json, with their ids
+
+A path is relative to the folder of the file that names it, and must stay in that folder. Only plain files are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import os
+from typing import Callable, Dict, Iterator, List, Optional, Union
+
+from paddlemix.datasets import tsv
+from paddlemix.datasets.records import Record, SampleError, parse_record
+from paddlemix.datasets.tsv import (
+    CAPTION_NOT_UTF8,
+    EMPTY_CAPTION,
+    EMPTY_IMAGE,
+    MAX_ROW_BYTES,
+    MISSING_COLUMN,
+    NO_CAPTION,
+    NO_IMAGE,
+    FileState,
+    ImagePlace,
+    TsvRow,
+    check_input,
+    find_image,
+)
+from paddlemix.utils.errors import ImageError, UserError
+from paddlemix.utils.files import open_plain
+
+BAD_RECORD = "bad record"
+SEVERAL_IMAGES = "several images"
+
+_HEAD_BYTES = 1 << 16
+_BOM = b"\xef\xbb\xbf"
+# Names of a CSV's columns, as other projects write them.
+_COLUMNS = {
+    "id": ("id", "image_id"),
+    "image": ("image", "image_path", "path", "file_name", "filename", "file"),
+    "caption": ("caption", "text"),
+}
+
+
+# ---- which kind
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return head[3:] if head.startswith(_BOM) else head
+
+
+def is_json(path: str) -> bool:
+    """Whether a file, as check_input takes it, holds JSON records."""
+    head = _head(path).lstrip()
+    return head[:1] == b"{" or (head[:1] == b"[" and head[1:].lstrip()[:1] in (b"{", b"]", b""))
+
+
+def _csv_columns(path: str) -> Optional[Dict[str, int]]:
+    """Where a CSV's header has the columns; None if the first line is no such header."""
+    first = _head(path).split(b"\n", 1)[0]
+    if b"\t" in first or b"," not in first:
+        return None
+    names = [name.strip().lower() for name in next(csv.reader([first.decode("utf-8", "replace").rstrip("\r")]), [])]
+    found = {
+        column: names.index(name) for column, known in _COLUMNS.items() for name in reversed(known) if name in names
+    }
+    return found if "image" in found else None
+
+
+# ---- rows
+
+
+def read_rows(
+    path: str, want_caption: bool, offset: int = 0, first_line: int = 1, state: Optional[FileState] = None
+) -> Iterator[TsvRow]:
+    """The rows of a file in order, as tsv.read_rows gives them: what is wrong with one is in its `error`.
+
+    offset, first_line: where to begin, and the number of that line (of that record in JSON). state: the file as it must
+    be still.
+
+    Raises:
+        UserError: as check_input; or captions are wanted, and a CSV has no column of them.
+        JobFailed: the file changed while it was read.
+    """
+    check_input(path)
+    if is_json(path):
+        return _json_rows(path, offset, first_line, state)
+    columns = _csv_columns(path)
+    if columns is None:
+        return tsv.read_rows(path, want_caption, offset=offset, first_line=first_line, state=state)
+    if want_caption and "caption" not in columns:
+        raise UserError(f"{path}: the header names no column caption")
+    return _csv_rows(path, columns, want_caption, offset, first_line, state)
+
+
+def first_prompt(path: str) -> Optional[str]:
+    """What the first record of a JSON file asks; None for any other file."""
+    if not is_json(path):
+        return None
+    record = next((record for _, _, record in _records(path) if isinstance(record, Record)), None)
+    return None if record is None else record.turns[0][0]
+
+
+def _records(path: str, offset: int = 0, state: Optional[FileState] = None) -> Iterator:
+    """(begin, end, Record or None where it cannot be used) of a JSON file's records from `offset` on."""
+    # Not needed for --help, which would load numpy with it.
+    from paddlemix.datasets.json_index import record_bounds
+
+    folder = os.path.dirname(os.path.realpath(path))
+    with open(path, "rb") as file:
+        before = state or FileState.of(file.fileno())
+        for begin, end in record_bounds(path).tolist():
+            if begin < offset:
+                continue
+            before.check(path, file.fileno())
+            record = None
+            if end - begin <= MAX_ROW_BYTES + 4096:
+                file.seek(begin)
+                try:
+                    record = parse_record(file.read(end - begin), folder)
+                except SampleError:
+                    pass
+            yield begin, end, record
+
+
+def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -> Iterator[TsvRow]:
+    folder = os.path.dirname(os.path.realpath(path))
+    for number, (begin, end, record) in enumerate(_records(path, offset, state), first):
+        if record is None:
+            yield TsvRow(number, "", b"", begin, 0, None, BAD_RECORD, end)
+            continue
+        image: Union[bytes, memoryview] = b""
+        place = error = None
+        if len(record.images) != 1:
+            error = SEVERAL_IMAGES if record.images else NO_IMAGE
+        elif isinstance(record.images[0], str):
+            image = record.images[0].encode("utf-8", "replace")
+        elif isinstance(record.images[0], tuple):
+            place = ImagePlace(record.images[0][1])
+        else:
+            place = ImagePlace.of_reference(record.images[0], folder)
+        yield TsvRow(number, record.id, image, -1, len(image), record.turns[0][1], error, end, place)
+
+
+def _csv_rows(
+    path: str, columns: Dict[str, int], want_caption: bool, offset: int, first_line: int, state: Optional[FileState]
+) -> Iterator[TsvRow]:
+    folder = os.path.dirname(path)
+    csv.field_size_limit(MAX_ROW_BYTES)
+    position = offset
+
+    def lines() -> Iterator[str]:
+        nonlocal position
+        with open(path, "rb") as file:
+            before = state or FileState.of(file.fileno())
+            file.seek(offset)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), first_line):
+                before.check(path, file.fileno())
+                if len(line) > MAX_ROW_BYTES:
+                    raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB")
+                position += len(line)
+                line = line[3:] if number == 1 and line.startswith(_BOM) else line
+                # Names of files need not be UTF-8.
+                yield line.decode("utf-8", "surrogateescape")
+
+    reader = csv.reader(lines())
+    try:
+        for cells in reader:
+            # A row's last line: the next one begins behind it. The file's first line is the header.
+            line_no = first_line - 1 + reader.line_num
+            if line_no > 1 and any(cell.strip() for cell in cells):
+                yield _csv_row(line_no, cells, columns, want_caption, folder, position)
+    except csv.Error as error:
+        raise UserError(f"{path}: line {first_line - 1 + reader.line_num}: {error}") from None
+
+
+def _csv_row(
+    line_no: int, cells: List[str], columns: Dict[str, int], want_caption: bool, folder: str, next_offset: int
+) -> TsvRow:
+    def cell(name: str) -> Optional[str]:
+        return cells[columns[name]].strip() if name in columns and columns[name] < len(cells) else None
+
+    def readable(text: str) -> str:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    image, caption, error, place = cell("image"), None, None, None
+    text = b"" if image is None else image.encode("utf-8", "surrogateescape")
+    if image is None:
+        error = MISSING_COLUMN
+    elif not image:
+        error = EMPTY_IMAGE
+    else:
+        place, error = find_image(text, folder, want_caption)
+    if want_caption and error is None:
+        # A caption is one line everywhere else.
+        caption = " ".join((cell("caption") or "").split("\n")).replace("\r", "") or None
+        if cell("caption") is None:
+            error = NO_CAPTION
+        elif caption is None:
+            error = EMPTY_CAPTION
+        elif any("\udc80" <= letter <= "\udcff" for letter in caption):
+            caption, error = None, CAPTION_NOT_UTF8
+    name = cell("id") or (image if place is not None else "")
+    return TsvRow(line_no, readable(name), text, -1, len(text), caption, error, next_offset, place)
+
+
+# ---- their images
+
+
+def image_text(row: TsvRow) -> Union[bytes, memoryview]:
+    """The base64 text of a row's image, which is read if the row has only its place.
+
+    Raises:
+        ImageError: there is no such file, or it cannot be an image.
+    """
+    if row.place is None:
+        return row.image
+    if row.place.length:
+        return base64_at(_read_once, row.place)
+    return base64.b64encode(read_image(row.place.file))
+
+
+def read_image(path: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it is missing, no plain file, or too large.
+    """
+    # Not needed for --help, which would load numpy with it.
+    from paddlemix.processors import images
+
+    try:
+        with open_plain(path) as file:
+            data = file.read(images.MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageError("no such file", f"there is no file {path}") from None
+    except OSError as error:
+        raise ImageError("cannot read the file", f"cannot read {path}: {error.strerror}") from None
+    if len(data) > images.MAX_BYTES:
+        raise ImageError("image too large", f"{path} is larger than {images.MAX_BYTES >> 20} MB")
+    return data
+
+
+def base64_at(read: Callable[[str, int, int], bytes], place: ImagePlace) -> bytes:
+    """The base64 text at a place. read: (file, offset, length) → bytes, fewer at the end of the file.
+
+    Raises:
+        ImageError: no column of a TSV begins and ends there any more.
+    """
+    # One byte more on either side: a column has its ends there, unless the file has changed since.
+    before = min(place.offset, 1)
+    text = read(place.file, place.offset - before, place.length + before + 1)
+    field = text[before : before + place.length]
+    ends = text[:before] in (b"", b"\t", b"\n", b"\xbf", b'"')
+    ends = ends and text[before + place.length :] in (b"", b"\t", b"\n", b"\r", b'"')
+    if len(field) < place.length or not ends:
+        raise ImageError(
+            "changed file", f"{place.file} is not the file it was when the record was made; convert it again"
+        )
+    return field
+
+
+def _read_once(path: str, offset: int, length: int) -> bytes:
+    try:
+        with open_plain(path) as file:
+            return os.pread(file.fileno(), length, offset)
+    except FileNotFoundError:
+        raise ImageError("no such file", f"there is no file {path}") from None
+    except OSError as error:
+        raise ImageError("cannot read the file", f"cannot read {path}: {error.strerror}") from None
