@@ -14,7 +14,7 @@
 # it). Relative paths, all three of them, count from the caller's folder if INPUT and WEIGHTS exist there, else from the
 # folder of predict.py if both exist there.
 #
-# The exit status is that of predict.py: 0 when all is done, 2 for bad usage with one line that says what to mend.
+# The exit status is that of predict.py: 0 when all is done, 2 for bad usage with one line that says what to change.
 
 fail() {
     printf 'error: %s\n' "$1" >&2

@@ -2,7 +2,7 @@
 
 Ours is a step of `generate`, PaddleNLP's loop included; the baseline PaddleNLP's layers over a concatenated cache. The
 time is split into attention (cache and rotary included), the layers' matmuls, lm_head, and the rest, of which Python
-and Paddle's calls are what the same number of layers takes with next to nothing to compute. It is held against
+and Paddle's calls are what the same number of layers takes with next to nothing to compute. It is compared with
 the time in which the memory can deliver what a step reads at least, by the bandwidth measured in the same run.
 """
 

@@ -151,7 +151,7 @@ class Bench:
         self, name: str, value: float, unit: str, at_least: Optional[float] = None, at_most: Optional[float] = None,
         **more: Any,
     ) -> None:  # fmt: skip
-        """A number with the bound it is held against, if any. `more` goes into the JSON; baseline, ours: seconds."""
+        """A number with its bound, if any. `more` goes into the JSON; baseline, ours: seconds."""
         row = {"name": name, "value": value, "unit": unit, **more}
         if at_least is not None:
             row.update(bound=f"≥ {at_least:g} {unit}", met=value >= at_least)

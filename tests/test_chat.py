@@ -75,7 +75,7 @@ def test_chat_and_predict_agree(call, model, tmp_path):
 @pytest.mark.parametrize(
     "image, says",
     [
-        ("no/such/file.jpg", "no/such/file.jpg is no file"),
+        ("no/such/file.jpg", "no/such/file.jpg is not a file"),
         ("http://127.0.0.1:9/x.jpg", "cannot fetch http://127.0.0.1:9/x.jpg"),
         ("ftp://example.org/x.jpg", "only http and https"),
     ],

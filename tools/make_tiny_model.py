@@ -107,7 +107,7 @@ def read_captions(paths: List[str]) -> List[str]:
 
 
 def fixed_texts() -> List[str]:
-    """What stands in every sequence beside the caption, so that it costs few tokens."""
+    """The fixed text of every sequence, so that it costs few tokens."""
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, DEFAULT_SYSTEM
 
     return [DEFAULT_SYSTEM, DEFAULT_PROMPT, "system\n", "user\nPicture 1: ", "assistant\n"]
@@ -174,7 +174,7 @@ def prepare_vision(visual) -> None:
 
 def make_model(out: str, captions: List[str], args: argparse.Namespace):
     """Write the model folder: vocabulary, tokenizer files, configurations, random weights. Returns the model."""
-    # Each fixed text counts as often as there are captions: it stands in as many sequences.
+    # Each fixed text counts as often as there are captions: it is in as many sequences.
     ranks = train_vocabulary(captions + fixed_texts() * len(captions), args.merges)
     vocabulary = os.path.join(out, "mgen.tiktoken")
     with atomic_write(vocabulary, "wb") as file:

@@ -151,7 +151,7 @@ def find_tuned_weights(folder: str) -> Optional[str]:
 
 
 def merge_command(tuned: str, base: Optional[str] = None, text: Optional[str] = None) -> str:
-    """The command that makes a model folder of what a run tuned, to be copied; BASE stands for an unknown base."""
+    """The command that makes a model folder of what a run tuned, to be copied; BASE is written for an unknown base."""
     words = ["python", "merge_lora_params.py", "--model_name_or_path", base or "BASE", "--lora_path", tuned]
     words += ["--text_model_name_or_path", text] if text is not None else []
     return " ".join(shlex.quote(word) for word in [*words, "--merge_model_path", os.path.normpath(tuned) + "-merged"])

@@ -124,10 +124,10 @@ class SafetensorsWriter:
         self._sink.write(struct.pack("<Q", len(data)) + data)
 
     def tensor(self, name: str, dtype: str, shape: Tuple[int, ...]) -> None:
-        """Nothing stands between two arrays."""
+        """There are no bytes between two arrays."""
 
     def after_tensor(self) -> None:
-        """Nothing stands between two arrays."""
+        """There are no bytes between two arrays."""
 
     def end(self) -> None:
         """The file ends with the last array."""

@@ -245,7 +245,7 @@ def open_weights(path: str) -> WeightsReader:
             files.append(MappedFile(shard_path))
             for key, tensor in _parse(files[-1]).items():
                 if key in tensors:
-                    raise WeightsError(f"{printable(key)} stands in {where[key]} and in {shard_path}")
+                    raise WeightsError(f"{printable(key)} is in both {where[key]} and {shard_path}")
                 if table is not None and table.get(key) != shard:
                     listed = "another file" if key in table else "no file"
                     raise WeightsError(
@@ -349,7 +349,7 @@ def write_sharded(
     """Write weights into a folder, a tensor at a time: one file if it fits `max_shard_size`, else shards and
     an index.
 
-    items: (name, dtype, shape, read) per tensor; read() is called once, when its turn comes. progress: told the bytes
+    items: (name, dtype, shape, read) per tensor; read() is called once, in turn. progress: called with the bytes
     written, as it goes. All files take their names when all are whole; weights that were there before are then
     removed. Returns the file names written.
 

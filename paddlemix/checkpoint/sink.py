@@ -26,7 +26,7 @@ _WAITING = 8
 class Sink:
     """An unbuffered binary file (`buffering=0`) with its position, for a `with` block, at whose end all is written.
 
-    `progress` is told the bytes of tensors written.
+    `progress` is called with the bytes of tensors written.
     """
 
     def __init__(self, file, progress: Optional[Callable[[int], None]] = None):

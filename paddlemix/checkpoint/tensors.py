@@ -303,7 +303,7 @@ def convert_dtype(array: np.ndarray, src: str, dst: str, out: Optional[np.ndarra
     the result goes, of another dtype and the same size, in C order.
 
     Raises:
-        WeightsError: a dtype that is no floating-point type, or a finite value beyond `dst`'s range.
+        WeightsError: a dtype that is not a floating-point type, or a finite value beyond `dst`'s range.
     """
     if src == dst:
         return array

@@ -102,7 +102,7 @@ class Unpickler:
     """Reads one pickle from `view[start:stop]` and returns plain objects, Blobs, and what the handlers make.
 
     calls: (module, name) → function of ours, called with the arguments that the file gives to that name.
-    names: (module, name) → object of ours that stands for a name which the file only hands on.
+    names: (module, name) → our object for a name that the file only passes on.
     persistent: takes a persistent id (torch's references to its storages), or None to refuse them.
 
     Raises:
@@ -265,7 +265,7 @@ class Unpickler:
             if type(key) is int and not -MAX_KEY < key < MAX_KEY:
                 raise WeightsError(f"refused: a dictionary key that is a number beyond {MAX_KEY:,}")
             if key in target:
-                raise WeightsError(f"the key {printable(str(key))} stands in it twice")
+                raise WeightsError(f"the key {printable(str(key))} is in it twice")
             target[key] = value
 
     def _set_item(self) -> None:
@@ -288,7 +288,7 @@ class Unpickler:
 
     def _global(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise WeightsError("broken: a name that is no string")
+            raise WeightsError("broken: a name that is not a string")
         symbol = Symbol(module, name)
         if (module, name) in self._names:
             self._push(self._names[module, name])
@@ -305,7 +305,7 @@ class Unpickler:
 
     def _handler(self, symbol: Any) -> Handler:
         if type(symbol) is not Symbol:
-            raise WeightsError("broken: a call of something that is no name")
+            raise WeightsError("broken: a call of something that is not a name")
         handler = self._calls.get((symbol.module, symbol.name))
         if handler is None:
             raise WeightsError(

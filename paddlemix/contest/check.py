@@ -186,7 +186,7 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
     ours = language_shapes(model.reader)
     if base is None:
         theirs = {name: shape for name, shape in parameter_shapes(model.config).items() if is_language(name)}
-        found.notes.append("held against its own config.json; give --base for the model that was tuned")
+        found.notes.append("compared with its own config.json; give --base to compare with the model that was tuned")
     else:
         theirs = language_shapes(base.reader)
         for key in LANGUAGE_KEYS:

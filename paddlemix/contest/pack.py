@@ -60,7 +60,7 @@ def open_model(path: str) -> WeightsReader:
     """The weights of a whole model folder with all its files, or of the only one inside `path`.
 
     Raises:
-        UserError: it is no merged model: a LoRA or partial checkpoint, a file or tensor missing; says what to do.
+        UserError: not a merged model: a LoRA or partial checkpoint, a file or tensor missing; says what to do.
     """
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give a merged model folder")
@@ -89,7 +89,7 @@ def check_target(out: str, inputs: List[str], overwrite: bool) -> None:
     model_folder.check_new_folder(out, inputs, overwrite or not there)
     strange = [name for name in there if name not in NAMES]
     if strange:
-        raise UserError(f"{out} holds {strange[0]}, which is no part of a submission: give another folder")
+        raise UserError(f"{out} holds {strange[0]}, which does not belong to a submission: give another folder")
 
 
 def check_beside(folder: str) -> None:
@@ -100,7 +100,7 @@ def check_beside(folder: str) -> None:
     """
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         if name != SUMS_NAME and not name.endswith((".pdparams", ".safetensors", ".bin")):
-            raise UserError(f"{folder} holds {name}, which is no weights file: move it away")
+            raise UserError(f"{folder} holds {name}, which is not a weights file: move it away")
 
 
 def pack_submission(

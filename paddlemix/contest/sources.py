@@ -164,7 +164,7 @@ def parse_requirement(line: str) -> Optional[Requirement]:
     """A line of requirements.txt, or None for a blank one, a comment or an option.
 
     Raises:
-        UserError: it is no requirement that pip takes by name.
+        UserError: not a requirement that pip takes by name.
     """
     text = re.sub(r"(^|\s)#.*$", "", line).strip()
     if not text or text.startswith("-"):

@@ -90,7 +90,7 @@ def look_through(
     A base in another dtype is first converted, so that only what was tuned counts as changed.
 
     Raises:
-        WeightsError: a file is broken where a tensor stands.
+        WeightsError: the bytes of a tensor are broken.
     """
     bad: Dict[str, int] = {}
     changes: Dict[str, Change] = {}

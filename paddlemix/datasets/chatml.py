@@ -164,7 +164,7 @@ class ChatmlDataset:
     label_all_turn_markers: labels (b) of docs/formats.md, "Training sequence".
 
     Raises:
-        UserError: a file is missing or unreadable, or there is no record at all.
+        UserError: a file is missing or unreadable, or there are no records.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class ChatmlDataset:
         return part, index - (self._ends[number] - len(part.bounds))
 
     def record_text(self, index: int) -> bytes:
-        """The bytes of a record as they stand in the file, with what little stands around it.
+        """The bytes of a record in the file, and the few around it.
 
         Raises:
             SampleError: longer than MAX_ROW_BYTES, or the file has become shorter.
@@ -366,7 +366,7 @@ class ChatmlDataset:
         return Failure(reason)
 
     def _name(self, index: int) -> str:
-        """The id of a record, which may be unreadable, and where it stands."""
+        """The id of a record, which may be unreadable, and its file and number."""
         part, row = self._place(index)
         start, end = part.bounds[row].tolist()
         try:

@@ -60,7 +60,7 @@ class MGenVLCollator:
         holds fewer samples), and no label on a sample's first token, which the one before it would have to predict.
         What the model would have to wait for its device to find is found here: label_positions, image_positions, int64,
         [] where there are none.
-        A Failure is no row, and its reason is the batch's "failure" (see raise_failure).
+        A Failure does not make a row; its reason is the batch's "failure" (see raise_failure).
         """
         packed = any(isinstance(row, list) for row in samples)
         rows = [row if isinstance(row, list) else [row] for row in samples]

@@ -159,7 +159,7 @@ def scan_records(path: str) -> np.ndarray:
 
 
 def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
-    """The layout of a file, and for "indent" what stands in front of each record: a line break and blanks."""
+    """The layout of a file, and for "indent" what comes before each record: a line break and blanks."""
     good = bad = 0
     file.seek(0)
     if file.read(3) != _BOM:

@@ -1,6 +1,6 @@
 """The lengths in tokens of all records of a JSON file: counted once, then kept in a file beside it.
 
-`.train.json.len` stands beside `.train.json.idx`. It is believed as long as the JSON keeps its size and modification
+`.train.json.len` is kept beside `.train.json.idx`. It is believed as long as the JSON keeps its size and modification
 time, and vocabulary, chat template and max_length are those it was made with; otherwise it is made anew, and written if
 the folder takes it.
 """
@@ -104,7 +104,7 @@ def _measure_range(measure: Measure, begin: int, end: int) -> np.ndarray:
         try:
             tokens, has_image = measure(row)
             stored[row - begin] = 2 * tokens + has_image
-        except Exception:  # of whatever kind; it is told when the record's turn comes
+        except Exception:  # of whatever kind; it is reported when the record's turn comes
             continue
     return stored
 

@@ -61,7 +61,7 @@ def parse_record(text: bytes, folder: str = "") -> Record:
     folder: where image paths in prompts are looked for, beside the working directory.
 
     Raises:
-        SampleError: it is no JSON, or not a record of the form above.
+        SampleError: not JSON, or not a record of the form above.
     """
     text = text.strip(b" \t\r\n,[]\xef\xbb\xbf")
     if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
@@ -135,7 +135,7 @@ def _check_source(image: Any) -> None:
         if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
             if offset >= 0 and 0 < length <= MAX_ROW_BYTES:
                 return
-        raise SampleError('"image" is no reference: it needs "file", "offset" and "length"')
+        raise SampleError('"image" is not a reference: it needs "file", "offset" and "length"')
     raise SampleError('"image" is neither base64 text nor a reference')
 
 

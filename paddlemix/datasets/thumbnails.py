@@ -15,7 +15,7 @@ QUALITY = 60
 
 
 class Thumbnail(NamedTuple):
-    """webp: the file's bytes, b"" where there is no picture; problem: why there is none, else ""."""
+    """webp: the file's bytes, b"" without a picture; problem: why there is none, else ""."""
 
     webp: bytes
     problem: str

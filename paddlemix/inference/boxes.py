@@ -89,7 +89,7 @@ def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
     """Draw the boxes of an answer to the file `path` and log that. Returns how many there were.
 
     image: the PIL image that was asked about (RGB), or None. folder: the model's, for its font. A file that cannot be
-    written is logged, and is no reason to end a conversation.
+    written is logged and does not end the conversation.
     """
     boxes = parse_boxes(answer)
     if not boxes or image is None:

@@ -131,7 +131,7 @@ def converse(
 ) -> None:
     """Questions typed on the terminal, answers printed, until /quit or the end of input.
 
-    fetch: an image's bytes from what stands behind /image. folder: the model's. boxes: the file for boxes in answers;
+    fetch: an image's bytes from the argument of /image. folder: the model's. boxes: the file for boxes in answers;
     the second drawing gets the name with -2. first: a question to begin with. A mistake costs its own turn only.
     """
     try:

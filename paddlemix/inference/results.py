@@ -165,7 +165,7 @@ def fingerprint_folder(folder: str) -> str:
 
 
 def clean_id(row_id: str) -> str:
-    """An id as it stands in a line: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold becomes
+    """An id as a line holds it: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold becomes
     "?"."""
     return _UNFIT.sub(" ", row_id).encode("utf-8", "replace").decode("utf-8")
 
@@ -395,7 +395,7 @@ class ResultsWriter:
     ) -> None:
         """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs.
 
-        line_no, next_offset: where the row stands in the input, see Place.
+        line_no, next_offset: the row's place in the input, see Place.
         """
         place = f"{self.done + 1} {line_no} {next_offset}"
         fields = (clean_id(row_id), caption.replace("\0", " "), note or "", place)[: self._columns]

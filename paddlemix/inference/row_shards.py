@@ -64,7 +64,7 @@ class Shard(NamedTuple):
 
 
 def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
-    """Whether a shard stands at `path`: finished, as it was written, and of this run (as ResultsWriter takes it)."""
+    """Whether the shard at `path` is finished, as it was written, and of this run (as ResultsWriter takes it)."""
     if os.path.exists(path + PARTIAL) or not os.path.isfile(path):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What can be told of captions without knowing the language model: length, variety, repetition, emptiness, and words
+"""What captions show without a language model: length, variety, repetition, emptiness, and words
 that no reference has.
 
 The last is a cheap signal of hallucination and no more: words.json lists colours, counts and objects of ads in
@@ -33,7 +33,7 @@ _LEAST_CLAUSE_TOKENS = 3
 def repeats_itself(tokens: Sequence[str]) -> bool:
     """Whether a clause of three tokens or more comes twice, or two tokens or more come three times running.
 
-    Clauses are what stands between punctuation marks. Ordinary doubling (干干净净, 哈哈哈) does not count.
+    Clauses are separated by punctuation marks. Ordinary doubling (干干净净, 哈哈哈) does not count.
     """
     letters: Dict[str, str] = {}
     text = "".join(letters.setdefault(token, chr(0x100000 + len(letters))) for token in tokens)

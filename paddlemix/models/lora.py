@@ -40,7 +40,7 @@ def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence
         try:
             matches = re.compile(pattern).fullmatch
         except re.error as error:
-            problems.append(f'lora_target_modules: "{pattern}" is no regular expression ({error})')
+            problems.append(f'lora_target_modules: "{pattern}" is not a regular expression ({error})')
             continue
         around = tuple(container + "." for container in containers if matches(container))
         direct = {module for module in linear if matches(module)}
@@ -50,7 +50,7 @@ def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence
         others = [module for module in others if not module.startswith(around)]
         if others:
             weight = list(shapes[others[0] + ".weight"])
-            problems.append(f"lora_target_modules: {others[0]} is no Linear layer (its weight is {weight})")
+            problems.append(f"lora_target_modules: {others[0]} is not a Linear layer (its weight is {weight})")
         elif not found:
             problems.append(f'lora_target_modules: "{pattern}" matches no module (names are like {list(linear)[-2]})')
         chosen |= found
@@ -96,7 +96,7 @@ def apply_lora(
     trainable: names of base parameters that train whole beside the adapters. All others are frozen.
 
     Raises:
-        ConfigError: a target matches nothing or is no Linear layer, or a weight would both train and carry
+        ConfigError: a target matches nothing or is not a Linear layer, or a weight would both train and carry
         an adapter.
     """
     from paddlenlp.peft import LoRAConfig

@@ -45,7 +45,7 @@ def load_image_source(source: Union[str, bytes]) -> bytes:
     except ImageError as error:
         if len(source) > 1024:
             raise
-        raise ImageError("no such file", f"{source} is no file, and as base64 it is no image ({error})") from None
+        raise ImageError("no such file", f"{source} is not a file, and as base64 not an image ({error})") from None
 
 
 def fetch(url: str) -> bytes:

@@ -230,7 +230,7 @@ def _upright_rgb(image):
 
     try:
         turn = _TURNS.get(image.getexif().get(0x0112)) if _exif_bytes(image) <= MAX_EXIF else None
-    except Exception:  # a broken EXIF block raises nearly anything, and is no reason to lose the picture
+    except Exception:  # a broken EXIF block raises nearly anything, and the picture is still good
         turn = None
     see_through = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if image.mode.startswith("I"):

@@ -65,7 +65,7 @@ class PostProcessing(NamedTuple):
     full_width: ASCII , ; : ! ? . and brackets become full-width beside Chinese text (not inside numbers, names, URLs).
     cut_repeats: keep the first of clauses that are said again, and of a word that is stuttered.
     max_chars: at most this many characters, cut behind a clause where one ends in the second half.
-    end_mark: end at a sentence mark: what stands behind the last one goes if it is the smaller half, else 。 is added.
+    end_mark: end at a sentence mark: what follows the last one is dropped if it is the smaller half, else 。 is added.
     """
 
     strip_echo: bool = False

@@ -122,7 +122,7 @@ class LogLines(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the bars, however the training ended: what is said next stands below them."""
+        """Close the bars, however the training ended, so that later lines come below them."""
         self.end_evaluation()
         if self._bar is not None:
             self._bar.close()
@@ -176,15 +176,15 @@ class StopOnSignal(TrainerCallback):
         self._previous: Dict[int, Any] = {}
 
     def asked(self) -> bool:
-        """Whether any process was told to stop. All of them must ask at the same point."""
+        """Whether any process got a signal to stop. All must ask at the same point."""
         if paddle.distributed.get_world_size() > 1:
-            told = paddle.to_tensor([int(self.received)])
-            paddle.distributed.all_reduce(told, paddle.distributed.ReduceOp.MAX)
-            self.received = bool(told.item())
+            stopping = paddle.to_tensor([int(self.received)])
+            paddle.distributed.all_reduce(stopping, paddle.distributed.ReduceOp.MAX)
+            self.received = bool(stopping.item())
         return self.received
 
     def leave_evaluation(self) -> None:
-        """Raise EvaluationLeftOut when the training that this evaluation is part of was told to stop."""
+        """Raise EvaluationLeftOut when the training around this evaluation has to stop."""
         if self._previous and self.asked():
             raise EvaluationLeftOut
 

@@ -25,7 +25,7 @@ def read(argv: Sequence[str], cards: Optional[int] = None) -> Tuple[Arguments, L
     cards: of the run, as the launcher says by default.
 
     Raises:
-        ConfigError: the config file cannot be read, is not JSON, or a word stands where none can.
+        ConfigError: the config file cannot be read, is not JSON, or there is a stray word.
     """
     path, pairs = _split(argv)
     config = read_config(path) if path is not None else {}

@@ -1,4 +1,4 @@
-"""The dry run: what a finetuning run would do and need, and everything that stands in its way.
+"""The dry run: what a finetuning run would do and need, and everything that would stop it.
 
 What the run would do is its Run, the one that `finetune` acts on. What is added here is foreseen from it: samples of
 the data (lengths from texts, image sizes from image headers), memory from counted bytes (memory.py), disk.
@@ -76,7 +76,7 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
     """Everything about the run that `argv` describes.
 
     Raises:
-        ConfigError: the config file cannot be read at all, or plan_for is no card.
+        ConfigError: the config file cannot be read at all, or plan_for is not a card.
     """
     machine = card(plan_for) if plan_for is not None else None
     arguments, problems = read(argv, machine.cards if machine else None)
@@ -175,7 +175,7 @@ def _foresee_disk(found: Forecast) -> None:
         found.saves, final = 0, 0
     kept = found.saves
     if training.save_total_limit:
-        # Old ones go when the new one is whole; the best one is kept besides.
+        # Old ones go when the new one is whole; the best one is kept as well.
         kept = min(kept, training.save_total_limit + 1 + training.load_best_model_at_end)
     found.disk_needed = kept * found.checkpoint + final
     found.disk_free = shutil.disk_usage(nearest_folder(training.output_dir)).free

@@ -36,8 +36,8 @@ def finetune(arguments: Arguments) -> Dict[str, float]:
     Returns the metrics of training and evaluation.
 
     Raises:
-        UserError: with what to mend: a folder, a pattern, weights that do not fit, data that cannot be read.
-        JobFailed: the loss is no number any more, or a checkpoint could not be written.
+        UserError: with what to change: a folder, a pattern, weights that do not fit, data that cannot be read.
+        JobFailed: the loss became NaN or infinite, or a checkpoint could not be written.
     """
     writing = only_writer(arguments.training.output_dir) if rank() == 0 else contextlib.nullcontext()
     with writing:

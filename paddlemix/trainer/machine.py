@@ -79,7 +79,7 @@ def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
     The device becomes Paddle's current one.
 
     Raises:
-        UserError: there is no such card, or it is no device's name.
+        UserError: there is no such card, or not the name of a device.
     """
     import paddle
 

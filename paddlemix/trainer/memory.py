@@ -88,7 +88,7 @@ class Estimate(NamedTuple):
     held: what stays from step to step (weights, gradients, optimizer states). stored: what the forward keeps for the
     backward, by part. working: the most that comes on top of held and stored while forward and backward run. vision:
     what the ViT's forward needs before anything else is stored. clipped: the second set of gradients that clipping
-    makes when activations are gone. allowance: what a GPU's driver and libraries take besides.
+    makes when activations are gone. allowance: what a GPU's driver and libraries take in addition.
     """
 
     held: Dict[str, int]

@@ -1,4 +1,4 @@
-"""Numbers that went wrong: overflow under float16, a loss that is no number; and the gradient's norm.
+"""Numbers that went wrong: overflow under float16, a loss that is NaN or infinite; and the gradient's norm.
 
 The host waits for the device once per optimizer step, behind its last micro-batch: a GPU that is handed small batches
 would else run dry at each (docs/performance.md has the list).
@@ -108,7 +108,7 @@ class OverflowCount:
         if loss_is_finite:
             what = "gradients overflow float16 even at loss scale 1"
         else:
-            what = "the loss is no number: activations overflow float16, or the weights have diverged"
+            what = "the loss is not finite: activations overflow float16, or the weights have diverged"
         raise JobFailed(
             f"{self.hopeless} steps in a row were skipped, the last one step {number}: {what}. Try fp16_opt_level=O1 "
             "(float32 weights; on a V100 the first thing to change), a lower learning_rate or more warmup_steps, or "

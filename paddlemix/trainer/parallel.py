@@ -30,7 +30,7 @@ def check_device(training: TrainingKeys, device: str) -> None:
 
 
 def keep_cards_alike(wrapped) -> None:
-    """What cards that share matrices need besides, of a model that fleet has wrapped.
+    """What cards that share matrices need in addition, of a model that fleet has wrapped.
 
     What they all hold whole (norms, vision part, half of the adapters) gets the first card's gradients, so that no
     rounding drives them apart. Batches are left alone: fleet would send the first card's to the others, which have

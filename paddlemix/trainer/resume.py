@@ -1,7 +1,7 @@
 """What a resumed run reads beside its weights: where it stood, optimizer, learning rate, loss scaler.
 
 PaddleNLP reads these files with paddle.load, which runs any code that a pickle names. Here they are data: read by
-paddlemix.checkpoint, and every value is held against what this run expects before Paddle sees it. In a run of
+paddlemix.checkpoint, and every value is compared with what this run expects before Paddle sees it. In a run of
 several processes each reads the checkpoint for itself, from a folder that all of them see. `training_args.bin` and
 the generators' states, which PaddleNLP leaves beside the weights, are never read.
 """
@@ -66,7 +66,7 @@ def read_position(folder: str) -> Position:
     """What a whole checkpoint's seal says.
 
     Raises:
-        WeightsError: the folder is no whole checkpoint, or its seal holds something else.
+        WeightsError: the folder is not a complete checkpoint, or its seal holds something else.
     """
     state = run_checkpoints.read_seal(folder)
     if state is None:

@@ -154,7 +154,7 @@ def _path_problems(arguments: Arguments) -> List[str]:
     for name in ("model_name_or_path", "text_model_name_or_path"):
         folder = getattr(model, name)
         if folder is not None and not os.path.isfile(os.path.join(folder, "config.json")):
-            state = "is no folder" if not os.path.isdir(folder) else "has no config.json"
+            state = "is not a folder" if not os.path.isdir(folder) else "has no config.json"
             problems.append(Problem(f"{name}: {folder} {state}", name))
     if training.output_dir is None:
         problems.append(Problem("output_dir is missing: where to write the result", "output_dir"))

@@ -1,6 +1,6 @@
 """What a run is, decided once: `finetune` takes a Run and acts, the dry run takes it and prints.
 
-Weights are opened as far as their headers, images not at all. Everything that stands in the way is collected, so that
+Weights are opened as far as their headers, images not at all. All problems are collected, so that
 one look finds it all.
 """
 

@@ -2,7 +2,7 @@
 unsaid.
 
 output_dir/checkpoint-<step>/ is written under another name and renamed once every file is on disk and
-listed, with its size, in `checkpoint.json`. A folder whose list does not hold is no checkpoint.
+listed, with its size, in `checkpoint.json`. A folder that differs from its list is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def last_whole(output_dir: str) -> Optional[str]:
 
 
 def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
-    """Delete the oldest checkpoints so that `keep` whole ones remain; the best one is kept besides. None keeps all."""
+    """Delete the oldest checkpoints so that `keep` complete ones remain, and the best one. None keeps all."""
     whole = [path for path in checkpoints(output_dir) if read_seal(path) is not None]
     if not keep or len(whole) < keep:
         return
@@ -141,7 +141,7 @@ def check_output(
         if last is not None and not os.path.samefile(last, resume_from):
             # Were both kept, the next --resume would take the newest, of whichever run.
             raise ConfigError(
-                f"{output_dir} holds {os.path.basename(last)} besides: --resume goes on with that; to go on from "
+                f"{output_dir} also holds {os.path.basename(last)}: --resume goes on with that; to go on from "
                 f"{resume_from}, set another output_dir, or delete the newer checkpoints",
                 "resume_from_checkpoint",
             )
@@ -165,7 +165,7 @@ def check_output(
             "with it, or delete the folder to begin anew",
             "unfinished-run",
         )
-    # The result file last: while it stands, what is left cannot pass for an unfinished run.
+    # The result file last: while it exists, what is left cannot pass for an unfinished run.
     old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(
@@ -198,5 +198,5 @@ def disk_errors(what: str, partial: str) -> Iterator[None]:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise JobFailed(
-            f"{what} could not be written ({reason}); earlier checkpoints are intact: mend the disk and add --resume"
+            f"{what} could not be written ({reason}); earlier checkpoints are intact: free the disk and add --resume"
         ) from error

@@ -509,7 +509,7 @@ class _Bookkeeping(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # What was loaded before is no part of the first interval.
+        # Loading does not count in the first interval.
         self.trainer._counted_since = self.trainer._trained_since = time.time()
         # PaddleNLP says it in a debug line only.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)

@@ -1,6 +1,6 @@
 """What differs between the versions we run on (Paddle 2.6 with PaddleNLP 2.8; Paddle 3 with PaddleNLP 3.0.0b4).
 
-No other module asks for a version. Where one way serves both, it is taken, and nothing stands here for it:
+No other module asks for a version. What works on both needs no entry here:
 
 - zlib must have been used before Paddle 2.6 is imported, whose own zlib symbols break it: utils/runtime.py, at import.
 - `paddle.where(condition)` has shape [n, 1] on 2.6 and [n] on 3: models use `nonzero(…).flatten()`.

@@ -459,7 +459,7 @@ def _exchange(one: str, other: str) -> bool:
 
 
 def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int], None]] = None) -> None:
-    """Copy the bytes of a file into an open one. progress: told the bytes copied, as it goes."""
+    """Copy the bytes of a file into an open one. progress: called with the bytes copied, as it goes."""
     with open(source, "rb") as file:
         while True:
             block = file.read(_BLOCK)
@@ -473,7 +473,7 @@ def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int],
 def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], None]] = None) -> bool:
     """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without).
 
-    A symbolic link at `source` is followed. progress: told the bytes of the file. Returns whether it is a link.
+    A symbolic link at `source` is followed. progress: called with the bytes of the file. Returns whether it is a link.
     """
     # os.link would link the symbolic link itself.
     source = os.path.realpath(source)

@@ -47,7 +47,7 @@ def set_cpu_defaults() -> None:
     """Set OMP_NUM_THREADS, and MKL_DEBUG_CPU_TYPE=5 on AMD, unless the user has set them.
 
     Together they make Paddle's float32 matmul about five times faster on AMD machines: MKL takes its slow path
-    there unless told otherwise. They have no effect after Paddle has been imported.
+    there by default. They have no effect after Paddle has been imported.
     """
     defaults = {"OMP_NUM_THREADS": str(physical_cores())}
     if _is_amd():
@@ -71,7 +71,7 @@ def _keep_freed_memory() -> None:
 
     By default every tensor above 32 MB, and many below, is mapped anew: the kernel zeroes each page again, which
     costs several times what an elementwise operation does (a softmax over 16 MB: 19 ms against 8).
-    A MALLOC_… or GLIBC_TUNABLES setting of the user stands. Elsewhere than on glibc nothing happens.
+    A MALLOC_… or GLIBC_TUNABLES setting of the user is kept. Elsewhere than on glibc nothing happens.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -130,7 +130,7 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     | gpu:N | cpu, with a reason | gpu:N, or an error if there is no such card |
 
     Raises:
-        UserError: there are cards, but not this one; or it is no device's name.
+        UserError: there are cards, but not this one; or not the name of a device.
     """
     if requested is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", requested):
         raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}")

@@ -260,7 +260,7 @@ def test_shapes_that_promise_more_than_there_is(tmp_path):
 
 def test_a_key_twice(tmp_path):
     array = pickle.dumps({"w": 1, "v": 1}, 4)
-    refused(tmp_path, array.replace(b"\x01v", b"\x01w"), "the key w stands in it twice")
+    refused(tmp_path, array.replace(b"\x01v", b"\x01w"), "the key w is in it twice")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_what_is_not_weights(tmp_path, value, match):
         (b"\x80\x04NNa.", "items for a list"),
         (b"\x80\x04Nb.", "not a weights file|state"),
         (b"\x80\x04NNb.", "sets the state"),
-        (b"\x80\x04N)R.", "no name"),
+        (b"\x80\x04N)R.", "not a name"),
         (b"\x80\x04cnumpy\ndtype\nNR.", "without arguments"),
         (b"\x80\x04cnumpy\ndtype\n)R.", "not a weights file|broken"),
         (b"\x80\x04c" + b"x" * 3000 + b".", "name without end"),

@@ -281,7 +281,7 @@ def test_indexes_that_lie(tmp_path):
     refused(tmp_path, "cannot open")
     write_pdparams(str(tmp_path / second), {"a": ("float32", one)})
     index(tmp_path, {"a": first, "b": second})
-    refused(tmp_path, "a stands in .* and in ")
+    refused(tmp_path, "a is in both .* and ")
     for text in (
         "[]",
         "{}",

@@ -62,9 +62,9 @@ def test_accepted_model_types(tmp_path, model_type):
         ('{"visual": {}, "a": %s}' % ("9" * 5000), "more than 20 digits"),
         ('{"visual": {}, "a": "%s"}' % ("a" * (4 << 20)), "larger than 4 MB"),
         # PaddleNLP sets every key as an attribute.
-        ('{"visual": {}, "to_dict": 1}', "'to_dict' is no key"),
-        ('{"visual": {}, "self": 1}', "'self' is no key"),
-        ('{"visual": {}, "__class__": 1}', "'__class__' is no key"),
+        ('{"visual": {}, "to_dict": 1}', "'to_dict' is not a configuration key"),
+        ('{"visual": {}, "self": 1}', "'self' is not a configuration key"),
+        ('{"visual": {}, "__class__": 1}', "'__class__' is not a configuration key"),
         ('{"visual": {}, "no_bias": true, "no_bias": false}', "the key no_bias is in it twice"),
         ('{"visual": {}, "quantization_config": "os.system"}', "quantization_config must be an object or null"),
         ('{"visual": {}, "quantization_config": [1]}', "quantization_config must be an object or null"),

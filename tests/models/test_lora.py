@@ -156,7 +156,7 @@ def test_adapters_of_another_model_are_said_to_be_the_folders_fault(tmp_path):
     path.write_text(json.dumps({"r": 4, "lora_alpha": 8, "target_modules": [".*q_proj"]}))
     for module, shapes, says in (
         ("model.layers.0.q_proj", ([128, 4], [4, 128]), "not this model's: 2 unexpected: model.layers.0.q_proj"),
-        ("transformer.llm.wte", ([480, 4], [4, 128]), "does not fit the model: .*wte is no Linear layer"),
+        ("transformer.llm.wte", ([480, 4], [4, 128]), "does not fit the model: .*wte is not a Linear layer"),
     ):
         pair = {f"{module}.lora_{part}": paddle.ones(shape) for part, shape in zip("AB", shapes)}
         paddle.save(pair, str(tmp_path / "lora_model_state.pdparams"))

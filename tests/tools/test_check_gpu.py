@@ -125,7 +125,7 @@ def test_a_run_in_a_process_of_its_own(tool, world, run):
     rows = list(tool.in_child(world, run, ["tiny"]))
     assert len(rows) == 6 and not any(row.ok is False for row in rows) and rows[0].run == run
     rows = list(tool.in_child(world, run, ["none"]))
-    assert {row.verdict for row in rows} == {"FAIL"} and "none is no folder" in rows[1].found
+    assert {row.verdict for row in rows} == {"FAIL"} and "none is not a folder" in rows[1].found
 
 
 def test_a_process_that_ends_is_a_row(tool, world, run, monkeypatch):

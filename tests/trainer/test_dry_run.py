@@ -185,7 +185,7 @@ def test_every_problem_is_found_at_once(words, tmp_path):
 def test_missing_model_and_output(words):
     found = dry_run.foresee(words(model_name_or_path="/no/model", output_dir=...))
     assert not found.run.trained and found.run.order is None
-    assert any("/no/model is no folder" in problem for problem in found.problems)
+    assert any("/no/model is not a folder" in problem for problem in found.problems)
     assert any("output_dir is missing" in problem for problem in found.problems)
     assert "problems: 2" in "\n".join(dry_run.render(found))
 

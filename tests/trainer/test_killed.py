@@ -128,7 +128,7 @@ def test_no_room_on_the_disk_is_one_line_and_the_last_checkpoint_stands(start):
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (65536, 65536))
     assert run.status() == 1
     last = run.log.read_text().splitlines()[-1]
-    assert last.startswith("error: checkpoint-") and "mend the disk and add --resume" in last
+    assert last.startswith("error: checkpoint-") and "free the disk and add --resume" in last
     assert "Traceback" not in run.log.read_text()
     assert run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out))) >= 2
     assert not list(run.out.glob(".*"))

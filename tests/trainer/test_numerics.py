@@ -117,7 +117,7 @@ def test_a_nan_loss_of_a_skipped_step_does_not_spoil_the_log(run_keys, monkeypat
 
 def test_a_run_of_nan_losses_stops_with_advice(run_keys, tmp_path, monkeypatch):
     trainer = start(run_keys(**LORA, max_steps=20, save_steps=1))
-    with pytest.raises(JobFailed, match="5 steps in a row .*, the last one step 7: the loss is no number.*O1"):
+    with pytest.raises(JobFailed, match="5 steps in a row .*, the last one step 7: the loss is not finite.*O1"):
         train(trainer, gpu_scaler(monkeypatch), forward=range(3, 21))
     assert trainer.state.global_step == 6
 

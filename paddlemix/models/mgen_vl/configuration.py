@@ -91,7 +91,7 @@ class MGenConfig(QWenConfig):
         for key in values:
             # They would take the place of a method.
             if key == "self" or key.startswith("__") or callable(getattr(cls, key, None)):
-                raise ConfigError(f"{path}: {key[:80]!r} is no key of a configuration")
+                raise ConfigError(f"{path}: {key[:80]!r} is not a configuration key")
         values = {key: value for key, value in values.items() if key not in _OF_A_RUN}
         if not isinstance(values.get("quantization_config") or {}, dict):
             raise ConfigError(f"{path}: quantization_config must be an object or null")

@@ -198,7 +198,7 @@ class Engine:
     """Decodes any number of prompts, `slots` rows at a time.
 
     model: a MGenLMHeadModel in evaluation mode. stop_ids end an answer, and so do the ids `ending`, one after the
-    other. scores: compute log-probabilities. is_number: whether ids are digits and what stands between them (for
+    other. scores: compute log-probabilities. is_number: whether ids spell a number (for
     stop_repeating). on_token: called with each token of each row, the stop id too. When memory runs out, the unfinished
     rows begin anew in half the slots.
 

@@ -2,7 +2,7 @@
 
 fleet's layers split the decoder: columns of c_attn (by heads: a third of a card's columns are queries), w1, w2 and
 lm_head, rows of c_proj and of the embeddings. Norms and the vision part are whole on every card. The layers of the
-adapters are PaddleNLP's; what is mended here are their first values and their dropout.
+adapters are PaddleNLP's; here their first values and their dropout are corrected.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def read_vocabulary(path: str) -> Dict[bytes, int]:
     """
     try:
         if os.path.getsize(path) > _MAX_VOCABULARY_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_VOCABULARY_BYTES >> 20} MB: this is no vocabulary")
+            raise UserError(f"{path} is larger than {_MAX_VOCABULARY_BYTES >> 20} MB: not a vocabulary")
         with open(path, "rb") as file:
             lines = file.read().splitlines()
     except OSError as error:
@@ -170,7 +170,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
     def _encode_span(self, name: str) -> List[int]:
         for token in SPECIAL_TOKENS:
             if token in name:
-                raise ImageTagError(f"{token} stands between <img> and </img>")
+                raise ImageTagError(f"{token} is between <img> and </img>")
         return self.image_span(name)
 
     def image_span(self, name: str = "") -> List[int]:
@@ -195,7 +195,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return [self._id_of(token) for token in tokens]
 
     def _id_of(self, token) -> int:
-        if isinstance(token, int):  # a byte of an image's name, which is no token of the vocabulary
+        if isinstance(token, int):  # a byte of an image's name, which is not a token of the vocabulary
             return token
         found = self.special_ids.get(token)
         return self.ranks[token] if found is None else found
