@@ -10,6 +10,7 @@ import math
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from einops import rearrange
 from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend
@@ -29,10 +30,10 @@ def resize_positions(table, count):
     if length == count:
         return table
     source, target = math.isqrt(length), math.isqrt(count)
-    grid = table.astype("float32").reshape([1, source, source, channels]).transpose([0, 3, 1, 2])
+    grid = rearrange(table.astype("float32"), "(y x) c -> 1 c y x", y=source)
     with full_precision():
         grid = F.interpolate(grid, size=[target, target], mode="bicubic", align_corners=False)
-    return grid.transpose([0, 2, 3, 1]).reshape([count, channels]).astype(table.dtype)
+    return rearrange(grid, "1 c y x -> (y x) c").astype(table.dtype)
 
 
 def sincos_positions(channels: int, side: int) -> np.ndarray:
@@ -67,7 +68,7 @@ class CrossAttention(nn.Layer):
 
         def project(x, weight, bias):
             x = F.linear(x, weight, bias)
-            return x.reshape([x.shape[0], x.shape[1], self.heads, RESAMPLER_HEAD_DIM]).transpose([0, 2, 1, 3])
+            return rearrange(x, "n p (h d) -> n h p d", h=self.heads)
 
         query, key, value = (project(x, *wb) for x, wb in zip((query, key, value), zip(weights, biases)))
         # The queries are the same for every image; only now do they meet the batch.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import paddle
 import paddle.nn.functional as F
+from einops import rearrange
 from paddle import nn
 
 from paddlemix.models.mgen_vl.attention import attend, project
@@ -27,10 +28,9 @@ class VisualAttention(nn.Layer):
 
     def forward(self, x, use_flash=False):
         """[N, P, w] → [N, P, w]."""
-        N, P, width = x.shape
         layers = self._sub_layers
-        mixed = project(layers["in_proj"], x).reshape([N, P, self.heads, 3, width // self.heads])
-        query, key, value = mixed.transpose([3, 0, 2, 1, 4]).unbind(0)  # each [N, H, P, w / H]
+        mixed = project(layers["in_proj"], x)
+        query, key, value = rearrange(mixed, "n p (h qkv d) -> qkv n h p d", h=self.heads, qkv=3).unbind(0)
         return project(layers["out_proj"], attend(query, key, value, use_flash=use_flash))
 
 
@@ -95,7 +95,7 @@ class VisionTransformer(nn.Layer):
         )
 
     def forward(self, pixel_values, use_flash=False):
-        patches = self.conv1(pixel_values).flatten(2).transpose([0, 2, 1])
+        patches = rearrange(self.conv1(pixel_values), "n w y x -> n (y x) w")
         x = patches + resize_positions(self.positional_embedding, self.grid**2)
         return self.transformer(self.ln_pre(x), use_flash)
 
