@@ -45,6 +45,52 @@ def packing(run: Run) -> Packing:
     return Packing(tokens.sum() / (packs.count * packs.max_length), longest, int(np.diff(packs.starts).max()), squares)
 
 
+class Evaluations(NamedTuple):
+    """times: how often. batches, samples: of one. every: training steps between two. steps: how many training steps
+    take as long as one, without its captions. captions: generated in each, of at most `tokens` tokens."""
+
+    times: int
+    batches: int
+    samples: int
+    every: int
+    steps: float
+    captions: int
+    tokens: int
+
+
+def evaluations(run: Run) -> Optional[Evaluations]:
+    """The evaluations of a training run; None if it has none."""
+    training, data, order = run.arguments.training, run.arguments.data, run.order
+    if not training.evaluates or "eval" not in run.datasets or order is None:
+        return None
+    batch = training.per_device_eval_batch_size * run.data_parallel
+    samples = len(run.datasets["eval"])
+    batches = math.ceil(samples / batch)
+    if training.max_evaluate_steps > 0:
+        batches = min(batches, training.max_evaluate_steps)
+    samples = min(samples, batches * batch)
+    every = {
+        "steps": training.eval_steps or training.logging_steps, "epoch": order.steps_per_epoch,
+    }.get(training.evaluation_strategy, order.steps)  # fmt: skip
+    times = order.steps // every
+    if training.evaluation_strategy == "epoch":
+        times = math.ceil(order.steps / every)
+    trained = sum(count.trainable for count in run.counts().values())
+    # A step's passes over the weights: forward, gradients of activations, of what trains, and the forward once more.
+    passes = 2 + trained / sum(sum(count) for count in run.counts().values()) + training.recompute
+    per_step = order.per_step * order.samples / order.count
+    generated = samples if data.eval_with_do_generation else min(data.shown_captions, samples)
+    return Evaluations(
+        times=times,
+        batches=batches,
+        samples=samples,
+        every=every,
+        steps=samples / passes / per_step,
+        captions=generated,
+        tokens=run.arguments.generation.max_new_tokens,
+    )
+
+
 @dataclass
 class Forecast:
     """A Run and what is foreseen of it. problems, notes: the run's, and those found here. saves: checkpoints written;
@@ -87,6 +133,12 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
         if run.packs is not None:
             found.packs = packing(run)
         _foresee_memory(found)
+        planned = evaluations(found.run)
+        if planned is not None and planned.steps > planned.every:
+            found.notes.append(
+                f"an evaluation takes as long as {planned.steps:,.0f} training steps, and there are {planned.every:,} "
+                "between two: set a larger eval_steps, or max_evaluate_steps, which bounds its batches"
+            )
         if arguments.training.output_dir is not None:
             _foresee_disk(found)
     return found
@@ -310,13 +362,21 @@ def _step_lines(run: Run) -> List[str]:
         steps = training.max_steps if training.do_train else 0
         return ["", "==== steps", f"{steps:,} steps"] if steps > 0 else []
     epochs = order.steps / order.steps_per_epoch
-    return [
+    lines = [
         "",
         "==== steps",
         f"{order.per_step:,} {order.unit} in an optimizer step",
         f"{order.steps_per_epoch:,} steps in an epoch; {order.left_over:,} {order.unit} left out of each epoch",
         f"{order.steps:,} steps, {order.steps * order.per_step:,} {order.unit}, {epochs:.2f} epochs",
     ]
+    planned = evaluations(run)
+    if planned is not None:
+        lines.append(
+            f"evaluations: {planned.times:,}, each of {planned.samples:,} samples in {planned.batches:,} batches, "
+            f"about as long as {planned.steps:,.1f} steps"
+            + f"; {planned.captions:,} captions of at most {planned.tokens} tokens in each" * (planned.captions > 0)
+        )
+    return lines
 
 
 def dry_run(argv: Sequence[str], plan_for: Optional[str] = None) -> int:

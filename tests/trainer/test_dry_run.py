@@ -15,7 +15,7 @@ from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.trainer import command_line, dry_run, machine, run_checkpoints
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import IMAGE_START_ID, byte_vocab_tokenizer
-from tests.trainer.runs import LORA_POOL, write_data
+from tests.trainer.runs import LORA, LORA_POOL, write_data
 
 # The peak of getrusage begins with that of the process which started this one.
 AND_ITS_PEAK = """
@@ -88,6 +88,31 @@ def test_the_lines_are_those_of_the_run(words):
     dataset = found.run.datasets["train"]
     lengths = [len(dataset[i]["input_ids"]) for i in range(12)]
     assert sorted(found.data["train"].lengths.tolist()) == sorted(lengths)
+
+
+def test_what_evaluations_cost_is_in_the_plan(words, world):
+    entries = [{"data_files": world[1]}]
+    dataset = {"train": entries, "eval": entries}
+    keys = dict(dataset=dataset, shown_captions=0, evaluation_strategy="steps", eval_steps=2, max_steps=6)
+    keys.update(per_device_train_batch_size=2)
+    found = dry_run.foresee(words(**LORA, **keys, per_device_eval_batch_size=5))
+    planned = dry_run.evaluations(found.run)
+    assert (planned.times, planned.batches, planned.samples, planned.every) == (3, 3, 12, 2)
+    # A forward of 12 samples; a step's passes are a little more than two, with 2 samples each.
+    assert 2.5 < planned.steps < 3.0
+    text = "\n".join(dry_run.render(found))
+    assert re.search(r"\nevaluations: 3, each of 12 samples in 3 batches, about as long as 3.0 steps\n", text)
+    (note,) = [note for note in found.notes if "an evaluation takes as long as" in note]
+    assert "as 3 training steps, and there are 2 between two" in note
+    recomputed = dry_run.evaluations(dry_run.foresee(words(**LORA, **keys, recompute=True)).run)
+    assert recomputed.steps < 0.75 * planned.steps
+    keys.update(max_evaluate_steps=1, eval_with_do_generation=True, max_new_tokens=9, per_device_eval_batch_size=4)
+    found = dry_run.foresee(words(**LORA, **keys))
+    assert not [note for note in found.notes if "an evaluation" in note]
+    text = "\n".join(dry_run.render(found))
+    assert "each of 4 samples in 1 batches" in text and "; 4 captions of at most 9 tokens in each" in text
+    assert dry_run.evaluations(dry_run.foresee(words(do_eval=True, max_steps=6, dataset=dataset)).run).times == 1
+    assert dry_run.evaluations(dry_run.foresee(words(max_steps=6)).run) is None
 
 
 def test_packs_are_described(words):
