@@ -243,7 +243,7 @@ class Ours(Way):
         return {"seconds": seconds, "captions": [answer.caption for answer in answers], "batch": captioner.batch_size}
 
     def decode(self, B: int, tokens: int) -> List[float]:
-        """Seconds of each of `tokens` cached steps of `generate`, PaddleNLP's loop included."""
+        """Seconds of each of `tokens` cached steps of `generate`, all around them included."""
         import paddle
 
         class Clock:
@@ -265,8 +265,9 @@ class Ours(Way):
             ids, image_features=features, attention_mask=mask, max_new_tokens=tokens + 1, streamer=clock,
             decode_strategy="greedy_search", eos_token_id=[self.config["eos_token_id"]],
         )  # fmt: skip
-        return [after - before for before, after in zip(clock.ticks[-tokens - 1 :], clock.ticks[-tokens:])]
-
+        # A step puts a token for each row.
+        ticks = clock.ticks[B - 1 :: B]
+        return [after - before for before, after in zip(ticks[-tokens - 1 :], ticks[-tokens:])]
 
     def decode_parts(self, B: int, tokens: int) -> Dict[str, float]:
         """Seconds per step inside attention, the decoder's matmuls and lm_head, and in all of it (with the clocks)."""
@@ -292,7 +293,7 @@ class Ours(Way):
         for block in self.model.transformer.llm.h:
             clock(block.attn, "forward", "attention", inside="matmul")
         clock(self.model, "_logits", "lm_head")
-        self.on_tick = lambda ticks: spent.update(dict.fromkeys(spent, 0.0)) if len(ticks) == 2 else None
+        self.on_tick = lambda ticks: spent.update(dict.fromkeys(spent, 0.0)) if len(ticks) == 2 * B else None
         try:
             steps = self.decode(B, tokens)
         finally:

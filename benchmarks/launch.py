@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from typing import List
+from typing import Any, Callable, List
 
 import harness
 import scratch
@@ -24,6 +24,8 @@ BASELINE = "c9537fc"
 LAYERS = 32, 48
 TOKENS = 20
 START, END = 90, 91
+# What a Side prints before an answer; Paddle prints, too.
+REPLY = "reply "
 
 
 class Model:
@@ -136,22 +138,22 @@ def one_call(x, weight, epsilon, added=None):
 
 
 class Side:
-    """A Model in a process of its own, made of the project in `folder`."""
+    """A script's `serve` in a process of its own, over the project in `folder`."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, script: str = __file__, threads: str = "1"):
         self._folder = folder
-        environment = dict(os.environ, PYTHONPATH=folder, OMP_NUM_THREADS="1")
+        environment = dict(os.environ, PYTHONPATH=folder, OMP_NUM_THREADS=threads)
         self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--serve"], cwd=folder, env=environment, text=True,
+            [sys.executable, os.path.abspath(script), "--serve"], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def __call__(self, method: str) -> List[float]:
-        self._process.stdin.write(method + "\n")
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
-            if line.startswith("[0") or line.startswith("[1"):
-                return json.loads(line)
+            if line.startswith(REPLY):
+                return json.loads(line[len(REPLY) :])
         raise SystemExit(f"error: the side in {self._folder} ended with status {self._process.wait()}")
 
     def close(self) -> None:
@@ -159,12 +161,14 @@ class Side:
         self._process.wait()
 
 
-def serve() -> None:
+def serve(make: Callable[[], Any]) -> None:
+    """Call methods of what `make` makes, as a Side asks for."""
     # This folder's own harness put the other project first.
     sys.path[:] = [os.getcwd()] + [path for path in sys.path if path != harness.ROOT]
-    model = Model(*LAYERS)
+    made = make()
     for line in sys.stdin:
-        print(json.dumps(getattr(model, line.strip())()), flush=True)
+        method, *arguments = json.loads(line)
+        print(REPLY + json.dumps(getattr(made, method)(*arguments)), flush=True)
 
 
 def check_out(folder: str) -> None:
@@ -208,4 +212,4 @@ def report(bench, base_tokens, tokens, base_steps, steps) -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main()
+    serve(lambda: Model(*LAYERS)) if sys.argv[1:] == ["--serve"] else main()
