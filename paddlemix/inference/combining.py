@@ -1,0 +1,138 @@
+"""The consensus of several results files: of each row, the caption that agrees most with the other files'.
+
+Two passes over the files, side by side: one counts in how many rows each n-gram occurs, the other compares. The count
+takes memory: four bytes per token of all different captions, a quarter of a gigabyte per file of a million rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from itertools import islice
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from paddlemix.datasets.tsv import check_input
+from paddlemix.inference.results import FORMAT, SIDECAR, file_facts, write_sidecar
+from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, DocumentFrequencies, agreement
+from paddlemix.metrics.parallel import map_chunks
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.progress import Progress
+
+
+class _Results(NamedTuple):
+    """A results file. fallback: the caption of its rows that have none, if its record says so. run: of its record."""
+
+    path: str
+    fallback: Optional[str]
+    run: Dict[str, Any]
+
+
+def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = True) -> Dict[str, Any]:
+    """Write to `output`, per row, the caption of `paths` with the highest mean CIDEr-D against the others'; of equally
+    good ones that of the first file. A fallback caption is taken only where there is nothing else.
+
+    CIDEr's document frequencies are those of all rows of all files; of a single row, every n-gram weighs the same.
+    OUTPUT.run.json says what was combined, and how many captions are of which file. workers: see map_chunks.
+
+    Returns what OUTPUT.run.json holds, but for the facts of OUTPUT.
+
+    Raises:
+        UserError: a file cannot be read, is not lines of id and caption, has other ids or another order than the first
+            one, or was made of another input.
+    """
+    files = [_opened(path) for path in paths]
+    _check_inputs(files)
+    split = TOKENIZERS["char"]
+    counted, rows = DocumentFrequencies(), 0
+    with Progress(file_facts(paths[0]).lines, "n-grams", unit="row", disable=quiet) as bar:
+        for _, captions in _rows(files):
+            counted.add([split(text) for text in dict.fromkeys(captions)])
+            rows += 1
+            bar.update()
+    if rows == 0:
+        raise UserError(f"{paths[0]} has no captions")
+    frequencies = None
+    if rows > 1:
+        counted.finish(workers, quiet)
+        frequencies = counted
+
+    def choose(chunk: List[Tuple[str, List[str]]]) -> List[Tuple[str, str, int]]:
+        """Of each row its id, the caption, and the file that it is from."""
+        usable = [
+            [i for i, text in enumerate(captions) if text and text != files[i].fallback] or [0] for _, captions in chunk
+        ]
+        texts = [[captions[i] for i in kept] for (_, captions), kept in zip(chunk, usable)]
+        scores = agreement(texts, "char", frequencies)
+        best = [kept[int(np.argmax(row))] for kept, row in zip(usable, scores)]
+        return [(name, captions[i], i) for (name, captions), i in zip(chunk, best)]
+
+    taken = [0] * len(files)
+    read = _rows(files)
+    chunks = iter(lambda: list(islice(read, CHUNK_ROWS)), [])
+    with atomic_write(output) as out, Progress(rows, "consensus", unit="row", disable=quiet) as bar:
+        for part in map_chunks(choose, chunks, workers):
+            for name, caption, i in part:
+                out.write(f"{name}\t{caption}\n")
+                taken[i] += 1
+            bar.update(len(part))
+    run = {"format": FORMAT, "combined": []}
+    for file, count in zip(files, taken):
+        facts = file_facts(file.path)
+        entry = {"path": file.path, "bytes": facts.size, "sha256": facts.sha256, "taken": count}
+        run["combined"].append({**entry, **{key: file.run[key] for key in ("model", "settings") if key in file.run}})
+    inputs = [file.run["input"] for file in files if "input" in file.run]
+    if inputs:
+        run["input"] = inputs[0]
+    write_sidecar(output, run, rows, {})
+    return {**run, "rows": rows}
+
+
+def _opened(path: str) -> _Results:
+    check_input(path)
+    record = path + SIDECAR
+    run = read_config_object(record) if os.path.isfile(record) else {}
+    settings = run.get("settings")
+    return _Results(path, settings.get("fallback") if isinstance(settings, dict) else None, run)
+
+
+def _check_inputs(files: Sequence[_Results]) -> None:
+    """Raise UserError if two records name different inputs."""
+    known = [file for file in files if "input" in file.run]
+    for file in known[1:]:
+        if file.run["input"] != known[0].run["input"]:
+            raise UserError(f"{file.path} and {known[0].path} are captions of different inputs, as {SIDECAR} says")
+
+
+def _rows(files: Sequence[_Results]) -> Iterator[Tuple[str, List[str]]]:
+    """(id, its caption in each file), in the order of the files, which must have the same ids in the same order."""
+    with contextlib.ExitStack() as opened:
+        readers = [_lines(opened.enter_context(open(file.path, "rb")), file.path) for file in files]
+        for number, first in enumerate(readers[0], 1):
+            captions = [first[1]]
+            for file, reader in zip(files[1:], readers[1:]):
+                name, caption = next(reader, (None, ""))
+                if name != first[0]:
+                    found = "there is no such row" if name is None else f"it is {name!r}"
+                    raise UserError(f"row {number} of {files[0].path} has the id {first[0]!r}; in {file.path} {found}")
+                captions.append(caption)
+            yield first[0], captions
+        for file, reader in zip(files[1:], readers[1:]):
+            if next(reader, None) is not None:
+                raise UserError(f"{file.path} has more rows than {files[0].path}")
+
+
+def _lines(file, path: str) -> Iterator[Tuple[str, str]]:
+    for number, line in enumerate(file, 1):
+        try:
+            fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            fields = []
+        if fields == [""]:
+            continue
+        if len(fields) != 2:
+            raise UserError(f"line {number} of {path} is not id, tab, caption in UTF-8")
+        yield fields[0], fields[1]

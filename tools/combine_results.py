@@ -1,0 +1,65 @@
+"""Make one results file of several: `python tools/combine_results.py A.txt B.txt C.txt OUT`. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# Run as a script, the project's top folder is not on the path yet.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.utils import cli  # noqa: E402
+from paddlemix.utils.runtime import physical_cores  # noqa: E402
+
+MORE = """\
+example, three models over the same test set:
+  python tools/combine_results.py base.txt seed1.txt seed2.txt consensus.txt
+
+All files are lines `id \\t caption` of the same rows in the same order, as predict.py writes them. A row's caption is
+the one with the highest mean CIDEr-D against the other files' (minimum Bayes risk; document frequencies of all rows of
+all files); of equally good ones it is that of the file named first, so name the best one first. Give three or more
+files: two can only agree or not. Where a file's .run.json names its fallback caption, that one is not taken if another
+file has a caption. OUT.run.json says what was combined.
+
+exit status: 0 done; 1 the job broke off; 2 bad usage, or files that do not belong together
+"""
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = cli.Parser(
+        description="Write, for each row, the caption that agrees most with those of the other results files.",
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=cli.path, nargs="+", metavar="RESULTS", help="two or more results files")
+    parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "--workers", type=int, default=physical_cores(), metavar="N",
+        help="processes that compare; 0: none beside this one (default: the number of cores)",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    args = parser.parse_args(argv)
+    if len(args.results) < 2:
+        parser.error("give two results files at least, and OUT behind them")
+    if args.workers < 0:
+        parser.error("--workers is a number from 0 on")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+
+    from paddlemix.inference.combining import combine
+    from paddlemix.inference.results import SIDECAR
+    from paddlemix.utils.files import keep_apart
+
+    keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
+    done = combine(args.results, args.output, args.workers, args.quiet)
+    taken = ", ".join(f"{one['taken']} of {one['path']}" for one in done["combined"])
+    print(f"{args.output}: {done['rows']} rows, {taken}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
