@@ -1,9 +1,10 @@
-"""What a run says while it goes: log lines in the notebook's form, a progress bar, signals."""
+"""What goes with the training loop: log lines in the notebook's form, a progress bar, signals, loader workers."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import signal
@@ -16,6 +17,8 @@ from paddlenlp.trainer import TrainerCallback
 from paddlemix.utils.compat import name_the_epoch
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.runtime import seed_step
+from paddlemix.utils.surroundings import check_shared_memory
 
 # Seconds between two lines on the progress of an evaluation, where disable_tqdm wants no bar.
 LINE_SECONDS = 30.0
@@ -222,3 +225,46 @@ class StopOnSignal(TrainerCallback):
         _MINDED[0] = 0
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+
+def safe_workers(loader: Any) -> Any:
+    """Workers that leave SIGTERM to this process, and hand it their batches through pipes.
+
+    /dev/shm, Paddle's way, may be small (64 MB in Docker): a batch without room there ends a run, or hangs it, and
+    what a killed run has there stays until the machine restarts. The copy takes a thread some milliseconds a batch.
+    """
+    if loader.num_workers:
+        check_shared_memory(loader.num_workers, "dataloader_num_workers 0")
+        loader.worker_init_fn = leave_sigterm_to_parent
+        loader.use_shared_memory = False
+    return loader
+
+
+class Bookkeeping(TrainerCallback):
+    """Keeps the sampler, the epoch and the loss sum right, which the stock loop loses on a resume."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Loading does not count in the first interval.
+        self.trainer._counted_since = self.trainer._trained_since = time.time()
+        # PaddleNLP says it in a debug line only.
+        count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
+        logger.info(f"  Number of trainable parameters = {count:,} (per device)")
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The loop has just set its sum to 0.
+        self.trainer._total_loss_scalar += self.trainer._resumed_loss
+        self.trainer._resumed_loss = 0.0
+        epoch, step = divmod(state.global_step, self.trainer.order.steps_per_epoch)
+        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * self.trainer.order.batches_per_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        seed_step(args.seed, state.global_step, args.dataset_rank, max(args.tensor_parallel_rank, 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / self.trainer.order.steps_per_epoch
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._trained_since = None

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from paddlenlp.trainer import TrainerCallback
 
+from paddlemix.processors.fonts import find_font
 from paddlemix.utils.errors import ConfigError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
@@ -249,3 +250,47 @@ def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
     return True
+
+
+class CaptionReport:
+    """Captions of an evaluation: as lines of the log, and in the event files, there beside their images too.
+
+    thumbnail: gives the image of a caption's id, or None. font_folder: where a font may be, beside the usual places.
+    """
+
+    def __init__(self, events: EventFiles, thumbnail: Callable[[str], Optional[np.ndarray]], font_folder: str):
+        self.events, self.thumbnail, self.font_folder = events, thumbnail, font_folder
+        self._thumbnails: Dict[str, Optional[np.ndarray]] = {}
+        self._font: Any = None  # looked for when one is needed; False: there is none
+
+    def show(self, found: Sequence[Any], step: int) -> None:
+        """found: have id, text and reference."""
+        for one in found:
+            line = f"{one.text} | reference: {one.reference}"
+            logger.info(f"{one.id}: {line}")
+            if not self.events.kinds:
+                continue
+            name = one.id.replace("#", "_")
+            self.events.text(f"captions/{name}", line, step)
+            if one.id not in self._thumbnails:
+                self._thumbnails[one.id] = self.thumbnail(one.id)
+            thumbnail = self._thumbnails[one.id]
+            if thumbnail is not None:
+                font = self._font_for(line)
+                shown = thumbnail if font is None else caption_picture(thumbnail, one.text, one.reference, font)
+                self.events.image(f"eval/{name}", shown, step)
+
+    def _font_for(self, text: str) -> Any:
+        """A font with the letters of a text, or None, which is said once."""
+        from PIL import ImageFont
+
+        if text.isascii():
+            return ImageFont.load_default()
+        if self._font is None:
+            self._font = find_font(self.font_folder, FONT_SIZE) or False
+            if not self._font:
+                logger.warning(
+                    "no font with Chinese characters (apt install fonts-noto-cjk): the event files show captions as "
+                    "text (captions/…), not beside their images (eval/…)"
+                )
+        return self._font or None

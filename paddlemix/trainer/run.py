@@ -27,6 +27,7 @@ from paddlemix.trainer.guard import LanguageGuard, check_text_model
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
 from paddlemix.trainer.order import Order
+from paddlemix.trainer.reports import choose_reports
 from paddlemix.trainer.rules import broken_rules
 from paddlemix.trainer.tuned_model import open_tuned
 from paddlemix.utils import runtime
@@ -175,6 +176,7 @@ def _on_machine(arguments: Arguments, machine: Optional[Machine]) -> Run:
 def _decide_precision(run: Run) -> None:
     training, machine = run.arguments.training, run.machine
     run.attempt(parallel.check_device, training, machine.device)
+    run.attempt(choose_reports, training.report_to)
     asked = "float16" if training.fp16 else "bfloat16" if training.bf16 else "float32"
     dtype = runtime.decide_dtype(asked, "gpu" if machine.gpu else "cpu", machine.bf16)
     run.precision = runtime.decide_precision(dtype.value, training.fp16_opt_level)

@@ -39,42 +39,31 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import paddle
-from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer
 from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
 from paddlenlp.transformers.model_utils import _add_variant
 
 from paddlemix.datasets.collator import raise_failure
 from paddlemix.models.mgen_vl.parameters import group_of
-from paddlemix.processors.fonts import find_font
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import parallel, resume, run_checkpoints
-from paddlemix.trainer.callbacks import EvaluationLeftOut, LogLines, StopOnSignal, leave_sigterm_to_parent
+from paddlemix.trainer.callbacks import Bookkeeping, EvaluationLeftOut, LogLines, StopOnSignal, safe_workers
 from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
 from paddlemix.trainer.order import EpochSampler, Order
-from paddlemix.trainer.reports import FONT_SIZE, EventFiles, Parameter, caption_picture
+from paddlemix.trainer.reports import CaptionReport, EventFiles, Parameter
 from paddlemix.trainer.training_args import print_block
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
 from paddlemix.utils.compat import handed_over
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
-from paddlemix.utils.runtime import peak_memory, seed_step
-from paddlemix.utils.surroundings import check_shared_memory
+from paddlemix.utils.runtime import peak_memory
 
-# Lines of training that the history holds at most.
-MOST_LINES = 10_000
 # An evaluation of fewer seconds is never said to take too long.
 _LONG_SECONDS = 10.0
 # The parts between vision and language, which mm_projector_lr is for.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
-
-
-def thinned(history: List[dict]) -> List[dict]:
-    """A history without every second line of training; evaluations stay, and the newest line."""
-    lines = [number for number, line in enumerate(history) if "loss" in line]
-    left_out = set(lines[-2::-2])
-    return [line for number, line in enumerate(history) if number not in left_out]
 
 
 class FinetuneTrainer(Trainer):
@@ -105,9 +94,6 @@ class FinetuneTrainer(Trainer):
         self.order = order
         self.captions, self.score_captions, self.save_captions = captions, score_captions, save_captions
         self.shown_captions = shown_captions
-        # Thumbnails of the captions that are shown, and the font for their pictures, looked for when one is needed.
-        self._thumbnails: Dict[str, Optional[np.ndarray]] = {}
-        self._font = None  # False: there is none
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
@@ -128,12 +114,14 @@ class FinetuneTrainer(Trainer):
             self.remove_callback(stock)
         self.add_callback(self.stop)
         self.add_callback(self.numerics)
-        self.add_callback(_Bookkeeping(self))
+        self.add_callback(Bookkeeping(self))
         self.lines = LogLines()
         self.callback_handler.callbacks.insert(0, self.lines)
         reports = self.args.report_to if self.is_world_process_zero() else []
         self.events = EventFiles(self.args.logging_dir, reports, parameters)
         self.add_callback(self.events)
+        if captions is not None:
+            self.caption_report = CaptionReport(self.events, captions.thumbnail, origin.base)
 
     # ---- what is printed
 
@@ -166,8 +154,8 @@ class FinetuneTrainer(Trainer):
                 logs[name] = count
         super().log(logs, **kwargs)
         self._history.append(dict(logs, global_step=self.state.global_step))
-        if len(self._history) > MOST_LINES and "loss" in logs:
-            self._history = thinned(self._history)
+        if len(self._history) > resume.MOST_LINES and "loss" in logs:
+            self._history = resume.thinned(self._history)
         # A copy: PaddleNLP 2.8 appends to it by itself.
         self.state.log_history = list(self._history)
 
@@ -194,23 +182,10 @@ class FinetuneTrainer(Trainer):
         return self.sampler
 
     def get_train_dataloader(self):
-        return self._safe_workers(super().get_train_dataloader())
+        return safe_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return self._safe_workers(super().get_eval_dataloader(eval_dataset))
-
-    @staticmethod
-    def _safe_workers(loader):
-        """Workers that leave SIGTERM to this process, and hand it their batches through pipes.
-
-        /dev/shm, Paddle's way, may be small (64 MB in Docker): a batch without room there ends a run, or hangs it, and
-        what a killed run has there stays until the machine restarts. The copy takes a thread some milliseconds a batch.
-        """
-        if loader.num_workers:
-            check_shared_memory(loader.num_workers, "dataloader_num_workers 0")
-            loader.worker_init_fn = leave_sigterm_to_parent
-            loader.use_shared_memory = False
-        return loader
+        return safe_workers(super().get_eval_dataloader(eval_dataset))
 
     # ---- evaluation
 
@@ -260,50 +235,19 @@ class FinetuneTrainer(Trainer):
         with self.lines.counting(self.args, self.state, self.captions.limit, "captions", "row") as bar:
             found = self.captions.captions(model, between, bar.update)
         if not self.score_captions:
-            self.show_captions(found)
+            self._show_captions(found)
         else:
             path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
             write = self.save_captions and self.args.should_save
             scores = self.captions.score(found, path if write else None)
-            self.show_captions(found[: self.shown_captions])
+            self._show_captions(found[: self.shown_captions])
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)
         return metrics
 
-    def show_captions(self, found: List[Caption]) -> None:
-        """Captions as lines of the log and of the event files, and there beside their images too."""
-        if not found or not self.is_world_process_zero():
-            return
-        step = self.state.global_step
-        for one in found:
-            line = f"{one.text} | reference: {one.reference}"
-            logger.info(f"{one.id}: {line}")
-            if not self.events.kinds:
-                continue
-            name = one.id.replace("#", "_")
-            self.events.text(f"captions/{name}", line, step)
-            if one.id not in self._thumbnails:
-                self._thumbnails[one.id] = self.captions.thumbnail(one.id)
-            thumbnail = self._thumbnails[one.id]
-            if thumbnail is not None:
-                font = self._font_for(line)
-                shown = thumbnail if font is None else caption_picture(thumbnail, one.text, one.reference, font)
-                self.events.image(f"eval/{name}", shown, step)
-
-    def _font_for(self, text: str):
-        """A font with the letters of a text, or None, which is said once."""
-        from PIL import ImageFont
-
-        if text.isascii():
-            return ImageFont.load_default()
-        if self._font is None:
-            self._font = find_font(self.origin.base, FONT_SIZE) or False
-            if not self._font:
-                logger.warning(
-                    "no font with Chinese characters (apt install fonts-noto-cjk): the event files show captions as "
-                    "text (captions/…), not beside their images (eval/…)"
-                )
-        return self._font or None
+    def _show_captions(self, found: List[Caption]) -> None:
+        if found and self.is_world_process_zero():
+            self.caption_report.show(found, self.state.global_step)
 
     # ---- a step
 
@@ -500,33 +444,3 @@ class FinetuneTrainer(Trainer):
             logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
             self.load_weights(best)
         return metrics
-
-
-class _Bookkeeping(TrainerCallback):
-    """Keeps the sampler, the epoch and the loss sum right, which the stock loop loses on a resume."""
-
-    def __init__(self, trainer: FinetuneTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # Loading does not count in the first interval.
-        self.trainer._counted_since = self.trainer._trained_since = time.time()
-        # PaddleNLP says it in a debug line only.
-        count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
-        logger.info(f"  Number of trainable parameters = {count:,} (per device)")
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # The loop has just set its sum to 0.
-        self.trainer._total_loss_scalar += self.trainer._resumed_loss
-        self.trainer._resumed_loss = 0.0
-        epoch, step = divmod(state.global_step, self.trainer.order.steps_per_epoch)
-        self.trainer.sampler.start_at(epoch, 0 if args.ignore_data_skip else step * self.trainer.order.batches_per_step)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        seed_step(args.seed, state.global_step, args.dataset_rank, max(args.tensor_parallel_rank, 0))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / self.trainer.order.steps_per_epoch
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._trained_since = None

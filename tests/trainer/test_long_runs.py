@@ -12,7 +12,8 @@ import pytest
 from paddlenlp.trainer import TrainerState
 
 from paddlemix.trainer import callbacks, reports, resume, trainer
-from paddlemix.trainer.trainer import FinetuneTrainer, thinned
+from paddlemix.trainer.resume import thinned
+from paddlemix.trainer.trainer import FinetuneTrainer
 from tests.trainer.runs import LORA, run
 
 
@@ -24,7 +25,7 @@ def test_a_history_is_thinned_but_for_its_evaluations_and_its_newest_line():
 
 
 def test_the_history_of_a_long_run_is_bounded(run_keys, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "MOST_LINES", 6)
+    monkeypatch.setattr(resume, "MOST_LINES", 6)
     run(run_keys(**LORA, max_steps=12, save_steps=12, report_to=["none"]))
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-12"):
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]

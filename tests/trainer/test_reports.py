@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from paddlemix.trainer import eval_captions, reports, trainer
+from paddlemix.trainer import eval_captions, reports
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import refused
 from tests.trainer.runs import COLOURS, LORA, run, write_data
@@ -112,7 +112,7 @@ def test_captions_stand_beside_their_images_at_each_evaluation(run_keys, tmp_pat
     said = iter(["红色的T恤", "plain words", "蓝色的T恤" * 30, "words"])
     monkeypatch.setattr(eval_captions, "generate_captions", lambda model, *_: _answers(_[1], said))
     # Not a Chinese one, but a font.
-    monkeypatch.setattr(trainer, "find_font", lambda *_: ImageFont.load_default() if font == "there" else None)
+    monkeypatch.setattr(reports, "find_font", lambda *_: ImageFont.load_default() if font == "there" else None)
     keys = {"evaluation_strategy": "steps", "eval_steps": 1, "shown_captions": 2, "max_steps": 2}
     run(run_keys(**LORA, **keys, save_strategy="no"))
     found = pictures(tmp_path / "out" / "runs")

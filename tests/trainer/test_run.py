@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from paddlemix.trainer import command_line, dry_run, trainer
+from paddlemix.trainer import command_line, dry_run, reports, trainer
 from paddlemix.trainer.freeze import count_groups
 from paddlemix.trainer.run import resolve
 from paddlemix.trainer.tuned_model import base_of
@@ -156,3 +156,9 @@ def test_the_trainers_head_names_every_override():
     named = set(re.findall(r"^  (\w+)", trainer.__doc__, flags=re.MULTILINE))
     # PaddleNLP 2.8 has no _check_loss_valid.
     assert overrides <= named <= set(vars(trainer.FinetuneTrainer)) and len(overrides) > 15
+
+
+def test_a_report_without_its_package_is_a_problem_in_both(words, monkeypatch):
+    monkeypatch.setattr(reports.importlib.util, "find_spec", lambda package: None)
+    (problem,) = dry_run.foresee(words(report_to=["tensorboard"])).problems
+    assert problem.startswith("report_to tensorboard needs the package tensorboardX")
