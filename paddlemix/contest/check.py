@@ -434,7 +434,7 @@ def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -
         found.problems += [f"    {line}" for line in run.said[-_SHOWN:]]
 
 
-def _written(runs: Dict[str, trial.Trial], place: trial.Place, found: _Findings) -> None:
+def _written(runs: Dict[str, trial.Trial], place: trial.TrialFolder, found: _Findings) -> None:
     written = sorted({name for run in runs.values() for name in run.written})
     if written:
         found.problems.append(f"it wrote {some(written, _SHOWN)}")

@@ -74,7 +74,7 @@ class Trial(NamedTuple):
     written: List[str]
 
 
-class Place:
+class TrialFolder:
     """A copy of a submission, laid out as in the notebook: submission/ beside dataset/test_samples.txt.
 
     offline: whether the runs in it have no network.
@@ -198,7 +198,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Place]:
+def copied(submission: str, sample: str, progress: bool = True) -> Iterator[TrialFolder]:
     """A read-only copy of a submission at a path with blanks in it, with `sample` as its test file.
 
     It is made beside the submission, where large files can be hard links, else in the system's folder for temporary
@@ -210,7 +210,7 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Plac
     submission = os.path.abspath(submission)
     parent = os.path.dirname(submission)
     folder = tempfile.mkdtemp(prefix=".check of a submission ", dir=parent if os.access(parent, os.W_OK) else None)
-    place = Place(folder, os.path.basename(submission))
+    place = TrialFolder(folder, os.path.basename(submission))
 
     total = sum(os.path.getsize(os.path.join(p, name)) for p, _, names in os.walk(submission) for name in names)
     try:
@@ -235,7 +235,7 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Plac
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def both_calls(place: Place, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, Trial]:
+def both_calls(place: TrialFolder, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, Trial]:
     """Both calls: absolute paths without the fourth argument, and the notebook's own with it."""
     folder, beside = os.path.dirname(place.input), os.path.dirname(os.path.abspath(python))
     calls = {

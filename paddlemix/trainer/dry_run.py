@@ -17,8 +17,9 @@ from paddlemix.trainer import freeze, memory
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
 from paddlemix.trainer.machine import card
-from paddlemix.trainer.run import Run, nearest_folder, resolve
+from paddlemix.trainer.run import Run, resolve
 from paddlemix.utils.compat import PADDLE_3
+from paddlemix.utils.files import nearest_folder
 
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20

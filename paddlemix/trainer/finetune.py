@@ -24,7 +24,7 @@ from paddlemix.trainer.resume import write_trainer_state
 from paddlemix.trainer.run import Run, resolve
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
-from paddlemix.trainer.tuned_model import choose_trainable, load_model
+from paddlemix.trainer.tuned_model import choose_trainable, load_base_model
 from paddlemix.utils.files import only_writer
 from paddlemix.utils.log import logger, print_like_ours
 from paddlemix.utils.runtime import describe_threads, rank, seed_everything
@@ -99,7 +99,7 @@ def build(run: Run) -> FinetuneTrainer:
     # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
     with paddle.utils.unique_name.guard():
         card = max(training_args.tensor_parallel_rank, 0)
-        model = load_model(model_args, run.config, run.precision.weights, run.tensor, card)
+        model = load_base_model(model_args, run.config, run.precision.weights, run.tensor, card)
         run.guard.check(model)
         model = choose_trainable(model, model_args, run.trainable)
     for line in (freeze.summary_line(run.counts()), *freeze.table_lines(run.counts())):

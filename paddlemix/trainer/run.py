@@ -33,6 +33,7 @@ from paddlemix.trainer.tuned_model import open_tuned
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, Problem, UserError
+from paddlemix.utils.files import nearest_folder
 from paddlemix.utils.runtime import Precision
 
 
@@ -241,14 +242,6 @@ def _check_lora_path(run: Run, folder: str) -> None:
         # Going on with them on another base may be meant.
         base, text = model.model_name_or_path, model.text_model_name_or_path
         Origin.read(folder).check(folder, base, text, force=True, warn=run.warnings.append)
-
-
-def nearest_folder(path: str) -> str:
-    """The path, or what is nearest above it that there is."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
 
 
 def _decide_output(run: Run) -> None:

@@ -37,7 +37,7 @@ def base_of(model):
     return model.model if isinstance(model, LoRAModel) else model
 
 
-def load_model(model_args: ModelArguments, config: MGenConfig, dtype: str, cards: int = 1, card: int = 0):
+def load_base_model(model_args: ModelArguments, config: MGenConfig, dtype: str, cards: int = 1, card: int = 0):
     """The model to tune, in train mode and not yet frozen.
 
     config: of the model folder. dtype: "float32", "float16" or "bfloat16". card: which of the `cards` that share its

@@ -400,7 +400,7 @@ def test_a_run_that_is_wrong(stand_in, more, rules, text):
 
 
 def test_what_is_written_is_seen_without_modes(stand_in, monkeypatch):
-    monkeypatch.setattr(trial.Place, "freeze", lambda self: self._before.update(self._state()))
+    monkeypatch.setattr(trial.TrialFolder, "freeze", lambda self: self._before.update(self._state()))
     report = check(stand_in("open(__file__.replace('predict.py', 'cache.txt'), 'w').close()"))
     assert failed(report) == {"read_only"} and "it wrote src/cache.txt" in said(report, "read_only")
 

@@ -151,13 +151,13 @@ def test_levels_of_half_precision(run_keys, monkeypatch, level, weights, masters
     """As far as a CPU goes: the dtype of the weights, and whether the optimizer keeps float32 copies."""
     monkeypatch.setattr(runtime, "decide_dtype", lambda asked, *machine: Choice(asked))
     made = []
-    make = tuned_model.load_model
+    make = tuned_model.load_base_model
 
     def load(*args):
         made.append(make(*args))
         return made[0]
 
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "load_base_model", load)
     # The CPU has no autocast to wrap the model for.
     monkeypatch.setattr(module.FinetuneTrainer, "_wrap_amp_model", lambda self, *args: None)
     trainer = start(run_keys(bf16=True, fp16_opt_level=level))
