@@ -271,7 +271,7 @@ class Ours(Way):
 
     def decode_parts(self, B: int, tokens: int) -> Dict[str, float]:
         """Seconds per step inside attention, the decoder's matmuls and lm_head, and in all of it (with the clocks)."""
-        from paddlemix.models.mgen_vl import language
+        from paddlemix.models.mgen_vl import attention
 
         spent = {"attention": 0.0, "matmul": 0.0, "lm_head": 0.0}
 
@@ -289,7 +289,7 @@ class Ours(Way):
             setattr(owner, method, measured)
 
         patched: List[Any] = []
-        clock(language, "project", "matmul")
+        clock(attention, "linear", "matmul")
         for block in self.model.transformer.llm.h:
             clock(block.attn, "forward", "attention", inside="matmul")
         clock(self.model, "_logits", "lm_head")

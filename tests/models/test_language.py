@@ -11,7 +11,7 @@ from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.language import KVCache, ntk_alpha, position_ids_from_mask, rotary_factors, rotate
 from paddlemix.utils import compat
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU, PADDLE_VERSION
-from tests.helpers import make_tiny_model
+from tests.helpers import make_tiny_model, prompt_ids
 
 
 def test_attend_is_the_formula():
@@ -26,6 +26,18 @@ def test_attend_is_the_formula():
     for flash in (False, True)[: 1 + FUSED_ATTENTION_ON_CPU]:
         out = attend(*tensors, use_flash=flash).numpy()
         np.testing.assert_allclose(out, expected.transpose(0, 2, 1, 3).reshape(2, 4, 24), atol=1e-6)
+
+
+def test_hooks_of_the_layers_inside_run():
+    """Without any, layers are not called as such."""
+    model, seen = make_tiny_model(), []
+    for name, layer in model.named_sublayers():
+        if name.endswith(("attn", "mlp", "ln_1", "ln_2", "c_attn", "c_proj", "w1", "in_proj", "c_fc")):
+            layer.register_forward_post_hook(lambda layer, inputs, output, name=name: seen.append(name))
+    model(paddle.to_tensor([prompt_ids(range(4))]), images=paddle.ones([1, 3, 56, 56]))
+    names = [n for n, _ in model.named_sublayers() if n.split(".")[-1] in ("attn", "mlp", "ln_1", "ln_2", "c_attn",
+             "c_proj", "w1", "in_proj", "c_fc")]  # fmt: skip
+    assert sorted(seen) == sorted(names)
 
 
 def test_rotation_is_the_complex_formula():

@@ -231,3 +231,33 @@ def test_every_linear_layer_can_have_adapters_that_learn():
     model(**inputs(), labels=ids).loss.backward()
     for name in linear:
         assert float(state[name + ".lora_B"].grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+def test_the_direct_layer_is_paddlenlps(dropout):
+    from paddlenlp.peft.lora.lora_layers import LoRALinear
+
+    from paddlemix.models.mgen_vl.tensor_parallel import DirectLoRALinear
+
+    model = make_tiny_model()
+    lora = apply_lora(model, rank=4, alpha=16, dropout=dropout, target_modules=[".*attn.c_attn", ".*mlp.w1"])
+    layers = [layer for layer in model.sublayers() if isinstance(layer, LoRALinear)]
+    assert len(layers) == 4 and all(type(layer) is DirectLoRALinear for layer in layers)
+    rng = np.random.default_rng(0)
+    x = paddle.to_tensor(rng.standard_normal((2, 3, 128)).astype("float32"))
+    for layer in layers:
+        layer.lora_B.set_value(rng.standard_normal(layer.lora_B.shape).astype("float32"))
+        for training in (True, False):
+            lora.train() if training else lora.eval()
+            found = []
+            for forward in (DirectLoRALinear.forward, LoRALinear.forward):
+                paddle.seed(7)
+                out = forward(layer, x)
+                if training:
+                    out.sum().backward()
+                    found.append([out.numpy(), layer.lora_A.grad.numpy(), layer.lora_B.grad.numpy()])
+                    layer.clear_gradients()
+                else:
+                    found.append([out.numpy()])
+            for ours, theirs in zip(*found):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)

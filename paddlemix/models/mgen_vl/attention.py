@@ -11,7 +11,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from paddlemix.utils.compat import autocast_dtype, full_precision, linear, softmax_
+from paddlemix.utils.compat import autocast_dtype, cast, full_precision, layer_norm, linear, softmax_
 
 # float16 scores are computed smaller by this factor, and float32 ones multiplied by it (PaddleNLP takes 32, too).
 GUARD = 32.0
@@ -28,12 +28,17 @@ def spread(tensor, shape):
     return tensor.tile([whole // part for whole, part in zip(shape, tensor.shape)])
 
 
-def project(layer, x):
-    """layer(x), of a Linear without hooks by its matmul alone: the Python in between takes longer than to launch it."""
-    if type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_post_hooks:
-        parameters = layer._parameters  # an attribute of a layer takes 0.5 µs to find
-        return linear(x, parameters["weight"], parameters.get("bias"))
-    return layer(x)
+def call(layer, *args):
+    """layer(*args). Without hooks a Linear and a LayerNorm are their operator alone, others their forward: the Python
+    around them takes as long as the launch."""
+    if layer._forward_pre_hooks or layer._forward_post_hooks:
+        return layer(*args)
+    parameters = layer._parameters  # an attribute of a layer takes 0.5 µs to find
+    if type(layer) is nn.Linear:
+        return linear(*args, parameters["weight"], parameters.get("bias"))
+    if type(layer) is nn.LayerNorm:
+        return layer_norm(*args, parameters["weight"], parameters["bias"], layer._epsilon)
+    return layer.forward(*args)
 
 
 def compute_dtype(tensor):
@@ -78,14 +83,14 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
         return out.reshape([B, T, H * d])
     if not scaled:
         query = query * score_scale(d, dtype)
-    scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
+    scores = cast(paddle.matmul(query, key, transpose_y=True), paddle.float32)
     with full_precision():
         if dtype == paddle.float16:
             scores = scores * GUARD
         if bias is not None:
             scores = scores + bias
         # In place: the scores are the largest tensor there is (a ViT's of 32 images: 2 GB), and nobody else's.
-        weights = softmax_(scores).astype(value.dtype)
+        weights = cast(softmax_(scores), value.dtype)
     if dropout:
         weights = F.dropout(weights, dropout, training=training)
     out = paddle.matmul(weights, value)

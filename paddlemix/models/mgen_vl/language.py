@@ -19,14 +19,14 @@ from paddlenlp.transformers.qwen.modeling import QWenAttention, QWenMLP, QWenPre
 from paddlemix.models.mgen_vl.attention import (
     attend,
     attend_within,
+    call,
     compute_dtype,
     fused_bias,
-    project,
     score_scale,
     spread,
 )
 from paddlemix.models.mgen_vl.configuration import MGenConfig
-from paddlemix.utils.compat import full_precision, fused_rms_norm, norm_is_fused, swiglu
+from paddlemix.utils.compat import cast, full_precision, fused_rms_norm, norm_is_fused, swiglu
 
 # A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
 MASKED = -1e30
@@ -160,7 +160,7 @@ class MGenAttention(QWenAttention):
         """
         B, T, _ = x.shape
         layers = self._sub_layers  # found five times as fast as attributes of a layer
-        mixed = project(layers["c_attn"], x).reshape([B, T, 3, self.num_heads, self.head_dim])
+        mixed = call(layers["c_attn"], x).reshape([B, T, 3, self.num_heads, self.head_dim])
         # Contiguous: both products would copy the strided view for themselves.
         mixed = mixed.transpose([2, 0, 3, 1, 4]).contiguous()
         query, key, value = rotate(mixed, cos, sin).unbind(0)  # each [B, H, T, d]
@@ -177,7 +177,7 @@ class MGenAttention(QWenAttention):
             use_flash=self.config.use_flash_attention and T > 1,
             scaled=True,
         )
-        return project(layers["c_proj"], out)
+        return call(layers["c_proj"], out)
 
 
 class MGenMLP(QWenMLP):
@@ -185,27 +185,25 @@ class MGenMLP(QWenMLP):
 
     def forward(self, x):
         layers = self._sub_layers
-        return project(layers["c_proj"], swiglu(project(layers["w2"], x), project(layers["w1"], x)))
+        return call(layers["c_proj"], swiglu(call(layers["w2"], x), call(layers["w1"], x)))
 
 
 class MGenRMSNorm(QWenRMSNorm):
     """x / rms(x) · weight, the mean square in float32 (Zhang & Sennrich 2019)."""
 
-    def forward(self, x, fused=False):
-        """fused: see norm_is_fused."""
-        return self.after(x, None, fused)[0]
-
-    def after(self, x, added=None, fused=False):
-        """(norm of x + added, x + added)."""
+    def forward(self, x, added=None, fused=False):
+        """The norm of x, or (that of x + added, x + added). fused: see norm_is_fused."""
         if fused:
-            return fused_rms_norm(x, self._parameters["weight"], self.eps, added)
+            normed, x = fused_rms_norm(x, self._parameters["weight"], self.eps, added)
+            return normed if added is None else (normed, x)
         if added is not None:
             x = x + added
-        wide = x.astype("float32")
+        wide = cast(x, paddle.float32)
         with full_precision():
             # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
             wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
-        return wide.astype(x.dtype) * self.weight, x
+        normed = cast(wide, x.dtype) * self._parameters["weight"]
+        return normed if added is None else (normed, x)
 
 
 class MGenBlock(nn.Layer):
@@ -220,9 +218,9 @@ class MGenBlock(nn.Layer):
 
     def forward(self, x, bias, cos, sin, cache=None, layer=0, fused_norm=False):
         layers = self._sub_layers
-        attended = layers["attn"](layers["ln_1"](x, fused_norm), bias, cos, sin, cache, layer)
-        normed, x = layers["ln_2"].after(x, attended, fused_norm)
-        return x + layers["mlp"](normed)
+        attended = call(layers["attn"], call(layers["ln_1"], x, None, fused_norm), bias, cos, sin, cache, layer)
+        normed, x = call(layers["ln_2"], x, attended, fused_norm)
+        return x + call(layers["mlp"], normed)
 
 
 class MGenPretrainedModel(QWenPretrainedModel):
@@ -399,7 +397,7 @@ class MGenDecoder(MGenPretrainedModel):
                 x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin)
             else:
                 x = block(x, bias, cos, sin, cache, i, fused_norm)
-        return self.ln_f(x, fused_norm)
+        return self.ln_f(x, None, fused_norm)
 
     def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
         """(cos, sin, bias) of any forward; bias may be segments as attend_within takes them."""

@@ -15,7 +15,7 @@ from paddle.distributed.fleet.meta_parallel import RowParallelLinear, get_rng_st
 from paddlenlp.peft import LoRAModel
 from paddlenlp.peft.lora.lora_layers import LoRALinear
 
-from paddlemix.utils.compat import linear
+from paddlemix.utils.compat import dropout, linear
 
 
 class PartDropout(nn.Dropout):
@@ -35,10 +35,13 @@ class DirectLoRALinear(LoRALinear):
         parameters = self._parameters
         out = linear(x, parameters["weight"], parameters.get("bias"))
         # PaddleNLP 2.8 merges for evaluation; 3 can switch adapters off.
-        if self.merged or getattr(self, "disable_lora", False):
+        if self.merged or self.__dict__.get("disable_lora"):
             return out
+        drop = self._sub_layers.get("lora_dropout")
+        if self.training and drop is not None:
+            x = dropout(x, drop.p)
         # Scaled while it is r wide.
-        low = paddle.matmul(self.lora_dropout(x), parameters["lora_A"]) * self.scaling
+        low = paddle.matmul(x, parameters["lora_A"]) * self.scaling
         return out + paddle.matmul(low, parameters["lora_B"])
 
 

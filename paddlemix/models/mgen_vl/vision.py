@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 from einops import rearrange
 from paddle import nn
 
-from paddlemix.models.mgen_vl.attention import attend, project
+from paddlemix.models.mgen_vl.attention import attend, call
 from paddlemix.models.mgen_vl.connector import EPSILON, AttentionPool, resize_positions
 
 # Rows of the position table: a 16 × 16 grid, whatever the image size.
@@ -29,9 +29,9 @@ class VisualAttention(nn.Layer):
     def forward(self, x, use_flash=False):
         """[N, P, w] → [N, P, w]."""
         layers = self._sub_layers
-        mixed = project(layers["in_proj"], x)
+        mixed = call(layers["in_proj"], x)
         query, key, value = rearrange(mixed, "n p (h qkv d) -> qkv n h p d", h=self.heads, qkv=3).unbind(0)
-        return project(layers["out_proj"], attend(query, key, value, use_flash=use_flash))
+        return call(layers["out_proj"], attend(query, key, value, use_flash=use_flash))
 
 
 class VisualMLP(nn.Layer):
@@ -42,7 +42,7 @@ class VisualMLP(nn.Layer):
 
     def forward(self, x):
         layers = self._sub_layers
-        return project(layers["c_proj"], F.gelu(project(layers["c_fc"], x)))
+        return call(layers["c_proj"], F.gelu(call(layers["c_fc"], x)))
 
 
 class VisualBlock(nn.Layer):
@@ -57,8 +57,8 @@ class VisualBlock(nn.Layer):
 
     def forward(self, x, use_flash=False):
         layers = self._sub_layers
-        x = x + layers["attn"](layers["ln_1"](x), use_flash)
-        return x + layers["mlp"](layers["ln_2"](x))
+        x = x + call(layers["attn"], call(layers["ln_1"], x), use_flash)
+        return x + call(layers["mlp"], call(layers["ln_2"], x))
 
 
 class VisualTransformer(nn.Layer):
