@@ -22,7 +22,7 @@ Within `Simulation`, every operator that Python calls (paddle._C_ops and Tensor'
 - `kept()` counts what autograd keeps for the backward, in the bytes that it would have.
 
 Autocast itself is switched on in Paddle's tracer, which the model's `full_precision` regions and
-`compat.autocast_is_on` read and write as on a GPU.
+`compat.autocast_dtype` read and write as on a GPU.
 
 A simulated kernel computes in float32 and rounds once; sums in another order, and kernels that round more often, are
 not simulated. Needs Paddle 2.6: 3.x binds operators such as matmul past paddle._C_ops. What 3.x changes in the rules is

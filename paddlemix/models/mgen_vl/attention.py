@@ -83,7 +83,7 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
         return out.reshape([B, T, H * d])
     if not scaled:
         query = query * score_scale(d, dtype)
-    scores = cast(paddle.matmul(query, key, transpose_y=True), paddle.float32)
+    scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
     with full_precision():
         if dtype == paddle.float16:
             scores = scores * GUARD

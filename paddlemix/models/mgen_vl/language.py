@@ -198,7 +198,7 @@ class MGenRMSNorm(QWenRMSNorm):
             return normed if added is None else (normed, x)
         if added is not None:
             x = x + added
-        wide = cast(x, paddle.float32)
+        wide = x.astype("float32")
         with full_precision():
             # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
             wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
