@@ -10,6 +10,7 @@ import time
 from paddlemix.inference.boxes import check_boxes_path
 from paddlemix.inference.options import add_decoding_options, add_model_options, decoding_options, generate_options
 from paddlemix.utils import cli
+from paddlemix.utils.errors import ImageError, UserError
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
 EXAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example.jpg")
@@ -86,7 +87,12 @@ def main() -> int:
     sources = ([] if args.image is None else [args.image]) + args.images
     if not sources and not args.interactive:
         sources = [EXAMPLE]
-    images = [fetch(source) for source in sources]
+    try:
+        images = [fetch(source) for source in sources]
+    except ImageError as error:
+        if args.prompt is None or not os.path.isfile(args.prompt):
+            raise
+        raise UserError(f"{error}; {args.prompt} is a file: IMAGE comes before PROMPT") from None
     loaded = load_model(model, args.dtype, args.device)
     conversation = Conversation(loaded, args.system, decoding.get("choose", "first"), **options)
     for image in images:

@@ -56,6 +56,11 @@ def test_path_and_base64_and_data_uri_are_one_image(call, tmp_path):
     assert call(chat.EXAMPLE)[1] == call()[1]
 
 
+def test_image_and_prompt_exchanged(call):
+    status, _, _, err = call("What is it?", chat.EXAMPLE)
+    assert status == 2 and err.splitlines()[-1].endswith("is a file: IMAGE comes before PROMPT")
+
+
 def test_the_prompt_and_the_folder_that_holds_the_model(call, model, tmp_path):
     status, response, out, _ = call(chat.EXAMPLE, "What is it?")
     assert status == 0 and out.startswith("prompt: What is it?\n")

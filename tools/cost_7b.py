@@ -16,13 +16,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.models.lora import adapter_shapes  # noqa: E402
 from paddlemix.models.mgen_vl.parameters import count, parameter_shapes  # noqa: E402
-from paddlemix.trainer import freeze, machine, memory  # noqa: E402
+from paddlemix.trainer import freeze, machine, memory, work  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 
-# Those whose published peaks the table has.
-CARDS = {name: card for name, card in machine.CARDS.items() if card.flops}
-# Assumed shares of the peaks; the published training figure in the tables comes to 30 % of the FLOPs.
-FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.6
+CARDS = {name: machine.CARDS[name] for name in ("V100-32GB", "A100-80GB", "H100-80GB")}
+# Assumed shares of the peaks.
+FLOPS_SHARE, BANDWIDTH_SHARE = work.FLOPS_SHARE, 0.6
 # Bytes/s for merging: reading and writing one disk at the same time.
 DISK = 1.0e9
 # All-reduce as a ring, bytes/s of its slowest link: NVLink inside a machine, 200 Gbit/s between machines, which a
@@ -59,36 +58,19 @@ class Model:
 
     def vit(self) -> float:
         """Of one image's forward through the ViT."""
-        v = self.config["visual"]
-        w, P = v["width"], (v["image_size"] // v["patch_size"]) ** 2
-        m = int(w * v["mlp_ratio"])
-        layer = 2 * P * (4 * w * w + 2 * w * m) + 4 * P * P * w
-        return 2 * P * 3 * v["patch_size"] ** 2 * w + v["layers"] * layer
+        return work.vit(self.config)
 
     def connector(self) -> float:
         """Of one image's forward through attn_pool and proj."""
-        v = self.config["visual"]
-        w, D, Q, P = v["width"], v["output_dim"], v["n_queries"], (v["image_size"] // v["patch_size"]) ** 2
-        return 2 * P * w * D + 4 * P * D * D + 2 * Q * D * D + 4 * Q * P * D + 4 * Q * D * D
+        return work.connector(self.config)
 
     def decoder(self, tokens: int, keys: int) -> float:
         """Of `tokens` new ones through the layers, each looking at `keys`; lm_head not counted."""
-        return tokens * (2 * self.layers + 4 * keys * self.config["hidden_size"] * self.config["num_hidden_layers"])
+        return 2 * tokens * self.layers + work.attention(self.config, tokens, keys)
 
     def step(self, tokens: int, labels: int, recompute: bool = False, full: bool = False, image: bool = True) -> float:
-        """Of forward and backward of one sample.
-
-        LoRA: a frozen matrix costs its forward and the gradient of its input, what trains also that of itself; a frozen
-        ViT its forward alone.
-        """
-        forward = self.decoder(tokens, tokens)
-        attention = tokens * 4 * tokens * self.config["hidden_size"] * self.config["num_hidden_layers"]
-        times = 3 if full else 2
-        total = times * (forward - attention) + 3 * attention + recompute * forward
-        total += 2 * (0 if full else 3) * tokens * self.adapters + times * 2 * labels * self.head
-        if image:
-            total += (3 + recompute if full else 1) * self.vit() + 3 * self.connector()
-        return total
+        """Of forward and backward of one sample, with LoRA or in full."""
+        return work.sample(self.config, self.full if full else self.lora, tokens, labels, recompute, image)
 
     # ---- bytes
 

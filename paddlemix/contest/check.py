@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -308,7 +309,8 @@ def check_submission(
     from paddlemix.models.mgen_vl.configuration import MGenConfig
 
     if not os.path.isdir(folder):
-        raise UserError(f"no folder {folder}: give the one that tools/pack_submission.py made")
+        command = f"python tools/pack_submission.py --weights MODEL --out {shlex.quote(folder)}"
+        raise UserError(f"no folder {folder}: make it with: {command}")
     if sample is not None:
         check_input(sample)
     judge = _Judge()

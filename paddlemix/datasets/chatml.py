@@ -188,7 +188,10 @@ class ChatmlDataset:
         ]
         self._set_ends()
         if not len(self):
-            raise ConfigError(f"no records in {', '.join(paths)}")
+            raise ConfigError(
+                f"no records in {', '.join(paths)}: convert more rows (tools/convert_labels.py, --val_every), or leave "
+                "it out of `dataset`"
+            )
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length = max_length

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
@@ -90,7 +91,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         logger.info("%s is complete, written by a single process: nothing to join", output)
         return whole
     check_file(output, plain=True)
-    shards = _find(output)
+    shards = _find(output, input)
     keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
     sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
     for shard, there in zip(shards[1:], sidecars[1:]):
@@ -155,7 +156,7 @@ def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:
     return there
 
 
-def _find(output: str) -> List[Shard]:
+def _find(output: str, input: Optional[str]) -> List[Shard]:
     """The shards beside `output`, all of them, in order."""
     name = re.compile(re.escape(os.path.basename(output)) + rf"\.shard-(\d+)-of-(\d+)(?:{re.escape(PARTIAL)})?")
     found = set()
@@ -173,7 +174,10 @@ def _find(output: str) -> List[Shard]:
         lacking = [shard for shard in shards if os.path.exists(shard.path(output) + ending) == bool(ending)]
         if lacking:
             listed = ", ".join(f"{shard.index}/{shard.of}" for shard in lacking)
-            raise UserError(f"{what}: --shard {listed}; the same predict.py command finishes it")
+            source = shlex.quote(input) if input is not None else "INPUT"
+            one = f"{lacking[0].index}/{lacking[0].of}"
+            command = f"python predict.py {source} {shlex.quote(output)} MODEL --shard {one}"
+            raise UserError(f"{what}: --shard {listed}; with the flags of before, finish it with: {command}")
     return shards
 
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from paddlemix.trainer import freeze, memory
+from paddlemix.trainer import freeze, memory, work
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
 from paddlemix.trainer.machine import card
@@ -294,6 +294,7 @@ def render(found: Forecast) -> List[str]:
             f"{order.samples / order.count:.2f} samples in each, at most {packs.most}"
         )
     lines += _step_lines(found.run)
+    lines += _time_lines(found)
     if found.batch is not None:
         lines += ["", "==== memory on each card, estimated"]
         seen = "the longest sample seen" if found.data.get("train") else "max_length, without data to look at"
@@ -378,6 +379,37 @@ def _step_lines(run: Run) -> List[str]:
             + f"; {planned.captions:,} captions of at most {planned.tokens} tokens in each" * (planned.captions > 0)
         )
     return lines
+
+
+def sample_work(found: Forecast) -> Optional[float]:
+    """Floating-point operations of one sample of the training data, on average; None without data to look at."""
+    data = found.data.get("train")
+    if data is None or not len(data.lengths) or not found.run.trained:
+        return None
+    tokens, labels, images = (float(values.mean()) for values in (data.lengths, data.labels, data.images))
+    # What is padded is computed too; packed sequences have next to no padding.
+    tokens = tokens / (1 - data.padding) if found.packs is None else tokens
+    config = memory.plain(found.run.config)
+    return work.sample(config, found.trained, round(tokens), round(labels), found.setting.recompute, images)
+
+
+def _time_lines(found: Forecast) -> List[str]:
+    """How long an epoch may take on the cards that --plan_for names."""
+    order, machine, sample = found.run.order, found.run.machine, sample_work(found)
+    if machine.flops is None or order is None or sample is None:
+        return []
+    epoch = sample * order.samples / machine.flops / work.FLOPS_SHARE / machine.cards
+    return [
+        f"about {_hours(epoch)} an epoch, {_hours(epoch * order.steps / order.steps_per_epoch)} in all, at "
+        f"{work.FLOPS_SHARE:.0%} of the card's published peak: {sample / 1e12:,.3g} TFLOP a sample (an estimate, never "
+        "measured; evaluations and checkpoints come on top)"
+    ]
+
+
+def _hours(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
 
 def dry_run(argv: Sequence[str], plan_for: Optional[str] = None) -> int:

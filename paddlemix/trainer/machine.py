@@ -12,25 +12,25 @@ from paddlemix.utils.runtime import resolve_device, world_size
 
 class Card(NamedTuple):
     """memory: GiB that CUDA reports, which is not the name's: error correction takes a sixteenth of a T4, A10 or L40S,
-    and the driver keeps some of each. capability: compute capability. flops, bandwidth: published peaks, for those that
-    tools/cost_7b.py reckons with: dense half-precision FLOP/s of the tensor cores, bytes/s of memory.
+    and the driver keeps some of each. capability: compute capability. flops, bandwidth: published peaks: dense FLOP/s
+    of the tensor cores on half-precision values summed in float32, bytes/s of memory.
     """
 
     memory: float
     capability: Tuple[int, int]
-    flops: Optional[float] = None
-    bandwidth: Optional[float] = None
+    flops: float
+    bandwidth: float
 
 
 CARDS: Dict[str, Card] = {
-    "V100-16GB": Card(15.78, (7, 0)),
+    "V100-16GB": Card(15.78, (7, 0), 125e12, 0.90e12),
     "V100-32GB": Card(31.74, (7, 0), 125e12, 0.90e12),
-    "T4-16GB": Card(14.58, (7, 5)),
-    "A10-24GB": Card(22.06, (8, 6)),
-    "RTX3090-24GB": Card(23.67, (8, 6)),
-    "RTX4090-24GB": Card(23.65, (8, 9)),
-    "L40S-48GB": Card(44.4, (8, 9)),
-    "A100-40GB": Card(39.5, (8, 0)),
+    "T4-16GB": Card(14.58, (7, 5), 65e12, 0.32e12),
+    "A10-24GB": Card(22.06, (8, 6), 125e12, 0.60e12),
+    "RTX3090-24GB": Card(23.67, (8, 6), 71e12, 0.94e12),
+    "RTX4090-24GB": Card(23.65, (8, 9), 165e12, 1.01e12),
+    "L40S-48GB": Card(44.4, (8, 9), 362e12, 0.86e12),
+    "A100-40GB": Card(39.5, (8, 0), 312e12, 1.56e12),
     "A100-80GB": Card(79.15, (8, 0), 312e12, 2.04e12),
     "H100-80GB": Card(79.1, (9, 0), 989e12, 3.35e12),
 }
@@ -42,7 +42,8 @@ class Machine(NamedTuple):
     """What a run finds.
 
     device: Paddle's name of it, "cpu" or "gpu:0". name, memory in bytes, capability: of one card, or of the CPU. bf16:
-    whether it computes in bfloat16. cards: processes of the run, one each.
+    whether it computes in bfloat16. cards: processes of the run, one each. flops: see Card; None
+    where it is not known.
     """
 
     device: str
@@ -51,6 +52,7 @@ class Machine(NamedTuple):
     capability: Tuple[int, int]
     bf16: bool
     cards: int
+    flops: Optional[float] = None
 
     @property
     def gpu(self) -> bool:
@@ -70,7 +72,7 @@ def card(text: str) -> Machine:
     name = names[found.group(2).lower()]
     one = CARDS[name]
     memory, bf16 = int(one.memory * 2**30), one.capability >= _BF16_FROM
-    return Machine("gpu:0", name, memory, one.capability, bf16, int(found.group(1) or 1))
+    return Machine("gpu:0", name, memory, one.capability, bf16, int(found.group(1) or 1), one.flops)
 
 
 def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:

@@ -75,6 +75,7 @@ def test_missing_and_unfinished_shards(shards, tmp_path):
     assert refusal(tmp_path).startswith("missing: --shard 2/3; ")
     (tmp_path / "out.shard-2-of-3.partial").write_text("")
     assert refusal(tmp_path).startswith("unfinished: --shard 2/3; ")
+    assert refusal(tmp_path).endswith(" MODEL --shard 2/3")
     (tmp_path / "out.shard-2-of-3.partial").unlink()
     (tmp_path / "kept").rename(tmp_path / "out.shard-2-of-3")
     (tmp_path / "out.shard-1-of-2").write_text("")

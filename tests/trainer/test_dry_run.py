@@ -61,6 +61,31 @@ def test_text_that_max_length_cuts_is_in_the_plan(words, capsys):
     assert not found.problems
 
 
+def test_the_time_of_an_epoch_is_in_the_plan_of_a_card(words, monkeypatch):
+    """A card that computes a sample in an hour: 12 samples, half as long on twice the cards."""
+
+    def said(cards, **changes):
+        lines = dry_run.render(dry_run.foresee(words(num_train_epochs=2, **changes), f"{cards}xA100-80GB"))
+        return [line.split(", at 35%")[0] for line in lines if " an epoch, " in line]
+
+    sample = dry_run.sample_work(dry_run.foresee(words()))
+    card = machine.CARDS["A100-80GB"]
+    monkeypatch.setitem(machine.CARDS, "A100-80GB", card._replace(flops=sample / 3600 / 0.35))
+    assert said(1) == ["about 12.0 hours an epoch, 24.0 hours in all"]
+    assert said(2) == ["about 6.0 hours an epoch, 12.0 hours in all"]
+    assert said(1, max_steps=3) == ["about 12.0 hours an epoch, 6.0 hours in all"]
+    # A CPU has no published peak here.
+    assert not [line for line in dry_run.render(dry_run.foresee(words())) if " an epoch, " in line]
+
+
+def test_the_work_of_a_sample_follows_what_trains(words):
+    def work_of(**changes):
+        return dry_run.sample_work(dry_run.foresee(words(**changes)))
+
+    adapters, full = work_of(**LORA), work_of()
+    assert adapters < work_of(**LORA_POOL) < full < work_of(recompute=True)
+
+
 @pytest.fixture(scope="module")
 def folder_7b(tmp_path_factory):
     return make_7b_folder(tmp_path_factory.mktemp("7b") / "model")
