@@ -50,7 +50,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--interactive", action="store_true", help="several turns; /help there lists the commands")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument(
-        "--boxes", type=cli.path, metavar="FILE", default="boxes.png", help="for drawn boxes (default: boxes.png)"
+        "--boxes", type=cli.output_file, metavar="FILE", help="for drawn boxes (default: boxes.png)"
     )
     add_model_options(parser)
     add_decoding_options(parser)
@@ -66,7 +66,7 @@ def main() -> int:
     options.pop("seed", None)
     if args.max_new_tokens is not None:
         options["max_new_tokens"] = args.max_new_tokens
-    check_boxes_path(args.boxes)
+    boxes = check_boxes_path(args.boxes or "boxes.png")
 
     from paddlemix.inference.boxes import save_boxes
     from paddlemix.inference.conversation import Conversation, converse, write_piece
@@ -100,7 +100,7 @@ def main() -> int:
     if args.seed is not None:
         seed_everything(args.seed)
     if args.interactive:
-        converse(conversation, fetch, model.base, args.boxes, args.stream, args.prompt)
+        converse(conversation, fetch, model.base, boxes, args.stream, args.prompt)
         return 0
 
     start = time.time()
@@ -112,7 +112,7 @@ def main() -> int:
     print("" if args.stream else f"response: {cli.harmless(' '.join(response.split()))}")
     print("------------------")
     print("It took", time.time() - start, "seconds!")
-    save_boxes(response, conversation.picture, args.boxes, model.base)
+    save_boxes(response, conversation.picture, boxes, model.base)
     return 0
 
 

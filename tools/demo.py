@@ -316,8 +316,10 @@ def main() -> int:
     os.chdir(ROOT)
     if args.restart and os.path.isdir(os.path.join(args.out, "logs")):
         shutil.rmtree(os.path.join(args.out, "logs"))
-    # A scheduler's SIGTERM ends the stage at hand too, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A scheduler's SIGTERM ends the stage at hand too, as Ctrl-C does, and so does a terminal that is closed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     seconds = run_all(args)
     scores = evaluate(args.out)
     text = report(args.out, scores, seconds, args.target)

@@ -41,6 +41,7 @@ from paddlemix.utils.errors import JobFailed, UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.surroundings import allow_open_files
 
 # Values of a tensor that sample() gives, and the stretches that they are in.
 _SAMPLE, _STRETCHES = 1024, 4
@@ -370,6 +371,8 @@ def write_sharded(
             raise WeightsError(f"{name}: tensors of type {dtype} cannot be written")
         seen.add(name)
     shards = _plan(items, format, base, extension, parse_size(max_shard_size))
+    # They take their names together, so they are open together.
+    allow_open_files(len(shards), "give a larger --max_shard_size")
     try:
         os.makedirs(folder, exist_ok=True)
         old = files_of(folder, WEIGHTS)

@@ -35,6 +35,7 @@ from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write, check_file, keep_apart
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
+from paddlemix.utils.surroundings import allow_open_files
 from paddlemix.utils.texts import some
 
 # How many rows of a broken shard an error names.
@@ -93,6 +94,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     check_file(output, plain=True)
     shards = _find(output, input)
     keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
+    allow_open_files(len(shards), "raise it (ulimit -n)")
     sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
     for shard, there in zip(shards[1:], sidecars[1:]):
         different = "; ".join(differences(_common(there), _common(sidecars[0])))

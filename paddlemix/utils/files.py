@@ -134,6 +134,8 @@ def only_writer(folder: str) -> Iterator[None]:
     finally:
         if handle in _WRITING:
             _WRITING.remove(handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
         if made:
             # Only if nothing was written.

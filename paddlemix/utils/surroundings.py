@@ -137,6 +137,29 @@ class _Around:
         return spec
 
 
+# Files that a process has open beside those that it asks for.
+_OPEN_BESIDE = 64
+
+
+def allow_open_files(count: int, instead: str) -> None:
+    """Let this process have so many more files open at once.
+
+    instead: what to do where that is not allowed.
+
+    Raises:
+        UserError: the system's hard limit is lower.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OPEN_BESIDE
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(f"{count} files at once are too many here, where a process may open {hard}: {instead}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def check_shared_memory(workers: int, instead: str) -> None:
     """Refuse to start processes where they cannot be given their locks, which lie in /dev/shm.
 

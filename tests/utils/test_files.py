@@ -376,13 +376,17 @@ def test_one_process_writes_into_a_folder(tmp_path, root):
     with files.only_writer(str(folder)):
         (folder / "a").write_text("")
         # A child that lives on, as a loader's worker may for a moment, keeps nobody out.
-        (asked, ask), pid = os.pipe(), os.fork()
+        (asked, ask), (ready, is_ready), pid = os.pipe(), os.pipe(), os.fork()
         if pid == 0:
             os.close(ask)
+            os.write(is_ready, b"1")
             os.read(asked, 1)
             os._exit(0)
+        os.read(ready, 1)
+        # As a kill closes it.
+        os.close(files._WRITING.pop())
     with files.only_writer(str(folder)):
         pass
-    os.close(ask)
-    os.close(asked)
+    for end in (ask, asked, ready, is_ready):
+        os.close(end)
     assert os.waitpid(pid, 0)[1] == 0 and os.listdir(folder) == ["a"]

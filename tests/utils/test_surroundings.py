@@ -159,3 +159,17 @@ def test_no_room_for_locks(monkeypatch):
     monkeypatch.setattr(multiprocessing, "Lock", lambda: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
     with pytest.raises(UserError, match=r"/dev/shm takes nothing \(No space left on device\).*--workers 0"):
         surroundings.check_shared_memory(2, "--workers 0")
+
+
+def test_many_open_files(monkeypatch):
+    import resource
+
+    limits = [(256, 1000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    surroundings.allow_open_files(100, "")
+    assert len(limits) == 1
+    surroundings.allow_open_files(500, "")
+    assert limits[-1] == (564, 1000)
+    with pytest.raises(UserError, match="2000 files at once are too many here, where a process may open 1000: do less"):
+        surroundings.allow_open_files(2000, "do less")
