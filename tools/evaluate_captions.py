@@ -1,6 +1,6 @@
 """How good are the captions? Scores them against references, with intervals, and shows them on a page.
 
-    python tools/evaluate_captions.py RESULTS REFERENCES [--compare OTHER] [--json OUT] [--html report.html]
+    python tools/evaluate_captions.py RESULTS REFERENCES [--compare OTHER …] [--json OUT] [--html report.html]
 
 RESULTS is what predict.py writes: id \\t caption. REFERENCES is one of
     id \\t caption               an id may come several times; further columns are further references too
@@ -38,8 +38,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("results", type=cli.path, metavar="RESULTS", help="id \\t caption")
     parser.add_argument("references", type=cli.path, metavar="REFERENCES", help="see above")
     parser.add_argument(
-        "--compare", type=cli.path, metavar="OTHER", help="a second RESULTS; shows RESULTS minus OTHER, paired"
-    )
+        "--compare", type=cli.path, metavar="OTHER", action="append", default=[],
+        help="another RESULTS; shows RESULTS minus OTHER, paired; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attributes", type=cli.path, metavar="LISTS",
+        help='word lists of attributes to compare, as JSON: {"side": [["左侧", "左边"], ["右侧"]], …}',
+    )  # fmt: skip
     parser.add_argument(
         "--tokenizer", choices=("char", "jieba"), default="char",
         help="char: each character, runs of Latin letters and digits whole (default); jieba: its words",
@@ -80,8 +85,8 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
 
 
 def print_table(evaluation) -> None:
-    """The measures of one file, or of two and their difference, with intervals."""
-    from paddlemix.metrics.evaluation import MEASURES, RATES
+    """The measures of one file, and of others and the differences to them, with intervals."""
+    from paddlemix.metrics.evaluation import RATES, SHARES
 
     def text(value: float, form: str) -> str:
         """Without the sign of what is rounded to zero."""
@@ -89,16 +94,18 @@ def print_table(evaluation) -> None:
         return shown if float(shown.rstrip("%")) else format(0.0, form)
 
     columns = [("captions", evaluation.results.measures)]
-    if evaluation.other:
-        columns += [("other", evaluation.other.measures), ("difference", evaluation.difference)]
+    for number, (other, difference) in enumerate(zip(evaluation.others, evaluation.differences), 1):
+        which = f" {number}" if len(evaluation.others) > 1 else ""
+        columns += [("other" + which, other.measures), ("difference", difference)]
     name_width, value_width, interval_width = _WIDTHS
     print(" " * name_width + "".join(f"{title:>{value_width}}{'95 %':>{interval_width}}" for title, _ in columns))
-    for name in MEASURES:
+    for name in evaluation.results.measures:
         line = name.ljust(name_width)
         for title, measures in columns:
             value, interval = measures[name]
             sign = "+" if title == "difference" else ""
-            form = f"{sign}.2%" if name in RATES else f"{sign}.2f" if name == "tokens" else f"{sign}.4f"
+            share = name in RATES or name.endswith(SHARES)
+            form = sign + (".2%" if share else ".2f" if name == "tokens" else ".4f")
             line += text(value, form).rjust(value_width)
             ends = [] if interval is None else [text(end, form) for end in interval]
             line += " … ".join(ends).rjust(interval_width)
@@ -107,6 +114,11 @@ def print_table(evaluation) -> None:
     for kind, pairs in evaluation.results.wording.most.items():
         if pairs:
             print(f"  {kind}: " + ", ".join(f"{word} {count}" for word, count in pairs))
+    if evaluation.results.attributes is not None:
+        print("\n… right: of rows whose references name a value, those whose caption names the same. Most often wrong:")
+        for name, pairs in evaluation.results.attributes.most.items():
+            if pairs:
+                print(f"  {name}: " + ", ".join(f"{error} {count}" for error, count in pairs))
 
 
 def main() -> None:
@@ -117,40 +129,42 @@ def main() -> None:
     if args.images and not args.html:
         raise UserError("--images is for the page; give --html too")
 
-    keep_apart([args.results, args.references, args.compare, args.images], [args.json, args.html])
+    inputs = [args.results, args.references, *args.compare, args.images, args.attributes]
+    keep_apart(inputs, [args.json, args.html])
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
     from paddlemix.datasets.tsv import check_input
+    from paddlemix.metrics.attributes import AttributeLists
     from paddlemix.metrics.evaluation import evaluate
 
+    lists = AttributeLists(args.attributes) if args.attributes else None
     if args.images:
         # Now, not after minutes of scoring.
         check_input(args.images)
     captions = read_captions(args.results, args.quiet)
     references = read_references(args.references, args.quiet)
-    other = read_captions(args.compare, args.quiet) if args.compare else None
+    others = [read_captions(path, args.quiet) for path in args.compare]
     texts = references.texts
     if args.intersection:
-        sides = [texts, captions] if other is None else [texts, captions, other]
+        sides = [texts, captions, *others]
         ids = common_ids(*sides)
         left_out = len(set().union(*sides)) - len(ids)
         if not ids:
             raise UserError("no id is in all of the files")
-        texts, captions = {key: texts[key] for key in ids}, {key: captions[key] for key in ids}
-        other = None if other is None else {key: other[key] for key in ids}
+        texts, captions, *others = ({key: side[key] for key in ids} for side in sides)
         print(f"{len(ids)} ids are in all files; {left_out} are not and are left out")
 
     evaluation = evaluate(
-        captions, texts, other, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet, args.sample
+        captions, texts, others, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet, args.sample, lists
     )
     evaluation.settings["files"] = {
-        "results": args.results, "references": args.references, "other": args.compare,
+        "results": args.results, "references": args.references, "others": args.compare, "attributes": args.attributes,
     }  # fmt: skip
     n_references = sum(map(len, texts.values()))
     sampled = f"; {len(evaluation.ids)} of them, drawn with seed {args.seed}, are scored" * (args.sample is not None)
     print(f"captions: {args.results} ({len(captions)} rows{sampled})")
-    if args.compare:
-        print(f"other: {args.compare}")
+    for number, path in enumerate(args.compare, 1):
+        print(f"other{f' {number}' if len(args.compare) > 1 else ''}: {path}")
     print(f"references: {args.references} ({n_references} for {len(texts)} rows)")
     print(f"tokenizer: {evaluation.settings['tokenizer']}")
     draws = f"{args.resamples} bootstrap draws of rows, seed {args.seed}"

@@ -1,7 +1,7 @@
-"""The whole evaluation of a caption file: scores, wording, intervals, and the difference to another file.
+"""The whole evaluation of a caption file: scores, wording, intervals, and the differences to other files.
 
 Intervals are percentiles of a bootstrap: rows are drawn with replacement, as many as there are, `resamples` times
-(Efron 1979). Both files are drawn the same rows, so the difference is paired. CIDEr's document frequencies stay
+(Efron 1979). All files are drawn the same rows, so differences are paired. CIDEr's document frequencies stay
 those of all references, as if they were known: rows would otherwise have to be scored again for each draw. BLEU is
 computed anew from the drawn rows' counts; distinct-n has no interval, since a row that is drawn twice adds nothing new.
 """
@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
+from paddlemix.metrics.attributes import AttributeLists, Attributes, compare_attributes
 from paddlemix.metrics.captions import (
     BLEU,
     SCORES,
@@ -29,6 +30,9 @@ LEVEL = 0.95
 RATES = (REPEATED, EMPTY, *UNSUPPORTED.values())
 DISTINCT_NAMES = tuple(f"distinct-{n}" for n in DISTINCT)
 MEASURES = (*SCORES, TOKENS, *DISTINCT_NAMES, *RATES)
+
+# How the names of measures end that are shares of rows, more being better: attributes.
+SHARES = (" right",)
 
 Interval = Optional[Tuple[float, float]]
 
@@ -49,58 +53,64 @@ class System(NamedTuple):
     captions: List[str]
     scores: CaptionScores
     wording: Wording
+    attributes: Optional[Attributes]
     measures: Dict[str, Measure]
 
 
 class Evaluation(NamedTuple):
-    """results: the file in question. other, difference: what it is compared with, and results minus other."""
+    """results: the file in question. others: what it is compared with. differences: results minus each of them."""
 
     ids: List[str]
     references: List[Sequence[str]]
     results: System
-    other: Optional[System]
-    difference: Optional[Dict[str, Measure]]
+    others: List[System]
+    differences: List[Dict[str, Measure]]
     settings: Dict[str, Any]
 
     def to_json(self) -> Dict[str, Any]:
         """All but the rows, as JSON values."""
 
         def system(one: System) -> Dict[str, Any]:
-            return {
+            found: Dict[str, Any] = {
                 "measures": {name: measure.to_json() for name, measure in one.measures.items()},
                 "most frequent words not in references": {
                     kind: [list(pair) for pair in one.wording.most[kind]] for kind in KINDS
                 },
             }
+            if one.attributes is not None:
+                most = {name: [list(pair) for pair in pairs] for name, pairs in one.attributes.most.items()}
+                found["most frequent wrong attributes"] = most
+            return found
 
-        found = {
+        return {
             "rows": len(self.ids),
             "references": sum(map(len, self.references)),
             "settings": self.settings,
             "results": system(self.results),
+            "others": [
+                {**system(other), "difference": {name: measure.to_json() for name, measure in difference.items()}}
+                for other, difference in zip(self.others, self.differences)
+            ],
         }
-        if self.other and self.difference:
-            found["other"] = system(self.other)
-            found["difference"] = {name: measure.to_json() for name, measure in self.difference.items()}
-        return found
 
 
 def evaluate(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    other: Optional[Mapping[str, str]] = None,
+    others: Sequence[Mapping[str, str]] = (),
     tokenizer: str = "char",
     resamples: int = 1000,
     seed: int = 0,
     workers: int = 0,
     quiet: bool = True,
     sample: Optional[int] = None,
+    attributes: Optional[AttributeLists] = None,
 ) -> Evaluation:
-    """Evaluate `captions`, and `other` beside it if given, against one or more references per id.
+    """Evaluate `captions`, and `others` beside it, against one or more references per id.
 
     tokenizer: a name in TOKENIZERS. resamples: draws of the bootstrap, 0 for no intervals. workers: processes
     that score, see CaptionScorer. sample: score that many rows, drawn with `seed`; document frequencies stay those of
-    all references.
+    all references. attributes: word lists whose attributes are compared too.
 
     Raises:
         UserError: ids that do not agree, or references without text.
@@ -113,36 +123,38 @@ def evaluate(
     texts = [references[key] for key in ids]
     words = WordList()
     found = []
-    for name, said in (("captions", captions), ("other", other)):
-        if said is not None:
-            check_ids(said, references)
-            rows = {key: said[key] for key in ids}
-            scores, rows = scorer.score(rows, name), list(rows.values())
-            wording = describe(rows, texts, TOKENIZERS[tokenizer], words, workers=workers, quiet=quiet)
-            found.append((rows, scores, wording))
-    draws = _draw([_columns(scores, wording) for _, scores, wording in found], resamples, seed, quiet)
+    for number, said in enumerate((captions, *others)):
+        check_ids(said, references)
+        rows = {key: said[key] for key in ids}
+        scores, rows = scorer.score(rows, f"other {number}" if number else "captions"), list(rows.values())
+        wording = describe(rows, texts, TOKENIZERS[tokenizer], words, workers=workers, quiet=quiet)
+        compared = None if attributes is None else compare_attributes(rows, texts, attributes, quiet)
+        found.append((rows, scores, wording, compared))
+    draws = _draw([_Columns.of(*parts[1:]) for parts in found], resamples, seed, quiet)
     systems = []
-    for (rows, scores, wording), drawn in zip(found, draws):
-        measures = {}
-        for name in MEASURES:
-            measures[name] = Measure(_value(name, scores, wording), _interval(drawn.get(name)))
-        systems.append(System(rows, scores, wording, measures))
-    difference = None
-    if other is not None:
-        ours, theirs = systems
-        difference = {
+    for (rows, scores, wording, compared), drawn in zip(found, draws):
+        values = {name: _value(name, scores, wording) for name in MEASURES}
+        pairs = {} if compared is None else compared.measures()
+        values.update((name, _share(*pair.sum(axis=0))) for name, pair in pairs.items())
+        measures = {name: Measure(value, _interval(drawn.get(name))) for name, value in values.items()}
+        systems.append(System(rows, scores, wording, compared, measures))
+    ours = systems[0].measures
+    differences = [
+        {
             name: Measure(
-                ours.measures[name].value - theirs.measures[name].value,
-                _interval(draws[0][name] - draws[1][name]) if name in draws[0] else None,
+                ours[name].value - theirs.measures[name].value,
+                _interval(draws[0][name] - drawn[name]) if name in drawn else None,
             )
-            for name in MEASURES
+            for name in ours
         }
+        for theirs, drawn in zip(systems[1:], draws[1:])
+    ]
     settings = {
         "tokenizer": tokenizer_name(tokenizer),
         "sample": {"rows": len(ids), "of": len(references), "seed": seed},
         "bootstrap": {"resamples": resamples, "seed": seed, "level": LEVEL, "document_frequencies": "held fixed"},
     }
-    return Evaluation(ids, texts, systems[0], systems[1] if other is not None else None, difference, settings)
+    return Evaluation(ids, texts, systems[0], systems[1:], differences, settings)
 
 
 _MEANS = ("CIDEr", "CIDEr-D", "ROUGE-L", TOKENS, *RATES)
@@ -156,19 +168,31 @@ def _value(name: str, scores: CaptionScores, wording: Wording) -> float:
     return float(wording.rows[name].mean())
 
 
-def _columns(scores: CaptionScores, wording: Wording) -> np.ndarray:
-    """float64 [n, k]: what is averaged over rows, in the order of _MEANS, then the counts of BLEU."""
-    means = [scores.rows[name] if name in scores.rows else wording.rows[name] for name in _MEANS]
-    return np.concatenate([np.stack(means, axis=1), scores.bleu_counts], axis=1)
+def _share(right: float, counted: float) -> float:
+    return float(right / counted) if counted else 0.0
 
 
-def _draw(columns: List[np.ndarray], resamples: int, seed: int, quiet: bool) -> List[Dict[str, np.ndarray]]:
+class _Columns(NamedTuple):
+    """What a draw needs of one file. table: float64 [n, k]: what is averaged over rows, in the order of _MEANS, then
+    the counts of BLEU, then right and counted of each of `shares`."""
+
+    table: np.ndarray
+    shares: List[str]
+
+    @classmethod
+    def of(cls, scores: CaptionScores, wording: Wording, compared: Optional[Attributes]) -> _Columns:
+        means = [scores.rows[name] if name in scores.rows else wording.rows[name] for name in _MEANS]
+        pairs = {} if compared is None else compared.measures()
+        return cls(np.concatenate([np.stack(means, axis=1), scores.bleu_counts, *pairs.values()], axis=1), list(pairs))
+
+
+def _draw(columns: List[_Columns], resamples: int, seed: int, quiet: bool) -> List[Dict[str, np.ndarray]]:
     """Per file, measure → float64 [resamples]: its value over the rows of each draw. Empty without resamples."""
     if resamples == 0:
         return [{} for _ in columns]
     rng = np.random.default_rng(seed)
-    n, widths = len(columns[0]), [table.shape[1] for table in columns]
-    table = np.concatenate(columns, axis=1)
+    n, widths = len(columns[0].table), [one.table.shape[1] for one in columns]
+    table = np.concatenate([one.table for one in columns], axis=1)
     sums = np.empty((resamples, table.shape[1]))
     with Progress(resamples, "bootstrap", unit="draw", disable=quiet) as bar:
         for draw in range(resamples):
@@ -176,9 +200,13 @@ def _draw(columns: List[np.ndarray], resamples: int, seed: int, quiet: bool) -> 
             sums[draw] = times.astype(np.float64) @ table
             bar.update()
     found = []
-    for part in np.split(sums, np.cumsum(widths)[:-1], axis=1):
+    for part, one in zip(np.split(sums, np.cumsum(widths)[:-1], axis=1), columns):
         drawn = {name: part[:, column] / n for column, name in enumerate(_MEANS)}
-        drawn.update(zip(BLEU, bleu_of_counts(part[:, len(_MEANS) :]).T))
+        pairs = part[:, part.shape[1] - 2 * len(one.shares) :]
+        drawn.update(zip(BLEU, bleu_of_counts(part[:, len(_MEANS) : part.shape[1] - pairs.shape[1]]).T))
+        for number, name in enumerate(one.shares):
+            right, counted = pairs[:, 2 * number], pairs[:, 2 * number + 1]
+            drawn[name] = np.divide(right, counted, out=np.zeros(resamples), where=counted > 0)
         found.append(drawn)
     return found
 

@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from paddlemix.metrics.captions import SCORES
-from paddlemix.metrics.evaluation import MEASURES, RATES, Evaluation, System
+from paddlemix.metrics.evaluation import RATES, SHARES, Evaluation, System
 from paddlemix.metrics.wording import EMPTY, REPEATED, TOKENS
 from paddlemix.utils.files import atomic_write
 
@@ -58,7 +58,8 @@ def _policy(template: str) -> str:
 
 
 def _row(system: System, row: int) -> List[Any]:
-    """What the page needs of one row of one file: caption, scores by COLUMNS, words not in references, flags."""
+    """What the page needs of one row of one file: caption, scores by COLUMNS, words not in references, flags, wrong
+    attributes."""
     values = {**system.scores.rows, **system.wording.rows}
     flags = [name for name in (REPEATED, EMPTY) if values[name][row]]
     return [
@@ -66,6 +67,7 @@ def _row(system: System, row: int) -> List[Any]:
         [round(float(values[name][row]), 4) for name in COLUMNS],
         [word for _, word in system.wording.unsupported[row]],
         flags,
+        list(system.attributes.wrong[row]) if system.attributes is not None else [],
     ]
 
 
@@ -95,14 +97,15 @@ def write_report(
                 length = (len(webp) + 2) // 3 * 4
                 place, begin = [begin, length], begin + length + 1
                 places.append(webp)
-        systems = [_row(evaluation.results, row)]
-        if evaluation.other:
-            systems.append(_row(evaluation.other, row))
+        systems = [_row(one, row) for one in (evaluation.results, *evaluation.others)]
         shown.append([key, evaluation.references[row], place, systems])
+    measures = list(evaluation.results.measures)
     data = {
         "summary": found,
-        "measures": MEASURES,
-        "rates": RATES,
+        "measures": measures,
+        # Shown in per cent; less is better of the latter.
+        "rates": [*RATES, *(name for name in measures if name.endswith(SHARES))],
+        "faults": RATES,
         "columns": COLUMNS,
         "has_pictures": pictures is not None,
         "rows": shown,

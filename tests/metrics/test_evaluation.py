@@ -15,15 +15,15 @@ BAD = {"a": "红杯在右边", "b": "两只蓝瓶子", "c": "白色的狗狗", "
 
 
 def test_everything_is_there_and_goes_into_json():
-    found = evaluate(GOOD, REFERENCES, BAD, resamples=200)
-    assert tuple(found.results.measures) == MEASURES == tuple(found.difference)
+    found = evaluate(GOOD, REFERENCES, [BAD], resamples=200)
+    assert tuple(found.results.measures) == MEASURES == tuple(found.differences[0])
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert (value["rows"], value["references"]) == (4, 5)
     assert value["results"]["measures"]["BLEU-1"]["value"] == pytest.approx(1.0)
-    assert value["other"]["measures"]["empty"] == {"value": 0.25, "interval": [0.0, 0.75]}
-    assert value["difference"]["empty"]["value"] == -0.25
+    assert value["others"][0]["measures"]["empty"] == {"value": 0.25, "interval": [0.0, 0.75]}
+    assert value["others"][0]["difference"]["empty"]["value"] == -0.25
     assert value["settings"]["bootstrap"]["document_frequencies"] == "held fixed"
-    assert value["other"]["most frequent words not in references"] == {
+    assert value["others"][0]["most frequent words not in references"] == {
         "colour": [["白色", 1]], "count": [], "object": [["狗狗", 1]],
     }  # fmt: skip
     assert value["results"]["measures"]["distinct-1"]["interval"] is None
@@ -33,13 +33,14 @@ def test_the_difference_is_paired():
     # Each row is better by the same amount, so whichever rows are drawn, the difference is the same.
     references = {str(i): ["甲" * (i + 2)] for i in range(6)}
     long, short = ({key: text[0] + end for key, text in references.items()} for end in ("甲乙", ""))
-    found = evaluate(long, references, short, resamples=50)
-    assert found.difference["tokens"].value == 2.0
-    assert found.difference["tokens"].interval == pytest.approx((2.0, 2.0))
+    found = evaluate(long, references, [short], resamples=50)
+    assert found.differences[0]["tokens"].value == 2.0
+    assert found.differences[0]["tokens"].interval == pytest.approx((2.0, 2.0))
     low, high = found.results.measures["tokens"].interval
     assert high > low + 1
-    same = evaluate(long, references, long, resamples=50)
-    assert all(measure.value == 0 and measure.interval in (None, (0.0, 0.0)) for measure in same.difference.values())
+    same = evaluate(long, references, [long], resamples=50)
+    (none,) = same.differences
+    assert all(measure.value == 0 and measure.interval in (None, (0.0, 0.0)) for measure in none.values())
 
 
 def test_intervals_are_those_of_the_mean():
@@ -85,7 +86,7 @@ def test_seeds_repeat_and_no_draws_mean_no_intervals():
 
 def test_the_other_file_must_have_the_same_rows():
     with pytest.raises(UserError, match="1 ids have no caption: d"):
-        evaluate(GOOD, REFERENCES, {key: "x" for key in "abc"})
+        evaluate(GOOD, REFERENCES, [{key: "x" for key in "abc"}])
 
 
 def test_a_sample_scores_its_rows_as_all_rows_do():

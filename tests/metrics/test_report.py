@@ -26,8 +26,8 @@ def some_evaluation(compare=True):
     del references["id3"], captions["id3"]
     weird = '"><b>id\u2028'
     references[weird], captions[weird] = ["一二三四五"], "半个\ud800字"
-    other = {key: "乙丙丁" for key in references} if compare else None
-    return evaluate(captions, references, other, resamples=20)
+    others = [{key: "乙丙丁" for key in references}] if compare else []
+    return evaluate(captions, references, others, resamples=20)
 
 
 def webp(color):
@@ -42,7 +42,7 @@ def webp(color):
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "my report.html"
     evaluation = some_evaluation()
-    evaluation.settings["files"] = {"results": "a/tuned.txt", "references": "r.tsv", "other": "base.txt"}
+    evaluation.settings["files"] = {"results": "a/tuned.txt", "references": "r.tsv", "others": ["base.txt"]}
     pictures = {f"id{i}": (webp((i, 0, 0)), "") for i in range(N - 2)}
     pictures["id128"] = (b"", "bad base64")
     report.write_report(str(path), evaluation, report.choose_rows(evaluation, 1000), pictures)
@@ -128,6 +128,34 @@ def test_text_of_the_data_stays_text(browser, page):
     assert browser.problems == []
 
 
+def test_what_differs_from_the_reference_is_marked(browser, tmp_path):
+    references = {"a": ["红杯在左边", "一只猫"], "b": ["ABC 两只瓶"], "c": ["猫"]}
+    captions = {"a": "红瓶在右边", "b": "ABD 三只瓶", "c": ""}
+    others = [{"a": "一只狗", "b": "ABC 两只瓶", "c": "猫"}, dict.fromkeys(captions, "猫")]
+    evaluation = evaluate(captions, references, others, resamples=5)
+    page = tmp_path / "page.html"
+    report.write_report(str(page), evaluation, [0, 1, 2], None)
+    browser.open(page.as_uri() + "#lang=en&sort=file+order")
+
+    def differs(row, selector):
+        return browser.run(
+            f"[...document.querySelectorAll('article')[{row}].querySelectorAll('{selector}')].map((text) =>"
+            "[...text.querySelectorAll('.differs')].map((one) => one.textContent))"
+        )
+
+    assert differs(0, ".caption") == [["瓶", "右"], ["狗"], []]
+    # The nearest reference has what the caption of the first file lacks; the other is left alone.
+    assert differs(0, ".reference") == [["杯", "左"], []]
+    # 三只 is underlined, as no reference has that number.
+    assert differs(1, ".caption") == [["ABD"], [], ["猫"]] and differs(1, ".reference") == [["ABC", "两"]]
+    assert browser.run("document.querySelectorAll('#scores thead th').length") == 5
+    browser.open(page.as_uri() + "#lang=en&sort=CIDEr%40difference2")
+    assert browser.run("document.getElementById('sort').value") == "CIDEr@difference2"
+    chosen = "document.getElementById('sort').selectedOptions[0].textContent"
+    assert browser.run(chosen) == "CIDEr · difference (other 2)"
+    assert browser.problems == []
+
+
 def test_sort_and_search_from_the_controls_and_from_the_address(browser, page):
     browser.open(page.as_uri() + "#lang=en")
     browser.run(
@@ -152,14 +180,14 @@ def test_sort_and_search_from_the_controls_and_from_the_address(browser, page):
     assert browser.run(IDS)[0] == "id0"
     browser.open(page.as_uri() + "#sort=CIDEr%40difference")
     evaluation = some_evaluation()
-    change = evaluation.results.scores.rows["CIDEr"] - evaluation.other.scores.rows["CIDEr"]
+    change = evaluation.results.scores.rows["CIDEr"] - evaluation.others[0].scores.rows["CIDEr"]
     scores = dict(zip(evaluation.ids, change.round(3)))
     shown = [scores[key] for key in browser.run(IDS)]
     assert shown == sorted(shown)
     # What is sorted by is shown, with the difference to the other file.
     browser.open(page.as_uri() + "#sort=BLEU-2%40difference&lang=en")
     first = evaluation.ids.index(browser.run(IDS)[0])
-    ours, theirs = (system.scores.rows["BLEU-2"][first] for system in (evaluation.results, evaluation.other))
+    ours, theirs = (system.scores.rows["BLEU-2"][first] for system in (evaluation.results, *evaluation.others))
     assert browser.run("document.querySelector('article .scores .sorted').textContent").split() == [
         "BLEU-2", f"{ours:.2f}", f"{ours - theirs:+.3f}".replace("-", "−")
     ]  # fmt: skip

@@ -47,8 +47,10 @@ def test_two_files_are_compared_and_written_as_json(run, tmp_path):
     status, out, _ = run("good.txt", "refs.txt", "--compare", "bad.txt", "--json", "out/all.json")
     assert status == 0
     value = json.loads((tmp_path / "out" / "all.json").read_text(encoding="utf-8"))
-    assert value["settings"]["files"] == {"results": "good.txt", "references": "refs.txt", "other": "bad.txt"}
-    better = value["difference"]["BLEU-1"]["value"]
+    assert value["settings"]["files"] == {
+        "results": "good.txt", "references": "refs.txt", "others": ["bad.txt"], "attributes": None,
+    }  # fmt: skip
+    better = value["others"][0]["difference"]["BLEU-1"]["value"]
     assert better == pytest.approx(1 - 5 / 11) and f"+{better:.4f}" in lines_of(out)["BLEU-1"]
     assert out.splitlines()[6].split() == ["captions", "95", "%", "other", "95", "%", "difference", "95", "%"]
     # BLEU-1 of perfect captions hangs on their number in its tenth decimal, which is no difference.
@@ -56,6 +58,28 @@ def test_two_files_are_compared_and_written_as_json(run, tmp_path):
     (tmp_path / "both.txt").write_text("a\t红杯在左\nb\t两只蓝瓶\nc\t黑\t黑猫\n", encoding="utf-8")
     _, out, _ = run("less.txt", "both.txt", "--compare", "good.txt")
     assert lines_of(out)["BLEU-1"][-4:] == ["+0.0000", "+0.0000", "…", "+0.0000"]
+
+
+def test_any_number_of_files_and_attributes(run, tmp_path):
+    (tmp_path / "lists.json").write_text('{"side": [["左"], ["右"]], "colour": [["红"], ["白色"]]}', encoding="utf-8")
+    words = ["good.txt", "refs.txt", "--compare", "bad.txt", "--compare", "good.txt", "--attributes", "lists.json"]
+    status, out, _ = run(*words, "--json", "all.json", "--html", "page.html", "--resamples", "20")
+    assert status == 0 and "other 1: bad.txt\nother 2: good.txt\n" in out
+    heads = [title for title in lines_of_head(out) if title not in ("95", "%")]
+    assert heads == ["captions", "other", "1", "difference", "other", "2", "difference"]
+    line = lines_of(out)["side right"]
+    assert [cell for cell in line if cell.endswith("%")][0] == "100.00%" and "+100.00%" in line and "0.00%" in line
+    value = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert [other["difference"]["side right"]["value"] for other in value["others"]] == [1.0, 0.0]
+    assert value["settings"]["files"]["others"] == ["bad.txt", "good.txt"]
+    assert '"side: 左 → 右"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    _, out, _ = run("bad.txt", "refs.txt", "--attributes", "lists.json")
+    assert "  side: 左 → 右 1\n" in out
+
+
+def lines_of_head(out):
+    (line,) = [line for line in out.splitlines() if line.split()[:1] == ["captions"] and "95" in line]
+    return line.split()
 
 
 @pytest.mark.parametrize(
