@@ -69,13 +69,12 @@ _SPACES = re.compile(r"\s+")
 _DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
 # A comma in front of another mark.
 _COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
-# Captions that mend_caption returns as they are, which most are, so that ftfy need not look at them: ASCII without &
-# (HTML), Chinese characters, full-width marks, curly quotes, … and —, without a space at an end …
+# What ftfy returns as it is, and most captions are: ASCII without & (HTML), Chinese characters, full-width marks,
+# curly quotes, … and —.
 _PLAIN = re.compile(
     "(?! )[ -%'-~\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u301f\u4e00-\u9fff\uff01-\uff5e\uffe5]+(?<! )"
 )
-# … or two of these in a row.
-_IN_A_ROW = re.compile("[。，、；：！？,;:!?] ?[。，、；：！？,;:!?]|  ")
+_MARKS_IN_A_ROW = re.compile("[。，、；：！？,;:!?] ?[。，、；：！？,;:!?]")
 
 
 def mend_caption(text: str) -> str:
@@ -83,11 +82,12 @@ def mend_caption(text: str) -> str:
 
     Full-width punctuation and curly quotes are right in Chinese and stay; so do "……", "——" and "...".
     """
-    if _PLAIN.fullmatch(text) and not _IN_A_ROW.search(text):
-        return text
-    import ftfy
+    if not _PLAIN.fullmatch(text):
+        import ftfy
 
-    text = ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
+        text = ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
+    elif "  " not in text and not _MARKS_IN_A_ROW.search(text):
+        return text
     text = _SPACES.sub(" ", _INVISIBLE.sub("", text)).strip()
     text = _DOUBLED.sub(r"\1", text)
     while True:

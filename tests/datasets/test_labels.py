@@ -220,7 +220,7 @@ _SUSPICIOUS = "—‘’“”…aA0 中，~<;#"
 
 
 def _is_taken_as_plain(text):
-    return labels._PLAIN.fullmatch(text) and not labels._IN_A_ROW.search(text)
+    return labels._PLAIN.fullmatch(text)
 
 
 def test_what_is_not_looked_at_is_what_ftfy_leaves_alone():
@@ -245,10 +245,12 @@ def fix_text(text):
 
 
 def test_ordinary_captions_are_not_given_to_ftfy(run, monkeypatch):
+    """Nor those that need other mending."""
     caption = "画面左侧是一瓶白色面霜，文案写着“水润一整天……”，售价99元（原价￥199.00）——It's 100% fresh!"
     wanted = run([row(0, caption), row(1, "标题")])[:2]
     monkeypatch.setattr(ftfy, "fix_text", None)
     assert run([row(0, caption), row(1, "标题")], clean=True)[:2] == wanted
+    assert mend_caption("红色，，  白色。。") == "红色， 白色。"
 
 
 @settings(max_examples=100, deadline=None)
