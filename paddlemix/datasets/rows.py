@@ -99,6 +99,15 @@ def read_rows(
     return _csv_rows(path, columns, want_caption, offset, first_line, state)
 
 
+def most_rows(path: str, lines: int) -> int:
+    """At most how many rows a file of that many lines has, for a bar."""
+    if is_json(path):
+        from paddlemix.datasets.json_index import record_bounds
+
+        return len(record_bounds(path))
+    return lines if _csv_columns(path) is None else lines - 1
+
+
 def first_prompt(path: str) -> Optional[str]:
     """What the first record of a JSON file asks; None for any other file."""
     if not is_json(path):

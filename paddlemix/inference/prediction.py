@@ -8,7 +8,7 @@ from collections import deque
 from itertools import count
 from typing import Any, Callable, Iterator, Mapping, Optional, Union
 
-from paddlemix.datasets.rows import first_prompt, image_text, is_json, read_rows
+from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
 from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.loading import load_model
@@ -219,7 +219,8 @@ def predict_file(
                 logger.info("an answer that repeats itself %d times ends there (--stop_repeating)", repeats)
         show("------predicting starts------")
         if captioner is not None:
-            _caption_rows(captioner, first, rows, results, listed, repaired, fallback, share, facts.lines)
+            most = most_rows(input, facts.lines)
+            _caption_rows(captioner, first, rows, results, listed, repaired, fallback, share, most)
         listed.finish()
         results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
         show("------predicting finished-----")

@@ -116,6 +116,7 @@ def test_reading_goes_on_behind_a_row(folder, kind):
     }
     whole = read(folder / "in", contents[kind], want_caption=False)
     assert [row.id for row in whole] == ["r0", "r1", "r2"]
+    assert 3 <= rows.most_rows(str(folder / "in"), contents[kind].count("\n")) <= 9
     state = FileState.of(str(folder / "in"))
     for done, row in enumerate(whole, 1):
         rest = rows.read_rows(str(folder / "in"), False, row.next_offset, row.line_no + 1, state)
@@ -168,6 +169,10 @@ def test_references_and_thumbnails_of_a_table(folder, kind):
     found = read_references(str(folder / "t"))
     assert found == ({"a": ["红杯"], "b": ['蓝杯,"新"']}, True)
     assert all(one.webp for one in read_thumbnails(str(folder / "t"), ["a", "b"], 20).values())
+    convert(str(folder / "t"), str(folder / "out"), Options(val_every=1), disable_progress=True)
+    val = str(folder / "out" / "val.json")
+    assert read_references(val).texts == {"identity_0": ["红杯"], "identity_1": ['蓝杯,"新"']}
+    assert all(one.webp for one in read_thumbnails(val, ["identity_0", "identity_1"], 20).values())
 
 
 def test_an_unclosed_quote_is_bounded(folder, monkeypatch):
