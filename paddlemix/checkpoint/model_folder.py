@@ -98,7 +98,7 @@ def inside(folder: str, name: str) -> str:
         WeightsError: it leads elsewhere.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder")
+        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder", "leads-out")
     path = os.path.join(folder, name)
     if os.path.islink(path):
         real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)
@@ -107,7 +107,8 @@ def inside(folder: str, name: str) -> str:
         if os.path.basename(snapshots) == "snapshots":
             allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
         if os.path.dirname(real_path) not in allowed:
-            raise WeightsError(f"{path}: refused: a link that leads out of the folder; put the file itself there")
+            text = f"{path}: refused: a link that leads out of the folder; put the file itself there"
+            raise WeightsError(text, "leads-out")
     return path
 
 
@@ -134,7 +135,7 @@ def find_weights(folder: str) -> str:
     for tuned, what in ((LORA_WEIGHTS_NAME, "is a LoRA checkpoint"),
                         (PARTIAL_WEIGHTS_NAME, "holds the tensors that a run trained")):  # fmt: skip
         if tuned in names:
-            raise WeightsError(f"{folder} {what}, not a model: merge it first: {merge_command(folder)}")
+            raise WeightsError(f"{folder} {what}, not a model: merge it first: {merge_command(folder)}", "not-merged")
     raise WeightsError(f"no weights in {folder} (looked for {', '.join(layouts)} and their shards)")
 
 
@@ -171,7 +172,7 @@ def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
     """
     out = os.path.realpath(new)
     if remove_leftovers(out):
-        raise UserError(f"another process is writing {new}: wait for it, or give another folder")
+        raise UserError(f"another process is writing {new}: wait for it, or give another folder", "busy")
     for folder in inputs:
         real = os.path.realpath(folder)
         if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):

@@ -55,7 +55,7 @@ class Origin(NamedTuple):
         values = read_json_object(path)
         found = [values.get(key) for key in _KEYS]
         if not all(value is None or isinstance(value, str) for value in found):
-            raise WeightsError(f"{path}: {' and '.join(_KEYS[:2])} must be folders, the fingerprints texts")
+            raise WeightsError(f"{path}: {' and '.join(_KEYS[:2])} must be folders, the fingerprints texts", *_KEYS[:2])
         return cls(*found)
 
     def write(self, folder: str) -> None:
@@ -91,7 +91,8 @@ class Origin(NamedTuple):
                 ", itself tuned from that one: is this tuning merged into it already?" if again else ""
             )
             if not force:
-                raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)")
+                code = "already-merged" if again else "other-model"
+                raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)", code)
             warn(problem)
 
     def same_weights(self, other: Origin) -> bool:

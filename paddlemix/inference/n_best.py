@@ -50,7 +50,7 @@ class NBestWriter:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another process is writing {self._partial}; give another file") from None
+                raise UserError(f"another process is writing {self._partial}; give another file", "busy") from None
             except OSError:  # some network disks know no locks
                 pass
             self._file.truncate(whole)

@@ -300,7 +300,7 @@ class ResultsWriter:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing {self.journal}; give another output") from None
+            raise UserError(f"another process is writing {self.journal}; give another output", "busy") from None
         except OSError as error:
             # Some network disks know no locks. Two runs on one output are the user's to avoid there.
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

@@ -92,7 +92,8 @@ def find_source(path: str, lora_path: Optional[str] = None) -> Source:
     _, text = origin.find()
     if origin.text is not None and text is None:
         command = merge_command(lora_path, folder, origin.text)
-        raise UserError(f"{lora_path} took its LLM from a model that is not where it was: merge it first: {command}")
+        text = f"{lora_path} took its LLM from a model that is not where it was: merge it first: {command}"
+        raise UserError(text, "no-text-model")
     origin.check(lora_path, folder)
     return Source(folder, lora_path, text)
 
@@ -114,7 +115,8 @@ def _with_its_base(tuned: str) -> Source:
             why = f"took its LLM from {printable(str(origin.text), 300)}, and that model is not there"
         raise UserError(
             f"{tuned} {why}: give the base as the model, with --lora_path {shlex.quote(tuned)}, "
-            f"or merge them: {merge_command(tuned, named, origin.text)}"
+            f"or merge them: {merge_command(tuned, named, origin.text)}",
+            "lora_path",
         )
     logger.info("%s was tuned from %s, which has the fingerprint in tuned_from.json", tuned, base)
     return Source(base, tuned, text)

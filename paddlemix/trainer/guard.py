@@ -32,7 +32,7 @@ def _language_shapes(reader: WeightsReader) -> Dict[str, Shape]:
 
 def _refuse(where: str, lines: List[str]) -> None:
     if lines:
-        raise ConfigError(f"{where}: {_RULE}: {some(lines, 3, '; ')}")
+        raise ConfigError(f"{where}: {_RULE}: {some(lines, 3, '; ')}", "language-model")
 
 
 class LanguageGuard:

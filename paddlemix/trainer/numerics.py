@@ -112,7 +112,8 @@ class OverflowCount:
         raise JobFailed(
             f"{self.hopeless} steps in a row were skipped, the last one step {number}: {what}. Try fp16_opt_level=O1 "
             "(float32 weights; on a V100 the first thing to change), a lower learning_rate or more warmup_steps, or "
-            f"bf16 on an A100; {_INTACT}"
+            f"bf16 on an A100; {_INTACT}",
+            "loss" if not loss_is_finite else "gradients",
         )
 
 
@@ -151,7 +152,8 @@ class Numerics(TrainerCallback):
             if not math.isfinite(loss):
                 step = state.global_step + 1
                 raise JobFailed(
-                    f"the loss became {loss} in step {step}: lower learning_rate, or add warmup_steps; {_INTACT}"
+                    f"the loss became {loss} in step {step}: lower learning_rate, or add warmup_steps; {_INTACT}",
+                    "loss",
                 )
         else:
             self._scale = scaler._scale

@@ -9,6 +9,7 @@ import numpy as np
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length
+from paddlemix.utils.errors import Problem
 
 
 class Order(NamedTuple):
@@ -77,11 +78,11 @@ class Order(NamedTuple):
     def problems(self) -> List[str]:
         """Why no step can be made."""
         if not self._batches:
-            return [f"{self.count} {self.unit} do not fill one batch of {self.batch} on each of {self.cards} cards"]
+            text = f"{self.count} {self.unit} do not fill one batch of {self.batch} on each of {self.cards} cards"
+            return [Problem(text, "per_device_train_batch_size")]
         if not self.steps:
-            return [
-                f"num_train_epochs={self.epochs} ends before the first optimizer step: raise it, or set max_steps"
-            ]
+            text = f"num_train_epochs={self.epochs} ends before the first optimizer step: raise it, or set max_steps"
+            return [Problem(text, "num_train_epochs")]
         return []
 
     def warnings(self) -> List[str]:

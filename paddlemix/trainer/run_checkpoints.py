@@ -198,5 +198,6 @@ def disk_errors(what: str, partial: str) -> Iterator[None]:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise JobFailed(
-            f"{what} could not be written ({reason}); earlier checkpoints are intact: free the disk and add --resume"
+            f"{what} could not be written ({reason}); earlier checkpoints are intact: free the disk and add --resume",
+            "disk",
         ) from error

@@ -434,7 +434,8 @@ class FinetuneTrainer(Trainer):
             if "DataLoader process" not in str(error):
                 raise
             raise JobFailed(
-                "a process that reads samples died, perhaps for want of memory: try fewer dataloader_num_workers"
+                "a process that reads samples died, perhaps for want of memory: try fewer dataloader_num_workers",
+                "dataloader_num_workers",
             ) from error
         finally:
             self.stop.disarm()

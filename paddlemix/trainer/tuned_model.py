@@ -135,7 +135,8 @@ def open_tuned(folder: str, shapes: Dict[str, Shape], kind: str, origin: Origin)
     """
     if kind != "everything" and not Origin.read(folder).same_weights(origin):
         raise WeightsError(
-            f"{folder} was tuned from other weights than {origin.base} holds now: go on with those that it began with"
+            f"{folder} was tuned from other weights than {origin.base} holds now: go on with those that it began with",
+            "other-weights",
         )
     if kind == "adapters":
         with open_lora_weights(folder, shapes) as reader:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Iterable, Tuple
 
 
 class UserError(Exception):
     """Something in the command, the configuration or the input must be changed; the message says what.
 
-    about: what it concerns, by names that do not change with the wording: keys of a configuration, options of a
-    command, tensors, or a short code such as "not-empty".
+    about: what it concerns, by names that do not change with the wording: keys of a configuration, or a short code
+    such as "other-model". Where none is given, the options of the command that the message names.
     """
 
     exit_code = 2
 
     def __init__(self, message: str = "", *about: str):
         super().__init__(message)
-        self.about: Tuple[str, ...] = about
+        self.about: Tuple[str, ...] = about or tuple(re.findall(r"--(\w+)", message))
 
     @classmethod
     def of(cls, problems: Iterable[str]) -> UserError:

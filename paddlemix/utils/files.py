@@ -127,7 +127,8 @@ def only_writer(folder: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing into {folder}: wait for it, or give another folder") from None
+            text = f"another process is writing into {folder}: wait for it, or give another folder"
+            raise UserError(text, "busy") from None
         except OSError:
             pass
         yield
@@ -357,7 +358,7 @@ def atomic_folder(path: str) -> Iterator[str]:
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     if remove_leftovers(path):
-        raise UserError(f"another process is writing {given}: wait for it, or give another folder")
+        raise UserError(f"another process is writing {given}: wait for it, or give another folder", "busy")
     stays = os.path.isdir(path) and (os.path.ismount(path) or not _takes_entries(parent))
     partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
     with _cleaning_up():

@@ -5,6 +5,7 @@ import pytest
 from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.model_folder import files_of, gather, role
 from paddlemix.utils.errors import WeightsError
+from tests.helpers import refused
 
 
 @pytest.mark.parametrize(
@@ -75,5 +76,5 @@ def test_gather_takes_the_first_folder_that_has_a_file(tmp_path):
     (tuned / "LICENSE").symlink_to(tmp_path / "elsewhere")
     assert "LICENSE" in gather([str(tuned), str(base)], model_folder.LICENCE)
     (tmp_path / "elsewhere").write_text("not of this folder")
-    with pytest.raises(WeightsError, match="leads out of the folder"):
+    with refused(WeightsError, "leads-out"):
         gather([str(tuned), str(base)], model_folder.LICENCE)

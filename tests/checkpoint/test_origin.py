@@ -13,6 +13,7 @@ from paddlemix.checkpoint.origin import Origin, model_fingerprint
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.checkpoint.files import pickled, torch_file
+from tests.helpers import refused
 
 NAMES = ("transformer.llm.h.0.attn.c_attn.weight", "transformer.llm.wte.weight", "visual.proj")
 SHAPE = (64, 96)
@@ -106,7 +107,7 @@ def test_read_is_what_was_written(tmp_path):
     note.write(str(tmp_path))
     assert Origin.read(str(tmp_path)) == note
     (tmp_path / "tuned_from.json").write_text('{"base_fingerprint": 3}')
-    with pytest.raises(WeightsError, match="must be folders, the fingerprints texts"):
+    with refused(WeightsError, "model_name_or_path", "text_model_name_or_path"):
         Origin.read(str(tmp_path))
 
 
@@ -133,7 +134,7 @@ def merged(*args, **kwargs):
 
 def test_another_base_of_equal_shapes_is_refused(world, capfd):
     base, other, lora, out = world
-    with pytest.raises(WeightsError, match="lora was tuned from .*base, and .*other is another model .*--force"):
+    with refused(WeightsError, "other-model", match="lora .*base.* .*other.*--force"):
         merged(other, lora, out)
     assert not os.path.exists(out)
     merged(other, lora, out, force=True)
@@ -145,7 +146,7 @@ def test_another_base_of_equal_shapes_is_refused(world, capfd):
 def test_merging_twice_is_refused(world):
     base, _, lora, out = world
     merged(base, lora, out)
-    with pytest.raises(WeightsError, match="out is another model, itself .*merged into it already"):
+    with refused(WeightsError, "already-merged", match="/out "):
         merged(out, lora, out + "2")
     merged(out, lora, out + "2", force=True)
     with open_weights(base) as before, open_weights(out + "2") as after:
@@ -164,7 +165,7 @@ def test_parts_that_were_trained_whole_have_a_base_too(world, tmp_path):
     trained = {"visual.proj": ("float32", np.zeros(SHAPE, np.float32))}
     write_pdparams(str(part / "partial_model_state.pdparams"), trained)
     Origin.of(base).write(str(part))
-    with pytest.raises(WeightsError, match="other is another model"):
+    with refused(WeightsError, "other-model", match="/other "):
         merged(other, str(part), out)
     merged(base, str(part), out)
 
@@ -184,9 +185,9 @@ def test_a_note_leads_to_no_folder_that_the_user_did_not_give(world):
     """Were it followed, a stranger's adapters could bring any folder's LLM into the merged model."""
     base, other, lora, out = world
     Origin.of(base, other).write(lora)
-    with pytest.raises(UserError, match="took its LLM from .*other: add --text_model_name_or_path '?.*other"):
+    with refused(UserError, "text_model_name_or_path", match="--text_model_name_or_path '?.*other"):
         merged(base, lora, out)
-    with pytest.raises(WeightsError, match="was tuned from .*other, and .*base is another model"):
+    with refused(WeightsError, "other-model", match="/other.*/base "):
         merged(base, lora, out, text_folder=base)
     merged(base, lora, out, text_folder=other)
     with open_weights(out) as found, open_weights(other) as expected:
@@ -198,5 +199,5 @@ def test_a_note_that_is_a_link_is_refused(world, tmp_path):
     note = os.path.join(lora, "tuned_from.json")
     shutil.move(note, tmp_path / "elsewhere.json")
     os.symlink(tmp_path / "elsewhere.json", note)
-    with pytest.raises(WeightsError, match="leads out of the folder"):
+    with refused(WeightsError, "leads-out"):
         merged(base, lora, out)

@@ -401,7 +401,7 @@ def test_an_unfinished_run_is_not_overwritten(run_keys, tmp_path):
 
 def test_a_run_without_a_step_is_refused_and_deletes_nothing(run_keys, tmp_path):
     run(run_keys(**LORA, max_steps=1, save_strategy="no"))
-    with pytest.raises(ConfigError, match="before the first optimizer step"):
+    with refused(ConfigError, "num_train_epochs"):
         run(run_keys(**LORA, max_steps=-1, num_train_epochs=0.1, overwrite_output_dir=True))
     assert final_weights(tmp_path / "out")
 
@@ -526,7 +526,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run_keys, tmp_path, monkeypat
         return save(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "_save", full)
-    with pytest.raises(JobFailed, match="checkpoint-2 could not be written .No space left on device"):
+    with refused(JobFailed, "disk", match="checkpoint-2 .*No space left on device"):
         trainer.train()
     assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-1")
     assert not list((tmp_path / "out").glob(".partial*"))
@@ -571,7 +571,7 @@ def test_a_loss_that_is_no_number_ends_the_run(run_keys, monkeypatch):
     trainer = start(run_keys())
     loss = trainer.compute_loss
     trainer.compute_loss = lambda *args: loss(*args) * float("nan")
-    with pytest.raises(JobFailed, match="the loss became nan in step 1: lower learning_rate"):
+    with refused(JobFailed, "loss", match="nan .*step 1.*learning_rate"):
         trainer.train()
 
 

@@ -24,7 +24,7 @@ from paddlemix.trainer import run_checkpoints
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.tuned_model import base_of
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
-from tests.helpers import image_bytes, save_tiny_model
+from tests.helpers import image_bytes, refused, save_tiny_model
 from tests.inference.talking import save_talking_model
 from tests.trainer.runs import COLOURS, LEFT, LORA, run, square, start
 
@@ -119,7 +119,7 @@ def test_train_save_merge_predict(name, root, deep, rows, run_keys, tmp_path):
 
     merged = out
     if not file.startswith("model_state"):
-        with pytest.raises(WeightsError, match="merge it first"):
+        with refused(WeightsError, "not-merged"):
             load_model(str(out))
         merged = tmp_path / "merged"
         merge(deep, str(out), str(merged), progress=False)
@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_another_base(run_keys, tmp_path, keys):
     run(run_keys(**keys, model_name_or_path=base, max_steps=1, save_steps=1))
     shutil.rmtree(base)
     save_tiny_model(tmp_path / "base", seed=8)
-    with pytest.raises(WeightsError, match="checkpoint-1 was tuned from other weights than .*base holds now"):
+    with refused(WeightsError, "other-weights", match="checkpoint-1 .*base"):
         run(run_keys(**keys, model_name_or_path=base, max_steps=2, save_steps=1, resume=True))
 
 
@@ -229,7 +229,7 @@ def test_an_llm_from_elsewhere_reaches_the_merged_model(run_keys, world, tmp_pat
     else:
         moved = str(tmp_path / "moved")
         shutil.move(text, moved)
-        with pytest.raises(UserError, match="took its LLM from .*--text_model_name_or_path"):
+        with refused(UserError, "text_model_name_or_path"):
             merge(world[0], str(out), str(merged), progress=False)
         merge(world[0], str(out), str(merged), progress=False, text_folder=moved)
     trainer.model.eval()
@@ -241,14 +241,11 @@ def test_an_llm_from_elsewhere_reaches_the_merged_model(run_keys, world, tmp_pat
 
 def test_a_text_model_that_the_run_did_not_have_is_refused(run_keys, world, tmp_path):
     run(run_keys(**LORA, save_strategy="no"))
-    with pytest.raises(UserError, match="took its LLM from the base"):
+    with refused(UserError, "text_model_name_or_path"):
         merge(world[0], str(tmp_path / "out"), str(tmp_path / "merged"), progress=False, text_folder=world[0])
 
 
 # ---- the LLM's structure
-
-
-RULE = "the language model's structure must not change: "
 
 
 @pytest.mark.parametrize(
@@ -263,7 +260,7 @@ RULE = "the language model's structure must not change: "
 )
 def test_an_llm_of_another_structure_is_refused(run_keys, tmp_path, changes, said):
     other = save_tiny_model(tmp_path / "other", **changes)
-    with pytest.raises(ConfigError, match=RULE + said):
+    with refused(ConfigError, "language-model", match=said):
         start(run_keys(text_model_name_or_path=other))
 
 
@@ -273,7 +270,7 @@ def test_a_config_that_promises_another_llm_is_refused(run_keys, world, tmp_path
     shutil.copytree(world[0], base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(dict(config, **{key: value})))
-    with pytest.raises(ConfigError, match="config.json and weights of .*" + RULE):
+    with refused(ConfigError, "language-model"):
         start(run_keys(model_name_or_path=str(base)))
 
 
@@ -283,7 +280,7 @@ def test_a_tokenizer_that_needs_more_embeddings_is_refused(run_keys, world, tmp_
     with open(base / "mgen.tiktoken", "ab") as file:
         for rank in range(256, 300):
             file.write(base64.b64encode(b"w%d" % rank) + b" %d\n" % rank)
-    with pytest.raises(ConfigError, match="the tokenizer has 517 ids, the model 480 rows of embeddings.*structure"):
+    with refused(ConfigError, "vocabulary", match="517 .*480"):
         start(run_keys(model_name_or_path=str(base)))
 
 
@@ -291,10 +288,10 @@ def test_a_model_that_grew_is_neither_trained_on_nor_saved(run_keys, world, tmp_
     trainer = start(run_keys(**PART))
     head = trainer.model.lm_head
     head.weight = head.create_parameter([128, 496])
-    with pytest.raises(ConfigError, match=RULE + r"lm_head.weight is \[128, 496\], not \[128, 480\]"):
+    with refused(ConfigError, "language-model", match=r"lm_head.weight .*\[128, 496\].*\[128, 480\]"):
         trainer.save_model()
     with open_weights(world[0]) as reader:
         guard = LanguageGuard(world[0], AutoConfigMIX.from_pretrained(world[0]), reader)
     trainer.model.transformer.llm.h.append(trainer.model.transformer.llm.h[0])
-    with pytest.raises(ConfigError, match="transformer.llm.h.2.ln_1.weight is new.* and "):
+    with refused(ConfigError, "language-model", match="transformer.llm.h.2.ln_1.weight .* and "):
         guard.check(trainer.model)

@@ -18,6 +18,7 @@ from paddlemix.trainer import numerics
 from paddlemix.trainer.numerics import HOPELESS_STEPS, OverflowCount, gradient_norm
 from paddlemix.utils import runtime
 from paddlemix.utils.errors import JobFailed
+from tests.helpers import refused
 from tests.trainer import half_states
 from tests.trainer.runs import LORA, start
 
@@ -117,14 +118,14 @@ def test_a_nan_loss_of_a_skipped_step_does_not_spoil_the_log(run_keys, monkeypat
 
 def test_a_run_of_nan_losses_stops_with_advice(run_keys, tmp_path, monkeypatch):
     trainer = start(run_keys(**LORA, max_steps=20, save_steps=1))
-    with pytest.raises(JobFailed, match="5 steps in a row .*, the last one step 7: the loss is not finite.*O1"):
+    with refused(JobFailed, "loss", match="5 steps .* step 7.*fp16_opt_level=O1"):
         train(trainer, gpu_scaler(monkeypatch), forward=range(3, 21))
     assert trainer.state.global_step == 6
 
 
 def test_gradients_that_overflow_at_every_scale_stop_the_run(run_keys, monkeypatch):
     trainer = start(run_keys(**LORA, max_steps=30, save_strategy="no"))
-    with pytest.raises(JobFailed, match="gradients overflow float16 even at loss scale 1.*lower learning_rate"):
+    with refused(JobFailed, "gradients", match="learning_rate"):
         train(trainer, gpu_scaler(monkeypatch, scale=8.0), bad=range(1, 31))
     # 8, 4 and 2 could still fall; five steps at 1 could not.
     assert trainer.state.global_step + 1 == 3 + HOPELESS_STEPS
@@ -167,7 +168,7 @@ def test_without_a_scale_the_first_bad_loss_ends_the_run(run_keys, bad):
         return compute(model, inputs) * (float(bad) if len(seen) == 5 else 1.0)
 
     trainer.compute_loss = compute_loss
-    with pytest.raises(JobFailed, match=f"the loss became {bad} in step 3: lower learning_rate.*checkpoint is intact"):
+    with refused(JobFailed, "loss", match=f"{bad} .*step 3.*learning_rate"):
         trainer.train()
     now = trainer.model.model.transformer.llm.h[0].attn.c_attn.lora_B.numpy()
     assert len(seen) == 6 and np.array_equal(now, weights[-1]) and not np.array_equal(now, weights[0])

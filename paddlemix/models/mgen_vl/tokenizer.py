@@ -329,15 +329,18 @@ def check_vocabulary(tokenizer, config) -> None:
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} rows of embeddings: the language "
-            "model's structure must not change, so no rows are added; use the tokenizer that belongs to the model"
+            "model's structure must not change, so no rows are added; use the tokenizer that belongs to the model",
+            "vocabulary",
         )
     if tokenizer.img_start_id != config.image_start_id:
         raise ConfigError(
             f"<img> is {tokenizer.img_start_id} in the tokenizer and {config.image_start_id} in config.json "
-            "(visual.image_start_id): use the tokenizer that belongs to the model"
+            "(visual.image_start_id): use the tokenizer that belongs to the model",
+            "vocabulary",
         )
     if tokenizer.n_queries != config.n_queries:
         raise ConfigError(
             f"an image span has {tokenizer.n_queries} ids in the tokenizer and {config.n_queries} in config.json "
-            "(visual.n_queries): use the tokenizer that belongs to the model"
+            "(visual.n_queries): use the tokenizer that belongs to the model",
+            "vocabulary",
         )
