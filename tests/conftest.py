@@ -16,6 +16,10 @@ import paddlemix  # noqa: E402, F401
 # Nothing here may reach for the network: a test that needs a file makes it. (PaddleNLP asks a hub otherwise.)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Help and reports are expected in English, whatever the locale is.
+for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+    if os.environ.get(name, "").lower().startswith("zh"):
+        os.environ[name] = "C.UTF-8"
 
 import pytest  # noqa: E402
 

@@ -52,6 +52,7 @@ def main() -> int:
     args = parse_args()
 
     from paddlemix.contest.check import FAIL, NOT_RUN, check_submission
+    from paddlemix.utils.language import tr
 
     report = check_submission(
         args.submission,
@@ -65,10 +66,8 @@ def main() -> int:
     print("\n".join(report.lines()))
     failed = sum(verdict.status == FAIL for verdict in report.values())
     waiting = sum(verdict.status == NOT_RUN and bool(verdict.problems) for verdict in report.values())
-    print(
-        f"{args.submission}: ready to be sent" if report.passed
-        else f"{args.submission}: {failed} rules fail, {waiting} wait for them"
-    )  # fmt: skip
+    says = "ready to be sent" if report.passed else f"{failed} rules fail, {waiting} wait for them"
+    print(f"{args.submission}: {tr(says)}")
     return 0 if report.passed else 1
 
 

@@ -29,6 +29,7 @@ from paddlemix.inference.results import row_id
 from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.language import tr
 from paddlemix.utils.texts import some
 
 # In the order of the report: (section and number of the rule, what it asks).
@@ -82,8 +83,8 @@ class Report(Dict[str, Verdict]):
         lines = []
         for key, (rule, text) in RULES.items():
             verdict = self[key]
-            lines.append(f"{verdict.status}  {rule:<6} {text}")
-            lines += [f"        {line}" for line in [*verdict.problems, *verdict.notes]]
+            lines.append(f"{tr(verdict.status)}  {rule:<6} {tr(text)}")
+            lines += [f"        {tr(line)}" for line in [*verdict.problems, *verdict.notes]]
         return lines
 
 

@@ -20,6 +20,7 @@ from paddlemix.trainer.machine import card
 from paddlemix.trainer.run import Run, resolve
 from paddlemix.utils.compat import PADDLE_3
 from paddlemix.utils.files import nearest_folder
+from paddlemix.utils.language import tr_row
 
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
@@ -280,7 +281,7 @@ def memory_lines(found: Forecast) -> List[str]:
 
 
 def render(found: Forecast) -> List[str]:
-    """The forecast as lines."""
+    """The forecast as lines, in the language in use."""
     lines = _device_lines(found)
     if found.run.shapes:
         lines += _model_lines(found.run)
@@ -311,7 +312,7 @@ def render(found: Forecast) -> List[str]:
         lines += ["", "==== notes", *(f"- {note}" for note in found.notes)]
     lines += ["", f"==== problems: {len(found.problems) or 'none'}"]
     lines += [f"- {problem}" for problem in found.problems]
-    return lines
+    return [tr_row(line) for line in lines]
 
 
 def _device_lines(found: Forecast) -> List[str]:

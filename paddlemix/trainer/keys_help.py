@@ -7,6 +7,7 @@ import json
 from paddlemix.trainer.keys import BLOCKS, REFUSED, known_keys
 from paddlemix.trainer.reading import type_name
 from paddlemix.trainer.rules import rule_lines
+from paddlemix.utils.language import tr, wrap
 from paddlemix.utils.texts import shown
 
 _MAIN_KEYS = (
@@ -46,65 +47,69 @@ _MAIN_KEYS = (
 )
 
 
-def help_text(program: str = "supervised_finetune.py") -> str:
-    """What `--help` prints: how to call it, three examples, and the keys most runs set."""
-    import textwrap
+_HEAD = """\
+usage: python supervised_finetune.py CONFIG.json [--key value …]
+       python supervised_finetune.py --key value …
 
+Tune MGen-VL on image captions: LoRA adapters, chosen parts, or the whole model. CONFIG.json is one
+JSON object of the keys below; a --key on the command line wins over the file. An unknown key ends
+the run with status 2.
+
+examples:
+  python supervised_finetune.py config/mgen_vl/lora_sft_argument.json
+  python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --max_steps 100 --learning_rate 2e-5
+  python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --resume
+  python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run
+  python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run --plan_for 8xA100-80GB
+
+--dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory and
+disk, and every problem it finds; status 0 when the run can start, 2 when not. --plan_for names other
+cards to plan for than this machine's. --lang en or zh: language of help and dry run.
+
+lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON."""
+
+
+def help_text() -> str:
+    """What `--help` prints: how to call it, examples, and the keys most runs set."""
     known = known_keys()
-    lines = [
-        f"usage: python {program} CONFIG.json [--key value …]",
-        f"       python {program} --key value …",
-        "",
-        "Tune MGen-VL on image captions: LoRA adapters, chosen parts, or the whole model. CONFIG.json is one",
-        "JSON object of the keys below; a --key on the command line wins over the file. An unknown key ends",
-        "the run with status 2.",
-        "",
-        "examples:",
-        f"  python {program} config/mgen_vl/lora_sft_argument.json",
-        f"  python {program} config/mgen_vl/lora_sft_argument.json --max_steps 100 --learning_rate 2e-5",
-        f"  python {program} config/mgen_vl/lora_sft_argument.json --resume",
-        f"  python {program} config/mgen_vl/lora_sft_argument.json --dry_run",
-        f"  python {program} config/mgen_vl/lora_sft_argument.json --dry_run --plan_for 8xA100-80GB",
-        "",
-        "--dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory and",
-        "disk, and every problem it finds; status 0 when the run can start, 2 when not. --plan_for names other",
-        "cards to plan for than this machine's.",
-        "",
-        "lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON.",
-    ]
+    lines = tr(_HEAD).splitlines()
     for title, names in _MAIN_KEYS:
-        lines += ["", f"{title}:"]
+        lines += ["", f"{tr(title)}:"]
         for name in names:
             one = known[name]
-            text = f"{one.meaning} ({type_name(one.hint)}; default {shown(one.default)})"
-            wrapped = textwrap.wrap(text, 82, break_long_words=False, break_on_hyphens=False)
+            text = f"{tr(one.meaning)} " + tr(f"({type_name(one.hint)}; default {shown(one.default)})")
+            wrapped = wrap(text, 82)
             lines.append(f"  {name:<28} {wrapped[0]}")
             lines += [f"  {'':<28} {line}" for line in wrapped[1:]]
-    lines += ["", f"docs/config.md describes all {len(known)} keys."]
+    lines += ["", tr(f"docs/config.md describes all {len(known)} keys.")]
     return "\n".join(lines)
 
 
 def config_tables() -> str:
-    """The end of docs/config.md: a table per block, a row per key; the rules; the names that are no settings."""
+    """The end of docs/config.md, or of its Chinese version: a table per block, a row per key; the rules; the names that
+    are no settings."""
     lines = []
     for block, _ in BLOCKS:
-        lines += [f"## {block}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [f"## {tr(block)}", "", tr("| key | type | default | meaning |"), "|---|---|---|---|"]
         for one in known_keys().values():
             if one.block == block:
-                meaning = one.meaning
+                meaning = tr(one.meaning)
                 if "choices" in one.limits:
                     choices = ", ".join(f"`{shown(choice)}`" for choice in one.limits["choices"])
-                    meaning += f" One of {choices}."
+                    meaning += tr(f" One of {choices}.")
                 default = json.dumps(one.default, ensure_ascii=False)
-                cells = (f"`{one.name}`", type_name(one.hint), f"`{default}`", meaning)
+                cells = (f"`{one.name}`", tr(type_name(one.hint)), f"`{default}`", meaning)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
-    lines += ["## Rules between keys", "", "A run that breaks one of these ends with status 2 and these words:", ""]
-    lines += [f"- {says}" for says in rule_lines()]
-    lines += ["", "## Names that are no settings", ""]
-    lines += ["PaddleNLP and older configs have them. The values in the second column may stay, others are refused."]
-    lines += ["", "| name | may be | why |", "|---|---|---|"]
+    lines += [f"## {tr('Rules between keys')}", ""]
+    lines += [tr("A run that breaks one of these ends with status 2 and these words:"), ""]
+    lines += [f"- {tr(says)}" for says in rule_lines()]
+    lines += ["", f"## {tr('Names that are no settings')}", ""]
+    lines += [
+        tr("PaddleNLP and older configs have them. The values in the second column may stay, others are refused.")
+    ]
+    lines += ["", tr("| name | may be | why |"), "|---|---|---|"]
     for name, (why, may_be) in REFUSED.items():
         values = ", ".join(f"`{json.dumps(value)}`" for value in may_be)
-        lines.append(f"| `{name}` | {values} | {why} |")
+        lines.append(f"| `{name}` | {values} | {tr(why)} |")
     return "\n".join(lines) + "\n"

@@ -9,13 +9,42 @@ import re
 import sys
 from typing import IO, Callable, Optional
 
+from paddlemix.utils import language
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import check_file, check_folder
 from paddlemix.utils.surroundings import open_standard_streams
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with bad usage as one line in place of the whole usage text."""
+    """argparse, with bad usage as one line in place of the whole usage text, and help in the language in use.
+
+    `run` has taken --lang out of the command line before a parser sees it; it is an option here for the help.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--lang", choices=language.LANGUAGES, default=argparse.SUPPRESS,
+            help="language of help and reports (default: that of the locale)",
+        )  # fmt: skip
+
+    def format_help(self) -> str:
+        if language.chosen() == "en":
+            return super().format_help()
+        self.description, self.epilog = (language.tr((text or "").strip()) for text in (self.description, self.epilog))
+        for group in self._action_groups:
+            group.title, group.description = language.tr(group.title), language.tr(group.description)
+        for action in self._actions:
+            action.help = language.tr(action.help)
+        return super().format_help().replace("usage: ", language.tr("usage: "), 1)
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        formatter = super()._get_formatter()
+        if language.chosen() == "zh":
+            # argparse counts characters, not columns; the paragraphs of the table have their line breaks.
+            formatter._split_lines = language.wrap
+            formatter._fill_text = lambda text, width, indent: "\n".join(indent + line for line in text.splitlines())
+        return formatter
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -112,6 +141,7 @@ def run(main: Callable[[], Optional[int]]) -> int:
     open_standard_streams()
     _print_utf8()
     try:
+        sys.argv[1:] = language.take(sys.argv[1:])
         return main() or 0
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

@@ -389,3 +389,19 @@ def test_the_dry_runs_own_words():
         with pytest.raises(ConfigError, match="is not"):
             machine.card(bad)
     assert machine.card("8xa100-80gb").cards == 8
+
+
+def test_the_dry_run_speaks_chinese(words, world, tmp_path, monkeypatch):
+    from paddlemix.utils import language
+
+    monkeypatch.setattr(language, "_given", "zh")
+    entry = [{"name": "chatml_dataset", "data_files": world[1]}]
+    found = [
+        dry_run.foresee(words(**LORA_POOL, dataset={"train": entry, "eval": entry}, evaluation_strategy="epoch")),
+        dry_run.foresee(words(**LORA_POOL, mixtoken=True, save_steps=2), "8xA100-80GB"),
+        dry_run.foresee(words(max_length=24, learning_rate=0.0, lora_rank=4, model_name_or_path=...)),
+    ]
+    assert [bool(one.problems) for one in found] == [False, False, True]
+    names = re.compile(r"(vit|attn_pool|ln_post and proj|llm embeddings|llm layers|lm_head|lora) |$")
+    for line in (line for one in found for line in dry_run.render(one)):
+        assert re.search("[\u4e00-\u9fff]", line) or names.match(line), line

@@ -1,0 +1,114 @@
+"""The language of help and reports: English as the code has it, or Chinese by the table zh.json.
+
+The table maps an English text, or a template with {} for what varies, to the Chinese one, where {} or {0}, {1}, … take
+the same values. A text that is not in the table stays English.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import unicodedata
+from typing import Dict, List, Optional, Pattern, Sequence, Tuple
+
+from paddlemix.utils.errors import UserError
+
+LANGUAGES = ("en", "zh")
+_given: Optional[str] = None
+
+
+def choose(name: Optional[str]) -> None:
+    """Set the language: one of LANGUAGES, or None for that of the locale."""
+    global _given
+    if name is not None and name not in LANGUAGES:
+        raise UserError(f"--lang: choose from {', '.join(LANGUAGES)}, not {name!r}")
+    _given = name
+
+
+def chosen() -> str:
+    """The language in use. A locale is that of LC_ALL, LC_MESSAGES or LANG, the first that is set."""
+    if _given is not None:
+        return _given
+    values = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "zh" if next(filter(None, values), "").lower().startswith("zh") else "en"
+
+
+def take(words: Sequence[str]) -> List[str]:
+    """Arguments of a command without `--lang NAME` or `--lang=NAME`, which sets the language."""
+    left: List[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return [*left, word, *words]
+        name, equals, value = word.partition("=")
+        if name != "--lang":
+            left.append(word)
+        elif equals or words:
+            choose(value if equals else words.pop(0))
+        else:
+            raise UserError(f"--lang: give one of {', '.join(LANGUAGES)} behind it")
+    return left
+
+
+@functools.lru_cache(maxsize=None)
+def table() -> Dict[str, str]:
+    """{English text or template: Chinese}."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "zh.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+@functools.lru_cache(maxsize=None)
+def _templates() -> List[Tuple[Pattern[str], str]]:
+    """The templates as patterns, those with the most text of their own first."""
+    found = sorted((key for key in table() if "{}" in key), key=lambda key: len(key) - 2 * key.count("{}"))
+    patterns = ["(.+?)".join(map(re.escape, key.split("{}"))) for key in found]
+    return [(re.compile(pattern, re.DOTALL), table()[key]) for pattern, key in zip(reversed(patterns), reversed(found))]
+
+
+def tr(text: str) -> str:
+    """`text` in the language in use. What stands for a template's {} is translated, too, where the table has it; of a
+    text with empty lines, each paragraph is looked up by itself."""
+    if chosen() == "en" or not text:
+        return text
+    if "\n\n" in text.strip():
+        return "\n\n".join(map(tr, text.strip().split("\n\n")))
+    if text in table():
+        return table()[text]
+    for pattern, chinese in _templates():
+        found = pattern.fullmatch(text)
+        if found:
+            return chinese.format(*map(tr, found.groups()))
+    return text
+
+
+def columns(text: str) -> int:
+    """Columns that `text` takes on a terminal, where Chinese characters take two."""
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
+def tr_row(line: str) -> str:
+    """A line of a report, which may be a table's row: if not the whole of it, its cells (two blanks or more lie between
+    them) are translated, and the second and further ones end in the columns where they ended."""
+    whole = tr(line)
+    if chosen() == "en" or whole != line:
+        return whole
+    row = ""
+    for cell in re.finditer(r"\S+(?: \S+)*", line):
+        text = tr(cell.group())
+        gap = cell.start() - columns(row) if not row.strip() else max(2, cell.end() - columns(row) - columns(text))
+        row += " " * gap + text
+    return row
+
+
+def wrap(text: str, width: int) -> List[str]:
+    """`text` in lines of at most `width` columns. Between Chinese characters a line may end anywhere, except before
+    marks."""
+    lines = [""]
+    for word in re.findall(r"[!-~]+[，。；：、）]*|[^，。；：、）][，。；：、）]*", " ".join(text.split())):
+        if columns(lines[-1] + word.rstrip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += word if lines[-1] else word.lstrip()
+    return [line.rstrip() for line in lines]
