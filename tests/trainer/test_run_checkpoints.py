@@ -109,7 +109,7 @@ def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, in
     """A newer one of this folder would be what the next --resume takes."""
     path = make(tmp_path if inside else tmp_path / "elsewhere", 2)
     last = make(tmp_path, 4)
-    with refused(ConfigError, "resume_from_checkpoint", match="checkpoint-4 .*--resume.*/checkpoint-2"):
+    with refused(ConfigError, "resume_from_checkpoint", match="checkpoint-4.*--resume.*/checkpoint-2"):
         prepare(tmp_path, resume_from=path)
     assert run_checkpoints.read_seal(last) is not None
     assert prepare(tmp_path / "other", resume_from=path) == path
