@@ -205,7 +205,7 @@ def test_help_is_light(script):
 
 
 def fences(readme):
-    """(language, text) of every fenced block of a README."""
+    """(language, text) of every fenced block of a page."""
     text = (ROOT / readme).read_text(encoding="utf-8")
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
@@ -213,6 +213,12 @@ def fences(readme):
 def left_column(block):
     """The lines of a drawing without the explanations, which stand behind two or more blanks."""
     return [re.split(r"(?<=\S) {2,}", line)[0].rstrip() for line in block.splitlines()]
+
+
+def without_comments(block):
+    """The commands of a block, and what is said about them."""
+    lines = [re.match(r"(.*?)((?:^|\s)#\s.*)?$", line).groups("") for line in block.splitlines()]
+    return [command.rstrip() for command, _ in lines if command.strip()], [said for _, said in lines if said]
 
 
 def test_readmes_have_the_same_blocks():
@@ -223,7 +229,38 @@ def test_readmes_have_the_same_blocks():
         if language == "text":
             assert left_column(ours) == left_column(theirs)
         else:
-            assert ours == theirs
+            commands, _ = without_comments(ours)
+            assert commands == without_comments(theirs)[0]
+            untranslated = [said for said in without_comments(theirs)[1] if not re.search("[\u4e00-\u9fff]", said)]
+            assert not untranslated, "README_zh.md: comments in English"
+
+
+def chinese_pages():
+    """(English page, Chinese page)."""
+    for path in house_files("docs/zh/*.md"):
+        yield ("submission/README.md" if path.stem == "submission" else f"docs/{path.name}"), str(path)
+
+
+def test_the_chinese_readme_leads_to_the_chinese_pages():
+    text, pages = (ROOT / "README_zh.md").read_text(encoding="utf-8"), dict(chinese_pages())
+    assert {pathlib.PurePath(page).stem for page in pages.values()} == {
+        "config", "predict", "evaluation", "submission", "troubleshooting",
+    }  # fmt: skip
+    for english, chinese in pages.items():
+        assert f"`{chinese}`" in text and f"`{english}`" not in text, chinese
+
+
+@pytest.mark.parametrize("english, chinese", list(chinese_pages()))
+def test_a_chinese_page_has_what_the_english_one_has(english, chinese):
+    """Its sections, rows of tables, blocks, and options."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in (english, chinese)]
+    for pattern in (r"^#+ ", r"^\|", r"^    \S|^```", r"^\*\*"):
+        counts = [len(re.findall(pattern, page, flags=re.MULTILINE)) for page in pages]
+        assert counts[0] == counts[1], f"{pattern}: {counts}"
+    options = [set(re.findall(r"--\w+", page)) - {"--help", "--lang"} for page in pages]
+    assert options[0] == options[1]
+    blocks = [[without_comments(block)[0] for _, block in fences(page)] for page in (english, chinese)]
+    assert blocks[0] == blocks[1]
 
 
 def readme_commands():
