@@ -52,7 +52,7 @@ def main() -> int:
 
     from paddlemix.inference.combining import combine
     from paddlemix.inference.results import SIDECAR
-    from paddlemix.utils.files import keep_apart
+    from paddlemix.utils.outputs import keep_apart
 
     keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
     done = combine(args.results, args.output, args.workers, args.quiet)

@@ -24,7 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
-from paddlemix.utils.files import atomic_write, keep_apart  # noqa: E402
+from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.outputs import keep_apart  # noqa: E402
 from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 # Columns of the table: name, value, interval.

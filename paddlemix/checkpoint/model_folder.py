@@ -13,7 +13,8 @@ from typing import Dict, List, Optional, Sequence
 
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import UserError, WeightsError
-from paddlemix.utils.files import check_folder, is_empty, remove_leftovers
+from paddlemix.utils.files import is_empty, remove_leftovers
+from paddlemix.utils.outputs import check_folder
 
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
 # What a run that trains a part of the model whole leaves: the tensors that trained.

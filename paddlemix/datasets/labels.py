@@ -35,7 +35,8 @@ from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
-from paddlemix.utils.files import atomic_write, check_folder, keep_apart, nearest_folder, only_writer
+from paddlemix.utils.files import atomic_write, only_writer
+from paddlemix.utils.outputs import check_folder, keep_apart, nearest_folder
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import check_shared_memory
 

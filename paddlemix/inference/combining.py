@@ -14,8 +14,10 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from paddlemix.datasets.tsv import check_input
-from paddlemix.inference.results import FORMAT, SIDECAR, file_facts, write_sidecar
-from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, DocumentFrequencies, agreement
+from paddlemix.inference.facts import file_facts
+from paddlemix.inference.results import FORMAT, SIDECAR, write_sidecar
+from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, agreement
+from paddlemix.metrics.ngrams import DocumentFrequencies
 from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write

@@ -11,25 +11,18 @@ from typing import Any, Callable, Iterator, Mapping, Optional, Union
 from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
 from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image
 from paddlemix.inference.captioner import Answer, Captioner
+from paddlemix.inference.facts import input_facts
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.n_best import NBestWriter
 from paddlemix.inference.options import FALLBACK
-from paddlemix.inference.results import (
-    PARTIAL,
-    SIDECAR,
-    Place,
-    ResultsWriter,
-    input_facts,
-    report_notes,
-    row_id,
-)
+from paddlemix.inference.results import PARTIAL, SIDECAR, Place, ResultsWriter, report_notes, row_id
 from paddlemix.inference.row_shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
-from paddlemix.utils.files import check_file, keep_apart
 from paddlemix.utils.log import logger
+from paddlemix.utils.outputs import check_file, keep_apart
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import rank, world_size
 

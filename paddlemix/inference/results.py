@@ -21,20 +21,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional
 
+from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
-from paddlemix.utils.files import atomic_write, check_file
+from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
-from paddlemix.utils.progress import Progress
-from paddlemix.utils.surroundings import temporary_folder
+from paddlemix.utils.outputs import check_file
 
 # Of OUTPUT.run.json.
 FORMAT = 1
@@ -47,121 +45,12 @@ PARTIAL = ".partial"
 SIDECAR = ".run.json"
 # Lines are handed to the system with every flush; to the disk itself this often.
 SYNC_SECONDS = 5.0
-_CHUNK = 1 << 20
-# A file of this size takes a tenth of a second to read.
-_BAR_BYTES = 64 << 20
 # What a field cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
 _UNFIT = re.compile("[\t\r\n\0]")
 # What a journal begins with.
 _BEGIN = b'{"format": '
 # Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
 _MAX_HEADER = 1 << 20
-
-
-class FileFacts(NamedTuple):
-    """size in bytes, lines (an unfinished last one counts), and the SHA-256 of the whole file."""
-
-    size: int
-    lines: int
-    sha256: str
-
-
-def reading(path: str) -> Progress:
-    """A bar over the bytes of a file, drawn if reading it takes more than a moment."""
-    size = os.path.getsize(path)
-    return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=size < _BAR_BYTES)
-
-
-def file_facts(path: str) -> FileFacts:
-    """Read a file once, in pieces.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
-    try:
-        # hashlib lets go of Python's lock, so the lines are counted meanwhile.
-        with open(path, "rb") as file, ThreadPoolExecutor(1) as hashing, reading(path) as bar:
-            hashed = None
-            for chunk in iter(lambda: file.read(_CHUNK), b""):
-                if hashed is not None:
-                    hashed.result()
-                hashed = hashing.submit(digest.update, chunk)
-                size += len(chunk)
-                lines += chunk.count(b"\n")
-                last = chunk[-1:]
-                bar.update(len(chunk))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return FileFacts(size, lines + (last != b"\n"), digest.hexdigest())
-
-
-def input_facts(path: str) -> FileFacts:
-    """file_facts, read once per machine: those of a large file are noted in the temporary folder, and the note is
-    believed while the file keeps its size, time and inode. Processes that start together wait for the first one's note.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if found.st_size < _BAR_BYTES:
-        return file_facts(path)
-    state = [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
-    folder = temporary_folder()
-    if folder is None:
-        return file_facts(path)
-    with contextlib.ExitStack() as opened:
-        try:
-            note = opened.enter_context(open(os.path.join(folder, f"{found.st_dev}-{found.st_ino}.json"), "a+"))
-            fcntl.flock(note, fcntl.LOCK_EX)
-        except OSError:
-            return file_facts(path)
-        note.seek(0)
-        try:
-            noted = json.load(note)
-            if noted["state"] == state:
-                return FileFacts(*noted["facts"])
-        except (ValueError, KeyError, TypeError):
-            pass
-        facts = file_facts(path)
-        # A file that changed meanwhile is not noted.
-        now = os.stat(path)
-        if [now.st_size, now.st_mtime_ns, now.st_ino, now.st_dev] == state:
-            with contextlib.suppress(OSError):
-                note.truncate(0)
-                json.dump({"state": state, "facts": facts}, note)
-        return facts
-
-
-# Blocks of a large file that go into a fingerprint, spread evenly from its first byte to its last.
-_BLOCKS = 64
-
-
-def fingerprint_folder(folder: str) -> str:
-    """A SHA-256 over names, sizes and contents of what a model folder answers with, as hex.
-
-    Of a file over 64 MiB, 64 blocks of 1 MiB are read, so that 20 GB of weights cost no second. That tells
-    trained weights apart, which differ everywhere. It does not tell of a byte changed on purpose.
-    """
-    # Not needed for --help, which would load numpy with it.
-    from paddlemix.checkpoint.model_folder import ANSWERS, files_of
-
-    digest = hashlib.sha256()
-    for name in files_of(folder, *ANSWERS):
-        path = os.path.join(folder, name)
-        size = os.path.getsize(path)
-        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        with open(path, "rb") as file:
-            if size <= _BLOCKS * _CHUNK:
-                digest.update(file.read())
-                continue
-            for block in range(_BLOCKS):
-                file.seek((size - _CHUNK) * block // (_BLOCKS - 1))
-                digest.update(file.read(_CHUNK))
-    return digest.hexdigest()
 
 
 def clean_id(row_id: str) -> str:

@@ -19,22 +19,14 @@ from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 from paddlemix.datasets.rows import read_rows
+from paddlemix.inference.facts import file_facts, input_facts, reading
 from paddlemix.inference.n_best import line_id as candidates_id
-from paddlemix.inference.results import (
-    FORMAT,
-    PARTIAL,
-    SIDECAR,
-    differences,
-    file_facts,
-    input_facts,
-    reading,
-    row_id,
-    write_sidecar,
-)
+from paddlemix.inference.results import FORMAT, PARTIAL, SIDECAR, differences, row_id, write_sidecar
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write, check_file, keep_apart
+from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
+from paddlemix.utils.outputs import check_file, keep_apart
 from paddlemix.utils.surroundings import allow_open_files
 from paddlemix.utils.texts import some
 

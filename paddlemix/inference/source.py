@@ -19,7 +19,7 @@ from paddlemix.checkpoint.model_folder import (
 )
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.tensors import printable
-from paddlemix.inference.results import fingerprint_folder
+from paddlemix.inference.facts import fingerprint_folder
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
 

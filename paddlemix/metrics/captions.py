@@ -17,15 +17,13 @@ Shapes: [r] rows, [t] tokens, [g] n-grams of one text each, every distinct n-gra
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from array import array
-from collections import Counter
-from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from paddlemix.metrics.ngrams import MAX_N, DocumentFrequencies, NgramCounts, row_key
 from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
@@ -35,17 +33,10 @@ from paddlemix.utils.texts import some
 # character.
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)+|[A-Za-z0-9\u00c0-\u024f]+|[^\s]")
 
-MAX_N = 4
 BLEU = tuple(f"BLEU-{n}" for n in range(1, MAX_N + 1))
 SCORES = ("CIDEr", "CIDEr-D", *BLEU, "ROUGE-L")
 # Rows that are scored at once: some 100 MB of n-grams.
 CHUNK_ROWS = 2000
-# N-grams of all references that are sorted at once: some 300 MB in each worker.
-_COUNTED_AT_ONCE = 1 << 23
-# Tokens of references that are hashed at once.
-_HASHED_AT_ONCE = 1 << 20
-# Any odd number with well-mixed bits.
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 # pycocoevalcap's constants: of CIDEr-D's length penalty, and ROUGE-L's weight of recall.
 _SIGMA, _BETA = 6.0, 1.2
 # How many ids a message names.
@@ -205,137 +196,6 @@ class CaptionScorer:
         return np.column_stack([cider, cider_d, rouge, bleu_of_counts(bleu_counts), bleu_counts])
 
 
-_TOKEN_HASHES: Dict[str, int] = {}
-
-
-def token_hash(token: str) -> int:
-    """64 bits of a token, the same in every process and run."""
-    value = _TOKEN_HASHES.get(token)
-    if value is None:
-        digest = hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        value = _TOKEN_HASHES[token] = int.from_bytes(digest, "little")
-    return value
-
-
-def ngram_hashes(tokens: np.ndarray, text: np.ndarray, most: int = MAX_N) -> Iterable[Tuple[np.ndarray, np.ndarray]]:
-    """For n = 1…most: the hashes of all n-grams (uint64) and the text that each belongs to.
-
-    tokens: uint64 [t], hashes of the tokens of texts laid end to end. text: int [t], the text of each token.
-    """
-    value = tokens
-    for n in range(most):
-        if n:
-            value = value[:-1] * _FACTOR + tokens[n:]
-        inside = text[: len(text) - n] == text[n:]
-        yield value[inside], text[: len(text) - n][inside]
-
-
-class DocumentFrequencies:
-    """In how many rows of references an n-gram occurs: `add` each row, `finish`, then look up.
-
-    N-grams of a single row are not kept, since CIDEr takes 0 for 1. Of 400 million n-grams (1,000,000 rows of 100
-    tokens) two share a hash with a probability of 1 in 200.
-    """
-
-    def __init__(self):
-        self.rows = 0
-        self._vocabulary: Dict[str, int] = {}
-        # Tokens of all texts end to end; the length and the row of each text.
-        self._tokens, self._lengths, self._row = array("I"), array("I"), array("I")
-        self._unigrams: Counter = Counter()
-
-    def add(self, texts: Sequence[Sequence[str]]) -> None:
-        """One row: the tokens of each of its references."""
-        number, begin = self._vocabulary, len(self._tokens)
-        for tokens in texts:
-            self._tokens.extend([number.setdefault(token, len(number)) for token in tokens])
-            self._lengths.append(len(tokens))
-            self._row.append(self.rows)
-        self._unigrams.update(set(self._tokens[begin:]))
-        self.rows += 1
-
-    def finish(self, workers: int = 0, quiet: bool = True) -> None:
-        hashes = np.array([token_hash(token) for token in self._vocabulary], dtype=np.uint64)
-        tokens, lengths, row = (np.frombuffer(part, np.uint32) for part in (self._tokens, self._lengths, self._row))
-        ends = np.cumsum(lengths, dtype=np.int64)
-        # Tokens that are looked at together: those of some rows.
-        texts = np.searchsorted(ends, np.arange(0, len(tokens), _HASHED_AT_ONCE))
-        texts = np.unique(np.searchsorted(row, row[texts]))
-        cuts = np.append(ends[texts] - lengths[texts], len(tokens)).tolist()
-        # An n-gram of two tokens and more is counted in the part that its first two tokens belong to.
-        part_of = np.zeros(len(tokens), dtype=np.uint8)
-        for begin, end in zip(cuts[:-1], cuts[1:]):
-            value = hashes[tokens[begin : end + 1]]
-            part_of[begin : begin + len(value) - 1] = (value[:-1] * _FACTOR + value[1:]) >> np.uint64(56)
-        parts = min(-(-len(tokens) * (MAX_N - 1) // _COUNTED_AT_ONCE) or 1, 256)
-
-        def count(part: int) -> Tuple[np.ndarray, np.ndarray]:
-            """A part's n-grams of several rows, and of how many."""
-            low, high = 256 * part // parts, 256 * (part + 1) // parts - 1
-            found = []
-            for begin, end in zip(cuts[:-1], cuts[1:]):
-                own = part_of[begin:end]
-                place = begin + np.flatnonzero((own >= low) & (own <= high))
-                text = np.searchsorted(ends, place, side="right")
-                value = hashes[tokens[place]]
-                for n in range(1, MAX_N):
-                    inside = place + n < ends[text]
-                    place, text, value = place[inside], text[inside], value[inside]
-                    value = value * _FACTOR + hashes[tokens[place + n]]
-                    # A row counts once, however often it has the n-gram.
-                    found.append(value[np.unique(_row_key(value, row[text]), return_index=True)[1]])
-            value, times = np.unique(np.concatenate(found), return_counts=True)
-            return value[times > 1], times[times > 1].astype(np.uint32)
-
-        unigrams = np.array(list(self._unigrams.values()), dtype=np.uint32)
-        counted = [(hashes[np.array(list(self._unigrams), dtype=np.int64)], unigrams)]
-        with Progress(parts, "n-grams", unit="part", disable=quiet or parts == 1) as bar:
-            for found in map_chunks(count, range(parts), workers if parts > 1 else 0):
-                counted.append(found)
-                bar.update()
-        self._hashes, self._counts = (np.concatenate(column) for column in zip(*counted))
-        order = np.argsort(self._hashes)
-        self._hashes, self._counts = self._hashes[order], self._counts[order]
-        del self._tokens, self._lengths, self._row, self._vocabulary, self._unigrams
-
-    def __call__(self, hashes: np.ndarray) -> np.ndarray:
-        """uint64 [g] → float64 [g]: rows that have the n-gram, at least 1."""
-        # In order: a search through a table of hundreds of MB then mostly finds what it needs in the cache.
-        wanted, back = np.unique(hashes, return_inverse=True)
-        places = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
-        return np.where(self._hashes[places] == wanted, self._counts[places], 1.0)[back]
-
-
-class _Counts(NamedTuple):
-    """The distinct n-grams of some texts, all [g], sorted by key: hash of n-gram and row, hash, text, n - 1, and how
-    often the text has it."""
-
-    key: np.ndarray
-    hash: np.ndarray
-    text: np.ndarray
-    n: np.ndarray
-    times: np.ndarray
-
-    @classmethod
-    def of(cls, texts: Sequence[Sequence[str]]) -> _Counts:
-        tokens = np.array([token_hash(token) for text in texts for token in text], dtype=np.uint64)
-        text = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        found = list(ngram_hashes(tokens, text))
-        value = np.concatenate([one for one, _ in found])
-        owner = np.concatenate([one for _, one in found])
-        n = np.repeat(np.arange(MAX_N), [len(one) for one, _ in found])
-        key, place, times = np.unique(_row_key(value, owner), return_index=True, return_counts=True)
-        return cls(key, value[place], owner[place], n[place], times.astype(np.float64))
-
-    def sums(self, weights: np.ndarray, texts: int) -> np.ndarray:
-        """float64 [texts, MAX_N]: sums of weights [g] by text and n."""
-        return np.bincount(self.text * MAX_N + self.n, weights, texts * MAX_N).reshape(texts, MAX_N)
-
-
-def _row_key(value: np.ndarray, row: np.ndarray) -> np.ndarray:
-    return value + row.astype(np.uint64) * _FACTOR
-
-
 def _compare(
     captions: List[List[str]],
     references: List[List[List[str]]],
@@ -348,12 +208,12 @@ def _compare(
     rows = len(captions)
     row = np.repeat(np.arange(rows), [len(texts) for texts in references])
     texts = [tokens for row_texts in references for tokens in row_texts]
-    ours, theirs = _Counts.of(captions), _Counts.of(texts)
+    ours, theirs = NgramCounts.of(captions), NgramCounts.of(texts)
     log_rows = math.log(float(frequencies.rows))
     our_tfidf = ours.times * (log_rows - np.log(frequencies(ours.hash)))
     their_tfidf = theirs.times * (log_rows - np.log(frequencies(theirs.hash)))
     # Where a reference's n-gram is among the caption's.
-    wanted = _row_key(theirs.hash, row[theirs.text])
+    wanted = row_key(theirs.hash, row[theirs.text])
     place = np.searchsorted(ours.key, wanted).clip(max=max(len(ours.key) - 1, 0))
     shared = ours.key[place] == wanted if len(ours.key) else np.zeros(len(wanted), dtype=bool)
     place = place[shared]

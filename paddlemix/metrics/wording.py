@@ -16,7 +16,8 @@ from typing import Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 
-from paddlemix.metrics.captions import CHUNK_ROWS, ngram_hashes, token_hash
+from paddlemix.metrics.captions import CHUNK_ROWS
+from paddlemix.metrics.ngrams import ngram_hashes, token_hash
 from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 

@@ -19,8 +19,8 @@ from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, p
 from paddlemix.trainer.machine import card
 from paddlemix.trainer.run import Run, resolve
 from paddlemix.utils.compat import PADDLE_3
-from paddlemix.utils.files import nearest_folder
 from paddlemix.utils.language import tr_row
+from paddlemix.utils.outputs import nearest_folder
 
 # Files beside the weights in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20

@@ -33,7 +33,7 @@ from paddlemix.trainer.tuned_model import open_tuned
 from paddlemix.utils import runtime
 from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, Problem, UserError
-from paddlemix.utils.files import nearest_folder
+from paddlemix.utils.outputs import nearest_folder
 from paddlemix.utils.runtime import Precision
 
 

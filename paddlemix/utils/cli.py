@@ -11,7 +11,7 @@ from typing import IO, Callable, Optional
 
 from paddlemix.utils import language
 from paddlemix.utils.errors import UserError
-from paddlemix.utils.files import check_file, check_folder
+from paddlemix.utils.outputs import check_file, check_folder
 from paddlemix.utils.surroundings import open_standard_streams
 
 

@@ -14,10 +14,11 @@ import shutil
 import signal
 import stat
 import threading
-from typing import IO, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import IO, Callable, Iterator, List, Optional, Tuple
 
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
+from paddlemix.utils.outputs import check_folder, takes_entries
 from paddlemix.utils.surroundings import temporary_folder
 
 _BLOCK = 1 << 20
@@ -38,65 +39,6 @@ def open_plain(path: str) -> IO[bytes]:
 
 
 # ---- where something is to be written, asked before the work is done
-
-
-def nearest_folder(path: str) -> str:
-    """The path, or what is nearest above it that there is. Links are followed, also those that lead to nothing."""
-    path = os.path.realpath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def _takes_entries(folder: str) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
-
-
-def _check_above(path: str) -> None:
-    above = nearest_folder(path)
-    if not os.path.isdir(above):
-        raise UserError(f"cannot write {path}: {above} is a file")
-    if not _takes_entries(above):
-        raise UserError(f"cannot write {path}: {above} cannot be written to")
-
-
-def check_file(path: str, plain: bool = False) -> None:
-    """Refuse a path that no file can be written to. plain: neither to devices and FIFOs, which hold nothing.
-
-    Raises:
-        UserError: it is a folder, or the folder cannot be written to.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; the output must be a file")
-    if plain and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is a device or a pipe; the output must be a file")
-    # A file that can be written is enough where the folder takes no other.
-    if not (os.path.exists(path) and os.access(path, os.W_OK)):
-        _check_above(path)
-
-
-def check_folder(path: str) -> None:
-    """Refuse a path that no folder can be written to.
-
-    Raises:
-        UserError: it is a file, or cannot be written to.
-    """
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is a file: give a folder")
-    _check_above(path)
-
-
-def keep_apart(inputs: Iterable[Optional[str]], outputs: Iterable[Optional[str]]) -> None:
-    """Refuse to write over what is read, under whatever name. None: a file that was not given.
-
-    Raises:
-        UserError: an output is an input.
-    """
-    outputs = [path for path in outputs if path is not None and os.path.exists(path)]
-    for path in inputs:
-        for output in outputs:
-            if path is not None and os.path.exists(path) and os.path.samefile(path, output):
-                raise UserError(f"{path} would be overwritten by {output}: give another output")
 
 
 # Handles of folders that only this process writes into. Its children, which may outlive it, let go of them.
@@ -279,7 +221,7 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    if os.path.exists(path) and not _takes_entries(folder):
+    if os.path.exists(path) and not takes_entries(folder):
         folder = temporary_folder() or folder
     beside = os.path.join(folder, os.path.basename(path))
     remove_leftovers(beside)
@@ -359,7 +301,7 @@ def atomic_folder(path: str) -> Iterator[str]:
     os.makedirs(parent, exist_ok=True)
     if remove_leftovers(path):
         raise UserError(f"another process is writing {given}: wait for it, or give another folder", "busy")
-    stays = os.path.isdir(path) and (os.path.ismount(path) or not _takes_entries(parent))
+    stays = os.path.isdir(path) and (os.path.ismount(path) or not takes_entries(parent))
     partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
     with _cleaning_up():
         try:

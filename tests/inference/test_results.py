@@ -10,8 +10,10 @@ import sys
 
 import pytest
 
+from paddlemix.inference import facts as facts_module
 from paddlemix.inference import results
-from paddlemix.inference.results import ResultsWriter, clean_id, file_facts, fingerprint_folder, input_facts
+from paddlemix.inference.facts import file_facts, fingerprint_folder, input_facts
+from paddlemix.inference.results import ResultsWriter, clean_id
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import refused
 
@@ -354,16 +356,16 @@ with ResultsWriter(sys.argv[1], {"settings": {}}) as writer:
 
 
 def test_a_large_input_is_read_once_per_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "_BAR_BYTES", 10)
+    monkeypatch.setattr(facts_module, "_BAR_BYTES", 10)
     notes = tmp_path / "notes"
     notes.mkdir()
-    monkeypatch.setattr(results, "temporary_folder", lambda: str(notes))
+    monkeypatch.setattr(facts_module, "temporary_folder", lambda: str(notes))
     path = tmp_path / "in.tsv"
     path.write_bytes(b"a\tAAAA\n" * 5)
     facts = file_facts(str(path))
     assert input_facts(str(path)) == facts
     calls = []
-    monkeypatch.setattr(results, "file_facts", lambda name: calls.append(name) or facts)
+    monkeypatch.setattr(facts_module, "file_facts", lambda name: calls.append(name) or facts)
     assert input_facts(str(path)) == facts and not calls
     path.write_bytes(b"b\tAAAA\n" * 5)
     os.utime(path, ns=(1, 1))
@@ -373,7 +375,7 @@ def test_a_large_input_is_read_once_per_machine(tmp_path, monkeypatch):
     for note in notes.iterdir():
         note.write_text("{")
     input_facts(str(path))
-    monkeypatch.setattr(results, "temporary_folder", lambda: None)
+    monkeypatch.setattr(facts_module, "temporary_folder", lambda: None)
     input_facts(str(path))
     assert len(calls) == 3
 
@@ -391,7 +393,7 @@ def test_file_facts(tmp_path):
 
 
 def test_fingerprint_of_a_model_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "_CHUNK", 4)
+    monkeypatch.setattr(facts_module, "_CHUNK", 4)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(range(256)) * 2)
     (tmp_path / "config.json").write_text("{}")

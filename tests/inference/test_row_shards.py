@@ -10,7 +10,8 @@ import pytest
 
 from paddlemix.datasets.tsv import read_rows
 from paddlemix.inference import row_shards as module
-from paddlemix.inference.results import ResultsWriter, file_facts
+from paddlemix.inference.facts import file_facts
+from paddlemix.inference.results import ResultsWriter
 from paddlemix.inference.row_shards import Shard, merge_shards
 from paddlemix.utils.errors import UserError
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from paddlemix.metrics import captions
+from paddlemix.metrics import captions, ngrams
 from paddlemix.metrics.captions import (
     BLEU,
     CaptionScorer,
@@ -145,15 +145,15 @@ def test_document_frequencies_counted_in_parts(monkeypatch):
             naive[ngram] = naive.get(ngram, 0) + 1
 
     def hashed(ngram):
-        *_, (value, _) = captions.ngram_hashes(
-            np.array([captions.token_hash(token) for token in ngram], np.uint64), np.zeros(len(ngram), int), len(ngram)
+        *_, (value, _) = ngrams.ngram_hashes(
+            np.array([ngrams.token_hash(token) for token in ngram], np.uint64), np.zeros(len(ngram), int), len(ngram)
         )
         return value[0]
 
     for at_once in (1 << 24, 100, 7):
-        monkeypatch.setattr(captions, "_COUNTED_AT_ONCE", at_once)
-        monkeypatch.setattr(captions, "_HASHED_AT_ONCE", at_once // 2)
-        frequencies = captions.DocumentFrequencies()
+        monkeypatch.setattr(ngrams, "COUNTED_AT_ONCE", at_once)
+        monkeypatch.setattr(ngrams, "HASHED_AT_ONCE", at_once // 2)
+        frequencies = ngrams.DocumentFrequencies()
         for row in rows:
             frequencies.add(row)
         frequencies.finish()

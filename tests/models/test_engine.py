@@ -6,8 +6,9 @@ import pytest
 
 from paddlemix.models.mgen_vl import engine as module
 from paddlemix.models.mgen_vl.captioning import generate_captions
-from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK, Decoding, Engine, Prompt, SlotCache
+from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK, Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.generation import is_number
+from paddlemix.models.mgen_vl.slot_cache import SlotCache
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
 
 STOPS = (479, 5, 77, 100, 33, 250, 300, 310, 400, 20, 21, 22)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from paddlemix.utils import files
+from paddlemix.utils import files, outputs
 from paddlemix.utils.errors import UserError
 from tests.helpers import refused
 
@@ -270,9 +270,9 @@ def test_a_pipe_is_written_into(tmp_path):
     assert os.read(reader, 99) == b"said" and stat.S_ISFIFO(pipe.stat().st_mode)
     os.close(reader)
     assert os.listdir(tmp_path) == ["pipe"]
-    files.check_file(str(pipe))
+    outputs.check_file(str(pipe))
     with pytest.raises(UserError, match="is a device or a pipe; the output must be a file"):
-        files.check_file(str(pipe), plain=True)
+        outputs.check_file(str(pipe), plain=True)
 
 
 IN_MOUNTS = """
@@ -319,15 +319,16 @@ def test_a_file_in_a_folder_that_takes_no_other(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("old")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
     (tmp_path / "t").mkdir()
-    monkeypatch.setattr(files, "_takes_entries", lambda folder: folder != str(tmp_path))
+    for module in (files, outputs):
+        monkeypatch.setattr(module, "takes_entries", lambda folder: folder != str(tmp_path))
     monkeypatch.setattr(os, "replace", refuse(errno.EXDEV))
-    files.check_file(str(tmp_path / "a.txt"))
+    outputs.check_file(str(tmp_path / "a.txt"))
     with files.atomic_write(str(tmp_path / "a.txt")) as file:
         file.write("new")
         assert (tmp_path / "a.txt").read_text() == "old"
     assert (tmp_path / "a.txt").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["a.txt", "t"]
     with pytest.raises(UserError, match="cannot write .*b.txt: .* cannot be written to"):
-        files.check_file(str(tmp_path / "b.txt"))
+        outputs.check_file(str(tmp_path / "b.txt"))
 
 
 # ---- what is refused before any work
@@ -336,18 +337,18 @@ def test_a_file_in_a_folder_that_takes_no_other(tmp_path, monkeypatch):
 def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     for path in ("file/a", "file/a/b"):
-        for check in (files.check_file, files.check_folder):
+        for check in (outputs.check_file, outputs.check_folder):
             with pytest.raises(UserError, match=r"cannot write .*: .*file is a file"):
                 check(str(tmp_path / path))
     with pytest.raises(UserError, match="is a folder; the output must be a file"):
-        files.check_file(str(tmp_path))
+        outputs.check_file(str(tmp_path))
     with pytest.raises(UserError, match="is a file: give a folder"):
-        files.check_folder(str(tmp_path / "file"))
+        outputs.check_folder(str(tmp_path / "file"))
     with pytest.raises(UserError, match="is a file: give a folder"):
         with files.atomic_folder(str(tmp_path / "file")):
             pass
     for path in ("file", "new", "new/a/b"):
-        files.check_file(str(tmp_path / path))
+        outputs.check_file(str(tmp_path / path))
     assert os.listdir(tmp_path) == ["file"], "nothing is made"
 
 
@@ -357,10 +358,10 @@ def test_an_input_is_not_written_over(tmp_path):
     os.link(tmp_path / "in", tmp_path / "hard")
     (tmp_path / "other").write_text("")
     given, missing = str(tmp_path / "in"), str(tmp_path / "missing")
-    files.keep_apart([given, None, missing], [str(tmp_path / "other"), None, missing])
+    outputs.keep_apart([given, None, missing], [str(tmp_path / "other"), None, missing])
     for name in ("in", "link", "hard"):
         with pytest.raises(UserError, match="in would be overwritten by .*: give another output"):
-            files.keep_apart([missing, given], [str(tmp_path / "other"), str(tmp_path / name)])
+            outputs.keep_apart([missing, given], [str(tmp_path / "other"), str(tmp_path / name)])
 
 
 def test_one_process_writes_into_a_folder(tmp_path, root):
