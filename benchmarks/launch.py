@@ -31,7 +31,7 @@ REPLY = "reply "
 class Model:
     """The model of one side, whose paddlemix is first on sys.path."""
 
-    def __init__(self, layers, vit_layers):
+    def __init__(self, layers, vit_layers, gpu=True):
         import numpy as np
         import paddle
 
@@ -39,7 +39,8 @@ class Model:
         from paddlemix.models.mgen_vl.configuration import MGenConfig
         from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
 
-        take_gpu_branches()
+        if gpu:
+            take_gpu_branches()
         visual = {
             "heads": 1, "image_size": 14, "image_start_id": START, "layers": vit_layers, "mlp_ratio": 1.0,
             "n_queries": 1, "output_dim": 128, "patch_size": 14, "width": 8,

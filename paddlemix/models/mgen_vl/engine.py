@@ -365,22 +365,23 @@ class Engine:
             dtype = compute_dtype(embeds)
             with full_precision():
                 parts = [llm.factors(positions, [alpha], self._cache.columns, False, dtype) for alpha in alphas]
-            # [3, positions of the first alpha, of the second, …, d]
-            table = [paddle.concat(part, axis=3)[:, 0, 0].astype(embeds.dtype) for part in zip(*parts)]
+            # [3, positions of the first alpha, of the second, …, 1, 1, d]
+            table = [paddle.concat(part, axis=3).astype(embeds.dtype) for part in zip(*parts)]
+            table = [part.transpose([0, 3, 1, 2, 4]).contiguous() for part in table]
             self._tables = {(tuple(alphas), self._cache.columns): table}
         where = self._cache.lengths.copy()
         for slot, row in enumerate(self._rows):
             if row is not None:
                 where[slot] += alphas.index(row.alpha) * self._cache.columns
         where = paddle.to_tensor(where)
-        return [paddle.index_select(part, where, axis=1).unsqueeze([2, 3]) for part in table]
+        return [paddle.index_select(part, where, axis=1) for part in table]
 
     def _take(self, logits, rows: Sequence[Optional[_Row]]) -> List[_Row]:
         """Choose a token for each row from logits [len(rows), V]; rows that end with it go to `_done`. Returns the
         others."""
         decoding = self.decoding
         logits = logits.astype("float32")
-        broken = paddle.logical_not(paddle.isfinite(logits.sum(-1))).astype("int64")
+        sums = logits.sum(-1)
         if decoding.repetition_penalty != 1.0:
             logits = self._penalised(logits, rows)
         forbidden = [at * logits.shape[1] + i for at, row in enumerate(rows) if row for i in self._forbidden(row)]
@@ -388,18 +389,19 @@ class Engine:
             flat, where = logits.reshape([-1]), paddle.to_tensor(np.array(forbidden, dtype=np.int64))
             logits = paddle.scatter(flat, where, paddle.full([len(forbidden)], MASKED)).reshape(logits.shape)
         chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1)
-        # The one place where the host waits for the device.
-        values, broken_rows = paddle.stack([chosen, broken]).numpy()
+        # The one place where the host waits for the device. float32 holds ids up to 16 million.
+        values, sums = paddle.stack([chosen.astype("float32"), sums]).numpy()
+        broken = np.logical_not(np.isfinite(sums))
         scores = [float("nan")] * len(rows)
         if self.scores:
             scores = -F.cross_entropy(logits, chosen.unsqueeze(-1), reduction="none").flatten().numpy()
         going_on = []
-        for row, token, is_broken, score in zip(rows, values.tolist(), broken_rows.tolist(), scores):
-            if row is not None and not self._ends(row, token, is_broken, float(score)):
+        for row, token, is_broken, score in zip(rows, values.tolist(), broken.tolist(), scores):
+            if row is not None and not self._ends(row, int(token), is_broken, float(score)):
                 going_on.append(row)
         return going_on
 
-    def _ends(self, row: _Row, token: int, broken: int, score: float) -> bool:
+    def _ends(self, row: _Row, token: int, broken: bool, score: float) -> bool:
         """Give a row its token; whether that is its last."""
         if broken:
             self._finish(row, row.tokens, None, NOT_FINITE)
