@@ -7,8 +7,11 @@ published peaks, and the shares of them that FLOPS_SHARE and BANDWIDTH_SHARE ass
 from __future__ import annotations
 
 import argparse
+import heapq
 import math
 import os
+import random
+import statistics
 import sys
 from typing import Any, Dict, List, Sequence
 
@@ -149,6 +152,43 @@ def generation(model: Model) -> List[str]:
     return table(head, rows)
 
 
+def answer_lengths(rows: int) -> List[int]:
+    """Lengths of answers in tokens: log-normal quantiles, median 35, one in twenty above 150, cut at 256, shuffled."""
+    normal = statistics.NormalDist()
+    spread = math.log(150 / 35) / normal.inv_cdf(0.95)
+    lengths = [min(256, round(35 * math.exp(spread * normal.inv_cdf((i + 0.5) / rows)))) for i in range(rows)]
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+def slots(model: Model) -> List[str]:
+    """Captions whose answers differ in length: batches that wait for their longest row, and slots."""
+    rows, lengths = [], answer_lengths(4096)
+    mean = sum(lengths) / len(lengths)
+    for name, card in CARDS.items():
+        for batch in (8, 32):
+            longest = [max(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
+            static = sum(longest)
+            # A slot takes the next answer when it is free.
+            ends = [0] * batch
+            for length in lengths:
+                heapq.heapreplace(ends, ends[0] + length)
+            filled = max(ends)
+            prefill = (model.vit() + model.connector() + model.decoder(300, 300) + 2 * model.head) / card.flops
+            read = model.decode_bytes(batch, 300 + round(mean))
+            compute = batch * model.decoder(1, 300 + round(mean)) / card.flops / FLOPS_SHARE
+            step = max(read / card.bandwidth / BANDWIDTH_SHARE, compute)
+            took = [prefill / FLOPS_SHARE + step * steps / len(lengths) for steps in (static, filled)]
+            rows.append(
+                (name, str(batch), seconds(step), f"{static / len(lengths):.2f}", f"{filled / len(lengths):.2f}",
+                 f"{mean * len(lengths) / batch / static:.0%}", f"{1 / took[0]:.1f}", f"{1 / took[1]:.1f}",
+                 f"{took[0] / took[1]:.2f} ×")
+            )  # fmt: skip
+    head = ("card", "rows at a time", "a step", "steps a caption, batches", "slots", "batches are busy",
+            "captions/s, batches", "slots", "slots ÷ batches")  # fmt: skip
+    return table(head, rows)
+
+
 def merging(model: Model) -> List[str]:
     size = 2 * model.parameters
     largest = 2 * model.head
@@ -230,6 +270,7 @@ TABLES = {
         "training": training,
         "epoch": epoch,
         "generation": generation,
+        "slots": slots,
         "merging": merging,
         "public": public,
     },

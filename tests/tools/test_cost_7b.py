@@ -13,7 +13,7 @@ def model():
 
 @pytest.mark.parametrize(
     ("document", "name"),
-    [("performance", name) for name in ("training", "epoch", "generation", "merging", "public")]
+    [("performance", name) for name in ("training", "epoch", "generation", "slots", "merging", "public")]
     + [("scale", name) for name in ("scale", "data")],
 )
 def test_the_docs_hold_the_scripts_tables(model, root, document, name):
