@@ -34,7 +34,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Print what a model says about an image, or several; or talk with it (--interactive).",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model", type=cli.path, metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned"

@@ -34,7 +34,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", type=cli.path, metavar="INPUT", help="rows of id and base64 image, tab-separated")
     parser.add_argument(

@@ -329,7 +329,7 @@ def machine(device: str) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the rows there, with all numbers")
     parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a card if there is one)")
     parser.add_argument("--child", help=argparse.SUPPRESS)

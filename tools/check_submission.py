@@ -26,7 +26,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Verify a submission folder as the contest's platform would.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "submission", type=cli.path, metavar="SUBMISSION", help="the folder that tools/pack_submission.py made"

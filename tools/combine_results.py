@@ -30,7 +30,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Write, for each row, the caption that agrees most with those of the other results files.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=cli.path, nargs="+", metavar="RESULTS", help="two or more results files")
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")

@@ -27,7 +27,7 @@ from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("input", type=cli.path, metavar="IN", help="rows with images: JPEG, PNG, WebP, GIF or BMP")
     parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
     parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")

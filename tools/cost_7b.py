@@ -6,7 +6,6 @@ published peaks, and the shares of them that FLOPS_SHARE and BANDWIDTH_SHARE ass
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import math
 import os
@@ -279,7 +278,7 @@ TABLES = {
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("document", nargs="?", choices=sorted(TABLES), help="the tables of one document (default: all)")
     args = parser.parse_args()
     model = Model()

@@ -289,9 +289,7 @@ def report(out: str, scores: Dict[str, Dict[str, float]], seconds: Dict[str, flo
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--out", type=cli.output_folder, default="demo", help="folder for everything that it makes (default: demo)"
     )

@@ -435,9 +435,7 @@ def make_demo_data(
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
     parser.add_argument("--pretrain", type=int, default=5000, help="rows with captions in the plain style")
     parser.add_argument("--tune", type=int, default=2000, help="rows with captions in the ad style")

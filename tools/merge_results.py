@@ -25,7 +25,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Make one results file of the shards that predict.py --shard, or one process per GPU, wrote.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("output", type=cli.path, metavar="OUTPUT", help="the results file to write")
     parser.add_argument(

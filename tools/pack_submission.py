@@ -33,7 +33,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Make the folder, and the archive, that the contest's platform takes.",
         epilog=MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--weights", type=cli.path, required=True, help="a merged model folder, or the folder that holds it"

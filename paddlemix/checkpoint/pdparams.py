@@ -37,18 +37,7 @@ NAME_TABLE = "StructuredToParameterName@@"
 PIECES = "UnpackBigParamInfor@@"
 
 # numpy's type codes → our names. Paddle stores bfloat16 as uint16, which it uses for nothing else.
-_CODES = {
-    "f8": "float64",
-    "f4": "float32",
-    "f2": "float16",
-    "u2": "bfloat16",
-    "i8": "int64",
-    "i4": "int32",
-    "i2": "int16",
-    "i1": "int8",
-    "u1": "uint8",
-    "b1": "bool",
-}
+_CODES = {kind.str[1:]: name for name, kind in NUMPY_TYPES.items()}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
 # How deep a state may be nested.

@@ -14,6 +14,7 @@ from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     MAX_NAME,
     NUMPY_TYPES,
+    SAFETENSORS_TYPES,
     FileBytes,
     MappedFile,
     StoredTensor,
@@ -27,19 +28,7 @@ from paddlemix.utils.json_files import strict_json
 # The 7B's header has 100 KB.
 MAX_HEADER = 32 << 20
 
-_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-_CODE_OF = {name: code for code, name in _NAMES.items()}
+_NAME_OF = {name: theirs for theirs, name in SAFETENSORS_TYPES.items()}
 _ALIGN = 64
 
 
@@ -69,7 +58,7 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
             raise WeightsError(f"{what} cannot be a tensor's name")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise WeightsError(f"{what} is not described by dtype, shape and data_offsets")
-        dtype = _NAMES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        dtype = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
             raise WeightsError(f"{what} is of type {printable(str(entry['dtype']))}, which is not supported")
         shape = check_shape(entry["shape"], what)
@@ -117,7 +106,7 @@ class SafetensorsWriter:
         at = 0
         for name, dtype, shape in self._plan:
             end = at + size_of(dtype, shape)
-            header[name] = {"dtype": _CODE_OF[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            header[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [at, end]}
             at = end
         data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         data += b" " * (-(8 + len(data)) % _ALIGN)

@@ -20,19 +20,22 @@ from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import physical_cores
 
-# Name of a dtype → the little-endian numpy type that holds its bits.
-NUMPY_TYPES: Dict[str, np.dtype] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
+# Name of a dtype → the little-endian numpy type that holds its bits, its name in safetensors, its storage in PyTorch.
+_TYPES = {
+    "float64": ("<f8", "F64", "DoubleStorage"),
+    "float32": ("<f4", "F32", "FloatStorage"),
+    "float16": ("<f2", "F16", "HalfStorage"),
+    "bfloat16": ("<u2", "BF16", "BFloat16Storage"),
+    "int64": ("<i8", "I64", "LongStorage"),
+    "int32": ("<i4", "I32", "IntStorage"),
+    "int16": ("<i2", "I16", "ShortStorage"),
+    "int8": ("i1", "I8", "CharStorage"),
+    "uint8": ("u1", "U8", "ByteStorage"),
+    "bool": ("?", "BOOL", "BoolStorage"),
 }
+NUMPY_TYPES: Dict[str, np.dtype] = {name: np.dtype(kind) for name, (kind, _, _) in _TYPES.items()}
+SAFETENSORS_TYPES = {theirs: name for name, (_, theirs, _) in _TYPES.items()}
+TORCH_STORAGES = {theirs: name for name, (_, _, theirs) in _TYPES.items()}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 # Limits of what a header may claim. A 7B checkpoint has under a thousand tensors and names under a hundred

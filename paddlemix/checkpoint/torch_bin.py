@@ -17,6 +17,7 @@ import numpy as np
 from paddlemix.checkpoint.tensors import (
     MAX_NAME,
     NUMPY_TYPES,
+    TORCH_STORAGES,
     FileBytes,
     MappedFile,
     StoredTensor,
@@ -32,19 +33,6 @@ MAGIC = b"PK\x03\x04"
 # The pickle and the table of members of a real shard take some 100 KB; zipfile makes 1 KB of each member.
 _MAX_PICKLE = 64 << 20
 _MAX_DIRECTORY = 4 << 20
-
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
 
 
 # ---- the archive
@@ -166,7 +154,7 @@ _CALLS = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): make_dict,
 }
-_TYPES = {("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()}
+_TYPES = {("torch", name): _StorageType(dtype) for name, dtype in TORCH_STORAGES.items()}
 
 
 # ---- tensors

@@ -179,9 +179,9 @@ def _finite(
     """Fills `changes` on the way: the files are read once."""
     bad, seen = look_through(model.reader, base.reader if base else None, progress)
     changes.update(seen)
-    found.problems += [f"{name} holds {bad[name]:,} values that are NaN or infinite" for name in list(bad)[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        found.problems.append(f"and {len(bad) - _SHOWN} tensors more do")
+    if bad:
+        counted = (f"{name} ({count:,})" for name, count in bad.items())
+        found.problems.append(f"values that are NaN or infinite: {some(counted, _SHOWN)}")
 
 
 def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:

@@ -19,11 +19,11 @@ from typing import Any, List, NamedTuple, Tuple
 from paddlemix.datasets.tsv import MAX_ROW_BYTES
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.json_files import short_int
 
 # A record of captions has a few dozen brackets and commas. Parsed, `[],[],[],…` takes twenty times its bytes, so a
 # record with more of them is refused unparsed.
 MAX_STRUCTURE = 200_000
-MAX_NUMBER_DIGITS = 20
 MAX_IMAGES = 64
 # Far more than max_length tokens hold; what is shortened is tokenised first.
 MAX_TEXT_CHARS = 200_000
@@ -48,13 +48,6 @@ class Record(NamedTuple):
     images: List[Any]
 
 
-def _short_int(digits: str) -> int:
-    # int() takes time with the square of the length, on Pythons without a limit of their own.
-    if len(digits) > MAX_NUMBER_DIGITS:
-        raise SampleError("a number is too long")
-    return int(digits)
-
-
 def parse_record(text: bytes, folder: str = "") -> Record:
     """The record in `text`, one JSON object with blanks, commas or an array's bracket around it.
 
@@ -67,7 +60,7 @@ def parse_record(text: bytes, folder: str = "") -> Record:
     if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
         raise SampleError("too many brackets and commas for a record")
     try:
-        value = json.loads(text.decode("utf-8"), parse_int=_short_int)
+        value = json.loads(text.decode("utf-8"), parse_int=short_int)
     except UnicodeDecodeError:
         raise SampleError("not UTF-8") from None
     except RecursionError:

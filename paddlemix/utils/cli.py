@@ -21,8 +21,11 @@ class Parser(argparse.ArgumentParser):
     `run` has taken --lang out of the command line before a parser sees it; it is an option here for the help.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, **options):
+        # Texts of several lines keep them.
+        if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
+            options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
         self.add_argument(
             "--lang", choices=language.LANGUAGES, default=argparse.SUPPRESS,
             help="language of help and reports (default: that of the locale)",

@@ -239,7 +239,7 @@ def spoil(tensors):
         (reshape, {"weights", "language"}, ["[128, 127], not [128, 128]", "parameters in the LLM, not"]),
         (leave_adapter, {"weights", "language"}, ["new: transformer.llm.h.0.attn.c_attn.lora_A"]),
         (reshape_vision, {"weights"}, ["visual.attn_pool.query is [4, 127]"]),
-        (spoil, {"finite"}, ["lm_head.weight holds 1 values", "visual.proj holds 3 values"]),
+        (spoil, {"finite"}, ["lm_head.weight (1)", "visual.proj (3)"]),
     ],
 )  # fmt: skip
 def test_weights_that_are_wrong(stand_in, submission, merged, change, rules, texts):
