@@ -1,7 +1,8 @@
 """The language of help and reports: English as the code has it, or Chinese by the table zh.json.
 
 The table maps an English text, or a template with {} for what varies, to the Chinese one, where {} or {0}, {1}, … take
-the same values. A text that is not in the table stays English.
+the same values: as they are, which may be names; translated in turn with {:t}; a list of names with {:l}. A text that
+is not in the table stays English.
 """
 
 from __future__ import annotations
@@ -68,9 +69,17 @@ def _templates() -> List[Tuple[Pattern[str], str]]:
     return [(re.compile(pattern, re.DOTALL), table()[key]) for pattern, key in zip(reversed(patterns), reversed(found))]
 
 
+class _Value(str):
+    """What stands for a template's {}."""
+
+    def __format__(self, how: str) -> str:
+        if how == "l":
+            return re.sub(r" and ([\d,]+) more$", r" 等，另有 \1 个", "无" if self == "none" else self)
+        return tr(self) if how == "t" else self
+
+
 def tr(text: str) -> str:
-    """`text` in the language in use. What stands for a template's {} is translated, too, where the table has it; of a
-    text with empty lines, each paragraph is looked up by itself."""
+    """`text` in the language in use. Of a text with empty lines, each paragraph is looked up by itself."""
     if chosen() == "en" or not text:
         return text
     if "\n\n" in text.strip():
@@ -80,7 +89,7 @@ def tr(text: str) -> str:
     for pattern, chinese in _templates():
         found = pattern.fullmatch(text)
         if found:
-            return chinese.format(*map(tr, found.groups()))
+            return chinese.format(*map(_Value, found.groups()))
     return text
 
 
