@@ -61,7 +61,7 @@ QUICK = ("LoRA and attn_pool, recompute",)
 class _Samples:
     """Random samples of one shape, an image each."""
 
-    n_skipped = 0
+    n_skipped = n_shortened = 0
 
     def __init__(self, config: Any, case: Case):
         self.config, self.case = config, case
