@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out rows whose image and caption have been there before (takes 100 bytes of memory per row)",
     )  # fmt: skip
     parser.add_argument("--min_chars", type=int, default=1, metavar="N", help="shortest caption (default: 1)")
-    parser.add_argument("--max_chars", type=int, default=0, metavar="N", help="longest caption (default: no limit)")
+    parser.add_argument("--max_chars", type=int, default=0, metavar="N", help="longest caption (default: 200,000)")
     parser.add_argument(
         "--verify", choices=("none", "header", "decode"), default="none",
         help="look at images: none checks the base64 text only, header the format and size, decode all of it; images "

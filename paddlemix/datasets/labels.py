@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from typing import IO, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 from paddlemix.datasets.json_index import IndexWriter
+from paddlemix.datasets.records import MAX_TEXT_CHARS
 from paddlemix.datasets.rows import image_text, is_json, read_rows
 from paddlemix.datasets.tsv import EMPTY_CAPTION, MISSING_COLUMN, ImagePlace, TsvRow, check_input, is_image, unquoted
 from paddlemix.datasets.writing import WRITE_BYTES, BackgroundWriter, JsonArray
@@ -141,7 +142,7 @@ def decode_problem(text: bytes) -> Optional[str]:
 
 
 class Options(NamedTuple):
-    """How rows become records; see tools/convert_labels.py --help. max_chars 0: no limit. val_every 0: no val rows."""
+    """How rows become records; see tools/convert_labels.py --help. max_chars 0: as training takes."""
 
     prompt: str = DEFAULT_PROMPT
     val_every: int = 20
@@ -197,7 +198,9 @@ def check_row(row: TsvRow, options: Options) -> Checked:
             return Checked(row, b"", "", EMPTY_CAPTION)
     if len(caption) < options.min_chars:
         return Checked(row, b"", "", TOO_SHORT)
-    if options.max_chars and len(caption) > options.max_chars:
+    # Training takes no record with more.
+    most = MAX_TEXT_CHARS - len(options.prompt)
+    if len(caption) > min(options.max_chars or most, most):
         return Checked(row, b"", "", TOO_LONG)
     reason = header_problem(bytes(image)) if options.verify == "header" else None
     return Checked(row, image, caption, reason)
@@ -370,7 +373,7 @@ class _Doubts:
                 "id, image, caption; are two of them exchanged?"
             )
         if not n_train:
-            found.append("train.json is empty: all rows went to val.json; give more rows, or a larger --val_every")
+            found.append("train.json is empty: all rows went to val.json; give more rows, or --val_every 0")
         if not n_val:
             found.append(
                 "val.json is empty (--val_every 0): leave it out of the run's dataset.eval"
@@ -424,8 +427,9 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         raise JobFailed(f"cannot write to {out_dir}: {error.strerror}") from error
     total = sum(rejected.values())
     if counts is None:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common(3))
         why = (
-            f"all {total} rows were rejected; {os.path.join(out_dir, 'rejected.tsv')} says why"
+            f"all {total} rows were rejected ({reasons}; see {os.path.join(out_dir, 'rejected.tsv')})"
             if total
             else "it is empty"
         )

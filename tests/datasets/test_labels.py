@@ -546,7 +546,7 @@ def test_exchanged_columns_are_said(run):
     assert "are two of them exchanged?" in run(lines)[3].warnings[0]
     assert not run([f"商品编号{n}\t{JPEG}\t这是第{n}张广告图片。\n" for n in range(5)])[3].warnings
     long = "这是一张很长的广告图片的描述。"
-    with pytest.raises(JobFailed, match="all 2 rows"):
+    with pytest.raises(JobFailed, match="all 2 rows were rejected .2 × image and caption exchanged; see "):
         run([f"ad0\t{long}\t{JPEG}\n", f"ad1\t短。\t{JPEG}\n"])
 
 
@@ -554,6 +554,13 @@ def test_the_reason_of_an_exchanged_row(run, tmp_path):
     long = "这是一张很长的广告图片的描述。"
     _, _, rejected, _ = run([f"ad0\t{long}\t{JPEG}\n", f"ad1\t短。\t{JPEG}\n", row(2), row(3)])
     assert [reason for _, _, reason in rejected] == [labels.EXCHANGED] * 2
+
+
+def test_a_caption_that_training_would_refuse_is_rejected(run, tmp_path):
+    train, _, rejected, _ = run([row(0, "长" * 199_993), row(1, "长" * 199_994), row(2, "x" * 9)], val_every=0)
+    assert rejected == [("2", "ad1", labels.TOO_LONG)]
+    dataset = ChatmlDataset(str(tmp_path / "out" / "train.json"), None, byte_vocab_tokenizer(tmp_path), None)
+    assert len(dataset.record(0).turns[0][1]) == 199_993
 
 
 def test_an_empty_set_is_said(run):
