@@ -1,0 +1,100 @@
+"""The cache of the decoding engine: a ring of columns that the rows of all slots share.
+
+Shapes: A slots, B rows of a group, T prompt tokens, S columns of the ring, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+import paddle
+
+from paddlemix.models.mgen_vl.language import MASKED, KVCache
+
+
+class PromptCache(KVCache):
+    """Keys and values of a group's prompts, as they come: one [B, H, T, d] each per layer."""
+
+    def append(self, layer, key, value):
+        self.keys.append(key)
+        self.values.append(value)
+        return key, value
+
+
+class SlotCache:
+    """The ring: one [A, H, S, d] buffer for keys and one for values per layer.
+
+    columns: S. cursor: the next column to be written. lengths: int64 [A], the columns that each slot's row owns.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, slots: int):
+        self.keys, self.values = [], []
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        self.columns = self.cursor = 0
+
+    def put(self, slot: int, prompts: PromptCache, row: int, length: int) -> None:
+        """A prompt into a slot: the last `length` columns of a row of its group."""
+        self.lengths[slot] = length
+        self.fit()
+        if not self.keys:
+            for kept, group in ((self.keys, prompts.keys), (self.values, prompts.values)):
+                for tensor in group:
+                    _, H, _, d = tensor.shape
+                    kept.append(paddle.zeros([len(self.lengths), H, self.columns, d], tensor.dtype))
+        T = prompts.keys[0].shape[2]
+        # In two parts where it goes round the end.
+        first = min(self.cursor, length)
+        for kept, group in ((self.keys, prompts.keys), (self.values, prompts.values)):
+            for buffer, tensor in zip(kept, group):
+                if first:
+                    buffer[slot, :, self.cursor - first : self.cursor] = tensor[row, :, T - first :]
+                if first < length:
+                    buffer[slot, :, self.columns - (length - first) :] = tensor[row, :, T - length : T - first]
+
+    def fit(self) -> None:
+        """Room for the longest row and a token more; columns are given back when a quarter is not needed."""
+        needed = int(self.lengths.max()) + 1
+        needed += -needed % self.BLOCK
+        if self.columns < needed or self.columns - needed >= max(2 * self.BLOCK, self.columns // 4):
+            self._lay_out(needed)
+
+    def _lay_out(self, columns: int) -> None:
+        """A ring of `columns` with the newest of the old one, which then begin at its first column."""
+        kept = min(columns, self.columns)
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                A, H, _, d = buffer.shape
+                parts = [buffer[:, :, self.cursor :], buffer[:, :, : self.cursor]]
+                parts = [part for part in parts if part.shape[2]]
+                ordered = paddle.concat(parts, axis=2)[:, :, self.columns - kept :] if parts else buffer
+                if columns > kept:
+                    ordered = paddle.concat([ordered, paddle.zeros([A, H, columns - kept, d], buffer.dtype)], axis=2)
+                buffers[i] = ordered
+        self.columns, self.cursor = columns, kept % columns
+
+    def append(self, layer: int, key, value):
+        """Write [A, H, 1, d] into the next column and return the buffers."""
+        self.keys[layer][:, :, self.cursor : self.cursor + 1] = key
+        self.values[layer][:, :, self.cursor : self.cursor + 1] = value
+        return self.keys[layer], self.values[layer]
+
+    def bias(self) -> np.ndarray:
+        """Scores to add in a step: float32 [A, 1, 1, S], MASKED where a slot's row does not own the column."""
+        age = (self.cursor - np.arange(self.columns)) % self.columns
+        return np.where(age <= self.lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]
+
+    def advance(self, slots: Sequence[int]) -> None:
+        """The column was written; the rows in `slots` own it."""
+        self.lengths[slots] += 1
+        self.cursor = (self.cursor + 1) % self.columns
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Only these slots, in this order."""
+        chosen = paddle.to_tensor(np.array(slots, dtype=np.int64))
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = paddle.index_select(buffer, chosen)
+        self.lengths = self.lengths[slots]
