@@ -19,14 +19,15 @@ import base64
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import Counter, deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from typing import IO, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
+from paddlemix.datasets.cleaning import INVISIBLE, SPACES, mend_caption
+from paddlemix.datasets.doubts import Doubts
 from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.records import MAX_TEXT_CHARS
 from paddlemix.datasets.rows import image_text, is_json, read_rows
@@ -62,42 +63,6 @@ _HELD_BYTES = 64 << 20
 
 
 # --- captions ---
-
-# Control characters and invisible marks that nobody sees in a caption; joiners stay, emoji need them.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
-)
-_SPACES = re.compile(r"\s+")
-_DOUBLED = re.compile(r"([。，、；：！？,;:!?])(?:\s?\1)+")
-# A comma in front of another mark.
-_COMMA_BEFORE_MARK = re.compile(r"[，、,](?=[。，、；：！？;:!?])")
-# What ftfy returns as it is, and most captions are: ASCII without & (HTML), Chinese characters, full-width marks,
-# curly quotes, … and —.
-_PLAIN = re.compile(
-    "(?! )[ -%'-~\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u301f\u4e00-\u9fff\uff01-\uff5e\uffe5]+(?<! )"
-)
-_MARKS_IN_A_ROW = re.compile("[。，、；：！？,;:!?] ?[。，、；：！？,;:!?]")
-
-
-def mend_caption(text: str) -> str:
-    """A caption as it was meant: mojibake mended (ftfy), control characters and doubled punctuation removed.
-
-    Full-width punctuation and curly quotes are right in Chinese and stay; so do "……", "——" and "...".
-    """
-    if not _PLAIN.fullmatch(text):
-        import ftfy
-
-        text = ftfy.fix_text(text, fix_character_width=False, uncurl_quotes=False)
-    elif "  " not in text and not _MARKS_IN_A_ROW.search(text):
-        return text
-    text = _SPACES.sub(" ", _INVISIBLE.sub("", text)).strip()
-    text = _DOUBLED.sub(r"\1", text)
-    while True:
-        # Taking a comma away may bring two marks together.
-        shorter = _DOUBLED.sub(r"\1", _COMMA_BEFORE_MARK.sub("", text))
-        if shorter == text:
-            return text
-        text = shorter
 
 
 # --- base64 ---
@@ -326,62 +291,6 @@ class Result(NamedTuple):
     warnings: List[str]
 
 
-# Letters that captions are made of and ids are not.
-_WORDS = re.compile("[\u4e00-\u9fff]{4}")
-
-
-class _Doubts:
-    """What is odd about accepted rows although each of them can be used."""
-
-    def __init__(self) -> None:
-        self._count: Counter = Counter()
-        # The first line of each kind.
-        self._first: Dict[str, int] = {}
-
-    def look(self, row: TsvRow, caption: str) -> None:
-        """caption: the row's, in its record."""
-        text = row.caption or ""
-        if text.startswith('"'):
-            if unquoted(text) != text:
-                self._add("unquoted", row)
-            elif text.count('"') % 2:
-                self._add("unclosed", row)
-        if _WORDS.search(row.id) and not _WORDS.search(caption) and len(caption) < len(row.id):
-            self._add("exchanged", row)
-
-    def _add(self, kind: str, row: TsvRow) -> None:
-        self._count[kind] += 1
-        self._first.setdefault(kind, row.line_no)
-
-    def warnings(self, n_train: int, n_val: int, val_every: int) -> List[str]:
-        found = []
-        unquoted_, unclosed, exchanged = (self._count[kind] for kind in ("unquoted", "unclosed", "exchanged"))
-        if unquoted_:
-            found.append(
-                f"{unquoted_} captions were quoted as in CSV (the first in line {self._first['unquoted']}): the quotes "
-                "were taken off"
-            )
-        if unclosed:
-            found.append(
-                f"{unclosed} captions open a quote that their line does not close (the first in line "
-                f"{self._first['unclosed']}): if a CSV writer made this of line breaks, they are cut there; write the "
-                "file without quoting and line breaks, or as CSV with a header"
-            )
-        if 2 * exchanged > n_train + n_val:
-            found.append(
-                f"{exchanged} rows have an id that reads like a caption, and a caption that does not: the columns are "
-                "id, image, caption; are two of them exchanged?"
-            )
-        if not n_train:
-            found.append("train.json is empty: all rows went to val.json; give more rows, or --val_every 0")
-        if not n_val:
-            found.append(
-                "val.json is empty (--val_every 0): leave it out of the run's dataset.eval"
-                if not val_every else "val.json is empty"
-            )
-        return found
-
-
 OUTPUTS = ("train.json", "val.json", "chat_template.json", "ids.tsv", "rejected.tsv")
 
 
@@ -407,7 +316,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     check_folder(out_dir)
     keep_apart([path], [os.path.join(out_dir, name) for name in OUTPUTS])
     rejected: Counter = Counter()
-    doubts = _Doubts()
+    doubts = Doubts()
     try:
         free = shutil.disk_usage(nearest_folder(out_dir)).free
         # How much --dedupe leaves is not known before.
@@ -444,7 +353,7 @@ def _convert(
     out_dir: str,
     options: Options,
     rejected: Counter,
-    doubts: _Doubts,
+    doubts: Doubts,
     reject_file: IO[str],
     bar: Progress,
 ) -> Tuple[int, int]:
@@ -492,7 +401,7 @@ def _convert(
                     if key in seen:
                         reason = DUPLICATE
                     seen.add(key)
-                row_id = row.id if row.id.isprintable() else _SPACES.sub(" ", _INVISIBLE.sub("", row.id))
+                row_id = row.id if row.id.isprintable() else SPACES.sub(" ", INVISIBLE.sub("", row.id))
                 if reason is not None:
                     rejected[reason] += 1
                     reject_file.write(f"{row.line_no}\t{row_id}\t{reason}\n")

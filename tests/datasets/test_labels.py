@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix.datasets import json_index, labels, tsv
+from paddlemix.datasets import cleaning, json_index, labels, tsv
 from paddlemix.datasets.chatml import ChatmlDataset
-from paddlemix.datasets.labels import Options, convert, mend_caption
+from paddlemix.datasets.cleaning import mend_caption
+from paddlemix.datasets.labels import Options, convert
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
@@ -220,14 +221,14 @@ _SUSPICIOUS = "—‘’“”…aA0 中，~<;#"
 
 
 def _is_taken_as_plain(text):
-    return labels._PLAIN.fullmatch(text)
+    return cleaning._PLAIN.fullmatch(text)
 
 
 def test_what_is_not_looked_at_is_what_ftfy_leaves_alone():
     for letters in itertools.product(_SUSPICIOUS, repeat=3):
         text = "".join(letters)
         assert not _is_taken_as_plain(text) or fix_text(text) == text
-    every = "".join(letter for letter in map(chr, range(0x10000)) if labels._PLAIN.fullmatch(letter))
+    every = "".join(letter for letter in map(chr, range(0x10000)) if cleaning._PLAIN.fullmatch(letter))
     assert len(every) > 20000 and fix_text(every) == every
 
 
@@ -236,7 +237,7 @@ def test_what_is_not_looked_at_is_what_ftfy_leaves_alone():
 def test_cleaning_without_ftfy_is_cleaning_with_it(text):
     with pytest.MonkeyPatch.context() as patch:
         quick = mend_caption(text)
-        patch.setattr(labels, "_PLAIN", re.compile("(?!)"))
+        patch.setattr(cleaning, "_PLAIN", re.compile("(?!)"))
         assert mend_caption(text) == quick
 
 
