@@ -4,6 +4,7 @@ import math
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -217,3 +218,9 @@ def test_agreement_is_the_mean_cider_d_against_the_others():
 
 def test_empty_texts_agree_with_nothing():
     assert agreement([["", "红色", ""]])[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_without_jieba_its_tokenizer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(UserError, match="pip install jieba"):
+        tokenize_words("一杯咖啡")
