@@ -257,27 +257,38 @@ class Checks:
 
     def captions(self, model: str) -> Iterator[Found]:
         """Prompts of different lengths, so that batches are padded."""
-        from paddlemix.inference.captioner import Sample, caption_prompt_ids
+        from paddlemix.inference.captioner import caption_prompt_ids
+        from paddlemix.models.mgen_vl.captioning import generate_captions
+        from paddlemix.models.mgen_vl.engine import Prompt
         from paddlemix.processors.images import decode_base64, open_image
 
         captioner, images = self.captioner(model)
-        samples, window = [], captioner.model.generation_config.max_window_size
+        prompts, window = [], captioner.model.generation_config.max_window_size
         for i, image in enumerate(images):
             ids = caption_prompt_ids(captioner.tokenizer, "请描述图片" + "内容" * (i % 5), None, window)
-            samples.append(Sample(ids, captioner.image_processor(open_image(decode_base64(image)))))
-        single = [captioner.generate([sample])[0] for sample in samples]
-        equal = sum(a == b for a, b in zip(single, captioner.generate(samples)))
-        ok = equal >= LIMITS[self.run.dtype][2] * len(samples) and len(set(single)) > 1
-        words = f"{equal} of {len(samples)} as one by one, {len(set(single))} different"
+            prompts.append(Prompt(ids, captioner.image_processor(open_image(decode_base64(image)))[None]))
+
+        def answers(*prompts: Prompt) -> List[str]:
+            model, tokenizer = captioner.model, captioner.tokenizer
+            found = dict(generate_captions(model, tokenizer, prompts, captioner.decoding, captioner.batch_size))
+            return [found[i][0].text for i in range(len(prompts))]
+
+        single = [answers(prompt)[0] for prompt in prompts]
+        equal = sum(a == b for a, b in zip(single, answers(*prompts)))
+        ok = equal >= LIMITS[self.run.dtype][2] * len(prompts) and len(set(single)) > 1
+        words = f"{equal} of {len(prompts)} as one by one, {len(set(single))} different"
         yield words, ok, {"equal": equal, "different": len(set(single))}
 
     def token(self, model: str) -> Iterator[Found]:
         import cost_7b
 
+        from paddlemix.models.mgen_vl.engine import Decoding
+
         captioner, images = self.captioner(model)
         images, least = images[: captioner.batch_size], {}
         for tokens in (4, 36, 4, 36):
-            captioner.max_new_tokens, start = tokens, time.perf_counter()
+            captioner.decoding = Decoding(tokens, min_new_tokens=tokens)
+            start = time.perf_counter()
             list(captioner.captions(images))
             least[tokens] = min(least.get(tokens, math.inf), time.perf_counter() - start)
         seconds = (least[36] - least[4]) / 32

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from paddlemix.inference.captioner import Captioner
+from paddlemix.models.mgen_vl.engine import Engine
 from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.trainer import resume
 from paddlemix.trainer.trainer import FinetuneTrainer
@@ -96,10 +96,10 @@ def test_a_gradient_that_is_not_scaled_back_fails(tool, world, run, monkeypatch)
 
 
 def test_a_check_that_breaks_is_a_row(tool, world, run, monkeypatch):
-    def broken(self, samples):
+    def broken(self, prompts):
         raise RuntimeError("(External) CUDNN error(3)\nno kernel for \x1b[31mthis")
 
-    monkeypatch.setattr(Captioner, "generate", broken)
+    monkeypatch.setattr(Engine, "run", broken)
     rows = list(tool.Checks(world, run).rows(["tiny"]))
     assert verdicts(rows)["batched captions"] == verdicts(rows)["a token"] == "FAIL"
     assert [row.found for row in rows if row.ok is False][0] == "RuntimeError: no kernel for \\x1b[31mthis"
