@@ -295,7 +295,6 @@ class Engine:
         others."""
         decoding = self.decoding
         logits = logits.astype("float32")
-        sums = logits.sum(-1)
         if decoding.repetition_penalty != 1.0:
             logits = self._penalised(logits, rows)
         forbidden = [at * logits.shape[1] + i for at, row in enumerate(rows) if row for i in self._forbidden(row)]
@@ -303,9 +302,11 @@ class Engine:
             flat, where = logits.reshape([-1]), paddle.to_tensor(np.array(forbidden, dtype=np.int64))
             logits = paddle.scatter(flat, where, paddle.full([len(forbidden)], MASKED)).reshape(logits.shape)
         chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1)
+        # A hidden state that is not finite makes all logits of its row NaN, so the chosen one tells.
+        taken = paddle.take_along_axis(logits, chosen.unsqueeze(-1), 1).flatten()
         # The one place where the host waits for the device. float32 holds ids up to 16 million.
-        values, sums = paddle.stack([chosen.astype("float32"), sums]).numpy()
-        broken = np.logical_not(np.isfinite(sums))
+        values, taken = paddle.stack([chosen.astype("float32"), taken]).numpy()
+        broken = np.logical_not(np.isfinite(taken))
         scores = [float("nan")] * len(rows)
         if self.scores:
             scores = -F.cross_entropy(logits, chosen.unsqueeze(-1), reduction="none").flatten().numpy()
