@@ -22,7 +22,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 LINES = os.path.join(HERE, "results.jsonl")
 RESULTS = os.path.join(HERE, "RESULTS.md")
 # Not benchmarks.
-OTHERS = {"harness.py", "run_all.py", "scratch.py", "checkpoints.py", "baseline_model.py"}
+OTHERS = {"harness.py", "run_all.py", "scratch.py", "checkpoints.py", "baseline_model.py", "demo_seeds.py"}
 # Those with a size beyond the normal one.
 LARGE = ("caption_throughput.py", "convert.py", "index.py", "lora_step.py", "merge.py", "opening.py")
 

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
-NO_SCRIPTS = ("harness", "run_all", "scratch", "checkpoints", "baseline_model")
+NO_SCRIPTS = ("harness", "run_all", "scratch", "checkpoints", "baseline_model", "demo_seeds")
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_SCRIPTS)
 
 
@@ -65,3 +65,31 @@ def test_a_child_reports_its_result_and_its_own_peak(benchmarks):
     assert done.result == 3 and done.peak_bytes < len(ballast)
     with pytest.raises(RuntimeError, match="failed in its process"):
         harness.in_child(argparse.Namespace(size="normal"), int, "no number")
+
+
+def test_the_demo_over_seeds_reports_ranges_and_what_was_missed(benchmarks, tmp_path, capsys):
+    demo_seeds = benchmarks("demo_seeds")
+    for seed, right, verdict in ((1, 0.98, True), (2, 0.995, True), (3, 0.9, False)):
+        scores = {"  side": right, "all attributes right": right, "attribute accuracy": right, "CIDEr": 10 * right}
+        found = {
+            "seed": seed, "threads": 2, "scores": {name: scores for name in demo_seeds.COLUMNS}, "cpu": 90.0,
+            "verdicts": {"good": True, "enough": verdict}, "seconds": {"draw": 8.0, "tune": 20.4}, "machine": "M",
+            "commit": "c", "date": "d",
+        }  # fmt: skip
+        folder = tmp_path / "runs" / f"seed{seed}-threads2"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(found))
+
+    def main(*seeds):
+        words = ["--out", str(tmp_path / "runs"), "--report", str(tmp_path / "report.md"), "--seeds", *map(str, seeds)]
+        status = demo_seeds.main(words)
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert capsys.readouterr().out.endswith(text)
+        return status, text
+
+    status, text = main(1, 2)
+    assert status == 0
+    assert "| side | 98.0 – 99.5 % | 98.0 – 99.5 % | 98.0 – 99.5 % |" in text and "| CIDEr | 9.800 – 9.950 |" in text
+    assert "| 2 | 2 | 99.5 % | 99.5 % | 99.5 % | 99.5 % | 9.950 | 9.950 | 28 | 90 | yes |" in text
+    status, text = main(1, 3)
+    assert status == 1 and "| **no**: enough |" in text

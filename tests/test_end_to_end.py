@@ -78,29 +78,71 @@ def test_what_was_tuned_and_merged(demo):
     assert not {"lm_head.weight", "transformer.llm.wte.weight"} & changed
 
 
-def test_the_table_and_the_results_file(demo):
+def test_what_is_printed(demo):
     out, _, printed = demo
+    stages = printed.split("\n\n")[0].splitlines()
+    assert [line.split("]")[0] for line in stages] == [f"[{number}/9" for number in range(1, 10)]
+    assert all(re.search(r" [\d.]+ s$", line) for line in stages)
+    # No line of a library, and the last lines of all are what results.txt keeps.
     text = (out / "results.txt").read_text(encoding="utf-8")
-    assert printed.endswith(text)
-    for words in ("attribute accuracy", "all attributes right", "CIDEr", "tuned, blank images", "reference", "in all:"):
+    assert printed == "\n".join(stages) + "\n\n" + text
+    for words in ("attribute accuracy", "all attributes right", "CIDEr", "tuned, blank images", "To look further"):
         assert words in text
-    scores = json.loads((out / "results.json").read_text(encoding="utf-8"))["scores"]
-    assert set(scores) == {"base", "tuned", "blank"}
-    for values in scores.values():
+    with open(out / "results.json", encoding="utf-8") as file:
+        results = json.load(file)
+    assert set(results["scores"]) == {"base", "tuned", "blank"}
+    assert len(results["verdicts"]) == 5 and set(results["seconds"]) == {path.stem for path in out.glob("logs/*.json")}
+    for values in results["scores"].values():
         assert 0 <= values["attribute accuracy"] <= 1 and values["CIDEr"] >= 0
+
+
+def test_the_examples_mark_what_is_right_and_wrong(demo):
+    from tools.make_demo_data import parse_caption
+
+    out, _, printed = demo
+    references = dict(line.split("\t") for line in lines(out / "data" / "held_out_captions.tsv"))
+    examples = re.findall(r"^(ad\d)  (pretrained|tuned|tuned, blank images) +(\d) of 8: (.*)$", printed, re.MULTILINE)
+    assert [title for _, title, _, _ in examples].count("tuned") == 3
+    files = {"pretrained": "base", "tuned": "tuned", "tuned, blank images": "blank"}
+    for key, title, count, text in examples:
+        caption = re.sub(r"✓|✗|(?<=[^(])\([^()]*\)", "", text)
+        assert caption == dict(line.split("\t") for line in lines(out / f"{files[title]}.txt"))[key]
+        truth, found = parse_caption(references[key]), parse_caption(caption)
+        assert int(count) == text.count("✓") == sum(found[field] == truth[field] for field in truth)
+        assert text.count("✗") == sum(found[field] not in (None, truth[field]) for field in truth)
+
+
+def test_the_page_and_what_there_is_to_look_at(demo):
+    out, _, printed = demo
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "$" not in page and len(page) < 1 << 20
+    assert page.count("data:image/webp") == 5
+    # Nothing is asked for from elsewhere, and what it links is there.
+    links = re.findall(r'(?:href|src)="((?!data:)[^"]+)"', page)
+    assert len(links) >= 10 and all((out / link).is_file() for link in links)
+    assert "http" not in page.split("</head>")[0].replace("http-equiv", "")
+    # Each command that is printed was run; chat.py answered about the picture.
+    commands = [line[29:] for line in printed.splitlines() if line[29:].startswith(sys.executable)]
+    assert len(commands) == 2
+    logged = "".join((out / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("score", "chat"))
+    assert all(f"$ {command}\n" in logged for command in commands)
+    assert "response: " in logged
+    for name in ("report.html", "data/ad0.jpg"):
+        assert (out / name).stat().st_size > 1000
 
 
 def test_finished_stages_are_not_run_again(demo):
     out, run, _ = demo
     merged = os.stat(out / "merged" / "config.json").st_mtime_ns
-    (out / "logs" / "tuned.json").unlink()
+    (out / "logs" / "caption.json").unlink()
     (out / "blank.txt").unlink()
     again = run()
     assert again.returncode == 0, again.stderr
-    # The stage without a record, and the one behind it.
-    assert again.stdout.count("finished before") == 7
+    # The stage without a record, and those behind it.
+    assert again.stdout.count("skipped: finished before") == 6
     assert (out / "blank.txt").is_file()
     assert os.stat(out / "merged" / "config.json").st_mtime_ns == merged
+    assert run().stdout.count("skipped: finished before") == 9
 
 
 def test_what_a_killed_run_left_is_not_in_the_way(demo):
@@ -111,7 +153,7 @@ def test_what_a_killed_run_left_is_not_in_the_way(demo):
     (out / "base.txt.partial").write_text("half a line")
     again = run()
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
-    assert again.stdout.count("finished before") == 4
+    assert again.stdout.count("skipped: finished before") == 4
     assert not (out / "lora" / "checkpoint-3").exists() and not (out / "base.txt.partial").exists()
 
 
@@ -119,7 +161,7 @@ def test_a_missed_target_is_a_failure(demo):
     _, run, _ = demo
     missed = run("--target", "1.01")
     assert missed.returncode == 1
-    assert "MISSED" in missed.stdout
+    assert "NO   tuned: at least 101%" in missed.stdout
 
 
 def test_a_failing_stage_says_where_to_look(root, tmp_path):

@@ -1,16 +1,17 @@
 """Draw ad-like images whose captions are true of them, as TSV files that the rest of the project reads.
 
-    python tools/make_demo_data.py OUT_DIR [--pretrain 5000] [--tune 2000] [--held_out 200] [--seed 7]
+    python tools/make_demo_data.py OUT_DIR [--pretrain 6000] [--tune 3000] [--held_out 200] [--seed 7]
 
-Each image shows one product in one colour at one side of a patterned background, a price tag, and a slogan in
-Chinese. What is drawn is an `Ad`; both caption styles name every attribute of it, and `parse_caption` reads
-them back, so a generated caption can be marked attribute by attribute. Written to OUT_DIR:
+Each image shows one product in one colour at one side of a patterned background, a slogan in Chinese and a price.
+What is drawn is an `Ad`; both caption styles name every attribute of it, and `parse_caption` reads them back, so a
+generated caption can be marked attribute by attribute. Written to OUT_DIR:
 
     pretrain.tsv             id, base64 JPEG, caption in the "plain" style
     tune.tsv                 the same with captions in the "ad" style
     held_out.tsv             id and base64 JPEG only: the input of run.sh
     held_out_blank.tsv       the same ids with one empty grey image: what can be said without seeing anything
     held_out_captions.tsv    id and the "ad" caption: the references
+    ad0.jpg, ad1.jpg, …      the first few of held_out.tsv as picture files, to look at
 
 No combination of attributes occurs twice, so a held-out image is never one that was trained on.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import base64
 import colorsys
+import contextlib
 import io
 import math
 import multiprocessing
@@ -27,7 +29,7 @@ import os
 import random
 import re
 import sys
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -62,6 +64,9 @@ PRICES = ("9", "15", "27", "38", "46", "50", "64", "72")
 SLOGANS = ("限时特价", "新品上市", "买一送一", "全场包邮", "清仓甩卖", "会员专享")
 SLOGAN_PLACES = ("上方", "下方")
 
+# So many of the held-out ads are also written as picture files.
+PICTURE_FILES = 8
+
 
 class Ad(NamedTuple):
     """What an image shows. Each field is an attribute that a caption is marked on."""
@@ -81,8 +86,8 @@ class Ad(NamedTuple):
 STYLES: Dict[str, str] = {
     "plain": "一个{color}的{product}放在画面{side}，{background}的{pattern}背景，{slogan_place}写着“{slogan}”，"
     "价格{price}元。",
-    "ad": "{background}{pattern}背景的广告图中，{slogan_place}的标语是“{slogan}”，{side}展示了一款{color}{product}，"
-    "仅售{price}元！",
+    "ad": "{background}的{pattern}背景的广告图中，{slogan_place}的标语是“{slogan}”，"
+    "画面{side}展示了一款{color}的{product}，仅售{price}元！",
 }
 
 
@@ -104,14 +109,14 @@ def _words() -> Dict[str, Tuple[str, ...]]:
     }
 
 
-def parse_caption(caption: str) -> Dict[str, Optional[str]]:
-    """The attributes that a caption states, by field of Ad; None where it states none.
+def find_attributes(caption: str) -> Dict[str, Tuple[int, int]]:
+    """Where a caption states its attributes: field of Ad → begin and end, in characters.
 
-    Each clause of either style is looked for by itself, so a caption that goes wrong halfway still counts for
-    what it got right.
+    What it does not state is missing. Each clause of either style is looked for by itself, so a caption that goes
+    wrong halfway still counts for what it got right.
     """
     words = _words()
-    found: Dict[str, Optional[str]] = dict.fromkeys(Ad._fields)
+    found: Dict[str, Tuple[int, int]] = {}
     for template in STYLES.values():
         # A clause holds one to three attributes and the fixed words that tell them apart.
         for clause in re.split("，", template.rstrip("。！")):
@@ -122,8 +127,14 @@ def parse_caption(caption: str) -> Dict[str, Optional[str]]:
                 pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{alternatives})")
             match = re.search(f"(?:^|，){pattern}(?:[，。！]|$)", caption)
             if match:
-                found.update(match.groupdict())
+                found.update((field, match.span(field)) for field in match.groupdict())
     return found
+
+
+def parse_caption(caption: str) -> Dict[str, Optional[str]]:
+    """The attributes that a caption states, by field of Ad; None where it states none (see find_attributes)."""
+    found = find_attributes(caption)
+    return {field: caption[slice(*found[field])] if field in found else None for field in Ad._fields}
 
 
 # --- drawing ---
@@ -248,7 +259,7 @@ _OVERSAMPLE = 2
 def _paint_background(draw, side: int, ad: Ad, rng: random.Random) -> None:
     color = _vary(BACKGROUND_COLORS[ad.background], rng)
     draw.rectangle([0, 0, side, side], fill=color)
-    pattern_color = _shade(color, 0.8)
+    pattern_color = _shade(color, 0.55)
     step = side * rng.uniform(0.2, 0.23)
     start = rng.uniform(0, step)
     if ad.pattern == "条纹":
@@ -258,21 +269,12 @@ def _paint_background(draw, side: int, ad: Ad, rng: random.Random) -> None:
             draw.polygon([(x, 0), (x + step / 2, 0), (x + step / 2 + lean, side), (x + lean, side)], fill=pattern_color)
             x += step
     elif ad.pattern == "圆点":
-        radius = step * 0.27
+        radius = step * 0.3
         for row in range(int(side / step) + 2):
             for column in range(int(side / step) + 3):
                 x = start + (column - 1) * step + (row % 2) * step / 2
                 y = start + (row - 1) * step
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=pattern_color)
-
-
-def _burst(x: float, y: float, radius: float) -> List[Tuple[float, float]]:
-    """A price tag's star."""
-    points = []
-    for i in range(32):
-        r = radius * (1.0 if i % 2 else 0.86)
-        points.append((x + r * math.cos(math.pi * i / 16), y + r * math.sin(math.pi * i / 16)))
-    return points
 
 
 def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
@@ -284,33 +286,22 @@ def draw_ad(ad: Ad, rng: random.Random, size: int, font: str):
     draw = ImageDraw.Draw(image)
     _paint_background(draw, side, ad, rng)
 
-    # The slogan is a band at the top or the bottom, the rest of the height belongs to product and price tag.
-    band = 0.2 * side
-    top = 0.0 if ad.slogan_place == "上方" else side - band
+    # The slogan is a band at the top or the bottom, the price one at the other end.
     band_color = rng.choice(((178, 24, 43), (20, 60, 120), (30, 30, 30), (120, 20, 90)))
-    draw.rectangle([0, top, side, top + band], fill=band_color)
-    draw.text(
-        (side / 2 + side * rng.uniform(-0.015, 0.015), top + band / 2),
-        ad.slogan,
-        font=_load_font(font, int(0.17 * side)),
-        fill=(255, 255, 255),
-        anchor="mm",
-    )
+    slogan = (ad.slogan, 0.2, 0.17, (255, 255, 255), band_color)
+    price = (f"¥{ad.price}", 0.26, 0.31, (170, 0, 0), (255, 236, 60))
+    above, below = (slogan, price) if ad.slogan_place == "上方" else (price, slogan)
 
-    middle = 0.54 * side if ad.slogan_place == "上方" else 0.46 * side
-    center = (side * (SIDES[ad.side] + rng.uniform(-0.02, 0.02)), middle + side * rng.uniform(-0.03, 0.03))
-    half = side * rng.uniform(0.24, 0.27)
+    middle = 0.5 + (above[1] - below[1]) / 2 + rng.uniform(-0.02, 0.02)
+    center = (side * (SIDES[ad.side] + rng.uniform(-0.02, 0.02)), side * middle)
     main = _vary(PRODUCT_COLORS[ad.color], rng)
-    pen = _Pen(draw, center, half, rng.uniform(-6, 6))
+    pen = _Pen(draw, center, side * rng.uniform(0.24, 0.26), rng.uniform(-6, 6))
     PRODUCTS[ad.product](pen, main, _shade(main, 0.55), _shade(main, 1.7))
 
-    # The tag hangs in a corner, on the other side from the product and the slogan.
-    tag_x = 0.24 if ad.side == "右侧" else 0.76
-    tag_y = 0.78 if ad.slogan_place == "上方" else 0.22
-    radius = 0.215 * side
-    tag = (side * (tag_x + rng.uniform(-0.01, 0.01)), side * (tag_y + rng.uniform(-0.01, 0.01)))
-    draw.polygon(_burst(tag[0], tag[1], radius), fill=rng.choice(((255, 236, 60), (255, 255, 255))), outline=(90, 0, 0))
-    draw.text(tag, ad.price, font=_load_font(font, int(0.27 * side)), fill=(190, 0, 0), anchor="mm")
+    for edge, (text, band, height, ink, paper) in ((0.0, above), (1.0 - below[1], below)):
+        draw.rectangle([0, side * edge, side, side * (edge + band)], fill=paper)
+        where = (side * (0.5 + rng.uniform(-0.015, 0.015)), side * (edge + band / 2))
+        draw.text(where, text, font=_load_font(font, int(height * side)), fill=ink, anchor="mm")
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -395,53 +386,59 @@ def _draw_row(job: Tuple[Ad, str, int, str]) -> bytes:
     return encode_jpeg(draw_ad(ad, random.Random(seed), size, font))
 
 
-def draw_all(ads: List[Ad], seed: int, size: int, font: str, workers: int, desc: str) -> Iterator[bytes]:
+def draw_all(ads: List[Ad], seed: str, size: int, font: str, workers: int, bar: Progress) -> Iterator[bytes]:
     """The base64 of each ad's image in order, drawn by `workers` processes (0: in this one)."""
-    jobs = [(ad, f"{seed}/{desc}/{i}", size, font) for i, ad in enumerate(ads)]
-    with Progress(total=len(jobs), desc=desc, unit="image") as bar:
+    jobs = [(ad, f"{seed}/{i}", size, font) for i, ad in enumerate(ads)]
+    with contextlib.ExitStack() as stack:
         if workers:
-            with multiprocessing.get_context("fork").Pool(workers) as pool:
-                for encoded in pool.imap(_draw_row, jobs, chunksize=32):
-                    bar.update()
-                    yield encoded
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+            images = pool.imap(_draw_row, jobs, chunksize=32)
         else:
-            for job in jobs:
-                bar.update()
-                yield _draw_row(job)
+            images = map(_draw_row, jobs)
+        for encoded in images:
+            bar.update()
+            yield encoded
 
 
 def make_demo_data(
     out_dir: str, pretrain: int, tune: int, held_out: int, seed: int, size: int, font: str, workers: int
 ) -> None:
-    """Draw and write the five files that the module names."""
+    """Draw and write the files that the module names."""
     from PIL import Image
 
     ads = sample_ads(pretrain + tune + held_out, seed)
-    parts = (("pretrain", ads[:pretrain], "plain"), ("tune", ads[pretrain : pretrain + tune], "ad"))
-    for name, part, style in parts:
-        with atomic_write(os.path.join(out_dir, f"{name}.tsv"), "wb") as file:
-            for i, (ad, image) in enumerate(zip(part, draw_all(part, seed, size, font, workers, name))):
+    parts = {"pretrain": ads[:pretrain], "tune": ads[pretrain : pretrain + tune], "held_out": ads[pretrain + tune :]}
+    with Progress(total=len(ads), desc="drawing", unit="image") as bar, contextlib.ExitStack() as stack:
+
+        def create(name: str) -> IO[bytes]:
+            return stack.enter_context(atomic_write(os.path.join(out_dir, name), "wb"))
+
+        def images(name: str) -> Iterator[bytes]:
+            return draw_all(parts[name], f"{seed}/{name}", size, font, workers, bar)
+
+        for name, style in (("pretrain", "plain"), ("tune", "ad")):
+            file = create(f"{name}.tsv")
+            for i, (ad, image) in enumerate(zip(parts[name], images(name))):
                 file.write(b"%s%d\t%s\t%s\n" % (name.encode(), i, image, write_caption(ad, style).encode()))
 
-    part = ads[pretrain + tune :]
-    blank = encode_jpeg(Image.new("RGB", (size, size), (128, 128, 128)))
-    with atomic_write(os.path.join(out_dir, "held_out.tsv"), "wb") as file, atomic_write(
-        os.path.join(out_dir, "held_out_blank.tsv"), "wb"
-    ) as blank_file, atomic_write(os.path.join(out_dir, "held_out_captions.tsv")) as captions:
-        for i, (ad, image) in enumerate(zip(part, draw_all(part, seed, size, font, workers, "held_out"))):
-            file.write(b"ad%d\t%s\n" % (i, image))
-            blank_file.write(b"ad%d\t%s\n" % (i, blank))
-            captions.write(f"ad{i}\t{write_caption(ad, 'ad')}\n")
+        blank = encode_jpeg(Image.new("RGB", (size, size), (128, 128, 128)))
+        rows, blank_rows, captions = map(create, ("held_out.tsv", "held_out_blank.tsv", "held_out_captions.tsv"))
+        for i, (ad, image) in enumerate(zip(parts["held_out"], images("held_out"))):
+            rows.write(b"ad%d\t%s\n" % (i, image))
+            blank_rows.write(b"ad%d\t%s\n" % (i, blank))
+            captions.write(b"ad%d\t%s\n" % (i, write_caption(ad, "ad").encode()))
+            if i < PICTURE_FILES:
+                create(f"ad{i}.jpg").write(base64.b64decode(image))
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
-    parser.add_argument("--pretrain", type=int, default=5000, help="rows with captions in the plain style")
-    parser.add_argument("--tune", type=int, default=2000, help="rows with captions in the ad style")
+    parser.add_argument("--pretrain", type=int, default=6000, help="rows with captions in the plain style")
+    parser.add_argument("--tune", type=int, default=3000, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=int, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--size", type=int, default=160, help="image side in pixels")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the one found)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="drawing processes; 0: none")
     return parser.parse_args(arguments)

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import Any, Iterator, List, Optional
 
-# In a log file each drawing is a line of its own, so it is drawn rarely there.
-LOG_SECONDS = 10.0
+# In a log file each drawing is a line of its own, so it is drawn rarely there. tools/demo.py reads them as they come.
+LOG_SECONDS = float(os.environ.get("PROGRESS_SECONDS", 10))
 
 # tqdm's bars that stand on the terminal now.
 _STANDING: List[Any] = []

@@ -40,6 +40,15 @@ def test_a_caption_counts_for_what_it_says():
     assert make_demo_data.parse_caption("红色")["color"] is None
 
 
+def test_where_a_caption_says_it():
+    ad = make_demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "72", "新品上市", "上方")
+    for style in make_demo_data.STYLES:
+        caption = make_demo_data.write_caption(ad, style)
+        found = make_demo_data.find_attributes(caption)
+        assert {field: caption[slice(*span)] for field, span in found.items()} == ad._asdict()
+    assert make_demo_data.find_attributes("价格72元。") == {"price": (2, 4)}
+
+
 def test_ads_differ_and_depend_on_the_seed():
     ads = make_demo_data.sample_ads(3000, seed=5)
     assert len(set(ads)) == 3000
@@ -59,14 +68,14 @@ def test_the_picture_shows_what_the_ad_says(font):
     def red(pixels):
         return (pixels[..., 0] > 150) & (pixels[..., 1] < 90) & (pixels[..., 2] < 90)
 
-    # Below the slogan's band and above the price tag: the product stands at the left.
+    # Between the bands of slogan and price: the product stands at the left.
     columns = np.nonzero(red(picture[40:110]))[1]
     assert len(columns) > 200 and 25 < columns.mean() < 70
     right = draw(ad._replace(side="右侧"))
     assert 90 < np.nonzero(red(right[40:110]))[1].mean() < 135
-    # The background's colour is what most pixels have.
+    # The background's colour is what most pixels there have.
     wanted = np.array(make_demo_data.BACKGROUND_COLORS["浅蓝色"])
-    assert np.abs(np.median(picture[40:].reshape(-1, 3), axis=0) - wanted).max() < 12
+    assert np.abs(np.median(picture[40:110].reshape(-1, 3), axis=0) - wanted).max() < 12
     # Each attribute changes the picture.
     for field, values in make_demo_data._words().items():
         other = next(value for value in values if value != getattr(ad, field))
@@ -92,6 +101,8 @@ def test_files_and_their_order(font, root, tmp_path):
 
     files = make(tmp_path / "a", 0)
     assert files == make(tmp_path / "b", 2)
+    pictures = {name: files.pop(name) for name in sorted(files) if name.endswith(".jpg")}
+    assert list(pictures) == ["ad0.jpg", "ad1.jpg", "ad2.jpg", "ad3.jpg"]
     counts = {"pretrain.tsv": 5, "tune.tsv": 3, "held_out.tsv": 4, "held_out_blank.tsv": 4, "held_out_captions.tsv": 4}
     assert {name: data.count(b"\n") for name, data in files.items()} == counts
 
@@ -105,6 +116,7 @@ def test_files_and_their_order(font, root, tmp_path):
     ids = [columns[0] for columns in rows("held_out.tsv")]
     assert ids == [columns[0] for columns in rows("held_out_blank.tsv")]
     assert ids == [columns[0] for columns in rows("held_out_captions.tsv")]
+    assert [base64.b64decode(columns[1]) for columns in rows("held_out.tsv")] == list(pictures.values())
     blanks = {columns[1] for columns in rows("held_out_blank.tsv")}
     assert len(blanks) == 1
     for encoded, flat in ((rows("held_out.tsv")[0][1], False), (blanks.pop(), True)):
