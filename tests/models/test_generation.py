@@ -165,9 +165,9 @@ def test_ids_are_read_before_the_vit_is_launched(model, monkeypatch):
         events.clear()
         model.generate(batch(PROMPTS[1]), images=pixels(2), max_new_tokens=3, eos_token_id=NEVER, **strategy)
         rows = strategy.get("num_return_sequences", 1)
-        # Ids and their mask; then chosen tokens, and their scores, which are there as soon as those are.
+        # Ids and their mask; then, at each step, tokens with their logits and losses.
         assert events[:3] == [(1, len(PROMPTS[1]))] * 2 + ["ViT"]
-        assert events[3:] == [(2, rows), (rows,)] * 3
+        assert events[3:] == [(rows, 3)] * 3
 
 
 def test_lm_head_sees_the_last_position_only(model, monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from paddlemix.models.mgen_vl.attention import compute_dtype
+from paddlemix.models.mgen_vl.attention import compute_dtype, spread
 from paddlemix.models.mgen_vl.language import MASKED
 from paddlemix.models.mgen_vl.slot_cache import PromptCache, SlotCache
 from paddlemix.processors.mgen_vl_processing import image_positions
@@ -279,9 +279,10 @@ class Engine:
             dtype = compute_dtype(embeds)
             with full_precision():
                 parts = [llm.factors(positions, [alpha], self._cache.columns, False, dtype) for alpha in alphas]
-            # [3, positions of the first alpha, of the second, …, 1, 1, d]
+            # [3, positions of the first alpha, of the second, …, 1 or H, 1, d]
             table = [paddle.concat(part, axis=3).astype(embeds.dtype) for part in zip(*parts)]
             table = [part.transpose([0, 3, 1, 2, 4]).contiguous() for part in table]
+            table = [spread(part, [*part.shape[:2], llm.h[0].attn.num_heads, *part.shape[3:]]) for part in table]
             self._tables = {(tuple(alphas), self._cache.columns): table}
         where = self._cache.lengths.copy()
         for slot, row in enumerate(self._rows):
@@ -301,15 +302,15 @@ class Engine:
         if forbidden:
             flat, where = logits.reshape([-1]), paddle.to_tensor(np.array(forbidden, dtype=np.int64))
             logits = paddle.scatter(flat, where, paddle.full([len(forbidden)], MASKED)).reshape(logits.shape)
-        chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1)
+        chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1, keepdim=True)
         # A hidden state that is not finite makes all logits of its row NaN, so the chosen one tells.
-        taken = paddle.take_along_axis(logits, chosen.unsqueeze(-1), 1).flatten()
-        # The one place where the host waits for the device. float32 holds ids up to 16 million.
-        values, taken = paddle.stack([chosen.astype("float32"), taken]).numpy()
-        broken = np.logical_not(np.isfinite(taken))
-        scores = [float("nan")] * len(rows)
+        columns = [chosen.astype("float32"), paddle.index_sample(logits, chosen)]
         if self.scores:
-            scores = -F.cross_entropy(logits, chosen.unsqueeze(-1), reduction="none").flatten().numpy()
+            columns.append(F.cross_entropy(logits, chosen, reduction="none"))
+        # The one place where the host waits for the device. float32 holds ids up to 16 million.
+        values, taken, *losses = paddle.concat(columns, axis=1).numpy().T
+        broken = np.logical_not(np.isfinite(taken))
+        scores = -losses[0] if losses else [float("nan")] * len(rows)
         going_on = []
         for row, token, is_broken, score in zip(rows, values.tolist(), broken.tolist(), scores):
             if row is not None and not self._ends(row, int(token), is_broken, float(score)):
@@ -383,7 +384,7 @@ class Engine:
         place = (sums <= paddle.to_tensor(chance) * sums[:, -1:]).astype("int64").sum(-1, keepdim=True)
         # Rounding may carry the product to the sum itself: never behind the last one that may be chosen.
         last = (probabilities > 0).astype("int64").sum(-1, keepdim=True) - 1
-        return paddle.take_along_axis(ids, paddle.minimum(place, last), 1).flatten()
+        return paddle.take_along_axis(ids, paddle.minimum(place, last), 1)
 
 
 def _cycle(tokens: List[int], repeats: int, is_number: Callable[[Sequence[int]], bool]) -> int:

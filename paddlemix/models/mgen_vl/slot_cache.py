@@ -44,6 +44,8 @@ class SlotCache:
                 for tensor in group:
                     _, H, _, d = tensor.shape
                     kept.append(paddle.zeros([len(self.lengths), H, self.columns, d], tensor.dtype))
+            # The first row begins at the first column: the ring then grows without a turn.
+            self.cursor = length
         T = prompts.keys[0].shape[2]
         # In two parts where it goes round the end.
         first = min(self.cursor, length)
@@ -64,15 +66,17 @@ class SlotCache:
     def _lay_out(self, columns: int) -> None:
         """A ring of `columns` with the newest of the old one, which then begin at its first column."""
         kept = min(columns, self.columns)
+        begin = self.cursor - kept
+        # From its begin to the cursor, round the end where that lies behind it.
+        ranges = [(begin, self.cursor)] if begin >= 0 else [(begin + self.columns, self.columns), (0, self.cursor)]
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
                 A, H, _, d = buffer.shape
-                parts = [buffer[:, :, self.cursor :], buffer[:, :, : self.cursor]]
-                parts = [part for part in parts if part.shape[2]]
-                ordered = paddle.concat(parts, axis=2)[:, :, self.columns - kept :] if parts else buffer
+                # On the CPU a slice is a copy.
+                parts = [buffer] if ranges[0] == (0, self.columns) else [buffer[:, :, a:b] for a, b in ranges if a < b]
                 if columns > kept:
-                    ordered = paddle.concat([ordered, paddle.zeros([A, H, columns - kept, d], buffer.dtype)], axis=2)
-                buffers[i] = ordered
+                    parts.append(paddle.zeros([A, H, columns - kept, d], buffer.dtype))
+                buffers[i] = paddle.concat(parts, axis=2) if len(parts) > 1 else parts[0]
         self.columns, self.cursor = columns, kept % columns
 
     def append(self, layer: int, key, value):
