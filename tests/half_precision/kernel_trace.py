@@ -134,7 +134,8 @@ class Steps:
         self.simulation.decorate(model, "O2")
         ids = np.array(world.batch(3, 5)["input_ids"])[:, :24]
         mask = np.ones_like(ids)
-        mask[2, :2] = 0
+        # One row is shorter, padded in front.
+        ids[2, 2:], ids[2, :2], mask[2, :2] = ids[2, :-2].copy(), 0, 0
         options = {"eos_token_id": [478, 479], "max_new_tokens": 4, **options}
         model.config.seq_length = options.pop("seq_length", model.config.seq_length)
         model.generate(

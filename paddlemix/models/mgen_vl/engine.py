@@ -301,7 +301,8 @@ class Engine:
         forbidden = [at * logits.shape[1] + i for at, row in enumerate(rows) if row for i in self._forbidden(row)]
         if forbidden:
             flat, where = logits.reshape([-1]), paddle.to_tensor(np.array(forbidden, dtype=np.int64))
-            logits = paddle.scatter(flat, where, paddle.full([len(forbidden)], MASKED)).reshape(logits.shape)
+            masked = paddle.full([len(forbidden)], MASKED, logits.dtype)
+            logits = paddle.scatter(flat, where, masked).reshape(logits.shape)
         chosen = self._sampled(logits, rows) if decoding.sample else logits.argmax(-1, keepdim=True)
         # A hidden state that is not finite makes all logits of its row NaN, so the chosen one tells.
         columns = [chosen.astype("float32"), paddle.index_sample(logits, chosen)]
