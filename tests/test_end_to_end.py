@@ -112,7 +112,7 @@ def test_the_examples_mark_what_is_right_and_wrong(demo):
         assert text.count("✗") == sum(found[field] not in (None, truth[field]) for field in truth)
 
 
-def test_the_page_and_what_there_is_to_look_at(demo):
+def test_the_page_and_what_there_is_to_look_at(demo, root):
     out, _, printed = demo
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "$" not in page and len(page) < 1 << 20
@@ -122,9 +122,13 @@ def test_the_page_and_what_there_is_to_look_at(demo):
     assert len(links) >= 10 and all((out / link).is_file() for link in links)
     assert "http" not in page.split("</head>")[0].replace("http-equiv", "")
     # Each command that is printed was run; chat.py answered about the picture.
-    commands = [line[29:] for line in printed.splitlines() if line[29:].startswith(sys.executable)]
+    here = str(root) + os.sep
+    python = sys.executable.replace(here, "", 1)
+    commands = [line[29:] for line in printed.splitlines() if line[29:].startswith(python)]
     assert len(commands) == 2
     logged = "".join((out / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("score", "chat"))
+    # What is printed is typed in the top folder.
+    logged = logged.replace(here, "")
     assert all(f"$ {command}\n" in logged for command in commands)
     assert "response: " in logged
     for name in ("report.html", "data/ad0.jpg"):

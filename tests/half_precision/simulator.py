@@ -359,9 +359,9 @@ class Simulation:
             for name in names:
                 self._replace(owner, name, self._literal(getattr(owner, name)))
         self._replace(F, "scaled_dot_product_attention", self._attention)
-        from paddlemix.models.mgen_vl import attention, language
+        from paddlemix.models.mgen_vl import attention, engine, language
 
-        for module in (attention, language):
+        for module in (attention, engine, language):
             # Operands are spread out for the CPU's kernels alone.
             self._replace(module, "spread", lambda tensor, shape: tensor)
             self._replace(module, "compute_dtype", self._named(module.compute_dtype))
