@@ -350,6 +350,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
     os.environ.setdefault("FLAGS_embedding_deterministic", "1")
 
+    from paddlemix.utils.errors import UserError
     from paddlemix.utils.log import logger
     from paddlemix.utils.runtime import resolve_device
 
@@ -360,10 +361,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             print("ROW " + json.dumps(row), flush=True)
         return 0
     start, device = time.time(), resolve_device(args.device)
+    if device.value == "cpu" and (args.device or "").startswith("gpu"):
+        raise UserError(f"--device {args.device}: {device.reason}", "device")
     print(machine(device.value))
     models = ["tiny"] if device.value == "cpu" else ["tiny", "wide"]
     if device.value == "cpu":
-        print(f"{device.reason or 'no card'}: these rows tell nothing about a GPU")
+        print(f"{device.reason or 'no card that this Paddle can use'}: these rows tell nothing about a GPU")
     runs, reasons = choose_runs(device.value)
     rows: List[Row] = []
     with tempfile.TemporaryDirectory(prefix="check_gpu-") as world:

@@ -86,6 +86,8 @@ def tr(text: str) -> str:
         return "\n\n".join(map(tr, text.strip().split("\n\n")))
     if text in table():
         return table()[text]
+    if text.startswith("- "):
+        return "- " + tr(text[2:])
     for pattern, chinese in _templates():
         found = pattern.fullmatch(text)
         if found:

@@ -10,6 +10,7 @@ from paddlemix.models.mgen_vl.engine import Engine
 from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.trainer import resume
 from paddlemix.trainer.trainer import FinetuneTrainer
+from paddlemix.utils.errors import UserError
 from tools import check_gpu
 
 pytestmark = pytest.mark.slow
@@ -152,3 +153,12 @@ def test_runs_of_a_card(tool, monkeypatch):
     runs, reasons = on((7, 0), False)
     assert runs == [("float32", "O1", False), ("float16", "O1", False), ("float16", "O2", False)]
     assert "bfloat16 is not supported" in reasons and "this card has 7.0" in reasons
+
+
+def test_a_card_that_is_asked_for_must_be_there(capfd, monkeypatch):
+    from paddlemix.utils import runtime
+    from paddlemix.utils.runtime import Choice
+
+    monkeypatch.setattr(runtime, "resolve_device", lambda asked: Choice("cpu", "no card"))
+    with pytest.raises(UserError, match="--device gpu: no card"):
+        check_gpu.main(["--device", "gpu"])
