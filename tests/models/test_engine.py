@@ -179,6 +179,21 @@ def test_memory_that_runs_out_halves_the_slots_and_loses_no_row(model, prompts, 
     assert [one[:4] for one in found] == [one[:4] for one in expected]
 
 
+def test_memory_that_runs_out_while_a_row_takes_its_slot_loses_none(model, prompts, monkeypatch):
+    expected = decode(model, prompts, 1)[1]
+    put, calls = SlotCache.put, []
+
+    def limited(self, *given):
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError
+        return put(self, *given)
+
+    monkeypatch.setattr(SlotCache, "put", limited)
+    engine, found = decode(model, prompts, 4)
+    assert engine.slots == 2 and [one[:4] for one in found] == [one[:4] for one in expected]
+
+
 def test_logits_that_are_no_numbers_end_their_row_alone(model, prompts, monkeypatch):
     expected = decode(model, prompts[:4], 1)[1]
     plain, calls = type(model)._logits, []

@@ -180,8 +180,9 @@ class Engine:
         while free:
             while free and self._ready:
                 row, prompts, place, length = self._ready.popleft()
-                self._cache.put(free[0], prompts, place, length)
-                self._rows[free.pop(0)] = row
+                # Before its keys are copied: if memory runs out there, the row begins anew like the others.
+                self._rows[free[0]] = row
+                self._cache.put(free.pop(0), prompts, place, length)
             if not free or not self._prefill(source, again):
                 break
         active = [slot for slot, row in enumerate(self._rows) if row is not None]
