@@ -2,11 +2,13 @@
 
 IN is a TSV of `id \\t base64 \\t caption` rows (or `base64 \\t caption`). In place of base64 a row may have the path of
 an image file in the folder of IN or below. A CSV is read, too, if its header names the columns: image (a path or
-base64) and caption, and perhaps id. What is written to OUT_DIR:
+base64) and caption, and perhaps id. A .gz, .tar or .tar.gz of such tables is read as it is.
+
+What is written to OUT_DIR:
 
     train.json, val.json   one record per line; every 20th accepted row goes to val.json
     chat_template.json     the chat format, for the training config
-    ids.tsv                record id, id in IN, line in IN
+    ids.tsv                record id, id in IN, line in IN (in an archive FILE:line)
     rejected.tsv           line in IN, id, and the reason why there is no record of it
 
 A row that cannot be used is counted and left out; it never ends the run.
@@ -31,6 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("input", type=cli.path, metavar="IN", help="rows with images: JPEG, PNG, WebP, GIF or BMP")
     parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
     parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")
+    parser.add_argument(
+        "--captions", type=cli.path, metavar="RESULTS",
+        help="take the captions of this file, which predict.py made of IN (its results or its --n_best file); rows of "
+        "IN need none of their own, and those without one in RESULTS are rejected",
+    )  # fmt: skip
     parser.add_argument("--val_every", type=int, default=20, metavar="N", help="0: no validation rows (default: 20)")
     parser.add_argument(
         "--clean", action="store_true",

@@ -24,8 +24,7 @@ from paddlemix.contest.sources import (
 )
 from paddlemix.contest.weights import Change, language_shapes, look_through
 from paddlemix.datasets.rows import read_rows
-from paddlemix.datasets.tsv import check_input
-from paddlemix.inference.results import row_id
+from paddlemix.datasets.tsv import check_input, row_id
 from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Dict, List, Mapping, NamedTuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.records import SampleError, parse_record
@@ -149,6 +150,51 @@ def _of_rows(path: str, bar: Progress) -> References:
     if bad:
         raise UserError(f"{path}: {len(bad)} lines have no reference: {some(bad, SHOWN)}")
     return References(texts, has_images)
+
+
+def new_captions(path: str) -> Iterator[Tuple[str, str]]:
+    """(id, caption) of each line of predict.py's results, or of the chosen candidates of its n-best file ("" of none).
+
+    Raises:
+        UserError: the file cannot be read, or a line is neither.
+    """
+    check_input(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.startswith(b'{"id"'):
+                    row = json.loads(line)
+                    chosen = row["chosen"]
+                    yield row["id"], "" if chosen is None else row["candidates"][chosen]["text"]
+                else:
+                    name, caption = line.decode("utf-8").rstrip("\r\n").split("\t")[:2]
+                    yield name, caption
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                raise UserError(f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best") from None
+
+
+class InOrder:
+    """What a file holds of some of the rows, in their order: lines (id, value). Memory does not grow with the file."""
+
+    def __init__(self, path: str, lines: Iterator[Tuple[str, Any]]):
+        self._path, self._lines = path, lines
+        self._next = next(lines, None)
+
+    def take(self, name: str) -> Any:
+        """The value of the row of that id (tsv.row_id), None if it has none. Each row is asked for once."""
+        if self._next is None or self._next[0] != name:
+            return None
+        value, self._next = self._next[1], next(self._lines, None)
+        return value
+
+    def end(self) -> None:
+        """All rows have been asked for.
+
+        Raises:
+            UserError: a line was of none of them.
+        """
+        if self._next is not None:
+            raise UserError(f"{self._path}: {self._next[0]} is no id of a row, or not in the order of the rows")
 
 
 def common_ids(*sides: Mapping[str, object]) -> List[str]:

@@ -18,7 +18,7 @@ class Doubts:
     def __init__(self) -> None:
         self._count: Counter = Counter()
         # The first line of each kind.
-        self._first: Dict[str, int] = {}
+        self._first: Dict[str, str] = {}
 
     def look(self, row: TsvRow, caption: str) -> None:
         """caption: the row's, in its record."""
@@ -33,7 +33,7 @@ class Doubts:
 
     def _add(self, kind: str, row: TsvRow) -> None:
         self._count[kind] += 1
-        self._first.setdefault(kind, row.line_no)
+        self._first.setdefault(kind, row.line)
 
     def warnings(self, n_train: int, n_val: int, val_every: int) -> List[str]:
         found = []

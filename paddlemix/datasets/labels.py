@@ -26,12 +26,23 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
+from paddlemix.datasets.archives import is_packed
+from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.cleaning import INVISIBLE, SPACES, mend_caption
 from paddlemix.datasets.doubts import Doubts
 from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.records import MAX_TEXT_CHARS
 from paddlemix.datasets.rows import image_text, is_json, read_rows
-from paddlemix.datasets.tsv import EMPTY_CAPTION, MISSING_COLUMN, ImagePlace, TsvRow, check_input, is_image, unquoted
+from paddlemix.datasets.tsv import (
+    EMPTY_CAPTION,
+    MISSING_COLUMN,
+    ImagePlace,
+    TsvRow,
+    check_input,
+    is_image,
+    row_id,
+    unquoted,
+)
 from paddlemix.datasets.writing import WRITE_BYTES, BackgroundWriter, JsonArray
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
@@ -49,6 +60,7 @@ TOO_LONG = "caption too long"
 DUPLICATE = "duplicate"
 TRUNCATED = "truncated image"
 DECODER_DIED = "image decoder died"
+NO_NEW_CAPTION = "no new caption"
 EXCHANGED = "image and caption exchanged"
 
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -118,6 +130,7 @@ class Options(NamedTuple):
     verify: str = "none"
     images: str = "inline"
     workers: int = 1
+    captions: Optional[str] = None
 
 
 class Checked(NamedTuple):
@@ -130,6 +143,21 @@ class Checked(NamedTuple):
     image: Union[bytes, memoryview]
     caption: str
     reason: Optional[str]
+
+
+def _read(path: str, captions: Optional[str]) -> Iterator[TsvRow]:
+    """The rows of IN, with the captions of the file `captions` in place of their own if it is given."""
+    rows = read_rows(path, want_caption=captions is None, archives=True)
+    if captions is None:
+        yield from rows
+        return
+    new = InOrder(captions, new_captions(captions))
+    for row in rows:
+        caption = new.take(row_id(row))
+        if row.error is None:
+            row = row._replace(caption=caption, error=None if caption and not caption.isspace() else NO_NEW_CAPTION)
+        yield row
+    new.end()
 
 
 def _exchanged(row: TsvRow) -> Optional[str]:
@@ -305,7 +333,12 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         JobFailed: no row was accepted (only rejected.tsv is written then), the disk is full, or the input changed
             while it was read.
     """
-    size = check_input(path)
+    size = check_input(path, archives=True)
+    if options.images == "reference" and is_packed(path):
+        raise UserError(
+            f"{path} is compressed or an archive, where no image can be read by itself: "
+            "unpack it first, or leave out --images reference"
+        )
     if is_json(path):
         raise UserError(f"{path} is JSON, as this command writes it, not a table of rows: give the TSV or CSV")
     if os.path.isfile(out_dir):
@@ -314,7 +347,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     if shown > 1:
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
     check_folder(out_dir)
-    keep_apart([path], [os.path.join(out_dir, name) for name in OUTPUTS])
+    keep_apart([path, options.captions], [os.path.join(out_dir, name) for name in OUTPUTS])
     rejected: Counter = Counter()
     doubts = Doubts()
     try:
@@ -358,7 +391,7 @@ def _convert(
     bar: Progress,
 ) -> Tuple[int, int]:
     """The counts of training and validation records. Nothing is kept when it raises."""
-    stream: Iterable[Checked] = (check_row(row, options) for row in read_rows(path, want_caption=True))
+    stream: Iterable[Checked] = (check_row(row, options) for row in _read(path, options.captions))
     if options.verify == "decode":
         stream = _decode_checked(stream, path, options.workers)
     encode_text = json.JSONEncoder(ensure_ascii=False).encode
@@ -404,7 +437,7 @@ def _convert(
                 row_id = row.id if row.id.isprintable() else SPACES.sub(" ", INVISIBLE.sub("", row.id))
                 if reason is not None:
                     rejected[reason] += 1
-                    reject_file.write(f"{row.line_no}\t{row_id}\t{reason}\n")
+                    reject_file.write(f"{row.line}\t{row_id}\t{reason}\n")
                     continue
                 array = arrays[bool(options.val_every) and accepted % options.val_every == 0]
                 start = f',\n{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
@@ -416,7 +449,7 @@ def _convert(
                 else:
                     end = f'{reference_end}, "offset": {row.image_offset}, "length": {row.image_length}}}}}'
                     array.add((start + end).encode())
-                ids.write(f"identity_{accepted}\t{row_id}\t{row.line_no}\n")
+                ids.write(f"identity_{accepted}\t{row_id}\t{row.line}\n")
                 accepted += 1
             if not accepted:
                 raise _NothingAccepted

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import os
-from typing import Callable, Dict, Iterator, List, Optional, Union
+from shlex import quote
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
 
 from paddlemix.datasets import tsv
+from paddlemix.datasets.archives import is_packed, members
 from paddlemix.datasets.records import Record, SampleError, parse_record
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
@@ -26,9 +29,11 @@ from paddlemix.datasets.tsv import (
     NO_IMAGE,
     FileState,
     ImagePlace,
+    Source,
     TsvRow,
     check_input,
     find_image,
+    read_blocks,
 )
 from paddlemix.utils.errors import ImageError, UserError
 from paddlemix.utils.files import open_plain
@@ -36,7 +41,7 @@ from paddlemix.utils.files import open_plain
 BAD_RECORD = "bad record"
 SEVERAL_IMAGES = "several images"
 
-_HEAD_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 # Names of a CSV's columns, as other projects write them.
 _COLUMNS = {
@@ -51,19 +56,26 @@ _COLUMNS = {
 
 def _head(path: str) -> bytes:
     with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
+        return file.read(_HEAD_BYTES)
+
+
+def _without_bom(head: bytes) -> bytes:
     return head[3:] if head.startswith(_BOM) else head
+
+
+def _begins_json(head: bytes) -> bool:
+    head = _without_bom(head).lstrip()
+    return head[:1] == b"{" or (head[:1] == b"[" and head[1:].lstrip()[:1] in (b"{", b"]", b""))
 
 
 def is_json(path: str) -> bool:
     """Whether a file, as check_input takes it, holds JSON records."""
-    head = _head(path).lstrip()
-    return head[:1] == b"{" or (head[:1] == b"[" and head[1:].lstrip()[:1] in (b"{", b"]", b""))
+    return _begins_json(_head(path))
 
 
-def _csv_columns(path: str) -> Optional[Dict[str, int]]:
+def _csv_columns(head: bytes) -> Optional[Dict[str, int]]:
     """Where a CSV's header has the columns; None if the first line is no such header."""
-    first = _head(path).split(b"\n", 1)[0]
+    first = _without_bom(head).split(b"\n", 1)[0]
     if b"\t" in first or b"," not in first:
         return None
     names = [name.strip().lower() for name in next(csv.reader([first.decode("utf-8", "replace").rstrip("\r")]), [])]
@@ -77,26 +89,70 @@ def _csv_columns(path: str) -> Optional[Dict[str, int]]:
 
 
 def read_rows(
-    path: str, want_caption: bool, offset: int = 0, first_line: int = 1, state: Optional[FileState] = None
+    path: str,
+    want_caption: bool,
+    offset: int = 0,
+    first_line: int = 1,
+    state: Optional[FileState] = None,
+    archives: bool = False,
 ) -> Iterator[TsvRow]:
     """The rows of a file in order, as tsv.read_rows gives them: what is wrong with one is in its `error`.
 
     offset, first_line: where to begin, and the number of that line (of that record in JSON). state: the file as it must
-    be still.
+    be still. archives: an archive (see archives.py) is read from its beginning, one table after the other.
 
     Raises:
-        UserError: as check_input; or captions are wanted, and a CSV has no column of them.
+        UserError: as check_input; captions are wanted, and they are in GBK, or a CSV has no column of them; or an
+            archive is damaged, or has no table.
         JobFailed: the file changed while it was read.
     """
-    check_input(path)
-    if is_json(path):
+    check_input(path, archives)
+    if archives and is_packed(path):
+        return _archived_rows(path, want_caption)
+    head, folder = _head(path), os.path.dirname(path)
+    if _begins_json(head):
         return _json_rows(path, offset, first_line, state)
-    columns = _csv_columns(path)
+    Source(path).check(head, want_caption)
+    columns = _csv_columns(head)
     if columns is None:
         return tsv.read_rows(path, want_caption, offset=offset, first_line=first_line, state=state)
+    _check_columns(path, columns, want_caption)
+    return _csv_rows(path, _file_lines(path, offset, state), columns, want_caption, folder, offset, first_line)
+
+
+def _check_columns(name: str, columns: Dict[str, int], want_caption: bool) -> None:
     if want_caption and "caption" not in columns:
-        raise UserError(f"{path}: the header names no column caption")
-    return _csv_rows(path, columns, want_caption, offset, first_line, state)
+        raise UserError(f"{name}: the header names no column caption")
+
+
+def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
+    """An image of such a row cannot be read by itself, so its offset is -1."""
+    folder, tables = os.path.dirname(path), 0
+    with open(path, "rb", buffering=0) as file:
+        for member in members(path, file):
+            name = f"{path}: {member.name}" if member.name else path
+            unpack = f"tar -xOf {quote(path)} {quote(member.name)}" if member.name else f"gzip -dc {quote(path)}"
+            blocks = read_blocks(path, file, member.read)
+            head = next(blocks, b"")
+            Source(name, unpack).check(head, want_caption)
+            columns = _csv_columns(head)
+            if _begins_json(head) and not member.name:
+                raise UserError(f"{path} holds JSON, not a table of rows")
+            if columns is None and b"\t" not in head and member.name:
+                blocks.close()
+                continue
+            tables += 1
+            content = itertools.chain([head], blocks)
+            if columns is None:
+                found = tsv.rows_of(name, content, folder, want_caption)
+            else:
+                _check_columns(name, columns, want_caption)
+                lines = (bytes(memory[begin:end]) for memory, begin, end, _ in tsv.lines_of(content, MAX_ROW_BYTES))
+                found = _csv_rows(name, lines, columns, want_caption, folder, 0, 1)
+            for row in found:
+                yield row._replace(image_offset=-1, next_offset=file.tell(), member=member.name)
+    if not tables:
+        raise UserError(f"{path} holds no table: none of its .txt, .tsv and .csv files has columns")
 
 
 def most_rows(path: str, lines: int) -> int:
@@ -105,7 +161,7 @@ def most_rows(path: str, lines: int) -> int:
         from paddlemix.datasets.json_index import record_bounds
 
         return len(record_bounds(path))
-    return lines if _csv_columns(path) is None else lines - 1
+    return lines if _csv_columns(_head(path)) is None else lines - 1
 
 
 def first_prompt(path: str) -> Optional[str]:
@@ -157,28 +213,38 @@ def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -
         yield TsvRow(number, record.id, image, -1, len(image), record.turns[0][1], error, end, place)
 
 
+def _file_lines(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:
+    """The lines from there on; of one that is too long, its beginning."""
+    with open(path, "rb") as file:
+        before = state or FileState.of(file.fileno())
+        file.seek(offset)
+        for line in iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""):
+            before.check(path, file.fileno())
+            yield line
+
+
 def _csv_rows(
-    path: str, columns: Dict[str, int], want_caption: bool, offset: int, first_line: int, state: Optional[FileState]
+    path: str,
+    lines: Iterable[bytes],
+    columns: Dict[str, int],
+    want_caption: bool,
+    folder: str,
+    offset: int,
+    first_line: int,
 ) -> Iterator[TsvRow]:
-    folder = os.path.dirname(path)
     csv.field_size_limit(MAX_ROW_BYTES)
     position = offset
 
-    def lines() -> Iterator[str]:
+    def texts() -> Iterator[str]:
         nonlocal position
-        with open(path, "rb") as file:
-            before = state or FileState.of(file.fileno())
-            file.seek(offset)
-            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), first_line):
-                before.check(path, file.fileno())
-                if len(line) > MAX_ROW_BYTES:
-                    raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB")
-                position += len(line)
-                line = line[3:] if number == 1 and line.startswith(_BOM) else line
-                # Names of files need not be UTF-8.
-                yield line.decode("utf-8", "surrogateescape")
+        for number, line in enumerate(lines, first_line):
+            if len(line) > MAX_ROW_BYTES:
+                raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB")
+            position += len(line)
+            # Names of files need not be UTF-8.
+            yield (_without_bom(line) if number == 1 else line).decode("utf-8", "surrogateescape")
 
-    reader = csv.reader(lines())
+    reader = csv.reader(texts())
     try:
         for cells in reader:
             # A row's last line: the next one begins behind it. The file's first line is the header.

@@ -13,8 +13,9 @@ import shlex
 import stat
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+from paddlemix.datasets.archives import GZIP, is_tar
 from paddlemix.utils.errors import JobFailed, UserError
 
 # The longest line that is read into memory, and the longest record of a train.json. A 50 MB image fits.
@@ -46,14 +47,10 @@ _URL = re.compile(rb"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _TOO_SHORT = re.compile(rb"[A-Za-z0-9+/_= -]{1,19}")
 # A text that a CSV writer has quoted: with a quote, doubled, or a tab in it. `"…"` alone may be the text itself.
 _QUOTED = re.compile(r'"(?=.*(?:""|\t))((?:[^"]|"")*)"', re.DOTALL)
+# What a field of results cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
+_UNFIT = re.compile("[\t\r\n\0]")
 # A field of an unknown image format: too long and too even for an id or a caption.
 _LONG_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{200}")
-_NOT_TEXT = (
-    (b"\x1f\x8b", "is compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`"),
-    (b"PK\x03\x04", "is a zip archive; unpack it first"),
-    (b"\xff\xfe", "is UTF-16 text; save it as UTF-8"),
-    (b"\xfe\xff", "is UTF-16 text; save it as UTF-8"),
-)
 
 
 class ImagePlace(NamedTuple):
@@ -79,8 +76,9 @@ class TsvRow(NamedTuple):
     not stand there as it is.
     caption: None unless asked for, and when its column is missing, empty or not UTF-8.
     error: None or one of this module's reasons.
-    next_offset: where the next line begins, in bytes.
+    next_offset: where the next line begins, in bytes (of an archive: how much of it has been read).
     place: where the image is, if the row only names it; then `image` is what the row has.
+    member: the file of an archive that the row is in.
     """
 
     line_no: int
@@ -92,10 +90,78 @@ class TsvRow(NamedTuple):
     error: Optional[str]
     next_offset: int
     place: Optional[ImagePlace] = None
+    member: str = ""
+
+    @property
+    def line(self) -> str:
+        """Its line, as files and messages name it."""
+        return f"{self.member}:{self.line_no}" if self.member else str(self.line_no)
 
 
-def check_input(path: str) -> int:
+def clean_id(name: str) -> str:
+    """An id as a line of results holds it: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold "?"."""
+    return _UNFIT.sub(" ", name).encode("utf-8", "replace").decode("utf-8")
+
+
+def row_id(row: TsvRow) -> str:
+    """The id in a row's line of results: its own, or its line number where the row has none."""
+    return clean_id(row.id) or str(row.line_no)
+
+
+class Source(NamedTuple):
+    """A table as messages name it, and the command that prints it (of a plain file none is needed)."""
+
+    name: str
+    command: str = ""
+
+    def check(self, head: bytes, want_caption: bool = False) -> None:
+        """Refuse a table that begins with `head` and visibly is not UTF-8 text.
+
+        want_caption: its captions are read; then lines in GBK are refused, too.
+
+        Raises:
+            UserError: it is an archive, UTF-16 or GBK text; the message has what to do.
+        """
+        if head.startswith(GZIP):
+            raise UserError(f"{self.name} is compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`")
+        if head.startswith(b"PK\x03\x04"):
+            raise UserError(f"{self.name} is a zip archive; unpack it first")
+        if is_tar(head):
+            raise UserError(f"{self.name} is a tar archive; unpack it first, with `tar -xf`")
+        start = head[:16]
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise self._wrong_encoding("UTF-16", "UTF-16")
+        for name, zeros, others in (("UTF-16LE", start[1::2], start[::2]), ("UTF-16BE", start[::2], start[1::2])):
+            if len(start) == 16 and not any(zeros) and all(others):
+                raise self._wrong_encoding("UTF-16", name)
+        if want_caption:
+            # The last line may be cut.
+            lines = [line for line in head.split(b"\n")[:-1] if not line.isascii()]
+            chinese = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
+            if 2 * chinese > len(lines):
+                raise self._wrong_encoding("GBK", "GB18030")
+
+    def _wrong_encoding(self, shown: str, name: str) -> UserError:
+        iconv = f"iconv -f {name} -t UTF-8"
+        command = f"{self.command} | {iconv}" if self.command else f"{iconv} {shlex.quote(self.name)}"
+        # What is in an archive goes beside the reader: its folders may not be there.
+        stem = os.path.splitext(os.path.basename(self.name.split(": ")[-1]) if self.command else self.name)[0]
+        command += f" > {shlex.quote(stem + '.utf8.tsv')}"
+        return UserError(f"{self.name} is {shown} text, and UTF-8 is needed: {command}", "encoding")
+
+
+def _decodes(text: bytes, encoding: str) -> bool:
+    try:
+        text.decode(encoding)
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def check_input(path: str, archives: bool = False) -> int:
     """The size in bytes of a TSV that can be read.
+
+    archives: those of archives.py will do.
 
     Raises:
         UserError: it is missing, not a plain file, not readable, or visibly no UTF-8 text (an archive,
@@ -111,11 +177,8 @@ def check_input(path: str) -> int:
             head = file.read(512)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    for magic, why in _NOT_TEXT:
-        if head.startswith(magic):
-            raise UserError(f"{path} {why}")
-    if head[257:262] == b"ustar":
-        raise UserError(f"{path} is a tar archive; unpack it first, with `tar -xf`")
+    if not (archives and (head.startswith(GZIP) or is_tar(head))):
+        Source(path).check(head)
     return found.st_size
 
 
@@ -224,7 +287,7 @@ def _parse(
     return TsvRow(line_no, row_id, image, image_offset, image_end - image_begin, caption, error, next_offset, place)
 
 
-def _check_line_ends(path: str, line: bytes, begin: int, end: int) -> None:
+def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
     """Raise a UserError if what looks like the first line is rows with CR alone between them."""
     stop = line.find(b"\r", begin, end)
     while 0 <= stop < end - 2:
@@ -233,8 +296,8 @@ def _check_line_ends(path: str, line: bytes, begin: int, end: int) -> None:
         row_before = line.find(b"\t", begin, stop) >= 0
         if row_before and tab >= 0 and not stop < next_stop < tab and _is_image(line, tab + 1, end):
             raise UserError(
-                f"{path}: its lines end with CR alone, as on old Macs; make them LF first: "
-                f"tr '\\r' '\\n' < {shlex.quote(path)} > {shlex.quote(path + '.lf')}"
+                f"{name}: its lines end with CR alone, as on old Macs; make them LF first: "
+                f"tr '\\r' '\\n' < {shlex.quote(name)} > {shlex.quote(name + '.lf')}"
             )
         stop = next_stop
 
@@ -263,30 +326,33 @@ class FileState(NamedTuple):
             )
 
 
-def _blocks(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:
-    """What the file holds from `offset` on, in pieces that a thread reads while those before them are gone through.
+def read_blocks(
+    path: str, file: IO[bytes], read: Callable[[int], bytes], state: Optional[FileState] = None
+) -> Iterator[bytes]:
+    """What `read` gives to its end, in pieces that a thread reads while those before them are gone through.
+
+    file: the open file of that path, which is read from.
 
     Raises:
-        JobFailed: the file has changed since it was in `state`, or since it was opened.
+        JobFailed: the file has changed since it was in `state`, or since now.
     """
     # The thread ends before the file is closed, also where the rows are not read to their end.
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
-        file.seek(offset)
+    with ThreadPoolExecutor(1) as reader:
         before = state or FileState.of(file.fileno())
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
-        ahead = deque(reader.submit(file.read, BUFFER_BYTES) for _ in range(2))
+        ahead = deque(reader.submit(read, BUFFER_BYTES) for _ in range(2))
         while True:
             block = ahead.popleft().result()
             # Looked at for each piece: a row that was cut must not be answered before it is noticed.
             before.check(path, file.fileno())
             if not block:
                 return
-            ahead.append(reader.submit(file.read, BUFFER_BYTES))
+            ahead.append(reader.submit(read, BUFFER_BYTES))
             yield block
 
 
-def _lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
+def lines_of(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
     """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
     max_line_bytes and a buffer, memory may hold the first part only.
 
@@ -337,10 +403,29 @@ def read_rows(
         JobFailed: the file changed while it was read.
     """
     check_input(path)
-    blocks, folder = _blocks(path, offset, state), os.path.dirname(path)
-    for line_no, (line, begin, end, length) in enumerate(_lines(blocks, max_line_bytes), first_line):
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        blocks = read_blocks(path, file, file.read, state)
+        yield from rows_of(path, blocks, os.path.dirname(path), want_caption, max_line_bytes, offset, first_line)
+
+
+def rows_of(
+    name: str,
+    blocks: Iterable[bytes],
+    folder: str,
+    want_caption: bool,
+    max_line_bytes: int = MAX_ROW_BYTES,
+    offset: int = 0,
+    first_line: int = 1,
+) -> Iterator[TsvRow]:
+    """As read_rows, of the content of a table. name: as errors call it. folder: what paths of images are relative to.
+
+    Raises:
+        UserError: lines end with CR alone.
+    """
+    for line_no, (line, begin, end, length) in enumerate(lines_of(blocks, max_line_bytes), first_line):
         if line_no == 1:
-            _check_line_ends(path, line, begin, end)
+            _check_line_ends(name, line, begin, end)
         if length > max_line_bytes:
             begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
             id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)

@@ -19,7 +19,8 @@ import math
 import os
 from typing import Iterator, Optional
 
-from paddlemix.inference.results import PARTIAL, clean_id
+from paddlemix.datasets.tsv import clean_id
+from paddlemix.inference.results import PARTIAL
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import sync_folder
 

@@ -9,13 +9,13 @@ from itertools import count
 from typing import Any, Callable, Iterator, Mapping, Optional, Union
 
 from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
-from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image
+from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image, row_id
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.facts import input_facts
 from paddlemix.inference.loading import load_model
 from paddlemix.inference.n_best import NBestWriter
 from paddlemix.inference.options import FALLBACK
-from paddlemix.inference.results import PARTIAL, SIDECAR, Place, ResultsWriter, report_notes, row_id
+from paddlemix.inference.results import PARTIAL, SIDECAR, Place, ResultsWriter, report_notes
 from paddlemix.inference.row_shards import Shard, is_whole
 from paddlemix.inference.source import find_source
 from paddlemix.processors.postprocess import PostProcessing, single_line

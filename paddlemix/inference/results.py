@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional
 
+from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
@@ -45,23 +46,10 @@ PARTIAL = ".partial"
 SIDECAR = ".run.json"
 # Lines are handed to the system with every flush; to the disk itself this often.
 SYNC_SECONDS = 5.0
-# What a field cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
-_UNFIT = re.compile("[\t\r\n\0]")
 # What a journal begins with.
 _BEGIN = b'{"format": '
 # Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
 _MAX_HEADER = 1 << 20
-
-
-def clean_id(row_id: str) -> str:
-    """An id as a line holds it: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold becomes
-    "?"."""
-    return _UNFIT.sub(" ", row_id).encode("utf-8", "replace").decode("utf-8")
-
-
-def row_id(row) -> str:
-    """The id in the output line of a TsvRow: its own, or its line number where the row has none."""
-    return clean_id(row.id) or str(row.line_no)
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

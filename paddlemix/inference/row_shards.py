@@ -19,9 +19,10 @@ from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 from paddlemix.datasets.rows import read_rows
+from paddlemix.datasets.tsv import row_id
 from paddlemix.inference.facts import file_facts, input_facts, reading
 from paddlemix.inference.n_best import line_id as candidates_id
-from paddlemix.inference.results import FORMAT, PARTIAL, SIDECAR, differences, row_id, write_sidecar
+from paddlemix.inference.results import FORMAT, PARTIAL, SIDECAR, differences, write_sidecar
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object

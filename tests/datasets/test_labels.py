@@ -580,3 +580,38 @@ def test_what_is_no_table_is_named(run, tmp_path):
         convert(str(tmp_path / "out"), str(tmp_path / "in.tsv"), Options(), disable_progress=True)
     with pytest.raises(JobFailed, match="in a CSV whose header names image and caption"):
         run(["a,b,c\n", "1,2,3\n"])
+
+
+# ---- captions from a model
+
+
+def n_best(number, chosen):
+    return json.dumps({"id": f"ad{number}", "chosen": chosen, "candidates": [{"text": "一"}, {"text": f"新{number}"}]})
+
+
+@pytest.mark.parametrize("kind", ["results", "n_best"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_captions_of_a_model_take_the_place_of_those_of_the_rows(run, tmp_path, kind, labelled):
+    """Rows without a caption of their own are as good. A row that the model did not answer is rejected."""
+    lines = [row(number) if labelled else f"ad{number}\t{JPEG}\n" for number in range(4)] + ["bad\n"]
+    new = [f"ad{n}\t新{n}" if kind == "results" else n_best(n, 1) for n in (0, 1, 3)]
+    new[1] = "ad1\t " if kind == "results" else n_best(1, None)
+    (tmp_path / "results.txt").write_text("\n".join(new) + "\n")
+    train, _, rejected, _ = run(lines, val_every=0, captions=str(tmp_path / "results.txt"))
+    assert [record["conversations"][0][1] for record in train] == ["新0", "新3"]
+    assert rejected == [
+        ("2", "ad1", "no new caption"), ("3", "ad2", "no new caption"), ("5", "bad", "missing column"),
+    ]  # fmt: skip
+
+
+def test_captions_of_other_rows_are_refused(run, tmp_path):
+    for text, says in [
+        ("ad1\tx\nad0\tx\n", "ad0 is no id of a row, or not in the order"), ("ad0 x\n", "line 1 is neither"),
+        ('{"id": "ad0", "chosen": 5, "candidates": []}\n', "line 1 is neither"),
+    ]:  # fmt: skip
+        (tmp_path / "results.txt").write_text(text)
+        with pytest.raises(UserError, match=says):
+            run([row(0), row(1)], captions=str(tmp_path / "results.txt"))
+    (tmp_path / "results.txt").write_bytes(b"ad0\t\xff\n")
+    with pytest.raises(UserError, match="line 1 is neither"):
+        run([row(0)], captions=str(tmp_path / "results.txt"))

@@ -60,7 +60,7 @@ def test_all_flags(call, tmp_path):
         (("IN",), 2, "OUT_DIR"),
         (("IN", "IN/sub"), 2, "cannot write"),
         (("BAD", "OUT"), 1, "all 1 rows were rejected"),
-        (("GZ", "OUT"), 2, "unpack it first"),
+        (("GZ", "OUT"), 2, "damaged or cut short"),
     ],
 )
 def test_what_goes_wrong_is_one_line(call, tmp_path, arguments, status, says):
