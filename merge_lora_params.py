@@ -33,20 +33,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="folder whose LLM the run took, if it took another one than the base's",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="store floating-point tensors in this dtype (default: each as in the base)",
-    )
-    parser.add_argument(
-        "--format", choices=("pdparams", "safetensors"), help="of the weights (default: the base's)"
-    )
-    parser.add_argument(
-        "--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)"
-    )
-    parser.add_argument(
         "--force", action="store_true", help="merge although BASE or TEXT is not the model that LORA was tuned from"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and not empty")
+    cli.add_weights_options(parser, "OUT")
     parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
 

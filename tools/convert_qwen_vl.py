@@ -24,18 +24,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "source", type=cli.path, metavar="SRC", help="folder with config.json, the weights and qwen.tiktoken"
     )
     parser.add_argument("target", type=cli.output_folder, metavar="DST", help="folder to write")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="store floating-point tensors in this dtype (default: each as it is)",
-    )
-    parser.add_argument(
-        "--format", choices=("pdparams", "safetensors"), default="pdparams", help="of the weights"
-    )
-    parser.add_argument(
-        "--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there and not empty")
+    cli.add_weights_options(parser, "DST", format="pdparams")
     return parser.parse_args(argv)
 
 

@@ -1,10 +1,10 @@
 """Weights files: opened without executing anything, read and written a tensor at a time, merged, converted.
 
-Nothing here imports Paddle or PyTorch.
+Imports neither Paddle nor PyTorch.
 """
 
 from paddlemix.checkpoint.model_folder import LORA_WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME, find_weights
-from paddlemix.checkpoint.pdparams import load_pdparams_object, read_pdparams
+from paddlemix.checkpoint.pdparams import load_pdparams_object
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_items, write_pdparams, write_sharded
 from paddlemix.checkpoint.tensors import TensorInfo, convert_dtype
 
@@ -17,7 +17,6 @@ __all__ = [
     "find_weights",
     "load_pdparams_object",
     "open_weights",
-    "read_pdparams",
     "write_items",
     "write_pdparams",
     "write_sharded",

@@ -1,7 +1,7 @@
 """Import a public Qwen-VL or Qwen-VL-Chat checkpoint: its names and layouts become this project's (docs/formats.md).
 
-The public model keeps its vision tower inside `transformer`, and its Linear weights are [out, in] where
-Paddle's are [in, out]. Everything else is the same, tensor for tensor. One tensor is in memory at a time.
+The public model keeps its vision tower inside `transformer`, and its Linear weights are [out, in] where Paddle's are
+[in, out]. Everything else is the same, tensor for tensor. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -32,62 +32,35 @@ from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
 from paddlemix.utils.texts import some
 
-# Public name → ours. A rule with True transposes [out, in] to [in, out].
-_RULES: Tuple[Tuple[str, str, bool], ...] = (
-    (r"lm_head\.weight", "lm_head.weight", True),
-    (r"transformer\.(wte|ln_f)\.weight", r"transformer.llm.\1.weight", False),
-    (r"transformer\.(h\.\d+\.ln_[12])\.weight", r"transformer.llm.\1.weight", False),
-    (
-        r"transformer\.(h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2|c_proj)))\.weight",
-        r"transformer.llm.\1.weight",
-        True,
-    ),
-    (
-        r"transformer\.(h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2|c_proj)))\.bias",
-        r"transformer.llm.\1.bias",
-        False,
-    ),
-    (
-        r"transformer\.visual\.(conv1\.weight|positional_embedding|ln_pre\.(?:weight|bias))",
-        r"visual.vit.\1",
-        False,
-    ),
-    (
-        r"transformer\.visual\.(transformer\.resblocks\.\d+\.ln_[12]\.(?:weight|bias))",
-        r"visual.vit.\1",
-        False,
-    ),
-    (
-        r"transformer\.visual\.(transformer\.resblocks\.\d+\.(?:attn\.(?:in_proj|out_proj)|mlp\.(?:c_fc|c_proj)))\.weight",
-        r"visual.vit.\1.weight",
-        True,
-    ),
-    (
-        r"transformer\.visual\.(transformer\.resblocks\.\d+\.(?:attn\.(?:in_proj|out_proj)|mlp\.(?:c_fc|c_proj)))\.bias",
-        r"visual.vit.\1.bias",
-        False,
-    ),
-    (
-        r"transformer\.visual\.(attn_pool\.(?:pos_embed|query|attn\.in_proj_bias|attn\.out_proj\.bias))",
-        r"visual.\1",
-        False,
-    ),
-    (
-        r"transformer\.visual\.(attn_pool\.(?:kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight))",
-        r"visual.\1",
-        True,
-    ),
-    (r"transformer\.visual\.(attn_pool\.ln_(?:q|kv)\.(?:weight|bias))", r"visual.\1", False),
-    (r"transformer\.visual\.(ln_post\.(?:weight|bias)|proj)", r"visual.\1", False),
+# Public name → ours; w_b stands for weight or bias.
+_RULES = tuple(
+    (re.compile(public.replace("w_b", "(?:weight|bias)")), ours)
+    for public, ours in (
+        (r"lm_head\.weight", "lm_head.weight"),
+        (r"transformer\.((?:wte|ln_f|h\.\d+\.ln_[12])\.weight)", r"transformer.llm.\1"),
+        (r"transformer\.(h\.\d+\.(?:attn\.(?:c_attn|c_proj)|mlp\.(?:w1|w2|c_proj))\.w_b)", r"transformer.llm.\1"),
+        (r"transformer\.visual\.(conv1\.weight|positional_embedding|ln_pre\.w_b)", r"visual.vit.\1"),
+        (r"transformer\.visual\.(transformer\.resblocks\.\d+\.ln_[12]\.w_b)", r"visual.vit.\1"),
+        (
+            r"transformer\.visual\.(transformer\.resblocks\.\d+\.(?:attn\.(?:in|out)_proj|mlp\.c_(?:fc|proj))\.w_b)",
+            r"visual.vit.\1",
+        ),
+        (r"transformer\.visual\.(attn_pool\.(?:pos_embed|query|kv_proj\.weight|ln_(?:q|kv)\.w_b))", r"visual.\1"),
+        (r"transformer\.visual\.(attn_pool\.attn\.(?:in_proj_w_b|out_proj\.w_b))", r"visual.\1"),
+        (r"transformer\.visual\.(ln_post\.w_b|proj)", r"visual.\1"),
+    )
 )
-_COMPILED = tuple((re.compile(public), ours, transpose) for public, ours, transpose in _RULES)
+# The weights of Linear layers: [out, in] there, [in, out] here.
+_TRANSPOSED = re.compile(
+    r".*(lm_head|\.(?:c_attn|c_proj|w1|w2|c_fc|in_proj|out_proj|kv_proj))\.weight|.*\.in_proj_weight"
+)
 
-# Buffers that some public checkpoints carry and that are computed, not learned. Nothing else may be left out.
+# Computed buffers in some public checkpoints. Nothing else may be left out.
 IGNORED = re.compile(
     r"transformer\.(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias|rotary_emb\.inv_freq|logn_tensor)|logn_tensor)"
 )
 
-# config.json: what the architecture reads, with the public defaults where a file may leave it out.
+# The keys of config.json that are kept.
 _CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -120,13 +93,13 @@ _GENERATION_KEYS = (
 # <img> comes this many ids after <|endoftext|>: two chat marks, 205 extras, six tags of references and boxes.
 _IMG_AFTER_EOD = 214
 
-# Rows transposed at a time; a plain transposed copy of a large matrix misses the CPU's cache at each step.
+# Rows transposed at a time; a plain transposed copy of a large matrix misses the cache at each element.
 _ROWS = 32
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What an import did: tensors written, buffers left out by name, files written."""
+    """Number of tensors written, names of buffers left out, names of files written."""
 
     tensors: int
     ignored: List[str]
@@ -134,13 +107,11 @@ class ConvertResult:
 
 
 def public_to_ours(name: str) -> Optional[Tuple[str, bool]]:
-    """(our name, whether to transpose) of a public parameter name; None if it is not one of the
-    architecture's.
-    """
-    for pattern, ours, transpose in _COMPILED:
+    """(our name, whether to transpose) of a public parameter name; None if it is not one of the architecture's."""
+    for pattern, ours in _RULES:
         match = pattern.fullmatch(name)
         if match:
-            return match.expand(ours), transpose
+            return match.expand(ours), _TRANSPOSED.fullmatch(name) is not None
     return None
 
 
@@ -155,14 +126,12 @@ def transposed(array: np.ndarray) -> np.ndarray:
 def plan_convert(
     reader: WeightsReader, shapes: Optional[Dict[str, Tuple[int, ...]]]
 ) -> Tuple[List[Tuple[str, str, bool]], List[str]]:
-    """[(public name, our name, transpose)], in the model's own order if `shapes` is given, and the ignored
-    buffers.
+    """[(public name, our name, transpose)], in the order of `shapes` if given, and the ignored buffers.
 
-    shapes: what the model of this configuration has, by our names.
+    shapes: those of the model of this configuration, by our names.
 
     Raises:
-        WeightsError: names that are not the architecture's, and missing, surplus or misshapen parameters;
-        lists them.
+        WeightsError: lists names that are not the architecture's, and missing, surplus or misshapen parameters.
     """
     found: Dict[str, Tuple[str, bool]] = {}
     ignored, unknown, wrong = [], [], []
@@ -175,15 +144,11 @@ def plan_convert(
         shape = reader.info(name).shape
         if transpose and len(shape) != 2:
             wrong.append(f"{name} is {list(shape)}, not a matrix")
-        elif (
-            shapes is not None
-            and ours in shapes
-            and (shape[::-1] if transpose else shape) != tuple(shapes[ours])
-        ):
+        elif shapes is not None and ours in shapes and (shape[::-1] if transpose else shape) != tuple(shapes[ours]):
             wanted = list(shapes[ours][::-1] if transpose else shapes[ours])
             wrong.append(f"{name} is {list(shape)}, config.json makes it {wanted}")
         found[ours] = (name, transpose)
-    # A projection without bias may be stored with one that no_bias says is not used.
+    # A projection may be stored with a bias that no_bias disables.
     surplus = [found[ours][0] for ours in found if shapes is not None and ours not in shapes]
     missing = [ours for ours in shapes or () if ours not in found]
     problems = [
@@ -197,7 +162,7 @@ def plan_convert(
         if names
     ]
     if problems:
-        raise WeightsError("the checkpoint is not a whole Qwen-VL: " + "; ".join(problems))
+        raise WeightsError("the checkpoint is not a complete Qwen-VL: " + "; ".join(problems), "keys")
     order = [ours for ours in shapes if ours in found] if shapes is not None else list(found)
     return [(found[ours][0], ours, found[ours][1]) for ours in order], ignored
 
@@ -206,18 +171,18 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
     """config.json of the MGen-VL folder, from the public one.
 
     Raises:
-        WeightsError: it has no visual part, or keys that everything depends on are missing.
+        WeightsError: it has no visual part, or required keys are missing.
     """
     visual = public.get("visual")
     if not isinstance(visual, dict):
-        raise WeightsError("config.json has no visual part: this is a text model, not Qwen-VL")
+        raise WeightsError("config.json has no visual part: this is a text model, not Qwen-VL", "visual")
     needed = [key for key in _CONFIG_KEYS[:6] if key not in public] + [
         f"visual.{key}" for key in VISUAL_KEYS[:8] if key not in visual
     ]
     if needed:
-        raise WeightsError(f"config.json lacks {', '.join(needed)}")
+        raise WeightsError(f"config.json lacks {', '.join(needed)}", *needed)
     if not isinstance(visual["image_start_id"], int):
-        raise WeightsError("config.json: visual.image_start_id is not a whole number")
+        raise WeightsError("config.json: visual.image_start_id is not an integer", "visual.image_start_id")
     eod = visual["image_start_id"] - _IMG_AFTER_EOD
     config: Dict[str, Any] = {
         "architectures": ["MGenLMHeadModel"],
@@ -231,9 +196,7 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
 
 
 def our_generation_config(public: Dict[str, Any], eod: int) -> Dict[str, Any]:
-    """generation_config.json: greedy, with the public file's limits and sampling
-    values kept.
-    """
+    """generation_config.json: greedy search, with the limits and sampling values of the public file."""
     config: Dict[str, Any] = {
         "chat_format": "chatml",
         "decode_strategy": "greedy_search",
@@ -260,19 +223,18 @@ def convert_qwen_vl(
 ) -> ConvertResult:
     """Write a public checkpoint folder (safetensors or .bin, sharded or not) as a MGen-VL folder.
 
-    dtype: of the floating-point tensors written (default: each as stored). shapes_of: parameter shapes of
-    the model that a config.json makes; names and shapes are compared with it. `target` appears when it is
-    whole.
+    dtype: of the floating-point tensors written (default: each as stored). shapes_of: config.json → parameter shapes,
+    with which names and shapes are compared. `target` is written atomically.
 
     Raises:
-        UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a whole
-        Qwen-VL. ConfigError: config.json cannot be a MGen-VL's. JobFailed: the disk is full.
+        UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a complete
+        Qwen-VL. ConfigError: config.json is invalid for MGen-VL. JobFailed: the disk is full.
     """
     check_new_folder(target, [source], overwrite)
     if dtype is not None and dtype not in FLOATS[1:]:
-        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}", "dtype")
     if not os.path.isdir(source):
-        raise UserError(f"there is no folder {source}")
+        raise UserError(f"no folder {source}", "no-folder")
     public = read_json_object(inside(source, "config.json"))
     generation_path = inside(source, "generation_config.json")
     generation = read_json_object(generation_path) if os.path.isfile(generation_path) else {}
@@ -281,7 +243,7 @@ def convert_qwen_vl(
         config = our_config(public, dtype or max(FLOATS, key=stored.count))
         plan, ignored = plan_convert(reader, shapes_of(config) if shapes_of else None)
         if ignored:
-            logger.info(f"Left out, because they are computed: {some(printable(name, 300) for name in ignored)}")
+            logger.info(f"Left out, since they are computed: {some(printable(name, 300) for name in ignored)}")
         items = []
         for name, ours, transpose in plan:
             info = reader.info(name)
@@ -305,18 +267,18 @@ def _reading(reader: WeightsReader, name: str, to: str, transpose: bool) -> Call
         return lambda: reader.raw(name) if to == reader.info(name).dtype else reader.read(name, to)
 
     def read() -> np.ndarray:
-        # Turned around first: 16-bit numbers are half the bytes to move, if a conversion widens them.
+        # Before a conversion, which may double the bytes to move.
         turned = transposed(reader.read(name))
         try:
             return convert_dtype(turned, reader.info(name).dtype, to)
         except WeightsError as error:
-            raise WeightsError(f"{printable(name)}: {error}") from None
+            raise WeightsError(f"{printable(name)}: {error}", *error.about) from None
 
     return read
 
 
 def _write_side_files(source: str, config: Dict[str, Any], generation: Dict[str, Any], folder: str) -> List[str]:
-    """Configurations, the tokenizer's files, and the license that the weights come with."""
+    """Write configurations, tokenizer files and the licence of the weights."""
     names = dict.fromkeys(("pad_token", "eos_token"), "<|endoftext|>")
     n_queries = config["visual"].get("n_queries", 256)
     made = {

@@ -1,12 +1,12 @@
 """Merge what a run trained into its base model, a tensor at a time.
 
-A checkpoint (LoRA, or a part of the model trained whole) holds two kinds of entries; every one is accounted for:
+A checkpoint (LoRA, or fully trained parts of the model) holds two kinds of entries; every one is accounted for:
 
     adapter pairs   NAME.lora_A [in, r] and NAME.lora_B [r, out]: NAME.weight becomes W + (alpha / r) · A @ B
-    whole tensors   under a base tensor's own name: it takes its place
+    full tensors    under the name of a base tensor, which they replace
 
-All other tensors are copied as they are: from the base, or the LLM's from the model that the run took it from
-(text_model_name_or_path). The arithmetic is float32, whatever the tensors are stored in.
+All other tensors are copied unchanged: from the base, or those of the LLM from the model whose LLM the run used
+(text_model_name_or_path). The arithmetic is float32, whatever the stored dtype.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ from paddlemix.checkpoint.model_folder import (
     inside,
 )
 from paddlemix.checkpoint.origin import Origin
-from paddlemix.checkpoint.shards import FORMATS, Item, WeightsReader, open_weights, write_model
-from paddlemix.checkpoint.structure import is_language
-from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, TensorInfo, convert_dtype, printable, rows_of
+from paddlemix.checkpoint.shards import Item, WeightsReader, open_weights, write_model
+from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, convert_dtype, printable, rows_of
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
 from paddlemix.utils.texts import some
 
-# About as many elements of a weight are added and rounded at a time, by a thread: they stay near the CPU, and each call
-# is long enough that threads do not wait for each other (Python's lock).
+# Elements that a thread adds and rounds at a time: few enough to stay in the cache, enough that threads do not contend
+# for Python's lock.
 _ELEMENTS = 1 << 20
 # The largest float32, with room for rounding.
 _LARGEST = 3.4e38
@@ -49,7 +48,7 @@ _LARGEST = 3.4e38
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did. Counts are tensors of the base; files are names in the merged folder."""
+    """Numbers of base tensors by what became of them, and the names of the files written."""
 
     merged: int
     replaced: int
@@ -59,50 +58,16 @@ class MergeResult:
 
 def _open_tuned(folder: str) -> WeightsReader:
     if not os.path.isdir(folder):
-        raise WeightsError(f"there is no folder {folder}")
+        raise WeightsError(f"no folder {folder}", "no-folder")
     path = find_tuned_weights(folder)
     if path is not None:
         return open_weights(path)
     try:
         full = find_weights(folder)
     except WeightsError:
-        raise WeightsError(
-            f"neither {LORA_WEIGHTS_NAME} nor {PARTIAL_WEIGHTS_NAME} in {folder}: give the folder of a tuning run"
-        ) from None
-    raise WeightsError(
-        f"{folder} holds {full}: a whole model, tuned in full. Nothing is left to merge; use it as it is"
-    )
-
-
-class _TwoModels:
-    """The base with the LLM of another model, for one reader: `text` has the language tensors, `base` the others."""
-
-    def __init__(self, base: WeightsReader, text: WeightsReader):
-        ours = [name for name in base.keys() if is_language(name)]
-        lost = [name for name in ours if name not in text or text.info(name).shape != base.info(name).shape]
-        if lost:
-            names = some(printable(name, 300) for name in lost)
-            raise WeightsError(f"{text.files[0]} has another LLM than {base.files[0]}: {names}")
-        self._base, self._text = base, text
-        self.keys, self.files = base.keys, base.files
-
-    def _reader(self, name: str) -> WeightsReader:
-        return self._text if is_language(name) else self._base
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._base
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._reader(name).info(name)
-
-    def read(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
-        return self._reader(name).read(name, dtype)
-
-    def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
-        return self._reader(name).raw(name)
+        text = f"neither {LORA_WEIGHTS_NAME} nor {PARTIAL_WEIGHTS_NAME} in {folder}: give the folder of a tuning run"
+        raise WeightsError(text, "no-tuned-weights") from None
+    raise WeightsError(f"{folder} holds {full}: a full model. There is nothing to merge; use it directly", "full-model")
 
 
 def _check_text_folder(origin: Origin, tuned: str, text: Optional[str]) -> None:
@@ -141,21 +106,20 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
         elif len(pair) == 1:
             wrong.append(f"{next(iter(pair.values()))} has no other half")
         elif name in replaced:
-            wrong.append(f"{name} is there whole and as an adapter")
+            wrong.append(f"{name} is there in full and as an adapter")
         else:
             a, b, w = lora.info(pair["lora_A"]), lora.info(pair["lora_B"]), base.info(name)
             if len(w.shape) != 2 or a.shape != (w.shape[0], rank) or b.shape != (rank, w.shape[1]):
                 sizes = f"{list(a.shape)} and {list(b.shape)} for {list(w.shape)}"
                 wrong.append(f"the adapter of {name} is {sizes}, with r {rank}")
             elif not {a.dtype, b.dtype, w.dtype} <= set(FLOATS):
-                wrong.append(f"the adapter of {name} is not of floating-point numbers")
-    problems = []
-    if unknown:
-        problems.append(f"{len(unknown)} fit no tensor of the base: {some(printable(name, 300) for name in unknown)}")
-    if wrong:
-        problems.append(f"{len(wrong)} do not fit: {some(printable(text, 300) for text in wrong)}")
+                wrong.append(f"the adapter of {name} is not floating-point")
+    kinds = (("fit no tensor of the base", unknown), ("do not fit", wrong))
+    problems = [
+        f"{len(names)} {kind}: {some(printable(name, 300) for name in names)}" for kind, names in kinds if names
+    ]
     if problems:
-        raise WeightsError(f"keys of {lora.files[0]}: " + "; ".join(problems))
+        raise WeightsError(f"keys of {lora.files[0]}: " + "; ".join(problems), "keys")
     return [name for name in base.keys() if name in pairs], replaced
 
 
@@ -174,46 +138,46 @@ def merge(
 ) -> MergeResult:
     """Write the base model with the checkpoint merged into it as a model folder.
 
-    text_folder: the folder whose LLM the run took, if it took another one than the base's. No folder is read that is
-    not given here. force: merge into a base, or with an LLM, that the checkpoint was not tuned from.
+    text_folder: the folder whose LLM the run used in place of the base's, if any. Only the folders given here are
+    read. force: merge into a base, or with an LLM, that the checkpoint was not tuned from.
 
-    dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or
-    "safetensors" (default: the base's). The folder appears when it is whole; an existing one that is not
-    empty is replaced only with `overwrite`. Memory holds two of the largest adapted weights in float32, or one
-    other tensor that comes from the checkpoint or changes dtype; the rest is copied from file to file.
+    dtype: of the floating-point tensors written (default: each as in the base). format: "pdparams" or "safetensors"
+    (default: the base's). The folder is written atomically; a non-empty one is replaced only with `overwrite`. Memory
+    holds two of the largest adapted weights in float32, or one other tensor that comes from the checkpoint or changes
+    dtype; the rest is copied from file to file.
 
     Raises:
-        UserError: out_folder is one of the inputs or in one, or not empty; or text_folder is missing, or too much.
+        UserError: out_folder is one of the inputs or in one, or not empty; text_folder is missing, or not needed.
         WeightsError: files or keys do not fit, or the checkpoint was tuned from another model.
         JobFailed: the disk is full.
     """
     inputs = [folder for folder in (base_folder, lora_folder, text_folder) if folder]
     model_folder.check_new_folder(out_folder, inputs, overwrite)
     if dtype is not None and dtype not in FLOATS[1:]:
-        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}", "dtype")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_weights(base_folder))
         lora = stack.enter_context(_open_tuned(lora_folder))
         origin = Origin.read(lora_folder)
         _check_text_folder(origin, lora_folder, text_folder)
         if text_folder is not None:
-            base = _TwoModels(base, stack.enter_context(open_weights(text_folder)))
+            base = base.with_llm_of(stack.enter_context(open_weights(text_folder)))
         adapters = any(key.endswith((".lora_A", ".lora_B")) for key in lora.keys())
         config = read_lora_config(lora_folder) if adapters else {}
         rank = config.get("r")
         scaling = config["lora_alpha"] / rank if adapters else 0.0
         merged, replaced = plan_merge(base, lora, rank)
         if not merged and not replaced:
-            raise WeightsError(f"{lora.files[0]} holds no tensors")
+            raise WeightsError(f"{lora.files[0]} holds no tensors", "empty")
         origin.check(lora_folder, base_folder, text_folder, force)
         items = []
-        adapted, whole = set(merged), set(replaced)
+        adapted, full = set(merged), set(replaced)
         for name in base.keys():
             info = base.info(name)
             to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
             if name in adapted:
                 read: Callable = _Adapted(base, lora, name, scaling, to).rows
-            elif name in whole:
+            elif name in full:
                 read = functools.partial(lora.read, name, to)
             elif to == info.dtype:
                 read = functools.partial(base.raw, name)
@@ -222,16 +186,16 @@ def merge(
             item: Item = (name, to, info.shape, read)
             items.append(item)
         logger.info(
-            f"Merging {len(merged)} adapters (r {rank}, scale {scaling:g}) and {len(replaced)} whole tensors "
+            f"Merging {len(merged)} adapters (r {rank}, scale {scaling:g}) and {len(replaced)} full tensors "
             f"into {len(base)} tensors of {base_folder}"
             if merged
-            else f"Putting {len(replaced)} whole tensors into {len(base)} tensors of {base_folder}"
+            else f"Putting {len(replaced)} full tensors into {len(base)} tensors of {base_folder}"
         )
         files = write_model(
             out_folder,
             items,
             functools.partial(copy_side_files, base_folder, lora_folder, dtype),
-            format=format or default_format(base),
+            format=format or ("safetensors" if base.files[0].endswith(".safetensors") else "pdparams"),
             max_shard_size=max_shard_size,
             progress="merge" if progress else None,
         )
@@ -239,30 +203,30 @@ def merge(
 
 
 class _Adapted:
-    """W + scaling · A · B of one weight. `rows` is called when its turn comes, `block` by the threads that write."""
+    """W + scaling · A · B of one weight. The writer calls `rows` in turn; its threads call `block`."""
 
     def __init__(self, base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str):
         self.base, self.lora, self.name, self.scaling, self.to = base, lora, name, scaling, to
 
     def rows(self) -> Rows:
-        """Raises WeightsError: A or B holds what a sum in float32 cannot."""
+        """Raises WeightsError: A or B is not finite, or W + s·A·B may exceed float32."""
         module = self.name[: -len(".weight")]
         a, b = (self.lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise WeightsError(f"the adapter of {self.name} holds NaN or infinite values: the run has diverged")
-        # The most that an element can become. Beyond what float32 holds, weights would be infinite without a word.
+            text = f"the adapter of {self.name} holds NaN or infinite values: the run has diverged"
+            raise WeightsError(text, "not-finite")
+        # A bound on every element. Beyond float32, weights would silently become infinite.
         largest = [float(max(part.max(), -part.min())) if part.size else 0.0 for part in (a, b)]
         if max(1.0, self.scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
-            raise WeightsError(
-                f"the adapter of {self.name}, times lora_alpha / r = {self.scaling:g}, is too large for float32"
-            )
-        # In one piece: the last bits of a matmul depend on how it is cut.
+            text = f"the adapter of {self.name}, times lora_alpha / r = {self.scaling:g}, is too large for float32"
+            raise WeightsError(text, "overflow")
+        # One matmul: its last bits depend on the blocking.
         delta = a @ b
         step = max(1, _ELEMENTS // delta.shape[1])
         return Rows(step, functools.partial(self.block, delta, self.base.raw(self.name)))
 
     def block(self, delta: np.ndarray, stored: Union[FileBytes, np.ndarray], start: int, stop: int) -> np.ndarray:
-        """Rows start to stop, in the dtype to write; those of `delta` are used up."""
+        """Rows start to stop in the output dtype; overwrites those of `delta`."""
         dtype = self.base.info(self.name).dtype
         merged = delta[start:stop]
         merged *= np.float32(self.scaling)
@@ -270,16 +234,16 @@ class _Adapted:
         try:
             return convert_dtype(merged, "float32", self.to)
         except WeightsError as error:
-            raise WeightsError(f"{self.name} with its adapter: {error}") from None
+            raise WeightsError(f"{self.name} with its adapter: {error}", *error.about) from None
 
 
 # ---- files
 
 
 def copy_side_files(base_folder: str, lora_folder: str, dtype: Optional[str], out_folder: str) -> List[str]:
-    """Copy what chat.py and predict.py need beside the weights, and the records of the run. Returns the names.
+    """Copy the files that chat.py and predict.py need next to the weights, and the records of the run. Returns names.
 
-    The tokenizer and the template to predict with are those that the run trained with, where it wrote them.
+    The tokenizer and the chat template are those of the run where it saved them, else the base's.
 
     Raises:
         WeightsError: no config.json in the base, or a link that leads out of its folder.
@@ -298,10 +262,3 @@ def copy_side_files(base_folder: str, lora_folder: str, dtype: Optional[str], ou
         config["dtype"] = dtype
         write_json(os.path.join(out_folder, "config.json"), config)
     return list(paths)
-
-
-def default_format(reader: WeightsReader) -> str:
-    """The format to write what this reader reads."""
-    return next(
-        (name for name, (_, ending) in FORMATS.items() if reader.files[0].endswith(ending)), "pdparams"
-    )

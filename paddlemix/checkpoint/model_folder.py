@@ -1,7 +1,6 @@
-"""What a model folder is: the role of each file in it, where its weights are, and which folders may be written.
+"""Model folders: the role of each file by its name, finding the weights, and checking a folder to write.
 
-Merging, importing, packing, the fingerprint of a prediction run, saving and clearing an output folder all read this
-table.
+One table serves merging, importing, packing, the fingerprint of a prediction run, saving and clearing an output folder.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from paddlemix.utils.files import is_empty, remove_leftovers
 from paddlemix.utils.outputs import check_folder
 
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
-# What a run that trains a part of the model whole leaves: the tensors that trained.
+# Written by a run that trains parts of the model without adapters: the trained tensors.
 PARTIAL_WEIGHTS_NAME = "partial_model_state.pdparams"
 LORA_CONFIG_NAME = "lora_config.json"
 TUNED_FROM_NAME = "tuned_from.json"
 INDEX_SUFFIX = ".index.json"
-# In the order they are looked for. Either name is fine, but two vocabularies in one folder are not.
+# In search order. Either name is fine; a folder must not hold both.
 VOCABULARIES = ("mgen.tiktoken", "qwen.tiktoken")
 
 # ---- roles
@@ -56,7 +55,7 @@ _TABLE = tuple(
     )
 )
 
-# What decides a model's answers.
+# The files that a model's answers depend on.
 ANSWERS = (CONFIG, WEIGHTS, TORCH_WEIGHTS, TUNED_WEIGHTS, TUNING, TOKENIZER, TEMPLATE)
 
 
@@ -72,10 +71,10 @@ def files_of(folder: str, *roles: str) -> List[str]:
 
 
 def gather(folders: Sequence[str], *roles: str) -> Dict[str, str]:
-    """{name: path} of the files of these roles, each from the first folder that has it, and at most one vocabulary.
+    """{name: path} of the files with these roles, each from the first folder that has it; at most one vocabulary.
 
     Raises:
-        WeightsError: one is a link that leads out of its folder.
+        WeightsError: a file is a link that leads out of its folder.
     """
     found: Dict[str, str] = {}
     for folder in folders:
@@ -89,11 +88,9 @@ def gather(folders: Sequence[str], *roles: str) -> Dict[str, str]:
 
 
 def inside(folder: str, name: str) -> str:
-    """The path of `name` in `folder`, if it is a plain, printable file name and does not lead out of the folder by a
-    link.
+    """The path of `name` in `folder`: a plain, printable file name, and no link that leads out of the folder.
 
-    Links into the `blobs` beside a `snapshots` folder are how a Hugging Face cache keeps its files; they are
-    allowed.
+    Links from a `snapshots` folder into its sibling `blobs` are allowed: a Hugging Face cache is built that way.
 
     Raises:
         WeightsError: it leads elsewhere.
@@ -120,28 +117,30 @@ def find_weights(folder: str) -> str:
         WeightsError: there is none, there are several, or shards have lost their index.
     """
     if not os.path.isdir(folder):
-        raise WeightsError(f"there is no folder {folder}")
+        raise WeightsError(f"no folder {folder}", "no-folder")
     names = set(os.listdir(folder))
     layouts = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
     found = [name for single in layouts for name in (single, single + INDEX_SUFFIX) if name in names]
-    # A public checkpoint may hold its weights as safetensors and, for older programs, as .bin too.
+    # Public checkpoints may hold both safetensors and, for older programs, .bin.
     ours = [name for name in found if role(name) == WEIGHTS]
     if len(ours or found) > 1:
-        raise WeightsError(f"{folder} holds several sets of weights ({', '.join(ours or found)}); keep one of them")
+        names = ", ".join(ours or found)
+        raise WeightsError(f"{folder} holds several sets of weights ({names}); keep one of them", "several-weights")
     if found:
         return (ours or found)[0]
     shards = sorted(name for name in names if role(name) in (WEIGHTS, TORCH_WEIGHTS))
     if shards:
-        raise WeightsError(f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)")
+        text = f"{folder} holds {shards[0]} but no index ({shards[0].split('-')[0]}….index.json)"
+        raise WeightsError(text, "no-index")
     for tuned, what in ((LORA_WEIGHTS_NAME, "is a LoRA checkpoint"),
                         (PARTIAL_WEIGHTS_NAME, "holds the tensors that a run trained")):  # fmt: skip
         if tuned in names:
             raise WeightsError(f"{folder} {what}, not a model: merge it first: {merge_command(folder)}", "not-merged")
-    raise WeightsError(f"no weights in {folder} (looked for {', '.join(layouts)} and their shards)")
+    raise WeightsError(f"no weights in {folder} (looked for {', '.join(layouts)} and their shards)", "no-weights")
 
 
 def find_tuned_weights(folder: str) -> Optional[str]:
-    """Path of the weights in a folder that a tuning run wrote beside nothing of its base; None in any other folder.
+    """Path of the adapters or the trained tensors in the folder of a tuning run; None in any other folder.
 
     Raises:
         WeightsError: it is a link that leads out of the folder.
@@ -153,23 +152,23 @@ def find_tuned_weights(folder: str) -> Optional[str]:
 
 
 def merge_command(tuned: str, base: Optional[str] = None, text: Optional[str] = None) -> str:
-    """The command that makes a model folder of what a run tuned, to be copied; BASE is written for an unknown base."""
-    words = ["python", "merge_lora_params.py", "--model_name_or_path", base or "BASE", "--lora_path", tuned]
-    words += ["--text_model_name_or_path", text] if text is not None else []
-    return " ".join(shlex.quote(word) for word in [*words, "--merge_model_path", os.path.normpath(tuned) + "-merged"])
+    """The merge command for a tuned folder, ready to be copied; an unknown base is written BASE."""
+    command = ["python", "merge_lora_params.py", "--model_name_or_path", base or "BASE", "--lora_path", tuned]
+    command += ["--text_model_name_or_path", text] if text is not None else []
+    return " ".join(map(shlex.quote, [*command, "--merge_model_path", os.path.normpath(tuned) + "-merged"]))
 
 
 # ---- folders to write
 
 
 def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
-    """Refuse a folder to write that would harm an input, or something else in its place.
+    """Check that writing the folder `new` harms neither an input nor anything already there.
 
-    What killed processes left of writing it is removed first.
+    Leftovers of killed processes that were writing it are removed first.
 
     Raises:
-        UserError: it is an input, holds one, lies in one, is a file, is written by another process, or is not empty
-        without `overwrite`.
+        UserError: it overlaps an input, is a file, is being written by another process, or is not empty and
+        `overwrite` is not set.
     """
     out = os.path.realpath(new)
     if remove_leftovers(out):
@@ -177,7 +176,7 @@ def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
     for folder in inputs:
         real = os.path.realpath(folder)
         if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):
-            raise UserError(f"{new} and {folder} overlap: give an output folder of its own")
+            raise UserError(f"{new} and {folder} overlap: give an output folder of its own", "overlap")
     check_folder(new)
     if os.path.isdir(out) and not is_empty(out) and not overwrite:
         raise UserError(f"{new} is not empty: give another folder, or --overwrite to replace it")

@@ -1,11 +1,11 @@
-"""tuned_from.json: the models that a tuning run started from, for the tensors that it did not change.
+"""tuned_from.json: the models that a tuning run started from, which hold the tensors that it did not change.
 
     model_name_or_path        the base, as the run's configuration names it
     text_model_name_or_path   the model whose LLM took the place of the base's, or null
     base_fingerprint          model_fingerprint of each
     text_fingerprint
 
-The folders are names only, and a note may be a stranger's: the fingerprint tells whether a folder is the one meant.
+The folder names are only hints, and the file may be a stranger's: the fingerprints identify the models.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _KEYS = ("model_name_or_path", "text_model_name_or_path", "base_fingerprint", "t
 
 
 class Origin(NamedTuple):
-    """base: the folder of the model that was tuned. text: the one whose LLM took the place of the base's, or None.
+    """base: folder of the model that was tuned. text: folder of the model whose LLM replaced the base's, or None.
 
-    The fingerprints are None in the note of an older version.
+    The fingerprints are None in files of older versions.
     """
 
     base: Optional[str] = None
@@ -39,12 +39,12 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, base: str, text: Optional[str] = None) -> Origin:
-        """The note of a run on these folders, which are read (see model_fingerprint)."""
+        """The origin of a run on these folders, which are read (see model_fingerprint)."""
         return cls(base, text, model_fingerprint(base), None if text is None else model_fingerprint(text))
 
     @classmethod
     def read(cls, folder: str) -> Origin:
-        """What the note in a folder says; nothing without one.
+        """The origin recorded in a folder; all None without one.
 
         Raises:
             WeightsError: it is not a JSON object, or its values are not texts.
@@ -55,7 +55,7 @@ class Origin(NamedTuple):
         values = read_json_object(path)
         found = [values.get(key) for key in _KEYS]
         if not all(value is None or isinstance(value, str) for value in found):
-            raise WeightsError(f"{path}: {' and '.join(_KEYS[:2])} must be folders, the fingerprints texts", *_KEYS[:2])
+            raise WeightsError(f"{path}: {', '.join(_KEYS)} must be strings", *_KEYS)
         return cls(*found)
 
     def write(self, folder: str) -> None:
@@ -69,18 +69,18 @@ class Origin(NamedTuple):
         force: bool = False,
         warn: Callable[[str], Any] = logger.warning,
     ) -> None:
-        """Whether the run in `tuned`, whose note this is, started from the model in `base`, and from the LLM of the
-        one in `text`, if given.
+        """Check that the run in `tuned`, whose origin this is, started from the model in `base` and, if given, the LLM
+        of the one in `text`.
 
-        A note without a fingerprint, or no note, is a warning. force: so is another model. warn: takes warnings.
+        A missing fingerprint is only a warning, passed to `warn`; with `force`, so is another model.
 
         Raises:
-            WeightsError: it did not.
+            WeightsError: it started from another model.
         """
         if self.base_fingerprint is None:
             warn(
-                f"{tuned} does not say from which weights it was tuned (it is of an older version): "
-                f"nothing shows that {base} is that model"
+                f"{tuned} does not record which weights it was tuned from (an older version wrote it): "
+                f"cannot check that {base} is that model"
             )
         pairs = ((base, self.base, self.base_fingerprint), (text, self.text, self.text_fingerprint))
         for folder, there, noted in pairs:
@@ -88,22 +88,22 @@ class Origin(NamedTuple):
                 continue
             again = Origin.read(folder).base_fingerprint == noted
             problem = f"{tuned} was tuned from {printable(str(there), 300)}, and {folder} is another model" + (
-                ", itself tuned from that one: is this tuning merged into it already?" if again else ""
+                ", itself tuned from that one: has this run been merged into it already?" if again else ""
             )
             if not force:
                 code = "already-merged" if again else "other-model"
-                raise WeightsError(f"{problem} (merge_lora_params.py --force merges all the same)", code)
+                raise WeightsError(f"{problem} (merge_lora_params.py --force merges anyway)", code)
             warn(problem)
 
     def same_weights(self, other: Origin) -> bool:
-        """Whether two notes are of the same models, as far as they tell."""
+        """Whether both name the same models, as far as fingerprints are known."""
         pairs = ((self.base_fingerprint, other.base_fingerprint), (self.text_fingerprint, other.text_fingerprint))
         return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
     def find(self) -> Tuple[Optional[str], Optional[str]]:
-        """(base, text) as the note names them, each None unless the model there has the fingerprint in the note.
+        """(base, text) as recorded, each None unless the model there has the recorded fingerprint.
 
-        So a stranger's note leads to no other model than one that the stranger knows already.
+        So a stranger's file can only lead to a model that the stranger already knows.
         """
         pairs = ((self.base, self.base_fingerprint), (self.text, self.text_fingerprint))
         return tuple(folder if folder is not None and _is_model(folder, noted) else None for folder, noted in pairs)
@@ -117,12 +117,10 @@ def _is_model(folder: str, fingerprint: Optional[str]) -> bool:
 
 
 def model_fingerprint(folder: str) -> str:
-    """A SHA-256, as hex, of what a model folder computes: the structure in its config.json, and each tensor's name,
-    shape and a sample of its values.
+    """SHA-256 (hex) of a model: the structure in its config.json, and each tensor's name, shape and a sample of values.
 
-    The format and the sharding of the weights do not matter, nor whether float16 or bfloat16 was widened to float32.
-    A few KB of each tensor are read: that tells models apart, and a tuned one from its base, but not a single value
-    changed on purpose.
+    Format and sharding do not matter, nor whether float16 or bfloat16 was widened to float32. A few KB of each tensor
+    are read: enough to tell models apart, and a tuned one from its base, but not to detect a single altered value.
 
     Raises:
         WeightsError: no config.json, or weights that cannot be read.

@@ -1,12 +1,11 @@
 """Paddle's .pdparams / .pdopt / .pth files: read without ever executing anything, written a tensor at a time.
 
-Such a file is a pickle of names and numpy arrays. paddle.load would run any code in it; the reader here
-knows the few constructors that arrays need and refuses the rest by name (unpickle.py). Large arrays are
-never copied on reading: they are views of the mapped file. Pickle protocol 2 stores arrays as text, so those
-are decoded when they are read.
+Such a file is a pickle of names and numpy arrays. paddle.load would run any code in it; the reader here knows the few
+constructors that arrays need and refuses the rest by name (unpickle.py). Arrays are views of the mapped file, except
+those of pickle protocol 2, which stores them as text to be decoded.
 
-The writer makes the pickle by hand, so that no more than one tensor is in memory, and starts each array at a
-multiple of 64 bytes, so that it can be used in place. paddle.load of 2.x and 3.x reads what it writes.
+The writer emits the pickle itself, with one tensor in memory at a time, and aligns each array to 64 bytes, so that it
+can be used in place. paddle.load of 2.x and 3.x reads the result.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ from paddlemix.checkpoint.tensors import (
 from paddlemix.checkpoint.unpickle import Blob, Buildable, LazyText, Unpickler, make_dict
 from paddlemix.utils.errors import WeightsError
 
-# Paddle's own notes in a state dict: structured name → parameter name, and arrays cut in pieces (protocols 2
-# and 3).
+# Paddle's own entries in a state dict: structured name → parameter name, and arrays cut in pieces (protocols 2 and 3).
 NAME_TABLE = "StructuredToParameterName@@"
 PIECES = "UnpackBigParamInfor@@"
 
-# numpy's type codes → our names. Paddle stores bfloat16 as uint16, which it uses for nothing else.
+# numpy's type codes → our names. Paddle stores bfloat16 as uint16, and nothing else as uint16.
 _CODES = {kind.str[1:]: name for name, kind in NUMPY_TYPES.items()}
 _CODE_OF = {name: code for code, name in _CODES.items()}
 
@@ -51,20 +49,18 @@ class _Dtype(Buildable):
     """numpy.dtype("f4", False, True) and its state (3, "<", None, None, None, -1, -1, 0)."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
-        # Anything else than a text is not even shown: a list of lists of lists … may be endless.
-        if type(code) is not str:
-            raise WeightsError("refused: arrays of a type without a name")
-        if code not in _CODES:
-            raise WeightsError(f"refused: arrays of type {printable(code)}")
+        # Only a string is shown: nested lists may be endless.
+        if type(code) is not str or code not in _CODES:
+            shown = printable(code) if type(code) is str else "without a name"
+            raise WeightsError(f"refused: arrays of type {shown}", "refused", "dtype", shown)
         self.code = code
 
     def build(self, state: Any) -> None:
         if type(state) is not tuple or len(state) < 5 or state[2:5] != (None, None, None):
-            raise WeightsError("refused: arrays of a compound type")
+            raise WeightsError("refused: arrays of a compound type", "refused", "dtype")
         if state[1] not in ("<", "|"):
-            raise WeightsError(
-                "refused: arrays in another byte order; convert them on the machine that wrote them"
-            )
+            text = "refused: big-endian arrays; convert them on the machine that wrote them"
+            raise WeightsError(text, "refused", "byte-order")
 
 
 class _Array(Buildable):
@@ -75,7 +71,7 @@ class _Array(Buildable):
 
     def __init__(self, kind: Any, shape: Any, code: Any):
         if kind is not _NDARRAY or shape != (0,):
-            raise WeightsError("refused: an array that is not numpy's own")
+            raise WeightsError("refused: an array of another class than numpy's", "refused")
 
     def build(self, state: Any) -> None:
         if self.code is not None:
@@ -88,27 +84,25 @@ class _Array(Buildable):
         for n in self.shape:
             size *= n
         if isinstance(self.data, _Encoded):
-            # The exact count is checked when it is decoded.
+            # The exact length is checked after decoding.
             fits = self.data.may_have(size)
         else:
             fits = isinstance(self.data, Blob) and self.data.length == size
         if not fits:
-            raise WeightsError(f"an array of shape {list(self.shape)} does not fit the bytes stored for it")
+            raise WeightsError(f"an array of shape {list(self.shape)} does not fit the bytes stored for it", "shape")
         self.nbytes = size
         self.code = dtype.code
 
     def load(self, file: MappedFile) -> np.ndarray:
         if self.code is None:
-            raise WeightsError(f"{file.path}: an array without data")
+            raise WeightsError(f"{file.path}: an array without data", "broken")
         kind = np.dtype("<" + self.code)
         if self.nbytes == 0:
             return np.empty(self.shape, kind)
         if isinstance(self.data, _Encoded):
             data = self.data.decode(file)
             if len(data) != self.nbytes:
-                raise WeightsError(
-                    f"{file.path}: an array of shape {list(self.shape)} does not fit its bytes"
-                )
+                raise WeightsError(f"{file.path}: an array of shape {list(self.shape)} does not fit its bytes", "shape")
             flat = np.frombuffer(data, kind)
         else:
             flat = np.frombuffer(file.view, kind, self.nbytes // kind.itemsize, self.data.offset)
@@ -118,21 +112,21 @@ class _Array(Buildable):
 class _Encoded:
     """_codecs.encode(text, "latin1"): how protocol 2 writes bytes.
 
-    It is not encoded before somebody asks: a file may ask for the same text a million times.
+    Encoded on demand only: a file may refer to the same text a million times.
     """
 
     def __init__(self, text: Any, encoding: Any):
         if encoding != "latin1" or not isinstance(text, (str, LazyText)):
-            raise WeightsError("refused: text in an encoding other than latin1")
+            raise WeightsError("refused: text in an encoding other than latin1", "refused")
         self.text = text
 
     @property
     def most(self) -> int:
-        """Bytes that it can have at most; a short text's exactly."""
+        """Upper bound of its bytes; exact for a short text."""
         return len(self.text) if isinstance(self.text, str) else self.text.length
 
     def may_have(self, size: int) -> bool:
-        """Whether it can have `size` bytes: UTF-8 takes one or two for a letter of Latin-1."""
+        """Whether it can have `size` bytes: UTF-8 takes one or two per Latin-1 character."""
         if isinstance(self.text, str):
             return size == len(self.text)
         return self.text.length // 2 <= size <= self.text.length
@@ -146,10 +140,10 @@ class _Encoded:
             place = f" at byte {start}"
             return str(file.view[start : start + self.text.length], "utf-8").encode("latin1")
         except UnicodeError:
-            raise WeightsError(f"{file.path} is broken (an array's text{place})") from None
+            raise WeightsError(f"{file.path} is broken (an array's text{place})", "text") from None
 
 
-# The name numpy.ndarray, which a file only hands to _reconstruct.
+# The name numpy.ndarray, which a file only passes to _reconstruct.
 _NDARRAY = object()
 
 
@@ -164,17 +158,15 @@ class _Scalar:
 
 def _empty_bytes(*arguments: Any) -> Blob:
     if arguments:
-        raise WeightsError("refused: bytes made from arguments")
+        raise WeightsError("refused: bytes made from arguments", "refused")
     return Blob(0, 0)
 
 
 def _named_tensor(pair: Any) -> Any:
-    """tuple((name, array)): how paddle.save writes a tensor outside a state dict. The name is of no use
-    here.
-    """
+    """tuple((name, array)): how paddle.save writes a tensor outside a state dict. The name is not needed."""
     if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is str and isinstance(pair[1], _Array):
         return pair[1]
-    raise WeightsError("refused: a tuple made from something else than a tensor's name and values")
+    raise WeightsError("refused: a tuple made from anything but a tensor's name and values", "refused")
 
 
 _BUILTINS = ("builtins", "__builtin__")
@@ -199,7 +191,7 @@ _TORCH_BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P"
 
 def _parse(file: MappedFile) -> Any:
     if bytes(file.view[:13]) == _TORCH_BEFORE_1_6:
-        raise WeightsError(f"{file.path} is of a PyTorch before 1.6; load and save it once with a newer one")
+        raise WeightsError(f"{file.path} is of a PyTorch before 1.6; re-save it with a newer one", "old-torch")
     return Unpickler(file.view, file.path, _CALLS, _NAMES).load()
 
 
@@ -208,7 +200,7 @@ def _parse(file: MappedFile) -> Any:
 
 def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
     if not isinstance(array, _Array) or array.code is None:
-        raise WeightsError(f"{file.path}: {printable(name)} is not a tensor")
+        raise WeightsError(f"{file.path}: {printable(name)} is not a tensor", "tensor")
     where = None
     if isinstance(array.data, Blob) and (not array.fortran or len(array.shape) < 2):
         where = FileBytes(file, array.data.offset, array.nbytes)
@@ -216,12 +208,10 @@ def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
 
 
 def _join(file: MappedFile, objects: Dict[Any, Any]) -> Dict[str, StoredTensor]:
-    """Put arrays together that paddle.save cut in pieces. Returns them and takes the pieces out of
-    `objects`.
-    """
+    """Join arrays that paddle.save cut in pieces. Returns them and removes the pieces from `objects`."""
     table = objects.pop(PIECES, {})
     joined = {}
-    broken = WeightsError(f"{file.path} is broken (its table of cut arrays)")
+    broken = WeightsError(f"{file.path} is broken (its table of cut arrays)", "pieces")
     if type(table) is not dict:
         raise broken
     for name, entry in table.items():
@@ -235,9 +225,7 @@ def _join(file: MappedFile, objects: Dict[Any, Any]) -> Dict[str, StoredTensor]:
             raise broken
         pieces = [_as_stored(file, piece, objects.pop(piece)) for piece in slices]
         dtype = pieces[0].dtype
-        if any(piece.dtype != dtype for piece in pieces) or sum(p.nbytes for p in pieces) != size_of(
-            dtype, shape
-        ):
+        if any(piece.dtype != dtype for piece in pieces) or sum(p.nbytes for p in pieces) != size_of(dtype, shape):
             raise broken
 
         def load(pieces=pieces, shape=shape):
@@ -251,41 +239,27 @@ def open_pdparams(file: MappedFile) -> Dict[str, StoredTensor]:
     """The tensors of a state dict by name. Reads the pickle's instructions, not the arrays.
 
     Raises:
-        WeightsError: the file names anything but arrays, is broken, or holds something else than tensors by
-        name.
+        WeightsError: the file is broken, uses other constructors than arrays need, or is not a dict of tensors.
     """
     objects = _parse(file)
     if type(objects) is not dict:
-        raise WeightsError(f"{file.path} does not hold tensors by name")
+        raise WeightsError(f"{file.path} is not a dict of tensors", "not-a-dict")
     objects.pop(NAME_TABLE, None)
     tensors = _join(file, objects)
     for name, value in objects.items():
         if type(name) is not str or not name or len(name) > MAX_NAME:
-            raise WeightsError(f"{file.path}: {printable(str(name))} cannot be a tensor's name")
+            raise WeightsError(f"{file.path}: {printable(str(name))} cannot be a tensor's name", "name")
         tensors[name] = _as_stored(file, name, value)
     check_total(sum(tensor.nbytes for tensor in tensors.values()), file.size, file.path)
     return tensors
 
 
-def read_pdparams(path: str) -> Dict[str, np.ndarray]:
-    """All tensors of a .pdparams file by name, as read-only views of the mapped file (bfloat16 as uint16).
-
-    Raises:
-        WeightsError: as open_pdparams.
-    """
-    file = MappedFile(path)
-    try:
-        return {name: tensor.load() for name, tensor in open_pdparams(file).items()}
-    finally:
-        file.close()
-
-
 def load_pdparams_object(path: str) -> Any:
-    """Any object that paddle.save wrote of dicts, lists, tuples, numbers, strings and tensors: optimizer,
-    scheduler and scaler states. Tensors are numpy arrays (views of the file).
+    """Any object of dicts, lists, tuples, numbers, strings and tensors that paddle.save wrote: optimizer, scheduler and
+    scaler states. Tensors are numpy arrays (views of the file).
 
     Raises:
-        WeightsError: the file names anything else, or is broken.
+        WeightsError: the file is broken, or holds anything else.
     """
     file = MappedFile(path)
     made: Dict[int, Any] = {}
@@ -295,9 +269,8 @@ def load_pdparams_object(path: str) -> Any:
     def finish(value: Any, depth: int = 0) -> Any:
         nonlocal promised
         if depth > _MAX_DEPTH:
-            raise WeightsError(f"{file.path}: nested too deeply")
-        # The same object may be referred to many times; it is finished once, or a small file could grow
-        # without end.
+            raise WeightsError(f"{file.path}: nested too deeply", "too-deep")
+        # Shared objects are finished once; otherwise a small file could expand without bound.
         if id(value) in made:
             return made[id(value)]
         if isinstance(value, (_Array, _Encoded)):
@@ -322,7 +295,7 @@ def load_pdparams_object(path: str) -> Any:
         elif value is None or type(value) in (bool, int, float, str):
             return value
         else:
-            raise WeightsError(f"{file.path}: refused: a bare name among its values")
+            raise WeightsError(f"{file.path}: refused: a bare name among its values", "refused")
         made[id(value)] = done
         keep.append(value)
         return done
@@ -330,7 +303,7 @@ def load_pdparams_object(path: str) -> Any:
     try:
         return finish(_parse(file))
     except UnicodeError:
-        raise WeightsError(f"{file.path} is broken (a text)") from None
+        raise WeightsError(f"{file.path} is broken (a text)", "text") from None
     finally:
         file.close()
 
@@ -338,13 +311,13 @@ def load_pdparams_object(path: str) -> Any:
 def _number(file: MappedFile, scalar: _Scalar, data: Any) -> Any:
     kind = np.dtype("<" + scalar.code)
     if type(data) is not bytes or len(data) != kind.itemsize:
-        raise WeightsError(f"{file.path} is broken (a number that does not fit its type)")
+        raise WeightsError(f"{file.path} is broken (a number that does not fit its type)", "number")
     return np.frombuffer(data, kind)[0]
 
 
 # ---- writing
 
-# Where arrays begin. 64 is what the widest vector instructions like.
+# Alignment of arrays, for the widest vector instructions.
 _ALIGN = 64
 
 
@@ -361,11 +334,9 @@ def _integer(n: int) -> bytes:
 
 
 class PdparamsWriter:
-    """Writes a state dict to a Sink, a tensor at a time: begin(), then for each tensor tensor() and its
-    bytes, end().
-    """
+    """Writes a state dict to a Sink: begin(); for each tensor tensor(), its bytes and after_tensor(); end()."""
 
-    # Slots of the pickle's memory for what every array repeats. Dtypes follow.
+    # Memo slots of what every array repeats. Dtypes follow.
     _RECONSTRUCT, _NDARRAY, _DTYPE, _SHAPE0, _CODE = range(5)
 
     def __init__(self, sink: Sink):
@@ -377,8 +348,7 @@ class PdparamsWriter:
             return b"q" + bytes([slot]) + b"0"
 
         self._sink.write(b"\x80\x04")
-        # The names go to the memory first and leave the stack again, so that each array refers to them in
-        # two bytes.
+        # The names are stored in the memo first, so that each array refers to them in two bytes.
         self._sink.write(b"cnumpy.core.multiarray\n_reconstruct\n" + remember(self._RECONSTRUCT))
         self._sink.write(b"cnumpy\nndarray\n" + remember(self._NDARRAY))
         self._sink.write(b"cnumpy\ndtype\n" + remember(self._DTYPE))
@@ -397,13 +367,13 @@ class PdparamsWriter:
         return made + b"q" + bytes([slot])
 
     def tensor(self, name: str, dtype: str, shape: Tuple[int, ...]) -> None:
-        """Write everything up to the array's bytes; the caller writes exactly those next."""
+        """Write everything up to the array's bytes, which the caller must write next."""
         head = _text(name)
         head += b"h%ch%ch%ch%c\x87R" % (self._RECONSTRUCT, self._NDARRAY, self._SHAPE0, self._CODE)
         head += b"(K\x01(" + b"".join(map(_integer, shape)) + b"t" + self._dtype(dtype) + b"\x89"
         self._sink.write(head)
         length = size_of(dtype, shape)
-        # NONE POP takes two bytes and does nothing; BININT1 POP takes three.
+        # Padding: NONE POP takes two bytes and does nothing; BININT1 POP takes three.
         gap = -(self._sink.position + 9) % _ALIGN
         if gap == 1:
             gap += _ALIGN

@@ -1,7 +1,7 @@
 """safetensors files: eight bytes of length, a JSON header, then the arrays end to end.
 
-The reader maps the file and checks the header against the file's size before anything is used; the writer
-needs one tensor in memory at a time.
+The reader maps the file and checks the header against the file's size before using anything; the writer holds one
+tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -36,44 +36,40 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
     """The tensors of a file by name; reads the header only.
 
     Raises:
-        WeightsError: a header that is too large, no JSON or malformed; an unknown dtype; offsets that
-        overlap, leave gaps, leave the file or do not fit the shape; bytes after the last tensor.
+        WeightsError: a header that is too large, not JSON or malformed; an unknown dtype; offsets that overlap, leave
+        gaps, leave the file or do not fit the shape; bytes after the last tensor.
     """
     path = file.path
     if file.size < 8:
-        raise WeightsError(f"{path} is too short for a safetensors file")
+        raise WeightsError(f"{path} is too short for a safetensors file", "truncated")
     (length,) = struct.unpack("<Q", bytes(file.view[:8]))
     if length > MAX_HEADER or 8 + length > file.size:
-        raise WeightsError(f"{path} is broken: its header would have {length} bytes")
+        raise WeightsError(f"{path} is broken: its header would have {length} bytes", "header")
     header = strict_json(bytes(file.view[8 : 8 + length]), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise WeightsError(f"{path} is broken: its metadata is not an object")
+        raise WeightsError(f"{path} is broken: its metadata is not an object", "metadata")
     start = 8 + length
     tensors = {}
     spans = []
     for name, entry in header.items():
         what = f"{path}: {printable(name)}"
         if not name or len(name) > MAX_NAME:
-            raise WeightsError(f"{what} cannot be a tensor's name")
+            raise WeightsError(f"{what} cannot be a tensor's name", "name")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise WeightsError(f"{what} is not described by dtype, shape and data_offsets")
+            raise WeightsError(f"{what} is not described by dtype, shape and data_offsets", "entry")
         dtype = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
-            raise WeightsError(f"{what} is of type {printable(str(entry['dtype']))}, which is not supported")
+            raise WeightsError(f"{what} is of type {printable(str(entry['dtype']))}, which is not supported", "dtype")
         shape = check_shape(entry["shape"], what)
         offsets = entry["data_offsets"]
-        if (
-            not isinstance(offsets, list)
-            or len(offsets) != 2
-            or any(type(n) is not int or n < 0 for n in offsets)
-        ):
-            raise WeightsError(f"{what}: its data_offsets are not two positions")
+        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
+            raise WeightsError(f"{what}: its data_offsets are not two positions", "data_offsets")
         begin, end = offsets
         if end - begin != size_of(dtype, shape):
-            raise WeightsError(f"{what}: shape {list(shape)} does not fit its offsets")
+            raise WeightsError(f"{what}: shape {list(shape)} does not fit its offsets", "shape", "data_offsets")
         if start + end > file.size:
-            raise WeightsError(f"{what} lies outside the file, which is cut short or broken")
+            raise WeightsError(f"{what} lies outside the file, which is truncated or broken", "truncated")
         spans.append((begin, end, name))
         where = FileBytes(file, start + begin, end - begin)
 
@@ -84,18 +80,16 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            kind = "overlap" if begin < at else "leave a gap"
-            raise WeightsError(f"{path} is broken: offsets {kind} before {printable(name)}")
+            kind = "overlap" if begin < at else "gap"
+            raise WeightsError(f"{path} is broken: {kind} in the offsets before {printable(name)}", kind)
         at = end
     if start + at != file.size:
-        raise WeightsError(f"{path}: {file.size - start - at} bytes follow its end")
+        raise WeightsError(f"{path}: {file.size - start - at} bytes follow its end", "trailing-bytes")
     return tensors
 
 
 class SafetensorsWriter:
-    """Writes tensors to a Sink in the order of `plan`, which is known beforehand because the header comes
-    first.
-    """
+    """Writes tensors to a Sink in the order of `plan`, which must be known first: the header comes first."""
 
     def __init__(self, sink: Sink, plan: List[Tuple[str, str, Tuple[int, ...]]]):
         self._sink = sink
@@ -123,5 +117,5 @@ class SafetensorsWriter:
 
 
 def alignment(dtype: str) -> int:
-    """Sort key that keeps every array aligned when arrays stand end to end: wide types first."""
+    """Sort key that keeps contiguous arrays aligned: wide types first."""
     return -NUMPY_TYPES[dtype].itemsize

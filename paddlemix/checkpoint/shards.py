@@ -1,10 +1,9 @@
-"""Weights of a model folder, whatever their layout: one file or shards with an index; .pdparams,
-safetensors or PyTorch's .bin.
+"""Weights of a model folder in any layout: one file or shards with an index; .pdparams, safetensors or PyTorch's .bin.
 
-    reader = open_weights(folder)          headers only
-    reader.info(name)                      dtype, shape, file
-    reader.read(name, "float32")           one tensor
-    write_sharded(folder, items)           one tensor in memory at a time, written beside and renamed
+reader = open_weights(folder)          headers only
+reader.info(name)                      dtype, shape, file
+reader.read(name, "float32")           one tensor
+write_sharded(folder, items)           one tensor in memory at a time, in files that are renamed at the end
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import numpy as np
 from paddlemix.checkpoint import pdparams, safetensors, torch_bin
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, WEIGHTS, files_of, find_weights, inside
 from paddlemix.checkpoint.sink import Sink
+from paddlemix.checkpoint.structure import is_language
 from paddlemix.checkpoint.tensors import (
     FLOATS,
     NUMPY_TYPES,
@@ -42,8 +42,9 @@ from paddlemix.utils.files import atomic_folder, atomic_write
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import allow_open_files
+from paddlemix.utils.texts import some
 
-# Values of a tensor that sample() gives, and the stretches that they are in.
+# Values that sample() takes from a tensor, in how many runs.
 _SAMPLE, _STRETCHES = 1024, 4
 
 # Base name and extension of each format that is written.
@@ -64,21 +65,16 @@ def _read_index(folder: str, name: str) -> Dict[str, str]:
     """weight_map of an index: key → file name."""
     path = inside(folder, name)
     table = read_json_object(path).get("weight_map")
-    if (
-        not isinstance(table, dict)
-        or not table
-        or not all(isinstance(shard, str) for shard in table.values())
-    ):
-        raise WeightsError(f"{path} has no weight_map of keys and files")
+    if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
+        raise WeightsError(f"{path} has no weight_map of keys and files", "weight_map")
     return table
 
 
 class WeightsReader:
     """Tensors by name, over one file or many. Made by open_weights.
 
-    What read() hands out are read-only views of the mapped files. The memory that they show is given back to
-    the system's file cache when the next tensor is read, so that reading a whole checkpoint does not fill
-    the memory; a view stays valid, and its bytes come back when they are touched.
+    read() returns read-only views of the mapped files. Their pages are released when the next tensor is read, so that
+    reading a checkpoint does not fill the memory; a view stays valid, and its pages are read again when touched.
     """
 
     def __init__(self, tensors: Dict[str, StoredTensor], paths: Dict[str, str], files: List[MappedFile]):
@@ -111,7 +107,7 @@ class WeightsReader:
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
-            raise WeightsError(f"no tensor {printable(name)} in {', '.join(self.files)}")
+            raise WeightsError(f"no tensor {printable(name)} in {', '.join(self.files)}", "no-tensor")
         return self._tensors[name]
 
     def info(self, name: str) -> TensorInfo:
@@ -123,7 +119,7 @@ class WeightsReader:
         """A tensor as stored (a view of the file; bfloat16 as uint16), or converted to `dtype` (a new array).
 
         Raises:
-            WeightsError: no such tensor, the file is broken there, or a value does not fit `dtype`.
+            WeightsError: no such tensor, its bytes are broken, or a value does not fit `dtype`.
         """
         tensor = self._tensor(name)
         if self._shown is not None:
@@ -137,10 +133,10 @@ class WeightsReader:
         try:
             return convert_dtype(array, tensor.dtype, dtype)
         except WeightsError as error:
-            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}") from None
+            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}", *error.about) from None
 
     def load(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
-        """A tensor as read() gives it, in pages of memory of its own. Threads read and convert it, piece by piece.
+        """A tensor as from read(), but always in memory of its own, read and converted by several threads.
 
         Raises:
             WeightsError: as read().
@@ -170,20 +166,18 @@ class WeightsReader:
             else:
                 list(map(piece, starts))
         except WeightsError as error:
-            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}") from None
+            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}", *error.about) from None
         return loaded
 
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
-        """What write_sharded takes to copy a tensor unchanged: its bytes in the file where they are in
-        order.
-        """
+        """The tensor's byte range in its file, for write_sharded to copy; the array if its bytes are not in C order."""
         return self._tensor(name).where or self.read(name)
 
     def sample(self, name: str) -> np.ndarray:
         """Up to _SAMPLE values spread over a tensor, in one dimension; those of floating-point types as float32.
 
         Raises:
-            WeightsError: no such tensor, or the file is broken there.
+            WeightsError: no such tensor, or its bytes are broken.
         """
         tensor = self._tensor(name)
         kind, size = NUMPY_TYPES[tensor.dtype], math.prod(tensor.shape)
@@ -203,6 +197,21 @@ class WeightsReader:
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(np.float32) if tensor.dtype in FLOATS else values
 
+    def with_llm_of(self, other: WeightsReader) -> WeightsReader:
+        """These tensors, with those of the LLM taken from another reader. Both must stay open.
+
+        Raises:
+            WeightsError: the other LLM lacks tensors of this one, or has them in other shapes.
+        """
+        ours = [name for name in self.keys() if is_language(name)]
+        lost = [name for name in ours if name not in other or other.info(name).shape != self.info(name).shape]
+        if lost:
+            names = some(printable(name, 300) for name in lost)
+            raise WeightsError(f"{other.files[0]} has another LLM than {self.files[0]}: {names}", "other-llm")
+        tensors = {name: (other if is_language(name) else self)._tensors[name] for name in self.keys()}
+        paths = {name: (other if is_language(name) else self)._paths[name] for name in self.keys()}
+        return WeightsReader(tensors, paths, self._files)
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -218,8 +227,8 @@ def open_weights(path: str) -> WeightsReader:
     """Open the weights of a model folder, or one weights file. Reads headers only, and executes nothing.
 
     Raises:
-        WeightsError: in one line: nothing found, several layouts at once, a broken file, a key in no file or
-        in two, an index that names files outside the folder.
+        WeightsError: in one line: no weights, several layouts at once, a broken file, a key in no file or in two, an
+        index that names files outside the folder.
     """
     path = str(path)
     if os.path.isdir(path) or not os.path.exists(path):
@@ -233,7 +242,7 @@ def open_weights(path: str) -> WeightsReader:
         names = sorted(set(table.values()))
         paths = [inside(folder, shard) for shard in names]
     elif folder is not path and os.path.isfile(path):
-        # The user named the file, wherever it may lead.
+        # Named by the user, so a link may lead anywhere.
         names, paths = [name], [path]
     else:
         names, paths = [name], [inside(folder, name)]
@@ -246,30 +255,29 @@ def open_weights(path: str) -> WeightsReader:
             files.append(MappedFile(shard_path))
             for key, tensor in _parse(files[-1]).items():
                 if key in tensors:
-                    raise WeightsError(f"{printable(key)} is in both {where[key]} and {shard_path}")
+                    raise WeightsError(f"{printable(key)} is in both {where[key]} and {shard_path}", "duplicate")
                 if table is not None and table.get(key) != shard:
                     listed = "another file" if key in table else "no file"
-                    raise WeightsError(
-                        f"{shard_path} holds {printable(key)}, but the index has it in {listed}"
-                    )
+                    text = f"{shard_path} holds {printable(key)}, but the index has it in {listed}"
+                    raise WeightsError(text, "weight_map")
                 tensors[key] = tensor
                 where[key] = shard_path
+        lost = sorted(set(table or ()) - set(tensors))
+        if lost:
+            text = (
+                f"{os.path.join(folder, name)} lists {len(lost)} keys that no file holds: {some(map(printable, lost))}"
+            )
+            raise WeightsError(text, "weight_map")
     except BaseException:
         for file in files:
             file.close()
         raise
-    lost = sorted(set(table or ()) - set(tensors))
-    if lost:
-        for file in files:
-            file.close()
-        shown = ", ".join(map(printable, lost[:10])) + (" …" if len(lost) > 10 else "")
-        raise WeightsError(f"{os.path.join(folder, name)} lists {len(lost)} keys that no file holds: {shown}")
     return WeightsReader(tensors, where, files)
 
 
 # ---- writing
 
-# (name, dtype, shape, read): read() gives the array, a FileBytes to copy, or Rows to make.
+# (name, dtype, shape, read): read() returns the array, a FileBytes to copy, or Rows to compute.
 Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes, Rows]]]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -284,7 +292,7 @@ def parse_size(size: Union[int, str]) -> int:
     found = re.fullmatch(r"\s*(\d{1,15})\s*([KMG]?i?B?)\s*", str(size), re.IGNORECASE)
     unit = found.group(2).upper() if found else "?"
     if found is None or unit not in _UNITS or int(found.group(1)) == 0:
-        raise UserError(f"a size must read like 10GB or 500MB, not {size}")
+        raise UserError(f"a size must read like 10GB or 500MB, not {size}", "size")
     return int(found.group(1)) * _UNITS[unit]
 
 
@@ -347,42 +355,41 @@ def write_sharded(
     max_shard_size: Union[int, str] = "10GB",
     progress: Optional[Callable[[int], None]] = None,
 ) -> List[str]:
-    """Write weights into a folder, a tensor at a time: one file if it fits `max_shard_size`, else shards and
-    an index.
+    """Write weights into a folder, a tensor at a time: one file if it fits `max_shard_size`, else shards and an index.
 
-    items: (name, dtype, shape, read) per tensor; read() is called once, in turn. progress: called with the bytes
-    written, as it goes. All files take their names when all are whole; weights that were there before are then
+    items: (name, dtype, shape, read) per tensor; read() is called once, in turn. progress: called with the number of
+    bytes written. All files are renamed into place once all are complete; weights that were there before are then
     removed. Returns the file names written.
 
     Raises:
-        UserError: unknown format or size. WeightsError: the folder holds weights of another format, or a
-        name twice.
+        UserError: unknown format or size. WeightsError: a duplicate name, or weights of another format in the folder.
         JobFailed: the disk is full or cannot be written.
     """
     if format not in FORMATS:
-        raise UserError(f"weights can be written as {' or '.join(FORMATS)}, not {format}")
+        raise UserError(f"weights can be written as {' or '.join(FORMATS)}, not {format}", "format")
     base, extension = FORMATS[format]
     items = list(items)
     seen = set()
     for name, dtype, _, _ in items:
         if name in seen:
-            raise WeightsError(f"the tensor {name} would be written twice")
+            raise WeightsError(f"the tensor {name} would be written twice", "duplicate")
         if dtype not in NUMPY_TYPES:
-            raise WeightsError(f"{name}: tensors of type {dtype} cannot be written")
+            raise WeightsError(f"{name}: tensors of type {dtype} cannot be written", "dtype")
         seen.add(name)
     shards = _plan(items, format, base, extension, parse_size(max_shard_size))
-    # They take their names together, so they are open together.
+    # All are renamed at the end, so all are open at once.
     allow_open_files(len(shards), "give a larger --max_shard_size")
     try:
         os.makedirs(folder, exist_ok=True)
         old = files_of(folder, WEIGHTS)
         other = [name for name in old if extension not in name]
         if other:
-            raise WeightsError(f"{folder} already holds {other[0]}: give another folder, or remove it first")
+            text = f"{folder} already holds {other[0]}: give another folder, or remove it first"
+            raise WeightsError(text, "other-format")
         written = [shard.name for shard in shards]
         with contextlib.ExitStack() as stack:
             if len(shards) > 1:
-                # Entered first, so it is renamed last: whoever finds an index finds all that it names.
+                # Entered first, so renamed last: an index never names a missing file.
                 written.append(base + extension + INDEX_SUFFIX)
                 index_file = stack.enter_context(atomic_write(os.path.join(folder, written[-1])))
                 total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
@@ -395,7 +402,7 @@ def write_sharded(
         for name in set(old) - set(written):
             os.unlink(os.path.join(folder, name))
     except OSError as error:
-        raise JobFailed(f"could not write the weights into {folder}: {error.strerror}") from None
+        raise JobFailed(f"could not write the weights into {folder}: {error.strerror}", "disk") from None
     return written
 
 
@@ -408,9 +415,9 @@ def write_model(
     max_shard_size: Union[int, str],
     progress: Optional[str],
 ) -> List[str]:
-    """Write a model folder that appears at `target` when it is whole: weights, and what beside(folder) writes.
+    """Write a model folder atomically: the weights, and the files that beside(folder) writes, whose names it returns.
 
-    progress: the title of a bar, or None. Returns the names of the files, as beside() does for its own.
+    progress: the title of a bar, or None. Returns the names of all files.
 
     Raises:
         JobFailed: the disk is full, or the folder cannot be written.
@@ -419,12 +426,10 @@ def write_model(
     try:
         with atomic_folder(target) as folder:
             with Progress(total, desc=progress or "", unit="B", unit_scale=True, disable=progress is None) as bar:
-                files = write_sharded(
-                    folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update
-                )
+                files = write_sharded(folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update)
             return files + beside(folder)
     except OSError as error:
-        raise JobFailed(f"could not write {target}: {error.strerror}") from None
+        raise JobFailed(f"could not write {target}: {error.strerror}", "disk") from None
 
 
 def write_items(path: str, items: Iterable[Item]) -> None:
@@ -437,7 +442,7 @@ def write_items(path: str, items: Iterable[Item]) -> None:
         with atomic_write(path, "wb", buffering=0) as file:
             _write_file(file, "pdparams", list(items), None)
     except OSError as error:
-        raise JobFailed(f"could not write {path}: {error.strerror}") from None
+        raise JobFailed(f"could not write {path}: {error.strerror}", "disk") from None
 
 
 def write_pdparams(path: str, tensors: Dict[str, Tuple[str, np.ndarray]]) -> None:

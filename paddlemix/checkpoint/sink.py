@@ -1,7 +1,7 @@
-"""Where weights are written to: small pieces are gathered, tensors go straight to their place in the file.
+"""The output file of a weights writer: small writes are buffered, tensors are written at their offsets.
 
-The place of a tensor is known before its bytes are. What is copied from another file or made in rows is therefore
-written by threads of the sink's own, in any order, while the next tensors are announced.
+The offset of a tensor is known before its bytes are. Tensors that are copied from another file, or computed in blocks
+of rows, are therefore written by a thread pool, in any order, while the writer goes on to the next tensors.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 from paddlemix.checkpoint.tensors import PIECE, FileBytes, Rows, io_threads
 
 _GATHER = 1 << 16
-# Where the system cannot copy from file to file by itself.
+# Errors of copy_file_range where the system does not support it between these files.
 _NO_COPY = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)
-# Jobs that wait for a thread: enough that none has nothing to do, few enough that they hold little memory.
+# Queued jobs: enough to keep all threads busy, few enough that they hold little memory.
 _WAITING = 8
 
 
 class Sink:
-    """An unbuffered binary file (`buffering=0`) with its position, for a `with` block, at whose end all is written.
+    """An unbuffered binary file (`buffering=0`) and its position; leaving the `with` block waits for all writes.
 
-    `progress` is called with the bytes of tensors written.
+    `progress` is called with the number of tensor bytes written.
     """
 
     def __init__(self, file, progress: Optional[Callable[[int], None]] = None):
@@ -55,7 +55,7 @@ class Sink:
             self._progress(count)
 
     def _later(self, count: int, call: Callable[..., None], *args: Any) -> None:
-        """Have a thread write `count` bytes."""
+        """Queue a job that writes `count` bytes."""
         self._running.append((self._pool.submit(call, *args), count))
         self._wait(_WAITING)
 
@@ -80,7 +80,7 @@ class Sink:
             self._progress(len(part))
 
     def copy(self, source: FileBytes) -> None:
-        """Write a stretch of another file."""
+        """Write a byte range of another file."""
         self._flush()
         for start in range(0, source.length, PIECE):
             count = min(PIECE, source.length - start)
@@ -88,7 +88,7 @@ class Sink:
         self.position += source.length
 
     def rows(self, rows: Rows, dtype: np.dtype, shape: Tuple[int, ...]) -> None:
-        """Write a tensor of this shape as its rows are made."""
+        """Write a tensor of this shape as its rows are computed."""
         self._flush()
         size = dtype.itemsize * int(np.prod(shape[1:]))
         for start in range(0, shape[0], rows.step):
@@ -113,7 +113,7 @@ def _make(rows: Rows, start: int, stop: int, expected: Any, handle: int, offset:
 
 
 def _copy(source: FileBytes, start: int, count: int, handle: int, offset: int) -> None:
-    """Raises WeightsError if the source has become shorter than it was when it was opened."""
+    """Raises WeightsError if the source was truncated after it was opened."""
     done = 0
     if hasattr(os, "copy_file_range"):
         where = source.file.fileno()
@@ -124,7 +124,7 @@ def _copy(source: FileBytes, start: int, count: int, handle: int, offset: int) -
                     break
                 done += moved
         except OSError as error:
-            # Not between any two file systems; then through memory.
+            # Copy through memory instead.
             if error.errno not in _NO_COPY:
                 raise
     if done < count:

@@ -1,11 +1,11 @@
-"""What makes the structure of a MGen-VL model: keys of config.json, and names of tensors."""
+"""The structure of a MGen-VL model: the keys of config.json that define it, and which tensors are the LLM's."""
 
 from __future__ import annotations
 
 from typing import Any, Dict
 
-# The keys that decide how the LLM computes, with the value of a config.json that leaves one out. Weights mean something
-# else under another value, even where all shapes fit. (The number of positions is a limit only.)
+# The keys that decide how the LLM computes, with their defaults. Another value changes what the weights mean even where
+# all shapes agree. (The number of positions is only a limit.)
 LANGUAGE_KEYS = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -22,7 +22,7 @@ LANGUAGE_KEYS = {
     "use_logn_attn": True,
     "tie_word_embeddings": False,
 }
-# The same of the vision tower and the connector, under "visual" in config.json.
+# The same for the vision tower and the connector, under "visual" in config.json.
 VISUAL_KEYS = (
     "image_size",
     "patch_size",
@@ -42,7 +42,7 @@ def is_language(name: str) -> bool:
 
 
 def structure(config: Dict[str, Any]) -> Dict[str, Any]:
-    """The values of a config.json that decide how its model computes; 1 and 1.0 are one value."""
+    """The values of a config.json that decide how its model computes; 1 and 1.0 are equal."""
     visual = config.get("visual")
     visual = {"n_queries": 256, **(visual if isinstance(visual, dict) else {})}
     values = {key: config.get(key, default) for key, default in LANGUAGE_KEYS.items()}

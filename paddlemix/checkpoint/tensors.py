@@ -1,7 +1,7 @@
-"""What all weights formats share: dtype names, a tensor's description, conversion, and mapped files.
+"""Shared by all weights formats: dtype names, tensor descriptions, conversion, and mapped files.
 
-A bfloat16 array is a numpy uint16 array of the same bits, with the name "bfloat16" beside it (numpy has no
-such type).
+A bfloat16 array is a numpy uint16 array of the same bits, with the dtype name "bfloat16" kept separately, since numpy
+has no such type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import physical_cores
 
-# Name of a dtype → the little-endian numpy type that holds its bits, its name in safetensors, its storage in PyTorch.
+# dtype → the little-endian numpy type of its bits, its name in safetensors, its storage class in PyTorch.
 _TYPES = {
     "float64": ("<f8", "F64", "DoubleStorage"),
     "float32": ("<f4", "F32", "FloatStorage"),
@@ -38,20 +38,18 @@ SAFETENSORS_TYPES = {theirs: name for name, (_, theirs, _) in _TYPES.items()}
 TORCH_STORAGES = {theirs: name for name, (_, _, theirs) in _TYPES.items()}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
-# Limits of what a header may claim. A 7B checkpoint has under a thousand tensors and names under a hundred
-# letters.
+# Limits of what a header may claim. A 7B checkpoint has under a thousand tensors and names under 100 characters.
 MAX_NAME = 1024
 MAX_DIMS = 32
 MAX_ELEMENTS = 1 << 48
-# Tied tensors share their bytes, a few at most. Without a limit a file of 3 MB could promise a hundred thousand
-# tensors of a megabyte each.
+# Tied tensors share their bytes. Without a limit a file of 3 MB could declare 100,000 tensors of 1 MB each.
 MAX_SHARING = 4
 
-# Elements converted at a time: the scratch arrays stay near the CPU and memory stays that of the result. Fewer would
-# make threads that convert wait for each other: each call takes Python's lock when it ends.
+# Elements converted at a time: few enough for scratch arrays in the cache, enough that threads do not contend for
+# Python's lock.
 _CHUNK = 1 << 19
 
-# Bytes that a thread reads or writes at a time: an even share for each, and few calls.
+# Bytes that a thread reads or writes at a time.
 PIECE = 1 << 24
 
 # The largest finite values.
@@ -60,7 +58,7 @@ _MAX = {"float64": np.inf, "float32": 3.4028234e38, "float16": 65504.0, "bfloat1
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor without its values. `file` is the path of the file that holds it."""
+    """A stored tensor without its values. `file` is the path of its file."""
 
     name: str
     dtype: str
@@ -71,29 +69,29 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FileBytes:
-    """A stretch of a mapped file: what a tensor is when nobody needs to look inside."""
+    """A byte range of a mapped file: a tensor that need not be parsed."""
 
     file: MappedFile
     offset: int
     length: int
 
     def read(self, start: int, into: np.ndarray) -> np.ndarray:
-        """Fill an array in C order with those from `start` on, and return it; any thread may call it.
+        """Fill an array in C order with the bytes from `start` on, and return it. Thread-safe.
 
         Raises:
-            WeightsError: the file has become shorter than it was when it was opened.
+            WeightsError: the file was truncated after it was opened.
         """
         left = memoryview(into.reshape(-1).view(np.uint8))
         while left:
             count = os.preadv(self.file.fileno(), [left], self.offset + start)
             if count == 0:
-                raise WeightsError(f"{self.file.path} has been cut short while it was read")
+                raise WeightsError(f"{self.file.path} was truncated while it was read", "truncated")
             left, start = left[count:], start + count
         return into
 
 
 class Rows(NamedTuple):
-    """A tensor that is made `step` rows at a time: make(start, stop) gives those; any thread may call it."""
+    """A tensor that is computed `step` rows at a time by make(start, stop), which must be thread-safe."""
 
     step: int
     make: Callable[[int, int], np.ndarray]
@@ -102,10 +100,10 @@ class Rows(NamedTuple):
 def rows_of(
     stored: Union[FileBytes, np.ndarray], start: int, stop: int, dtype: str, rest: Tuple[int, ...]
 ) -> np.ndarray:
-    """Rows start to stop of a tensor [n, *rest] as stored; any thread may call it.
+    """Rows start to stop of a tensor [n, *rest] as stored. Thread-safe.
 
     Raises:
-        WeightsError: the file has become shorter than it was when it was opened.
+        WeightsError: the file was truncated after it was opened.
     """
     if not isinstance(stored, FileBytes):
         return stored[start:stop]
@@ -115,10 +113,10 @@ def rows_of(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a format's parser finds for one name.
+    """One tensor as a format's parser returns it.
 
-    load: makes the array, a view of the mapped file where the format allows. where: the bytes in the file
-    when they are the array's own in C order, else None.
+    load: returns the array, a view of the mapped file where the format allows. where: its bytes in the file if they
+    are in C order, else None.
     """
 
     dtype: str
@@ -132,14 +130,14 @@ class StoredTensor:
 
 
 def io_threads() -> int:
-    """Threads that read, convert and write tensors; more only wait for the memory."""
+    """Threads that read, convert and write tensors; memory bandwidth limits their use."""
     return min(4, physical_cores())
 
 
 def own_pages(shape: Tuple[int, ...], dtype: str) -> np.ndarray:
-    """An array in pages of its own, which go back to the system with it.
+    """An array in an anonymous mapping of its own.
 
-    numpy asks for huge pages, which the system may first have to clear from its caches: for a whole model that took
+    numpy asks for huge pages, for which the kernel may have to reclaim its caches: allocating a model that way took
     four times as long as reading it.
     """
     try:
@@ -158,28 +156,29 @@ def check_shape(shape, what: str) -> Tuple[int, ...]:
     """A shape from a file as a tuple of ints.
 
     Raises:
-        WeightsError: not whole numbers from 0, too many of them, or more elements than any file can hold.
+        WeightsError: not integers from 0, too many of them, or more elements than any file can hold.
     """
     if not isinstance(shape, (tuple, list)) or len(shape) > MAX_DIMS:
-        raise WeightsError(f"{what}: not a shape")
+        raise WeightsError(f"{what}: not a shape", "shape")
     elements = 1
     for n in shape:
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise WeightsError(f"{what}: not a shape")
+            raise WeightsError(f"{what}: not a shape", "shape")
         elements *= max(n, 1)
         if elements > MAX_ELEMENTS:
-            raise WeightsError(f"{what}: the shape promises more than a file can hold")
+            raise WeightsError(f"{what}: the shape declares more elements than a file can hold", "shape")
     return tuple(shape)
 
 
-def check_total(promised: int, held: int, path: str) -> None:
-    """Refuse a file of `held` bytes whose tensors would together take `promised` bytes.
+def check_total(declared: int, held: int, path: str) -> None:
+    """Refuse a file of `held` bytes whose tensors declare more than MAX_SHARING times as many.
 
     Raises:
-        WeightsError: that is more than MAX_SHARING times what it holds.
+        WeightsError: they do.
     """
-    if promised > MAX_SHARING * held:
-        raise WeightsError(f"{path}: refused: its tensors promise {promised:,} bytes, and it holds {held:,}")
+    if declared > MAX_SHARING * held:
+        text = f"{path}: refused: its tensors declare {declared:,} bytes, but it holds {held:,}"
+        raise WeightsError(text, "refused", "size")
 
 
 def printable(text: str, limit: int = 80) -> str:
@@ -200,36 +199,36 @@ class MappedFile:
     def __init__(self, path: str):
         self.path = str(path)
         try:
-            # Non-blocking, so that a named pipe in the place of a file cannot hold the program.
+            # Non-blocking, so that a named pipe cannot hang the program.
             handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as error:
-            raise WeightsError(f"cannot open {self.path}: {error.strerror}") from None
+            raise WeightsError(f"cannot open {self.path}: {error.strerror}", "unreadable") from None
         self._handle = handle
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
-                raise WeightsError(f"{self.path} is not a regular file")
+                raise WeightsError(f"{self.path} is not a regular file", "not-regular")
             self.size = status.st_size
             if self.size == 0:
-                raise WeightsError(f"{self.path} is empty")
+                raise WeightsError(f"{self.path} is empty", "empty")
             self._map, self.view = self._mapped(handle)
         except BaseException:
             self.close()
             raise
 
     def _mapped(self, handle: int) -> Tuple[Optional[mmap.mmap], memoryview]:
-        """The mapping and its bytes; without one, all bytes in memory, where the file system cannot map (some FUSE)."""
+        """The mapping and its bytes; None and a copy in memory where the file system cannot map (some FUSE)."""
         try:
             found = mmap.mmap(handle, self.size, access=mmap.ACCESS_READ)
             return found, memoryview(found)
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENOTSUP, errno.EACCES):
-                raise WeightsError(f"cannot read {self.path}: {error.strerror}") from None
-        logger.warning(f"{self.path} cannot be mapped where it lies: its {self.size:,} bytes are read into memory")
+                raise WeightsError(f"cannot read {self.path}: {error.strerror}", "unreadable") from None
+        logger.warning(f"{self.path} cannot be memory-mapped: its {self.size:,} bytes are read into memory")
         with open(handle, "rb", buffering=0, closefd=False) as file:
             data = file.read()
         if len(data) != self.size:
-            raise WeightsError(f"{self.path} changed while it was read")
+            raise WeightsError(f"{self.path} changed while it was read", "changed")
         return None, memoryview(data)
 
     def fileno(self) -> int:
@@ -238,7 +237,7 @@ class MappedFile:
         return self._handle
 
     def array(self, offset: int, dtype: str, shape) -> np.ndarray:
-        """A read-only array over the file's own bytes; not aligned where the file is not."""
+        """A read-only view of the file, possibly unaligned."""
         kind = NUMPY_TYPES[dtype]
         count = math.prod(shape)
         if count == 0:
@@ -246,9 +245,7 @@ class MappedFile:
         return np.frombuffer(self.view, kind, count, offset).reshape(shape)
 
     def forget(self, offset: int, length: int) -> None:
-        """Give the memory of these bytes back to the system's file cache. They come back by themselves if
-        touched.
-        """
+        """Release the pages of these bytes; they are read again when touched."""
         if not hasattr(self._map, "madvise"):
             return
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -257,7 +254,7 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def close(self) -> None:
-        """Close the file. The mapping itself goes with the last array that looks into it."""
+        """Close the file. The mapping lives as long as arrays over it do."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -277,7 +274,7 @@ def _widen_bfloat16(chunk: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _round_to_bfloat16(chunk: np.ndarray, out: np.ndarray) -> None:
-    """Round float32 to nearest, ties to even, as the hardware does. NaNs may come out as anything."""
+    """Round float32 to nearest, ties to even. Does not preserve NaN (see _check_odd_values)."""
     bits = chunk.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -296,14 +293,14 @@ def _check_odd_values(before: np.ndarray, after: np.ndarray, dst: str) -> None:
     else:
         infinite = np.isinf(after)
     if np.isfinite(before[infinite]).any():
-        raise WeightsError(f"a value is too large for {dst}; use bfloat16 or float32")
+        raise WeightsError(f"a value is too large for {dst}; use bfloat16 or float32", "overflow")
 
 
 def convert_dtype(array: np.ndarray, src: str, dst: str, out: Optional[np.ndarray] = None) -> np.ndarray:
     """Convert between float32, float16, bfloat16 and float64. Same dtype: the array itself, uncopied.
 
-    array: any shape, in the numpy type of `src` (uint16 for bfloat16). Rounds to nearest, ties to even. out: where
-    the result goes, of another dtype and the same size, in C order.
+    array: any shape, in the numpy type of `src` (uint16 for bfloat16). out: array for the result, of the same size and
+    in C order. Rounds to nearest, ties to even.
 
     Raises:
         WeightsError: a dtype that is not a floating-point type, or a finite value beyond `dst`'s range.
@@ -311,7 +308,7 @@ def convert_dtype(array: np.ndarray, src: str, dst: str, out: Optional[np.ndarra
     if src == dst:
         return array
     if src not in FLOATS or dst not in FLOATS:
-        raise WeightsError(f"cannot convert {src} to {dst}")
+        raise WeightsError(f"cannot convert {src} to {dst}", "dtype")
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.shape, NUMPY_TYPES[dst]) if out is None else out.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
@@ -324,7 +321,7 @@ def convert_dtype(array: np.ndarray, src: str, dst: str, out: Optional[np.ndarra
                 _round_to_bfloat16(chunk.astype(np.float32, copy=False), part)
             elif chunk is not part:
                 part[:] = chunk
-        # One look at the largest and the smallest finds out whether there is anything to do; a NaN is neither.
+        # False for NaN too.
         if not (chunk.max() <= _MAX[dst] and chunk.min() >= -_MAX[dst]):
             _check_odd_values(chunk, part, dst)
     return out.reshape(np.shape(array))

@@ -1,17 +1,16 @@
-"""A small pickle machine that reads weights and can do nothing else.
+"""A small pickle interpreter that reads weights and can do nothing else.
 
-Python's own unpickler calls whatever a file names. Here a file's global names become symbols, and the few
-symbols that weights need are handled by functions of ours (see pdparams and torch_bin); any other name ends
-the reading before anything happens. Byte strings are not copied: they become (offset, length) in the mapped
-file, so that opening a 10 GB file costs its opcodes only.
+Python's own unpickler calls whatever a file names. Here global names become symbols, and the few that weights need map
+to functions of ours (see pdparams and torch_bin); any other name is refused before anything happens. Byte strings are
+not copied: they become (offset, length) in the mapped file, so that opening a 10 GB file costs only its opcodes.
 
-Known limits, beyond which a file is refused: MAX_OPCODES instructions, containers nested deeper than
-Python's recursion limit, integers over 64 bytes, dictionary keys other than strings and integers below
-MAX_KEY, and a key given twice.
+Files beyond these limits are refused: MAX_OPCODES instructions, containers nested deeper than Python's recursion limit,
+integers over 64 bytes, dictionary keys other than strings and integers below MAX_KEY, and duplicate keys.
 """
 
 from __future__ import annotations
 
+import pickletools
 import struct
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -20,10 +19,10 @@ from paddlemix.utils.errors import WeightsError
 
 # A 7B checkpoint has about 30,000, the state of its optimizer some 100,000.
 MAX_OPCODES = 5_000_000
-# Python hashes a text with a secret, but an integer by its value: a dictionary of larger ones, chosen so that they
-# collide, takes time with the square of their number (60,000 of them took minutes).
+# Strings are hashed with a secret, integers by value: a dictionary of large integers that collide takes quadratic time
+# (minutes for 60,000 of them).
 MAX_KEY = 1 << 16
-# Longer strings are not made until somebody asks (numpy data of pickle protocol 2 is a string).
+# Longer strings are decoded on demand (numpy data of pickle protocol 2 is a string).
 _LAZY_TEXT = 1 << 16
 
 
@@ -44,7 +43,7 @@ class LazyText(Blob):
 
 
 class Symbol:
-    """A global name of the file: nothing but its two words."""
+    """A global name in the file, never resolved."""
 
     __slots__ = ("module", "name")
 
@@ -64,49 +63,19 @@ class Mark:
 
 _MARK = Mark()
 
-# Instructions that weights files never hold. Named so that the refusal can say what it met.
-_REFUSED = {
-    b"i": "INST (makes an object of a class)",
-    b"o": "OBJ (makes an object of a class)",
-    b"\x81": "NEWOBJ (makes an object of a class)",
-    b"\x92": "NEWOBJ_EX (makes an object of a class)",
-    b"\x82": "EXT1 (a name from a registry)",
-    b"\x83": "EXT2 (a name from a registry)",
-    b"\x84": "EXT4 (a name from a registry)",
-    b"P": "PERSID (a reference to something outside the file)",
-    b"Q": "BINPERSID (a reference to something outside the file)",
-    b"\x96": "BYTEARRAY8",
-    b"\x97": "NEXT_BUFFER (data outside the file)",
-    b"\x98": "READONLY_BUFFER (data outside the file)",
-    b"\x8f": "EMPTY_SET",
-    b"\x90": "ADDITEMS",
-    b"\x91": "FROZENSET",
-    b"T": "BINSTRING (a string of Python 2)",
-    b"U": "SHORT_BINSTRING (a string of Python 2)",
-    b"S": "STRING (pickle protocol 0)",
-    b"V": "UNICODE (pickle protocol 0)",
-    b"I": "INT (pickle protocol 0)",
-    b"L": "LONG (pickle protocol 0)",
-    b"F": "FLOAT (pickle protocol 0)",
-    b"p": "PUT (pickle protocol 0)",
-    b"g": "GET (pickle protocol 0)",
-    b"d": "DICT (pickle protocol 0)",
-    b"l": "LIST (pickle protocol 0)",
-    b"2": "DUP",
-}
-
 Handler = Callable[..., Any]
 
 
 class Unpickler:
-    """Reads one pickle from `view[start:stop]` and returns plain objects, Blobs, and what the handlers make.
+    """Reads one pickle from `view[start:stop]`; returns plain objects, Blobs, and the results of the handlers.
 
-    calls: (module, name) → function of ours, called with the arguments that the file gives to that name.
+    calls: (module, name) → function of ours, called with the file's arguments to that name.
     names: (module, name) → our object for a name that the file only passes on.
-    persistent: takes a persistent id (torch's references to its storages), or None to refuse them.
+    persistent: maps a persistent id (torch's references to its storages); None refuses them.
 
     Raises:
-        WeightsError: in one line that names the file; nothing of what the file asked for has been done.
+        WeightsError: in one line that names the file; nothing the file names was run. Its code is "refused" for
+        content that weights do not need, "broken" for any other fault.
     """
 
     def __init__(
@@ -136,21 +105,21 @@ class Unpickler:
         try:
             return self._run()
         except WeightsError as error:
-            raise WeightsError(f"{self._path}: {error}") from None
+            raise WeightsError(f"{self._path}: {error}", *(error.about or ("broken",))) from None
         except RecursionError:
-            raise WeightsError(f"{self._path}: nested too deeply") from None
+            raise WeightsError(f"{self._path}: nested too deeply", "too-deep") from None
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-            # The handlers unpack what the file gives them, so a broken file shows in all of these ways.
+            # The handlers unpack untrusted arguments, so a broken file can raise any of these.
             detail = printable(f"{type(error).__name__} at byte {self._at}")
             kind = "is not a weights file" if self._at - start < 16 else "is broken"
-            raise WeightsError(f"{self._path} {kind} ({detail})") from None
+            raise WeightsError(f"{self._path} {kind} ({detail})", "broken") from None
 
     def _run(self) -> Any:
         if self._take(1) != b"\x80":
-            raise WeightsError("not a .pdparams or .bin file (no pickle of protocol 2 or later)")
+            raise WeightsError("not a .pdparams or .bin file (no pickle of protocol 2 or later)", "protocol")
         protocol = self._take(1)[0]
         if not 2 <= protocol <= 5:
-            raise WeightsError(f"pickle protocol {protocol} is unknown")
+            raise WeightsError(f"unknown pickle protocol {protocol}", "protocol")
         table = self._TABLE
         for _ in range(MAX_OPCODES):
             opcode = self._take(1)
@@ -158,35 +127,32 @@ class Unpickler:
                 if len(self._stack) != 1:
                     raise WeightsError("broken: objects are left over at its end")
                 if self._at != self._stop:
-                    raise WeightsError(f"{self._stop - self._at} bytes follow its end")
+                    raise WeightsError(f"{self._stop - self._at} bytes follow its end", "trailing-bytes")
                 return self._stack.pop()
             step = table.get(opcode)
             if step is None:
-                name = _REFUSED.get(opcode, f"byte {opcode.hex()}")
-                raise WeightsError(
-                    f"refused: it holds the pickle instruction {name}, which weights do not need"
-                )
+                raise _refused_opcode(opcode)
             step(self)
-        raise WeightsError(f"refused: more than {MAX_OPCODES:,} pickle instructions")
+        raise WeightsError(f"refused: more than {MAX_OPCODES:,} pickle instructions", "refused")
 
     def _take(self, n: int) -> bytes:
         end = self._at + n
         if end > self._stop:
-            raise WeightsError("ends too early")
+            raise WeightsError("ends too early", "truncated")
         data = self._view[self._at : end].tobytes()
         self._at = end
         return data
 
     def _skip(self, n: int) -> int:
-        """Step over n bytes of payload; returns where they begin."""
+        """Skip n bytes of payload; returns their offset."""
         start = self._at
         if n < 0 or start + n > self._stop:
-            raise WeightsError("ends too early: it promises more bytes than it holds")
+            raise WeightsError("ends too early: it declares more bytes than it holds", "truncated")
         self._at = start + n
         return start
 
     def _line(self) -> str:
-        """A text that ends with a newline (names of the old GLOBAL instruction)."""
+        """A string that ends with a newline (names of the old GLOBAL instruction)."""
         piece = self._view[self._at : min(self._at + MAX_NAME, self._stop)].tobytes()
         text, newline, _ = piece.partition(b"\n")
         if not newline:
@@ -221,7 +187,7 @@ class Unpickler:
 
     def _long(self, n: int) -> None:
         if not 0 <= n <= 64:
-            raise WeightsError("refused: an integer of more than 64 bytes")
+            raise WeightsError("refused: an integer of more than 64 bytes", "refused")
         self._push(int.from_bytes(self._take(n), "little", signed=True))
 
     def _text(self, n: int) -> None:
@@ -243,7 +209,7 @@ class Unpickler:
     def _target(self, kind: type) -> Any:
         target = self._stack[-1]
         if type(target) is not kind:
-            raise WeightsError(f"broken: items for a {kind.__name__} that is none")
+            raise WeightsError(f"broken: items for a {kind.__name__} added to another type")
         return target
 
     def _append(self) -> None:
@@ -259,13 +225,13 @@ class Unpickler:
         if len(items) % 2:
             raise WeightsError("broken: a key without a value")
         for key, value in zip(items[::2], items[1::2]):
-            # Other keys could be made to hash for hours (tuples of tuples of tuples).
+            # Nested tuples could take hours to hash.
             if type(key) not in (str, int):
-                raise WeightsError("refused: a dictionary key that is neither a string nor an integer")
+                raise WeightsError("refused: a dictionary key that is neither a string nor an integer", "refused")
             if type(key) is int and not -MAX_KEY < key < MAX_KEY:
-                raise WeightsError(f"refused: a dictionary key that is a number beyond {MAX_KEY:,}")
+                raise WeightsError(f"refused: a dictionary key that is a number beyond {MAX_KEY:,}", "refused")
             if key in target:
-                raise WeightsError(f"the key {printable(str(key))} is in it twice")
+                raise WeightsError(f"the key {printable(str(key))} is in it twice", "duplicate")
             target[key] = value
 
     def _set_item(self) -> None:
@@ -276,7 +242,7 @@ class Unpickler:
 
     def _get(self, index: int) -> None:
         if index not in self._memo:
-            raise WeightsError("broken: a reference to nothing")
+            raise WeightsError("broken: a reference to an object that was not stored")
         self._push(self._memo[index])
 
     def _put(self, index: int) -> None:
@@ -294,9 +260,8 @@ class Unpickler:
             self._push(self._names[module, name])
             return
         if (module, name) not in self._calls:
-            raise WeightsError(
-                f"refused: it wants to use {symbol}, which weights do not need; nothing was run"
-            )
+            text = f"refused: it uses {symbol}, which weights do not need; nothing was run"
+            raise WeightsError(text, "refused", str(symbol))
         self._push(symbol)
 
     def _stack_global(self) -> None:
@@ -308,9 +273,8 @@ class Unpickler:
             raise WeightsError("broken: a call of something that is not a name")
         handler = self._calls.get((symbol.module, symbol.name))
         if handler is None:
-            raise WeightsError(
-                f"refused: it wants to call {symbol}, which weights do not need; nothing was run"
-            )
+            text = f"refused: it calls {symbol}, which weights do not need; nothing was run"
+            raise WeightsError(text, "refused", str(symbol))
         return handler
 
     def _reduce(self) -> None:
@@ -322,18 +286,16 @@ class Unpickler:
     def _build(self) -> None:
         state = self._pop()
         target = self._stack[-1]
-        # OrderedDict carries attributes (torch's _metadata); they say nothing about weights.
+        # Attributes of an OrderedDict (torch's _metadata) are not weights.
         if type(target) is dict:
             return
         if not isinstance(target, Buildable):
-            raise WeightsError("refused: it sets the state of something that has none")
+            raise WeightsError("refused: it sets the state of something that has none", "refused")
         target.build(state)
 
     def _persistent_id(self) -> None:
         if self._persistent is None:
-            raise WeightsError(
-                f"refused: it holds the pickle instruction {_REFUSED[b'Q']}, which weights do not need"
-            )
+            raise _refused_opcode(b"Q")
         self._push(self._persistent(self._pop()))
 
     _TABLE = {
@@ -381,15 +343,21 @@ class Unpickler:
     }
 
 
+def _refused_opcode(opcode: bytes) -> WeightsError:
+    known = pickletools.code2op.get(opcode.decode("latin1"))
+    name = known.name if known else f"byte {opcode.hex()}"
+    return WeightsError(f"refused: the pickle instruction {name}, which weights do not need", "refused", name)
+
+
 class Buildable:
-    """A handler's object that takes a state after it is made."""
+    """An object made by a handler whose state is set afterwards."""
 
     def build(self, state: Any) -> None:
         raise NotImplementedError
 
 
 def make_dict(*arguments: Any) -> dict:
-    """collections.OrderedDict(): its items follow by themselves."""
+    """collections.OrderedDict(), which a pickle fills afterwards."""
     if arguments:
-        raise WeightsError("refused: an OrderedDict made from arguments")
+        raise WeightsError("refused: an OrderedDict made from arguments", "refused")
     return {}

@@ -1,10 +1,10 @@
 """Make the folder for the platform, and the archive of it.
 
-    submission/
-      requirements.txt        what the platform lacks
-      run.sh
-      src/                    predict.py and the package
-      weights/<model folder>/ the merged weights, hard-linked where the file system allows
+submission/
+  requirements.txt        what the platform lacks
+  run.sh
+  src/                    predict.py and the package
+  weights/<model folder>/ the merged weights, hard-linked where the file system allows
 """
 
 from __future__ import annotations

@@ -191,9 +191,7 @@ class TrialFolder:
             if lines[-1] == b"":
                 lines.pop()
         after = self._state()
-        written = sorted(
-            name for name in {*after, *self._before} if after.get(name) != self._before.get(name)
-        )
+        written = sorted(name for name in {*after, *self._before} if after.get(name) != self._before.get(name))
         return Trial(status, time.perf_counter() - start, tail, lines, written)
 
 

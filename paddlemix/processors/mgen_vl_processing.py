@@ -208,9 +208,7 @@ def kept_lengths(segments: Sequence[Tuple[str, int]], max_length: int) -> List[i
 # ---- training
 
 
-def place_images(
-    conversations: Sequence[Sequence[str]], n_images: int, n_queries: int
-) -> List[Tuple[Content, str]]:
+def place_images(conversations: Sequence[Sequence[str]], n_images: int, n_queries: int) -> List[Tuple[Content, str]]:
     """The turns of a record. Images are where prompts have `<img>…</img>`, else in front of the first prompt.
 
     Raises:

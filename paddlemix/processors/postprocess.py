@@ -14,8 +14,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 # Insides of a regular expression's [ ]: Han, kana and hangul; and with them the marks that Chinese text has.
 _HAN = (
-    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WIDE = _HAN + "\u3001-\u3003\u3008-\u301f\uff01-\uff65“”‘’…—"
 _SENTENCE_MARKS = "。！？!?…"

@@ -377,7 +377,8 @@ def _step_lines(run: Run) -> List[str]:
         lines.append(
             f"evaluations: {planned.times:,}, each of {planned.samples:,} samples in {planned.batches:,} batches, "
             f"about as long as {planned.steps:,.1f} steps"
-            + f"; {planned.captions:,} captions of at most {planned.tokens} tokens in each" * (planned.captions > 0)
+            + f"; {planned.captions:,} captions of at most {planned.tokens} tokens in each"
+            * (planned.captions > 0)
         )
     return lines
 

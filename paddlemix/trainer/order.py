@@ -103,9 +103,7 @@ class Order(NamedTuple):
             "seed": self.seed,
         }
         if self.packs is not None:
-            settings.update(
-                mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length
-            )
+            settings.update(mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length)
         if self.lengths is not None:
             settings["group_by_modality_length"] = self.lengths.digest()
         return settings

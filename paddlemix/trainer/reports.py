@@ -1,6 +1,6 @@
 """What a run leaves to look at: scalars, captions and thumbnails for VisualDL and TensorBoard; the loss as a picture.
 
-    visualdl --logdir OUTPUT_DIR/runs        tensorboard --logdir OUTPUT_DIR/runs
+visualdl --logdir OUTPUT_DIR/runs        tensorboard --logdir OUTPUT_DIR/runs
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class EventFiles(TrainerCallback):
         def write(writer):
             for name, value in logs.items():
                 if isinstance(value, (int, float)):
-                    tag = f"eval/{name[len('eval_'):]}" if name.startswith("eval_") else f"train/{name}"
+                    tag = f"eval/{name[len('eval_') :]}" if name.startswith("eval_") else f"train/{name}"
                     writer.add_scalar(tag, value, state.global_step)
 
         self._enter(write)

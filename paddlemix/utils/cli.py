@@ -77,6 +77,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_weights_options(parser: argparse.ArgumentParser, folder: str, format: Optional[str] = None) -> None:
+    """Options of a command that writes weights into a folder. format: the default, None for the input's."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="store floating-point tensors in this dtype (default: the input's)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("pdparams", "safetensors"),
+        default=format,
+        help="weights format (default: %(default)s)" if format else "weights format (default: the input's)",
+    )
+    parser.add_argument("--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {folder} if it exists and is not empty")
+
+
 def one_line(text: str, limit: int = 4000) -> str:
     """`text` without line breaks and without what steers a terminal: names and values in it may be a stranger's."""
     shown = text if len(text) <= limit else text[:limit] + "…"

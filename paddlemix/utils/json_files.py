@@ -50,7 +50,7 @@ def strict_json(
         `error`: it is not that; the message starts with `path`.
     """
     if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
-        raise error(f"{path}: refused: more than {MAX_CONTAINERS:,} lists and objects")
+        raise error(f"{path}: refused: more than {MAX_CONTAINERS:,} lists and objects", "json")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -59,11 +59,11 @@ def strict_json(
             parse_constant=float if constants else _refuse_constant,
         )
     except RecursionError:
-        raise error(f"{path} is not JSON: nested too deeply") from None
+        raise error(f"{path} is not JSON: nested too deeply", "json") from None
     except ValueError as reason:
-        raise error(f"{path} is not JSON: {one_line(str(reason), 200)}") from None
+        raise error(f"{path} is not JSON: {one_line(str(reason), 200)}", "json") from None
     if not isinstance(value, dict):
-        raise error(f"{path} must hold a JSON object")
+        raise error(f"{path} must hold a JSON object", "json")
     return value
 
 
@@ -72,9 +72,9 @@ def _read(path: str, limit: int, constants: bool, error: Type[UserError]) -> Dic
         with open_plain(path) as file:
             data = file.read(limit + 1)
     except OSError as reason:
-        raise error(f"cannot read {path}: {reason.strerror}") from None
+        raise error(f"cannot read {path}: {reason.strerror}", "unreadable") from None
     if len(data) > limit:
-        raise error(f"{path} is larger than {limit >> 20} MB, too large for such a file")
+        raise error(f"{path} is larger than {limit >> 20} MB, too large for such a file", "size")
     # Notepad and PowerShell put a mark in front.
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     return strict_json(data[start:], path, constants, error)

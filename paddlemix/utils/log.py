@@ -1,6 +1,6 @@
 """The project's logger, in the line format that PaddleMIX users know:
 
-    [2024-06-03 12:50:53,791] [ WARNING] - text
+[2024-06-03 12:50:53,791] [ WARNING] - text
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ def takes_entries(folder: str) -> bool:
 def _check_above(path: str) -> None:
     above = nearest_folder(path)
     if not os.path.isdir(above):
-        raise UserError(f"cannot write {path}: {above} is a file")
+        raise UserError(f"cannot write {path}: {above} is a file", "not-writable")
     if not takes_entries(above):
-        raise UserError(f"cannot write {path}: {above} cannot be written to")
+        raise UserError(f"cannot write {path}: {above} cannot be written to", "not-writable")
 
 
 def check_file(path: str, plain: bool = False) -> None:
@@ -35,9 +35,9 @@ def check_file(path: str, plain: bool = False) -> None:
         UserError: it is a folder, or the folder cannot be written to.
     """
     if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; the output must be a file")
+        raise UserError(f"{path} is a folder; the output must be a file", "is-a-folder")
     if plain and os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is a device or a pipe; the output must be a file")
+        raise UserError(f"{path} is a device or a pipe; the output must be a file", "not-regular")
     # A file that can be written is enough where the folder takes no other.
     if not (os.path.exists(path) and os.access(path, os.W_OK)):
         _check_above(path)
@@ -50,7 +50,7 @@ def check_folder(path: str) -> None:
         UserError: it is a file, or cannot be written to.
     """
     if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is a file: give a folder")
+        raise UserError(f"{path} is a file: give a folder", "is-a-file")
     _check_above(path)
 
 
@@ -64,4 +64,4 @@ def keep_apart(inputs: Iterable[Optional[str]], outputs: Iterable[Optional[str]]
     for path in inputs:
         for output in outputs:
             if path is not None and os.path.exists(path) and os.path.samefile(path, output):
-                raise UserError(f"{path} would be overwritten by {output}: give another output")
+                raise UserError(f"{path} would be overwritten by {output}: give another output", "overlap")

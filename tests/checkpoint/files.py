@@ -9,10 +9,10 @@ import struct
 import zipfile
 
 import numpy as np
-import pytest
 
 from paddlemix.checkpoint import open_weights
 from paddlemix.utils.errors import WeightsError
+from tests import helpers
 
 
 def arrays(seed=0):
@@ -121,8 +121,14 @@ def entry(dtype, shape, begin, end):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def refused(path, match):
-    """Opening this file or folder of weights must raise one line that names it."""
-    with pytest.raises(WeightsError, match=match) as caught:
+def read_pdparams(path):
+    """All arrays of a file by name, as views of it."""
+    with open_weights(str(path)) as reader:
+        return {name: reader.read(name) for name in reader.keys()}
+
+
+def refused(path, *about):
+    """Opening this file or folder of weights must raise one line that names it, about these codes."""
+    with helpers.refused(WeightsError, *about) as caught:
         open_weights(str(path))
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)

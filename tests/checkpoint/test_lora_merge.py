@@ -108,9 +108,7 @@ def naive(base, lora, name, to):
     return convert_dtype(values, "float32", to)
 
 
-@pytest.mark.parametrize(
-    "format, limit", [("pdparams", "10GB"), ("pdparams", "10KB"), ("safetensors", "10KB")]
-)
+@pytest.mark.parametrize("format, limit", [("pdparams", "10GB"), ("pdparams", "10KB"), ("safetensors", "10KB")])
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lora_dtype", ["float32", "bfloat16"])
 def test_equals_the_formula(folders, format, limit, base_dtype, lora_dtype):
@@ -201,11 +199,11 @@ def f32(*shape):
             {"llm.h.1.attn.c_attn.lora_A": f32(48, 3), "llm.h.1.attn.c_attn.lora_B": f32(3, 16)},
             "for .16, 48.",
         ),
-        ({"llm.h.1.attn.c_attn.weight": f32(16, 48)}, "there whole and as an adapter"),
+        ({"llm.h.1.attn.c_attn.weight": f32(16, 48)}, "there in full and as an adapter"),
         ({"visual.attn_pool.query": f32(8, 4)}, r"query is \[8, 4\], the base has \[4, 8\]"),
         (
             {"llm.h.1.attn.c_attn.lora_A": ("int64", np.zeros((16, 3), np.int64))},
-            "not of floating-point numbers",
+            "not floating-point",
         ),
         (
             {"llm.h.1.attn.c_attn.lora_A": ("float32", np.full((16, 3), np.nan, np.float32))},
@@ -229,33 +227,33 @@ def test_keys_that_do_not_fit(folders, change, match):
 
 
 @pytest.mark.parametrize(
-    "config, match",
+    "config, code",
     [
-        ({"r": 0}, "r must be"),
-        ({"r": 3.5, "scaling": None}, "without a fraction"),
-        ({"lora_alpha": "16"}, "lora_alpha must be"),
-        ({"lora_alpha": float("inf")}, "Infinity is not allowed"),
-        ({"lora_alpha": 1e999}, "Infinity is not allowed"),
-        ({"target_modules": [1]}, "list of regular expressions"),
-        ({"scaling": 1.0}, "which one is right"),
-        ({"scaling": [1] * 10_000}, r"scaling is [\[\]1, ]{80}…, but"),
-        ({"r": [1] * 10_000}, r"not [\[\]1, ]{80}…$"),
-        ({"lora_alpha": 1e308, "scaling": None}, r"lora_alpha / r = 3.33333e\+307, is too large"),
+        ({"r": 0}, "r"),
+        ({"r": 3.5, "scaling": None}, "r"),
+        ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "json"),
+        ({"lora_alpha": 1e999}, "json"),
+        ({"target_modules": [1]}, "target_modules"),
+        ({"scaling": 1.0}, "scaling"),
+        ({"scaling": [1] * 10_000}, "scaling"),
+        ({"r": [1] * 10_000}, "r"),
+        ({"lora_alpha": 1e308, "scaling": None}, "overflow"),
         ({"rslora": True}, "rslora"),
         ({"pissa": True}, "pissa"),
         ({"use_mora": True}, "use_mora"),
         ({"lora_use_mixer": True}, "lora_use_mixer"),
         ({"enable_lora_list": [[True, False, True]]}, "enable_lora_list"),
-        ({"r": 4, "scaling": 2.0}, "with r 4"),
+        ({"r": 4, "scaling": 2.0}, "keys"),
     ],
 )
-def test_configurations_that_do_not_fit(folders, config, match):
+def test_configurations_that_do_not_fit(folders, config, code):
     base_folder, lora_folder, out = folders
     write_base(base_folder)
     write_lora(lora_folder, adapters(), **config)
-    with pytest.raises(WeightsError, match=match):
+    with refused(WeightsError, code) as caught:
         merge(str(base_folder), str(lora_folder), str(out), progress=False)
-    assert not out.exists()
+    assert not out.exists() and len(str(caught.value)) < 500
 
 
 def test_what_a_sum_cannot_hold(folders):
@@ -266,9 +264,7 @@ def test_what_a_sum_cannot_hold(folders):
     named[a] = ("float32", np.full((16, 3), 300.0, np.float32))
     named[b] = ("float32", np.full((3, 48), 300.0, np.float32))
     write_lora(lora_folder, named)
-    with pytest.raises(
-        WeightsError, match="llm.h.1.attn.c_attn.weight with its adapter: .*too large for float16"
-    ):
+    with refused(WeightsError, "overflow", match="llm.h.1.attn.c_attn.weight"):
         merge(str(base_folder), str(lora_folder), str(out), progress=False)
     merge(str(base_folder), str(lora_folder), str(out), dtype="bfloat16", progress=False)
 
@@ -278,41 +274,41 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     write_base(base_folder)
     write_lora(lora_folder, adapters())
 
-    def fails(match, *args, kind=UserError, **kwargs):
-        with pytest.raises(kind, match=match):
+    def fails(code, *args, kind=UserError, **kwargs):
+        with refused(kind, code):
             merge(*map(str, args), progress=False, **kwargs)
 
     for bad in (base_folder, lora_folder, base_folder / "inside", tmp_path, lora_folder / ".." / "base"):
         fails("overlap", base_folder, lora_folder, bad)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    fails("not empty", base_folder, lora_folder, out)
+    fails("overwrite", base_folder, lora_folder, out)
     assert (out / "notes.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
-    fails("is a file", base_folder, lora_folder, tmp_path / "file")
-    fails("no folder", base_folder, tmp_path / "none", out / "o", kind=WeightsError)
-    fails("dtype must be", base_folder, lora_folder, out / "o", dtype="int8")
-    fails("must read like", base_folder, lora_folder, out / "o", max_shard_size="big")
-    fails("LoRA checkpoint", lora_folder, base_folder, out / "o", kind=WeightsError)
+    fails("is-a-file", base_folder, lora_folder, tmp_path / "file")
+    fails("no-folder", base_folder, tmp_path / "none", out / "o", kind=WeightsError)
+    fails("dtype", base_folder, lora_folder, out / "o", dtype="int8")
+    fails("size", base_folder, lora_folder, out / "o", max_shard_size="big")
+    fails("not-merged", lora_folder, base_folder, out / "o", kind=WeightsError)
     # A run that tuned in full has nothing to merge.
     full = tmp_path / "full"
     full.mkdir()
     write_base(full)
-    fails("whole model, tuned in full", base_folder, full, out / "o", kind=WeightsError)
+    fails("full-model", base_folder, full, out / "o", kind=WeightsError)
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails("give the folder of a tuning run", base_folder, empty, out / "o", kind=WeightsError)
+    fails("no-tuned-weights", base_folder, empty, out / "o", kind=WeightsError)
     write_lora(empty, {})
-    fails("holds no tensors", base_folder, empty, out / "o", kind=WeightsError)
+    fails("empty", base_folder, empty, out / "o", kind=WeightsError)
     (base_folder / "config.json").write_text("[]")
-    fails("JSON object", base_folder, lora_folder, out / "o", kind=WeightsError)
+    fails("json", base_folder, lora_folder, out / "o", kind=WeightsError)
     (base_folder / "config.json").write_text("{")
-    fails("not JSON", base_folder, lora_folder, out / "o", kind=WeightsError)
+    fails("json", base_folder, lora_folder, out / "o", kind=WeightsError)
     (base_folder / "config.json").unlink()
-    fails("cannot read .*config.json", base_folder, lora_folder, out / "o", kind=WeightsError)
+    fails("unreadable", base_folder, lora_folder, out / "o", kind=WeightsError)
     (base_folder / "config.json").symlink_to(tmp_path / "file")
-    fails("leads out of the folder", base_folder, lora_folder, out / "o", kind=WeightsError)
-    fails("cannot write", full, lora_folder, tmp_path / "file/o")
+    fails("leads-out", base_folder, lora_folder, out / "o", kind=WeightsError)
+    fails("not-writable", full, lora_folder, tmp_path / "file/o")
     assert sorted(os.listdir(out)) == ["notes.txt"]
 
 

@@ -178,7 +178,7 @@ def test_adapters_of_an_older_version_merge_with_a_warning(world, capfd):
         else:
             Origin("gone").write(lora)
         merged(other, lora, out, overwrite=True)
-        assert "does not say from which weights it was tuned" in capfd.readouterr().err
+        assert "does not record which weights it was tuned from" in capfd.readouterr().err
 
 
 def test_a_note_leads_to_no_folder_that_the_user_did_not_give(world):

@@ -7,16 +7,12 @@ import struct
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import (
-    load_pdparams_object,
-    open_weights,
-    read_pdparams,
-    write_pdparams,
-)
+from paddlemix.checkpoint import load_pdparams_object, open_weights, write_pdparams
 from paddlemix.checkpoint.tensors import rows_of
 from paddlemix.utils.errors import JobFailed, WeightsError
+from tests import helpers
 from tests.checkpoint import files
-from tests.checkpoint.files import arrays, pickled
+from tests.checkpoint.files import arrays, pickled, read_pdparams
 
 
 def numpy_dict(named):
@@ -67,11 +63,11 @@ def test_protocol_2_text_is_decoded_when_read(tmp_path):
     data[at : at + 2] = b"ab"
     (tmp_path / "x.pdparams").write_bytes(data)
     with open_weights(str(tmp_path / "x.pdparams")) as reader:
-        with pytest.raises(WeightsError, match="does not fit"):
+        with helpers.refused(WeightsError, "shape"):
             reader.read("w")
     data[at : at + 2] = b"\xff\xff"
     (tmp_path / "x.pdparams").write_bytes(data)
-    with pytest.raises(WeightsError, match="text at byte"):
+    with helpers.refused(WeightsError, "text"):
         read_pdparams(str(tmp_path / "x.pdparams"))
     # A short text is at hand when the file is opened, and still decoded no earlier.
     path = pickled({"w": array[:200]}, tmp_path / "y.pdparams", 2)
@@ -80,7 +76,7 @@ def test_protocol_2_text_is_decoded_when_read(tmp_path):
     at = data.index(b"\xc2")
     data[at : at + 2] = "ā".encode()
     (tmp_path / "y.pdparams").write_bytes(data)
-    with pytest.raises(WeightsError, match="broken .an array's text"):
+    with helpers.refused(WeightsError, "text"):
         read_pdparams(path)
 
 
@@ -123,7 +119,7 @@ def test_states_of_a_run(tmp_path):
         assert found["LR_Scheduler"] == state["LR_Scheduler"] and found["list"] == state["list"]
         assert found["scalar"] == 1.5 and found[3] == state[3] and "StructuredToParameterName@@" not in found
         np.testing.assert_array_equal(found["w_moment1_0"], np.ones(3))
-    with pytest.raises(WeightsError, match="arrays of type u4"):
+    with helpers.refused(WeightsError, "dtype", "u4"):
         load_pdparams_object(pickled({"key": np.arange(4, dtype=np.uint32)}, tmp_path / "k.pdopt"))
 
 
@@ -136,11 +132,11 @@ def test_a_small_file_cannot_grow_without_end(tmp_path):
     assert found[0] is found[1]
     for _ in range(10):
         value = [value, value]
-    with pytest.raises(WeightsError, match="nested too deeply"):
+    with helpers.refused(WeightsError, "too-deep"):
         load_pdparams_object(pickled({"w": value}, tmp_path / "w.pdopt"))
     loop = []
     loop.append(loop)
-    with pytest.raises(WeightsError, match="nested too deeply"):
+    with helpers.refused(WeightsError, "too-deep"):
         load_pdparams_object(pickled(loop, tmp_path / "w.pdopt"))
 
 
@@ -176,7 +172,7 @@ def test_writer_leaves_nothing_behind_when_it_fails(tmp_path):
     with pytest.raises(ValueError, match="as announced"):
         write_pdparams(str(path), {"w": ("float32", np.zeros(3, np.float64))})
     assert os.listdir(tmp_path) == ["w.pdparams"] and path.read_bytes() == b"old"
-    with pytest.raises(JobFailed, match="could not write"):
+    with helpers.refused(JobFailed, "disk"):
         write_pdparams(str(path / "w.pdparams"), {})
 
 
@@ -227,125 +223,123 @@ def test_optimizer_states_of_paddle(tmp_path):
 
 def good(tmp_path):
     path = str(tmp_path / "good.pdparams")
-    write_pdparams(
-        path, {"w": ("float32", np.ones((4, 4), np.float32)), "b": ("float32", np.ones(4, np.float32))}
-    )
+    write_pdparams(path, {"w": ("float32", np.ones((4, 4), np.float32)), "b": ("float32", np.ones(4, np.float32))})
     return open(path, "rb").read()
 
 
-def refused(tmp_path, data, match):
+def refused(tmp_path, data, *about):
     path = tmp_path / "bad.pdparams"
     path.write_bytes(data)
-    files.refused(path, match)
+    files.refused(path, *about)
 
 
 def test_cut_short_or_with_bytes_behind(tmp_path):
     data = good(tmp_path)
     for length in range(1, len(data) - 1, 7):
-        refused(tmp_path, data[:length], "bad.pdparams")
-    refused(tmp_path, data + b"x", "1 bytes follow its end")
+        refused(tmp_path, data[:length])
+    refused(tmp_path, data + b"x", "trailing-bytes")
 
 
 def test_shapes_that_promise_more_than_there_is(tmp_path):
     data = good(tmp_path)
     shape = b"J\x04\x00\x00\x00J\x04\x00\x00\x00"
     assert data.count(shape) == 1
-    refused(tmp_path, data.replace(shape, b"J\x04\x00\x00\x00J\x05\x00\x00\x00"), "does not fit")
-    refused(tmp_path, data.replace(shape, b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f"), "more than a file")
-    refused(tmp_path, data.replace(shape, b"J\x04\x00\x00\x00J\xff\xff\xff\xff"), "not a shape")
+    refused(tmp_path, data.replace(shape, b"J\x04\x00\x00\x00J\x05\x00\x00\x00"), "shape")
+    refused(tmp_path, data.replace(shape, b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f"), "shape")
+    refused(tmp_path, data.replace(shape, b"J\x04\x00\x00\x00J\xff\xff\xff\xff"), "shape")
     # The payload itself claims more than the file has.
     huge = data.replace(b"\x8e" + struct.pack("<Q", 64), b"\x8e" + struct.pack("<Q", 1 << 62))
-    refused(tmp_path, huge, "promises more")
+    refused(tmp_path, huge, "truncated")
 
 
 def test_a_key_twice(tmp_path):
     array = pickle.dumps({"w": 1, "v": 1}, 4)
-    refused(tmp_path, array.replace(b"\x01v", b"\x01w"), "the key w is in it twice")
+    refused(tmp_path, array.replace(b"\x01v", b"\x01w"), "duplicate")
 
 
 @pytest.mark.parametrize(
-    "value, match",
+    "value, about",
     [
-        ([1, 2], "tensors by name"),
-        ({"w": 3}, "w is not a tensor"),
-        ({"w": "text"}, "is not a tensor"),
-        ({3: np.zeros(2, np.float32)}, "cannot be a tensor's name"),
-        ({"x" * 2000: np.zeros(2, np.float32)}, "cannot be a tensor's name"),
-        ({("a", "b"): np.zeros(2, np.float32)}, "neither a string nor an integer"),
-        ({"w": np.zeros(2, ">f4")}, "byte order"),
-        ({"w": np.zeros(2, np.complex64)}, "arrays of type c8"),
-        ({"w": np.zeros(2, [("a", "f4")])}, "arrays of type"),
-        ({"w": np.array(["a"])}, "arrays of type U1"),
-        ({"w": np.array([{"a": 1}], object)}, "arrays of type O8"),
-        ({"w": {1, 2}}, "EMPTY_SET"),
-        ({"w": frozenset([1])}, "FROZENSET"),
-        ({"w": 1 << 600}, "64 bytes"),
+        ([1, 2], ["not-a-dict"]),
+        ({"w": 3}, ["tensor"]),
+        ({"w": "text"}, ["tensor"]),
+        ({3: np.zeros(2, np.float32)}, ["name"]),
+        ({"x" * 2000: np.zeros(2, np.float32)}, ["name"]),
+        ({("a", "b"): np.zeros(2, np.float32)}, ["refused"]),
+        ({"w": np.zeros(2, ">f4")}, ["refused", "byte-order"]),
+        ({"w": np.zeros(2, np.complex64)}, ["refused", "c8"]),
+        ({"w": np.zeros(2, [("a", "f4")])}, ["refused", "dtype"]),
+        ({"w": np.array(["a"])}, ["refused", "U1"]),
+        ({"w": np.array([{"a": 1}], object)}, ["refused", "O8"]),
+        ({"w": {1, 2}}, ["refused", "EMPTY_SET"]),
+        ({"w": frozenset([1])}, ["refused", "FROZENSET"]),
+        ({"w": 1 << 600}, ["refused"]),
     ],
 )
-def test_what_is_not_weights(tmp_path, value, match):
-    refused(tmp_path, pickle.dumps(value, 4), match)
+def test_what_is_not_weights(tmp_path, value, about):
+    refused(tmp_path, pickle.dumps(value, 4), *about)
 
 
 @pytest.mark.parametrize(
-    "data, match",
+    "data, code",
     [
-        (b"hello world, not a pickle", "no pickle"),
-        (b"\x80\x09.", "protocol 9"),
-        (b"\x80\x04.", "left over"),
-        (b"\x80\x04N" * 2 + b".", "left over"),
-        (b"\x80\x04h\x05.", "reference to nothing"),
-        (b"\x80\x04(.", "not a weights file|tensors by name|left over"),
-        (b"\x80\x04u.", "no mark|not a weights file"),
-        (b"\x80\x04}(NNu.", "neither a string"),
-        (b"\x80\x04}(X\x01\x00\x00\x00au.", "without a value"),
-        (b"\x80\x04N(a.", "mark where a value"),
-        (b"\x80\x04NNa.", "items for a list"),
-        (b"\x80\x04Nb.", "not a weights file|state"),
-        (b"\x80\x04NNb.", "sets the state"),
-        (b"\x80\x04N)R.", "not a name"),
-        (b"\x80\x04cnumpy\ndtype\nNR.", "without arguments"),
-        (b"\x80\x04cnumpy\ndtype\n)R.", "not a weights file|broken"),
-        (b"\x80\x04c" + b"x" * 3000 + b".", "name without end"),
-        (b"\x80\x04\xff.", "instruction byte ff"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "PyTorch before 1.6"),
+        (b"hello world, not a pickle", "protocol"),
+        (b"\x80\x09.", "protocol"),
+        (b"\x80\x04.", "broken"),
+        (b"\x80\x04N" * 2 + b".", "broken"),
+        (b"\x80\x04h\x05.", "broken"),
+        (b"\x80\x04(.", "not-a-dict"),
+        (b"\x80\x04u.", "broken"),
+        (b"\x80\x04}(NNu.", "refused"),
+        (b"\x80\x04}(X\x01\x00\x00\x00au.", "broken"),
+        (b"\x80\x04N(a.", "broken"),
+        (b"\x80\x04NNa.", "broken"),
+        (b"\x80\x04Nb.", "broken"),
+        (b"\x80\x04NNb.", "refused"),
+        (b"\x80\x04N)R.", "broken"),
+        (b"\x80\x04cnumpy\ndtype\nNR.", "broken"),
+        (b"\x80\x04cnumpy\ndtype\n)R.", "broken"),
+        (b"\x80\x04c" + b"x" * 3000 + b".", "broken"),
+        (b"\x80\x04\xff.", "byte ff"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "old-torch"),
     ],
 )
-def test_broken_pickles(tmp_path, data, match):
-    refused(tmp_path, data, match)
+def test_broken_pickles(tmp_path, data, code):
+    refused(tmp_path, data, code)
 
 
 def test_too_many_instructions(tmp_path, monkeypatch):
     monkeypatch.setattr("paddlemix.checkpoint.unpickle.MAX_OPCODES", 1000)
-    refused(tmp_path, b"\x80\x04" + b"N0" * 2000 + b"}.", "more than 1,000 pickle instructions")
+    refused(tmp_path, b"\x80\x04" + b"N0" * 2000 + b"}.", "refused")
 
 
 def test_array_constructors_take_only_what_numpy_gives(tmp_path):
     start = b"\x80\x04}X\x01\x00\x00\x00w"
     make = b"cnumpy.core.multiarray\n_reconstruct\n"
-    for data, match in (
-        (make + b"cnumpy\ndtype\nK\x00\x85C\x01b\x87R", "not numpy's own"),
-        (make + b"cnumpy\nndarray\nK\x05\x85C\x01b\x87R", "not numpy's own"),
-        (make + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R", "is not a tensor"),
-        (make + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01)N\x89C\x00tb", "without a type"),
+    for data, code in (
+        (make + b"cnumpy\ndtype\nK\x00\x85C\x01b\x87R", "refused"),
+        (make + b"cnumpy\nndarray\nK\x05\x85C\x01b\x87R", "refused"),
+        (make + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R", "tensor"),
+        (make + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01)N\x89C\x00tb", "broken"),
         (make + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R(K\x01tb", "broken"),
-        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00rot_13\x86R", "encoding"),
-        (b"c__builtin__\nbytes\nK\x05\x85R", "bytes made from arguments"),
-        (b"cbuiltins\ntuple\nNN\x86\x85R", "tensor's name"),
-        (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict made from"),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00rot_13\x86R", "refused"),
+        (b"c__builtin__\nbytes\nK\x05\x85R", "refused"),
+        (b"cbuiltins\ntuple\nNN\x86\x85R", "refused"),
+        (b"ccollections\nOrderedDict\n]\x85R", "refused"),
         (b"cnumpy\ndtype\n)\x81", "NEWOBJ"),
     ):
-        refused(tmp_path, start + data + b"s.", match)
+        refused(tmp_path, start + data + b"s.", code)
 
 
 def test_numbers_and_names_in_states(tmp_path):
     path = tmp_path / "s.pdopt"
     scalar = b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00f8\x89\x88\x87R"
     path.write_bytes(b"\x80\x04" + scalar + b"C\x03abc\x86R.")
-    with pytest.raises(WeightsError, match="does not fit its type"):
+    with helpers.refused(WeightsError, "number"):
         load_pdparams_object(str(path))
     path.write_bytes(b"\x80\x04cnumpy\ndtype\n.")
-    with pytest.raises(WeightsError, match="bare name"):
+    with helpers.refused(WeightsError, "refused"):
         load_pdparams_object(str(path))
     path.write_bytes(b"\x80\x04X" + struct.pack("<I", 70_000) + b"\xff" * 70_000 + b".")
-    with pytest.raises(WeightsError, match="a text"):
+    with helpers.refused(WeightsError, "text"):
         load_pdparams_object(str(path))

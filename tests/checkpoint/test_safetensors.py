@@ -10,10 +10,10 @@ from tests.checkpoint import files
 from tests.checkpoint.files import arrays, entry, safetensors_bytes
 
 
-def refused(tmp_path, data, match):
+def refused(tmp_path, data, code):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
-    files.refused(path, match)
+    files.refused(path, code)
 
 
 def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
@@ -53,46 +53,46 @@ def test_the_good_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header, size, match",
+    "header, size, code",
     [
-        ({"a": entry("F32", [2, 2], 0, 16)}, 12, "outside the file"),
-        ({"a": entry("F32", [2, 2], 0, 16)}, 17, "1 bytes follow"),
-        ({"a": entry("F32", [2, 2], 4, 20)}, 20, "leave a gap"),
+        ({"a": entry("F32", [2, 2], 0, 16)}, 12, "truncated"),
+        ({"a": entry("F32", [2, 2], 0, 16)}, 17, "trailing-bytes"),
+        ({"a": entry("F32", [2, 2], 4, 20)}, 20, "gap"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, 12, "overlap"),
-        ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 12, 20)}, 20, "leave a gap"),
-        ({"a": entry("F32", [3], 0, 8)}, 8, "does not fit its offsets"),
-        ({"a": entry("F32", [2], 8, 0)}, 8, "does not fit its offsets"),
-        ({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, 8, "more than a file"),
-        ({"a": entry("F32", [1 << 44], 0, 1 << 46)}, 8, "outside the file"),
-        ({"a": entry("F32", [-2], 0, 8)}, 8, "not a shape"),
-        ({"a": entry("F32", [2.0], 0, 8)}, 8, "not a shape"),
-        ({"a": entry("F32", [True, 2], 0, 8)}, 8, "not a shape"),
-        ({"a": entry("F8_E4M3", [8], 0, 8)}, 8, "type F8_E4M3"),
-        ({"a": entry(["F32"], [2], 0, 8)}, 8, "not supported"),
-        ({"a": dict(entry("F32", [2], 0, 8), extra=1)}, 8, "described by"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, 8, "two positions"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": "08"}}, 8, "two positions"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, True]}}, 8, "two positions"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "two positions"),
-        ({"a": 5}, 0, "described by"),
-        ({"": entry("F32", [2], 0, 8)}, 8, "cannot be a tensor's name"),
-        ({"x" * 1025: entry("F32", [2], 0, 8)}, 8, "cannot be a tensor's name"),
+        ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 12, 20)}, 20, "gap"),
+        ({"a": entry("F32", [3], 0, 8)}, 8, "data_offsets"),
+        ({"a": entry("F32", [2], 8, 0)}, 8, "data_offsets"),
+        ({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, 8, "shape"),
+        ({"a": entry("F32", [1 << 44], 0, 1 << 46)}, 8, "truncated"),
+        ({"a": entry("F32", [-2], 0, 8)}, 8, "shape"),
+        ({"a": entry("F32", [2.0], 0, 8)}, 8, "shape"),
+        ({"a": entry("F32", [True, 2], 0, 8)}, 8, "shape"),
+        ({"a": entry("F8_E4M3", [8], 0, 8)}, 8, "dtype"),
+        ({"a": entry(["F32"], [2], 0, 8)}, 8, "dtype"),
+        ({"a": dict(entry("F32", [2], 0, 8), extra=1)}, 8, "entry"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, 8, "data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": "08"}}, 8, "data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, True]}}, 8, "data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "data_offsets"),
+        ({"a": 5}, 0, "entry"),
+        ({"": entry("F32", [2], 0, 8)}, 8, "name"),
+        ({"x" * 1025: entry("F32", [2], 0, 8)}, 8, "name"),
         ({"__metadata__": 3}, 0, "metadata"),
-        (b"[]", 0, "JSON object"),
-        (b"{", 0, "not JSON"),
-        (b"\xff\xfe", 0, "not JSON"),
-        (b'{"a":' * 100_000, 0, "not JSON"),
-        (b'{"a": 1' + b"0" * 5000 + b"}", 0, "more than 20 digits"),
-        (b'{"a": [' + b"{}," * (1 << 20) + b"0]}", 0, "1,048,576 lists and objects"),
-        (b'{"a": NaN}', 0, "NaN is not allowed"),
-        (b'{"a": {}, "a": {}}', 0, "the key a is in it twice"),
+        (b"[]", 0, "json"),
+        (b"{", 0, "json"),
+        (b"\xff\xfe", 0, "json"),
+        (b'{"a":' * 100_000, 0, "json"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", 0, "json"),
+        (b'{"a": [' + b"{}," * (1 << 20) + b"0]}", 0, "json"),
+        (b'{"a": NaN}', 0, "json"),
+        (b'{"a": {}, "a": {}}', 0, "json"),
     ],
 )
-def test_headers_that_lie(tmp_path, header, size, match):
-    refused(tmp_path, safetensors_bytes(header, bytes(size)), match)
+def test_headers_that_lie(tmp_path, header, size, code):
+    refused(tmp_path, safetensors_bytes(header, bytes(size)), code)
 
 
 def test_sizes_that_lie(tmp_path):
-    refused(tmp_path, b"abc", "too short")
-    refused(tmp_path, struct.pack("<Q", 100) + b"{}", "its header would have 100 bytes")
-    refused(tmp_path, struct.pack("<Q", 1 << 63) + b"{}", "its header would have")
+    refused(tmp_path, b"abc", "truncated")
+    refused(tmp_path, struct.pack("<Q", 100) + b"{}", "header")
+    refused(tmp_path, struct.pack("<Q", 1 << 63) + b"{}", "header")

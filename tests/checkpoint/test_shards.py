@@ -11,6 +11,7 @@ from paddlemix.checkpoint import convert_dtype, find_weights, open_weights, writ
 from paddlemix.checkpoint.shards import parse_size
 from paddlemix.checkpoint.tensors import Rows, rows_of
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from tests import helpers
 from tests.checkpoint.files import arrays, refused, torch_file
 
 
@@ -20,9 +21,7 @@ def items_of(named):
 
 def floats(n=6, size=100):
     rng = np.random.default_rng(1)
-    return {
-        f"t{i}.weight": ("float32", rng.standard_normal((size, i + 1)).astype(np.float32)) for i in range(n)
-    }
+    return {f"t{i}.weight": ("float32", rng.standard_normal((size, i + 1)).astype(np.float32)) for i in range(n)}
 
 
 @pytest.mark.parametrize("format", ["pdparams", "safetensors"])
@@ -62,16 +61,16 @@ def test_reading_converts_floats_and_leaves_integers(tmp_path):
         assert reader.read("a.weight", "bfloat16").dtype == np.uint16
         assert reader.read("f.ids", "float16").dtype == np.int64
         assert not reader.read("a.weight", "float32").flags.owndata
-        with pytest.raises(WeightsError, match="no tensor z"):
+        with helpers.refused(WeightsError, "no-tensor"):
             reader.read("z")
-        with pytest.raises(WeightsError, match="no tensor z"):
+        with helpers.refused(WeightsError, "no-tensor"):
             reader.info("z")
 
 
 def test_a_value_too_large_names_the_tensor(tmp_path):
     write_pdparams(str(tmp_path / "w.pdparams"), {"w": ("float32", np.array([1e9], np.float32))})
     with open_weights(str(tmp_path / "w.pdparams")) as reader:
-        with pytest.raises(WeightsError, match="w: a value is too large for float16"):
+        with helpers.refused(WeightsError, "overflow", match="w: "):
             reader.read("w", "float16")
 
 
@@ -84,7 +83,7 @@ def test_writing_again_replaces_the_old_set(tmp_path):
     write_sharded(str(tmp_path), items_of(floats(3)), max_shard_size=1)
     with open_weights(str(tmp_path)) as reader:
         assert len(reader) == 3
-    with pytest.raises(WeightsError, match="already holds model_state"):
+    with helpers.refused(WeightsError, "other-format"):
         write_sharded(str(tmp_path), items_of(floats()), format="safetensors")
     # A LoRA file beside a model's is another set and stays.
     write_pdparams(str(tmp_path / "lora_model_state.pdparams"), floats(1))
@@ -104,18 +103,18 @@ def test_a_failed_write_leaves_the_old_set(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     items = items_of(floats(5)) + [("last", "float32", (2,), full)]
-    with pytest.raises(JobFailed, match="No space left"):
+    with helpers.refused(JobFailed, "disk", match="No space left"):
         write_sharded(str(tmp_path), items, max_shard_size="2KB")
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
 def test_bad_requests(tmp_path):
     items = items_of(floats(1))
-    with pytest.raises(UserError, match="pdparams or safetensors"):
+    with helpers.refused(UserError, "format"):
         write_sharded(str(tmp_path), items, format="bin")
-    with pytest.raises(WeightsError, match="written twice"):
+    with helpers.refused(WeightsError, "duplicate"):
         write_sharded(str(tmp_path), items + items)
-    with pytest.raises(WeightsError, match="complex64"):
+    with helpers.refused(WeightsError, "dtype"):
         write_sharded(str(tmp_path), [("w", "complex64", (1,), lambda: None)])
     with pytest.raises(ValueError, match="bytes to copy"):
         with open_weights_of(tmp_path, floats(1)) as reader:
@@ -197,7 +196,7 @@ def test_tensors_loaded_in_pieces_are_those_read(tmp_path, monkeypatch, to):
                 assert loaded.dtype == reader.read(name, to).dtype and loaded.flags.writeable
             loaded = reader.load("w", to)
             os.truncate(tmp_path / "some.pdparams", 1500)
-            with pytest.raises(WeightsError, match="some.pdparams: w: .*cut short while"):
+            with helpers.refused(WeightsError, "truncated", match="some.pdparams: w: "):
                 reader.load("w", to)
             assert loaded.shape == (70, 11) and np.isfinite(loaded[:1]).all()
 
@@ -206,7 +205,7 @@ def test_a_source_cut_short_while_it_is_copied(tmp_path):
     with open_weights_of(tmp_path, floats(1, 1000)) as reader:
         os.truncate(tmp_path / "some.pdparams", 200)
         items = [(n, "float32", reader.info(n).shape, lambda n=n: reader.raw(n)) for n in reader]
-        with pytest.raises(WeightsError, match="cut short while"):
+        with helpers.refused(WeightsError, "truncated"):
             write_sharded(str(tmp_path / "o"), items)
 
 
@@ -222,7 +221,7 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     if text == "10":
         return
-    with pytest.raises(UserError, match="must read like 10GB"):
+    with helpers.refused(UserError, "size"):
         parse_size(text)
 
 
@@ -234,19 +233,19 @@ def index(folder, weight_map, name="model_state.pdparams.index.json"):
 
 
 def test_what_a_folder_may_hold(tmp_path):
-    refused(tmp_path / "none", "no folder")
-    refused(tmp_path, "no weights in")
+    refused(tmp_path / "none", "no-folder")
+    refused(tmp_path, "no-weights")
     write_pdparams(str(tmp_path / "lora_model_state.pdparams"), floats(1))
-    refused(tmp_path, "LoRA checkpoint.*merge it first")
+    refused(tmp_path, "not-merged")
     write_pdparams(str(tmp_path / "model_state-00001-of-00002.pdparams"), floats(1))
-    refused(tmp_path, "no index")
+    refused(tmp_path, "no-index")
     write_pdparams(str(tmp_path / "model_state.pdparams"), floats(1))
     assert find_weights(str(tmp_path)) == "model_state.pdparams"
     # A .bin for older programs may stand beside; a second set of ours may not.
     torch_file(tmp_path / "pytorch_model.bin", floats(2))
     assert find_weights(str(tmp_path)) == "model_state.pdparams"
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(tmp_path, "several sets of weights")
+    refused(tmp_path, "several-weights")
 
 
 def test_sharded_torch_files(tmp_path):
@@ -272,16 +271,16 @@ def test_indexes_that_lie(tmp_path):
     with open_weights(str(tmp_path)) as reader:
         assert reader.keys() == ["a", "b"]
     index(tmp_path, {"a": first, "b": second, "c": second})
-    refused(tmp_path, "1 keys that no file holds: c")
+    refused(tmp_path, "weight_map")
     index(tmp_path, {"a": first, "c": second})
-    refused(tmp_path, "holds b, but the index has it in no file")
+    refused(tmp_path, "weight_map")
     index(tmp_path, {"a": second, "b": first})
-    refused(tmp_path, "in another file")
+    refused(tmp_path, "weight_map")
     index(tmp_path, {"a": first, "b": "model_state-00003-of-00002.pdparams"})
-    refused(tmp_path, "cannot open")
+    refused(tmp_path, "unreadable")
     write_pdparams(str(tmp_path / second), {"a": ("float32", one)})
     index(tmp_path, {"a": first, "b": second})
-    refused(tmp_path, "a is in both .* and ")
+    refused(tmp_path, "duplicate")
     for text in (
         "[]",
         "{}",
@@ -291,7 +290,7 @@ def test_indexes_that_lie(tmp_path):
         '{"weight_map": 1, "weight_map": 2}',
     ):
         (tmp_path / "model_state.pdparams.index.json").write_text(text)
-        refused(tmp_path, "index.json")
+        refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +301,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path, name):
     folder.mkdir()
     write_pdparams(str(tmp_path / "out.pdparams"), {"a": ("float32", np.zeros(1, np.float32))})
     index(folder, {"a": name})
-    refused(folder, "leads out of the folder")
+    refused(folder, "leads-out")
 
 
 def test_links(tmp_path):
@@ -312,10 +311,10 @@ def test_links(tmp_path):
     one = {"a": ("float32", np.zeros(1, np.float32))}
     write_pdparams(str(outside / "w.pdparams"), one)
     (folder / "model_state.pdparams").symlink_to(outside / "w.pdparams")
-    refused(folder, "a link that leads out")
+    refused(folder, "leads-out")
     (folder / "model_state.pdparams").unlink()
     (folder / "model_state.pdparams").symlink_to("nowhere")
-    refused(folder, "cannot open")
+    refused(folder, "unreadable")
     # Inside the folder, to the folder itself, and a file that the user names: all fine.
     (folder / "model_state.pdparams").unlink()
     write_pdparams(str(folder / "real.pdparams"), one)
@@ -337,7 +336,7 @@ def test_links(tmp_path):
     for target in ("../../elsewhere/1234", "../blobs/1234", "../../blobs/deeper/1234", str(outside / "w.pdparams")):
         (snapshot / "pytorch_model.bin").unlink()
         (snapshot / "pytorch_model.bin").symlink_to(target)
-        refused(snapshot, "a link that leads out")
+        refused(snapshot, "leads-out")
 
 
 def test_a_shard_or_an_index_that_is_a_link(tmp_path):
@@ -352,13 +351,13 @@ def test_a_shard_or_an_index_that_is_a_link(tmp_path):
     for name in (shards[1], "model_state.pdparams.index.json"):
         os.rename(folder / name, outside / name)
         (folder / name).symlink_to(outside / name)
-        refused(folder, f"{name}: refused: a link that leads out")
+        refused(folder, "leads-out")
         os.replace(outside / name, folder / name)
     # A link to a link inside the folder is followed to its end.
     os.rename(folder / shards[1], outside / "x")
     (folder / "within").symlink_to(outside / "x")
     (folder / shards[1]).symlink_to("within")
-    refused(folder, "a link that leads out")
+    refused(folder, "leads-out")
 
 
 def test_reading_everything_does_not_keep_everything(tmp_path):

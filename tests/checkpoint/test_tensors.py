@@ -10,6 +10,7 @@ import pytest
 from paddlemix.checkpoint import convert_dtype
 from paddlemix.checkpoint.tensors import MappedFile, check_shape, own_pages, printable
 from paddlemix.utils.errors import WeightsError
+from tests.helpers import refused
 
 
 def test_bfloat16_rounds_to_nearest_even():
@@ -74,20 +75,18 @@ def test_same_dtype_is_not_copied():
 )
 def test_a_finite_value_never_becomes_infinite(value, src, dst):
     array = convert_dtype(np.array([1.0, value], np.float64), "float64", src)
-    with pytest.raises(WeightsError, match=f"too large for {dst}"):
+    with refused(WeightsError, "overflow", match=dst):
         convert_dtype(array, src, dst)
 
 
 def test_integers_are_not_converted():
-    with pytest.raises(WeightsError, match="int64 to float32"):
+    with refused(WeightsError, "dtype"):
         convert_dtype(np.zeros(2, np.int64), "int64", "float32")
 
 
-@pytest.mark.parametrize(
-    "shape", ["3", None, [1.0], [True], [-1], [1 << 40, 1 << 40], [0, 1 << 60], [1] * 33]
-)
+@pytest.mark.parametrize("shape", ["3", None, [1.0], [True], [-1], [1 << 40, 1 << 40], [0, 1 << 60], [1] * 33])
 def test_shapes_that_are_none(shape):
-    with pytest.raises(WeightsError, match="x: "):
+    with refused(WeightsError, "shape"):
         check_shape(shape, "x")
 
 
@@ -99,14 +98,14 @@ def test_printable_keeps_an_error_in_one_line():
 def test_a_mapped_file_must_be_a_file(tmp_path):
     import os
 
-    for path, text in ((tmp_path / "none", "cannot open"), (tmp_path, "not a regular file")):
-        with pytest.raises(WeightsError, match=text):
+    for path, code in ((tmp_path / "none", "unreadable"), (tmp_path, "not-regular")):
+        with refused(WeightsError, code):
             MappedFile(str(path))
     (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(WeightsError, match="is empty"):
+    with refused(WeightsError, "empty"):
         MappedFile(str(tmp_path / "empty"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(WeightsError, match="not a regular file"):
+    with refused(WeightsError, "not-regular"):
         MappedFile(str(tmp_path / "pipe"))
 
 
@@ -137,7 +136,7 @@ def test_a_file_system_without_mappings(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     if number == errno.EIO:
-        with pytest.raises(WeightsError, match="cannot read .*weights: Input/output error"):
+        with refused(WeightsError, "unreadable", match="Input/output error"):
             MappedFile(str(path))
         return
     mapped = MappedFile(str(path))

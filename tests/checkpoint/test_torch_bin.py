@@ -50,23 +50,23 @@ def test_shared_storages_offsets_and_strides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec, match",
+    "spec, code",
     [
-        (("0", "FloatStorage", 4, 1, (4,), (1,)), "does not fit its storage"),
-        (("0", "FloatStorage", 4, 0, (1 << 30,), (0,)), "does not fit its storage"),
-        (("0", "FloatStorage", 4, 0, (3, 3), (1, 1)), "does not fit its storage"),
-        (("0", "FloatStorage", 4, 0, (2,), (1, 1)), "strides do not fit"),
-        (("0", "FloatStorage", 4, 0, (2,), (-1,)), "not a shape"),
-        (("0", "FloatStorage", 4, -1, (2,), (1,)), "without a storage"),
-        (("0", "FloatStorage", 8, 0, (8,), (1,)), "missing or of another size"),
-        (("0", "DoubleStorage", 4, 0, (4,), (1,)), "missing or of another size"),
-        (("../0", "FloatStorage", 4, 0, (4,), (1,)), "missing or of another size"),
+        (("0", "FloatStorage", 4, 1, (4,), (1,)), "shape"),
+        (("0", "FloatStorage", 4, 0, (1 << 30,), (0,)), "shape"),
+        (("0", "FloatStorage", 4, 0, (3, 3), (1, 1)), "shape"),
+        (("0", "FloatStorage", 4, 0, (2,), (1, 1)), "strides"),
+        (("0", "FloatStorage", 4, 0, (2,), (-1,)), "shape"),
+        (("0", "FloatStorage", 4, -1, (2,), (1,)), "storage"),
+        (("0", "FloatStorage", 8, 0, (8,), (1,)), "storage"),
+        (("0", "DoubleStorage", 4, 0, (4,), (1,)), "storage"),
+        (("../0", "FloatStorage", 4, 0, (4,), (1,)), "storage"),
         (("0", "ComplexFloatStorage", 4, 0, (4,), (1,)), "torch.ComplexFloatStorage"),
-        (("0", "FloatStorage", -4, 0, (4,), (1,)), "storage of no size"),
+        (("0", "FloatStorage", -4, 0, (4,), (1,)), "storage"),
     ],
 )
-def test_tensors_that_promise_more_than_there_is(tmp_path, spec, match):
-    refused(torch_zip(tmp_path / "w.bin", torch_pickle({"w": spec}), {"0": bytes(16)}), match)
+def test_tensors_that_promise_more_than_there_is(tmp_path, spec, code):
+    refused(torch_zip(tmp_path / "w.bin", torch_pickle({"w": spec}), {"0": bytes(16)}), code)
 
 
 def test_tied_tensors_are_few(tmp_path):
@@ -76,22 +76,22 @@ def test_tied_tensors_are_few(tmp_path):
     with open_weights(torch_zip(tmp_path / "w.bin", torch_pickle(dict.fromkeys("abc", whole)), data)) as reader:
         assert reader.total_bytes == 12_000
     many = torch_pickle({f"w{i}": whole for i in range(1000)})
-    refused(torch_zip(tmp_path / "w.bin", many, data), "promise 4,000,000 bytes, and it holds")
+    refused(torch_zip(tmp_path / "w.bin", many, data), "size")
 
 
 def test_archives_that_are_not_torchs(tmp_path):
     empty = torch_pickle({})
     path = tmp_path / "w.bin"
-    refused(torch_zip(path, empty, {}, method=zipfile.ZIP_DEFLATED), "compressed or encrypted")
-    refused(torch_zip(path, empty, {}, byteorder=b"big"), "another byte order")
+    refused(torch_zip(path, empty, {}, method=zipfile.ZIP_DEFLATED), "compressed")
+    refused(torch_zip(path, empty, {}, byteorder=b"big"), "byte-order")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello.txt", "hello")
-    refused(path, "not one of PyTorch's")
-    refused(torch_zip(path, b"\x80\x02N.", {}), "tensors by name")
-    refused(torch_zip(path, b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", {}), "w is not a tensor")
-    refused(torch_zip(path, b"\x80\x02NQ.", {}), "broken|not a weights file")
-    refused(torch_zip(path, b"\x80\x02(NNNNNtQ.", {}), "not a storage")
-    refused(torch_zip(path, b"\x80\x02ctorch._utils\n_rebuild_parameter\nN\x85R.", {}), "parameter without")
+    refused(path, "not-torch")
+    refused(torch_zip(path, b"\x80\x02N.", {}), "not-a-dict")
+    refused(torch_zip(path, b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", {}), "tensor")
+    refused(torch_zip(path, b"\x80\x02NQ.", {}), "broken")
+    refused(torch_zip(path, b"\x80\x02(NNNNNtQ.", {}), "refused")
+    refused(torch_zip(path, b"\x80\x02ctorch._utils\n_rebuild_parameter\nN\x85R.", {}), "tensor")
 
 
 def test_parameters_are_tensors(tmp_path):
@@ -108,12 +108,12 @@ def test_cut_short_or_with_bytes_behind(tmp_path):
     path = tmp_path / "bad.bin"
     for length in range(10, len(data) - 1, 211):
         path.write_bytes(data[:length])
-        refused(path, "cut short|whole zip")
+        refused(path, "zip")
     path.write_bytes(data + b"x")
-    refused(path, "bytes follow")
+    refused(path, "trailing-bytes")
     # Bytes in front of the archive shift every offset.
     path.write_bytes(b"PK\x03\x04" + data)
-    refused(path, "whole zip")
+    refused(path, "zip")
 
 
 def test_directories_that_lie(tmp_path):
@@ -127,24 +127,24 @@ def test_directories_that_lie(tmp_path):
         path.write_bytes(changed)
         return path
 
-    refused(patched(first, b"XXXX"), "whole zip")
-    refused(patched(first + 42, struct.pack("<I", 0xFFFFFF)), "outside the file")
-    refused(patched(first + 20, struct.pack("<II", 1 << 30, 1 << 30)), "outside the file")
-    refused(patched(first + 8, b"\x01"), "encrypted")
-    refused(patched(first + 20, struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)), "outside the file")
-    refused(patched(len(data) - 22 + 12, struct.pack("<I", 1 << 30)), "whole zip")
+    refused(patched(first, b"XXXX"), "zip")
+    refused(patched(first + 42, struct.pack("<I", 0xFFFFFF)), "outside")
+    refused(patched(first + 20, struct.pack("<II", 1 << 30, 1 << 30)), "outside")
+    refused(patched(first + 8, b"\x01"), "compressed")
+    refused(patched(first + 20, struct.pack("<II", 0xFFFFFFFF, 0xFFFFFFFF)), "outside")
+    refused(patched(len(data) - 22 + 12, struct.pack("<I", 1 << 30)), "zip")
     # Two members of one name.
     with pytest.warns(UserWarning, match="Duplicate"):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/data.pkl", b"1")
             archive.writestr("a/data.pkl", b"2")
-    refused(path, "is in it twice")
+    refused(path, "duplicate")
 
 
 def test_a_table_of_members_beyond_any_state_dicts(tmp_path, monkeypatch):
     path = torch_file(tmp_path / "w.bin", arrays())
     monkeypatch.setattr(torch_bin, "_MAX_DIRECTORY", 200)
-    refused(path, "a table of .* bytes")
+    refused(path, "zip")
 
 
 def test_zip64(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from paddlemix.checkpoint import load_pdparams_object, open_weights, read_pdparams, write_sharded
+from paddlemix.checkpoint import load_pdparams_object, open_weights, write_sharded
 from paddlemix.utils.errors import WeightsError
-from tests.checkpoint.files import pickled, torch_file, torch_pickle, torch_zip
+from tests.checkpoint.files import pickled, read_pdparams, torch_file, torch_pickle, torch_zip
 from tests.pickles import ENDLESS, attacks, bombs, text
 
 NAMES = sorted(attacks("x"))

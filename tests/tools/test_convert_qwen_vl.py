@@ -14,6 +14,7 @@ from paddlemix.checkpoint import open_weights, write_sharded
 from paddlemix.checkpoint.convert import IGNORED, convert_qwen_vl, public_to_ours, transposed
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.utils.errors import UserError, WeightsError
+from tests import helpers
 from tests.checkpoint.files import torch_file
 
 VISUAL = {
@@ -151,7 +152,7 @@ def test_what_is_not_a_whole_qwen_vl(tmp_path, tensors):
         folder = tmp_path / "src"
         shutil.rmtree(folder, ignore_errors=True)
         write_public(folder, named)
-        with pytest.raises(WeightsError, match=match) as caught:
+        with helpers.refused(WeightsError, "keys", match=match) as caught:
             convert_qwen_vl(str(folder), str(tmp_path / "out"), shapes_of=shapes_of, progress=False)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
@@ -167,37 +168,37 @@ def test_what_is_not_a_whole_qwen_vl(tmp_path, tensors):
 
 
 @pytest.mark.parametrize(
-    "change, match",
+    "change, key",
     [
-        ({"visual": None}, "no visual part"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-        ({"visual": {"width": 3}}, "lacks visual.image_size"),
-        ({"visual": dict(VISUAL, image_start_id="a")}, "not a whole number"),
+        ({"visual": None}, "visual"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"visual": {"width": 3}}, "visual.image_size"),
+        ({"visual": dict(VISUAL, image_start_id="a")}, "visual.image_start_id"),
     ],
 )
-def test_configurations_that_do_not_fit(tmp_path, tensors, change, match):
+def test_configurations_that_do_not_fit(tmp_path, tensors, change, key):
     config = {k: v for k, v in dict(CONFIG, **change).items() if v is not None}
     source = write_public(tmp_path / "src", public_tensors(tensors), config)
-    with pytest.raises(WeightsError, match=match):
+    with helpers.refused(WeightsError, key):
         convert_qwen_vl(str(source), str(tmp_path / "out"), shapes_of=parameter_shapes, progress=False)
 
 
 def test_folders_that_do_not_fit(tmp_path, tensors):
     source = write_public(tmp_path / "src", public_tensors(tensors))
-    for args, match, kind in (
-        ((tmp_path / "none", tmp_path / "out"), "no folder", UserError),
+    for args, code, kind in (
+        ((tmp_path / "none", tmp_path / "out"), "no-folder", UserError),
         ((source, source), "overlap", UserError),
         ((source, source / "qwen.tiktoken/o"), "overlap", UserError),
         ((source, tmp_path), "overlap", UserError),
     ):
-        with pytest.raises(kind, match=match):
+        with helpers.refused(kind, code):
             convert_qwen_vl(*map(str, args), progress=False)
-    with pytest.raises(UserError, match="dtype must be"):
+    with helpers.refused(UserError, "dtype"):
         convert_qwen_vl(str(source), str(tmp_path / "out"), dtype="int8", progress=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*: .*file is a file"):
+    with helpers.refused(UserError, "not-writable"):
         convert_qwen_vl(str(source), str(tmp_path / "file/o"), progress=False)
-    with pytest.raises(WeightsError, match="too large for float16"):
+    with helpers.refused(WeightsError, "overflow"):
         named = dict(public_tensors(tensors))
         named["lm_head.weight"] = ("float32", np.full((320, 128), 1e6, np.float32))
         convert_qwen_vl(
