@@ -18,10 +18,10 @@ from paddlemix.inference.facts import file_facts
 from paddlemix.inference.results import FORMAT, SIDECAR, write_sidecar
 from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, agreement
 from paddlemix.metrics.ngrams import DocumentFrequencies
-from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
 

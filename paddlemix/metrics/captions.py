@@ -25,8 +25,8 @@ from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 import numpy as np
 
 from paddlemix.metrics.ngrams import MAX_N, DocumentFrequencies, NgramCounts, row_key
-from paddlemix.metrics.parallel import map_chunks
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import some
 

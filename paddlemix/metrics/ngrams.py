@@ -12,7 +12,7 @@ from typing import Dict, Iterable, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from paddlemix.metrics.parallel import map_chunks
+from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
 MAX_N = 4

@@ -18,7 +18,7 @@ import numpy as np
 
 from paddlemix.metrics.captions import CHUNK_ROWS
 from paddlemix.metrics.ngrams import ngram_hashes, token_hash
-from paddlemix.metrics.parallel import map_chunks
+from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
 WORDS_FILE = os.path.join(os.path.dirname(__file__), "words.json")

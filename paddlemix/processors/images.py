@@ -77,8 +77,8 @@ def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
         raise ImageError("bad base64", f"bad base64: {error}") from None
 
 
-def _open(data: bytes, max_pixels: int = MAX_PIXELS):
-    """A PIL image of which only the header has been read."""
+def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
+    """A PIL image of which only the header has been read; see open_image."""
     from PIL import Image, UnidentifiedImageError
 
     _check_bytes(data)
@@ -103,6 +103,8 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS):
         if pixels > min(max_pixels, MAX_RLE_PIXELS) or len(data) > 4 * pixels + 4096:
             size = f"{image.width} × {image.height} pixels in {len(data):,} bytes"
             raise ImageError("too many pixels", f"a run-length encoded BMP of {size}")
+    if enough:
+        image.draft(None, (enough, enough))
     return image
 
 
@@ -138,10 +140,11 @@ def _check_size(size: Tuple[int, int], max_pixels: int) -> None:
         raise ImageError("too many pixels", f"the image is {width} × {height}, with a side over {MAX_SIDE:,} pixels")
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
     """Decode an image to RGB, upright as its EXIF says, transparency over white, the first frame of several.
 
-    A file cut short is decoded as far as it goes; its `info["truncated"]` is then True.
+    A file cut short is decoded as far as it goes; its `info["truncated"]` is then True. enough: a JPEG is reduced while
+    it is decoded, to 1/2, 1/4 or 1/8, as long as both sides keep so many pixels.
 
     Returns:
         a PIL image in mode RGB.
@@ -149,9 +152,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS):
     Raises:
         ImageError: see the module's reasons. The pixel cap is checked on the header, before anything is decoded.
     """
-    image = _open(data, max_pixels)
+    image = _open(data, max_pixels, enough)
     try:
-        image, truncated = _load(image, data, max_pixels)
+        image, truncated = _load(image, data, max_pixels, enough)
         image = _upright_rgb(image)
     except ImageError:
         raise
@@ -189,7 +192,7 @@ class _TruncatedSwitch:
 _SWITCH = _TruncatedSwitch()
 
 
-def _load(image, data: bytes, max_pixels: int = MAX_PIXELS):
+def _load(image, data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
     """Decode an opened image, as far as it goes where that is not all. Returns (image, whether it was cut short)."""
     try:
         uses, on = _SWITCH.uses, _SWITCH.on
@@ -197,12 +200,12 @@ def _load(image, data: bytes, max_pixels: int = MAX_PIXELS):
         if on or _SWITCH.uses != uses:
             # Another thread had the switch on, so a cut file may have passed as whole.
             with _PILLOW_LOCK:
-                image = _open(data, max_pixels)
+                image = _open(data, max_pixels, enough)
                 image.load()
         return image, False
     except (OSError, SyntaxError, ValueError, struct.error):
         with _SWITCH:
-            image = _open(data, max_pixels)
+            image = _open(data, max_pixels, enough)
             image.load()
         return image, True
 

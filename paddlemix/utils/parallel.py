@@ -38,6 +38,8 @@ def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: i
     # A Pool would wait for ever for a process that was killed.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         try:
+            # All processes are forked by the first call: before `chunks` starts a thread that reads ahead.
+            pool.submit(int)
             for chunk in chunks:
                 waiting.append(pool.submit(_call, chunk))
                 if len(waiting) > 2 * workers:
@@ -45,5 +47,5 @@ def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: i
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            why = "a process that scores was killed, mostly for want of memory; fewer --workers need less"
+            why = "a worker process was killed, mostly for want of memory; fewer --workers need less"
             raise JobFailed(why) from None

@@ -1,0 +1,269 @@
+"""Facts of one image (format, size, sharpness, hashes), and the facts of all images of a file, computed once.
+
+`.train.tsv.facts` is kept beside `train.tsv`: a header, then a record (FACTS) for each row. It is believed as long as
+the file keeps its size and modification time; that image files named by it may have changed is not noticed. What has
+been computed when a process ends stays in `.train.tsv.facts.partial`, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import struct
+from contextlib import suppress
+from typing import IO, Iterable, Iterator, List, NamedTuple, Tuple, Union
+
+import numpy as np
+
+from paddlemix.datasets import labels, rows, tsv
+from paddlemix.datasets.rows import image_text, read_rows
+from paddlemix.datasets.tsv import FileState, ImagePlace, TsvRow, check_input
+from paddlemix.processors.images import FORMATS, decode_base64, open_image, read_header
+from paddlemix.utils.errors import ImageError
+from paddlemix.utils.log import logger
+from paddlemix.utils.parallel import map_chunks
+from paddlemix.utils.progress import Progress
+
+# Below that spread a picture shows one colour, give or take the noise of JPEG: it has no near duplicates.
+ONE_COLOUR = 2.0
+# Sharpness is that of a picture whose longer side has at most so many pixels, the size of most ads and near to the
+# model's 448; a JPEG is decoded no larger than that takes.
+SHARP_SIDE = 512
+_ENOUGH = SHARP_SIDE // 2
+_SIDE, _LOW = 32, 8
+_DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
+
+# Why a row has no facts of an image; "" if it has.
+PROBLEMS = (
+    "", tsv.MISSING_COLUMN, tsv.NO_IMAGE, tsv.EMPTY_IMAGE, tsv.LINE_TOO_LONG, tsv.IMAGE_IS_URL, tsv.PATH_LEADS_OUT,
+    rows.BAD_RECORD, rows.SEVERAL_IMAGES, "no such file", "cannot read the file", "changed file", "empty image",
+    "bad base64", "not an image", "broken image", "too many pixels", "image too large", labels.TRUNCATED, "other",
+)  # fmt: skip
+
+# next, line: of the row (TsvRow). content: a hash of the image file's bytes. perceptual, sharpness, spread: see
+# ImageFacts. format: index in FORMATS. problem: index in PROBLEMS; the fields of the image are 0 then.
+FACTS = np.dtype([
+    ("next", "<u8"), ("line", "<u4"), ("bytes", "<u4"), ("content", "<u8"), ("perceptual", "<u8"), ("width", "<u2"),
+    ("height", "<u2"), ("sharpness", "<f4"), ("spread", "<f4"), ("format", "u1"), ("problem", "u1"),
+])  # fmt: skip
+# Magic with the format's number, size and mtime_ns of the file.
+_HEADER = struct.Struct("<8sqq")
+_MAGIC = b"MGENFAC1"
+_CHUNK_ROWS = 64
+_CHUNK_BYTES = 4 << 20
+
+
+class ImageFacts(NamedTuple):
+    """format: of FORMATS. width, height: upright. bytes: of the file. content: 64 bits of a hash of them.
+
+    perceptual: 64 bits that stay nearly the same when a picture is resized, recompressed, tinted or slightly cropped;
+    bit for bit what ImageHash calls phash: the signs, against their median, of the 8 × 8 lowest frequencies of a DCT of
+    32 × 32 grey pixels. sharpness: variance of the Laplacian of the grey picture (0…255), its longer side at most
+    SHARP_SIDE. spread: the largest standard deviation of a colour channel (0…255) over those 32 × 32 pixels.
+    """
+
+    format: str
+    width: int
+    height: int
+    bytes: int
+    content: int
+    perceptual: int
+    sharpness: float
+    spread: float
+
+
+def content_hash(data: bytes) -> int:
+    """64 bits of an image file's bytes: equal for exact copies. Of 1,000,000 others two agree once in 30 million."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def perceptual_hash(image) -> int:
+    """See ImageFacts. image: a PIL image."""
+    from PIL import Image
+
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), np.float64)
+    low = _DCT @ grey @ _DCT.T
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+def image_facts(data: bytes) -> ImageFacts:
+    """The facts of an image file.
+
+    Raises:
+        ImageError: it cannot be decoded, or is cut short (labels.TRUNCATED).
+    """
+    from PIL import Image
+
+    kind, (width, height) = read_header(data)
+    image = open_image(data, enough=_ENOUGH)
+    if image.info["truncated"]:
+        raise ImageError(labels.TRUNCATED)
+    if (width > height) != (image.width > image.height) and width != height:
+        width, height = height, width
+    image.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.BICUBIC)
+    small = np.asarray(image.resize((_SIDE, _SIDE), Image.BOX), np.float64)
+    # In 16 bits, which hold a Laplacian of 8-bit values.
+    grey = np.asarray(image.convert("L"), np.int16)
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    sharpness = float(laplacian.var(dtype=np.float32)) if laplacian.size else 0.0
+    spread = float(small.std(axis=(0, 1)).max())
+    found = content_hash(data), perceptual_hash(image)
+    return ImageFacts(kind, width, height, len(data), *found, sharpness, spread)
+
+
+# ---- of all rows of a file
+
+# Where a row's image is, its base64 text, or why there is none.
+Found = Union[ImagePlace, bytes, str]
+
+
+def find_image_of(row: TsvRow, path: str) -> Found:
+    """Where a worker finds the image of a row of the file `path`; the reason if the row has none."""
+    if row.place is not None:
+        return row.place
+    if not row.image_length:
+        return row.error or tsv.EMPTY_IMAGE
+    return bytes(row.image) if row.image_offset < 0 else ImagePlace(path, row.image_offset, row.image_length)
+
+
+def image_bytes(found: Found) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: there is none, or it cannot be read.
+    """
+    if isinstance(found, str):
+        raise ImageError(found)
+    if isinstance(found, ImagePlace):
+        found = image_text(TsvRow(0, "", b"", -1, 0, None, None, 0, found))
+    return decode_base64(found)
+
+
+def facts_record(found: Found) -> np.ndarray:
+    """FACTS [] of an image, with 0 for line and next."""
+    record = np.zeros((), FACTS)
+    try:
+        facts = image_facts(image_bytes(found))
+        for name, value in facts._asdict().items():
+            record[name] = FORMATS.index(value if value in FORMATS else "JPEG") if name == "format" else value
+    except ImageError as error:
+        record["problem"] = PROBLEMS.index(error.reason if error.reason in PROBLEMS else "other")
+    return record
+
+
+def usable(facts: np.ndarray) -> np.ndarray:
+    """bool [rows]: which rows have a picture of more than one colour, so that its perceptual hash means something."""
+    return (facts["problem"] == 0) & (facts["spread"] >= ONE_COLOUR)
+
+
+def facts_path(path: str) -> str:
+    """The facts' file of a file of rows: hidden, beside it."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.facts")
+
+
+def has_captions(path: str) -> bool:
+    """Whether the first rows of a file have captions, as those of a test set have not."""
+    for number, row in enumerate(read_rows(path, want_caption=True)):
+        if row.caption is not None or number == 20:
+            return row.caption is not None
+    return False
+
+
+def chunks_of(found: Iterable[Tuple], size) -> Iterator[List[Tuple]]:
+    """Lists of at most _CHUNK_ROWS items and some _CHUNK_BYTES. size: item → bytes."""
+    chunk: List[Tuple] = []
+    held = 0
+    for item in found:
+        chunk.append(item)
+        held += size(item)
+        if len(chunk) == _CHUNK_ROWS or held > _CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _facts_of_rows(chunk: List[Tuple[int, int, Found]]) -> bytes:
+    records = np.zeros(len(chunk), FACTS)
+    for at, (line, following, found) in enumerate(chunk):
+        records[at] = facts_record(found)
+        records[at]["line"], records[at]["next"] = line, following
+    return records.tobytes()
+
+
+def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndarray:
+    """FACTS [rows] of all rows of a file (rows.py), in order: from the file beside it, which is made if need be.
+
+    workers: processes that decode, 0 for this one.
+
+    Raises:
+        UserError: the file cannot be read.
+        JobFailed: it changed meanwhile, or a worker was killed.
+    """
+    path = os.path.realpath(path)
+    size, state = check_input(path), FileState.of(path)
+    header, final = _HEADER.pack(_MAGIC, state.size, state.mtime_ns), facts_path(path)
+    stored = _load(final, header)
+    if stored is not None:
+        return stored
+    partial = final + ".partial"
+    try:
+        file = open(partial, "a+b")
+    except OSError as error:
+        logger.info(f"the facts of {path} are kept in memory only: cannot write beside it ({error.strerror})")
+        return np.frombuffer(b"".join(_compute(path, size, state, 0, 1, workers, quiet)), FACTS)
+    with file:
+        # Of several processes one computes; the others wait, and find its file.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        stored = _load(final, header)
+        if stored is not None:
+            return stored
+        offset, line = _resume(file, header)
+        for piece in _compute(path, size, state, offset, line, workers, quiet):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, final)
+    return _load(final, header)
+
+
+def _load(final: str, header: bytes):
+    try:
+        with open(final, "rb") as file:
+            return np.fromfile(file, FACTS) if file.read(_HEADER.size) == header else None
+    except OSError:
+        return None
+
+
+def _resume(file: IO[bytes], header: bytes) -> Tuple[int, int]:
+    """Where to go on, (offset, number of that line), with an open partial file, of which whole records are kept."""
+    file.seek(0)
+    if file.read(_HEADER.size) != header:
+        file.truncate(0)
+        file.write(header)
+        return 0, 1
+    records = np.fromfile(file, FACTS)
+    file.truncate(_HEADER.size + records.nbytes)
+    return (int(records[-1]["next"]), int(records[-1]["line"]) + 1) if len(records) else (0, 1)
+
+
+def _compute(
+    path: str, size: int, state: FileState, offset: int, line: int, workers: int, quiet: bool
+) -> Iterator[bytes]:
+    """Records of the rows from `offset` on, in pieces."""
+    # A path is only known as one where captions are expected.
+    captions = has_captions(path)
+    found = (
+        (row.line_no, row.next_offset, find_image_of(row, path))
+        for row in read_rows(path, captions, offset=offset, first_line=line, state=state)
+    )
+    chunks = chunks_of(found, lambda item: item[2].length if isinstance(item[2], ImagePlace) else len(item[2]))
+    with Progress(size, f"images of {os.path.basename(path)}", "B", quiet, unit_scale=True, initial=offset) as bar:
+        for piece in map_chunks(_facts_of_rows, chunks, workers):
+            yield piece
+            last = int(np.frombuffer(piece, FACTS)[-1]["next"])
+            bar.update(last - offset)
+            offset = last

@@ -1,0 +1,216 @@
+"""Facts of images, and the file of them beside the data: made once, resumed, and believed only while it is true."""
+
+import base64
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from paddlemix.datasets import image_facts as module
+from paddlemix.datasets.image_facts import (
+    FACTS,
+    ONE_COLOUR,
+    PROBLEMS,
+    all_image_facts,
+    facts_path,
+    image_facts,
+    usable,
+)
+from paddlemix.datasets.near_duplicates import bits_apart
+from paddlemix.utils.errors import ImageError, JobFailed
+
+
+def scene(seed, size=(512, 340)):
+    """A picture of boxes and circles."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", size, tuple(rng.integers(60, 250, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for kind in range(14):
+        x, y, w, h = (rng.random(4) * [size[0], size[1], size[0] / 2, size[1] / 2]).tolist()
+        shape = draw.ellipse if kind % 2 else draw.rectangle
+        shape((x - 30, y - 30, x + w, y + h), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    return image
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def apart(a, b):
+    return int(bits_apart(np.array([a.perceptual], np.uint64), np.array([b.perceptual], np.uint64))[0])
+
+
+def dct_by_hand(values):
+    """The DCT-II of a square, term by term."""
+    n = len(values)
+    basis = [[np.cos(np.pi * (2 * x + 1) * u / (2 * n)) for x in range(n)] for u in range(n)]
+    return np.array([[sum(
+        basis[u][y] * basis[v][x] * values[y][x] for y in range(n) for x in range(n)
+    ) for v in range(8)] for u in range(8)])  # fmt: skip
+
+
+def test_the_hash_is_that_of_the_lowest_frequencies():
+    image = scene(0)
+    low = dct_by_hand(np.asarray(image.convert("L").resize((32, 32), Image.LANCZOS), float).tolist())
+    bits = "".join("1" if value > np.median(low) else "0" for value in low.ravel())
+    assert module.perceptual_hash(image) == int(bits, 2)
+
+
+def test_facts_of_a_jpeg_and_of_what_it_is_reduced_from():
+    large_scene = scene(1, (2048, 1360))
+    data = encoded(large_scene.resize((512, 340), Image.BICUBIC), quality=90)
+    found = image_facts(data)
+    assert (found.format, found.width, found.height, found.bytes) == ("JPEG", 512, 340, len(data))
+    assert found.content == module.content_hash(data) != module.content_hash(data + b" ")
+    large = image_facts(encoded(large_scene, quality=95))
+    assert (large.width, large.height) == (2048, 1360)
+    assert apart(found, large) <= 2
+    assert large.sharpness == pytest.approx(found.sharpness, rel=0.5)
+
+
+def test_a_large_jpeg_is_reduced_while_it_is_decoded(monkeypatch):
+    sizes = []
+    plain = module.open_image
+    monkeypatch.setattr(module, "open_image", lambda *given, **named: sizes.append(plain(*given, **named)) or sizes[-1])
+    image_facts(encoded(scene(1, (4000, 3000))))
+    assert sizes[0].size == (500, 375)
+
+
+def test_sharpness_falls_with_blur_and_can_be_worked_out_by_hand():
+    sharp, soft = (image_facts(encoded(image)) for image in (scene(2), scene(2).filter(ImageFilter.GaussianBlur(4))))
+    assert soft.sharpness < sharp.sharpness / 10
+    # One white pixel in black: 8 × 8 Laplacians, -4 × 255 in its place, 255 in four around it.
+    dot = Image.new("L", (10, 10))
+    dot.putpixel((5, 5), 255)
+    values = [-4 * 255, *[255] * 4, *[0] * 59]
+    assert image_facts(encoded(dot, "PNG")).sharpness == pytest.approx(np.var(values), rel=1e-5)
+    assert image_facts(encoded(Image.new("L", (2, 1)), "PNG")).sharpness == 0
+
+
+def test_one_colour_pictures_are_known():
+    for colour in ("white", (200, 30, 30)):
+        assert image_facts(encoded(Image.new("RGB", (300, 200), colour), quality=40)).spread < ONE_COLOUR
+    # Red and green of the same brightness differ in colour alone.
+    two = Image.new("RGB", (200, 200), (255, 0, 0))
+    two.paste((0, 130, 0), (0, 0, 100, 200))
+    assert image_facts(encoded(two, "PNG")).spread > ONE_COLOUR
+
+
+def test_an_upright_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = image_facts(encoded(scene(3), exif=exif))
+    assert (found.width, found.height) == (340, 512)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [(b"", "empty image"), (b"no image at all", "not an image"), (encoded(scene(4))[:9000], "truncated image")],
+)
+def test_what_cannot_be_used(data, reason):
+    with pytest.raises(ImageError) as caught:
+        image_facts(data)
+    assert caught.value.reason == reason and reason in PROBLEMS
+
+
+# ---- the file
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A TSV of eight pictures, and four rows without: 2 and 5 are copies of 0 and 1, 3 is white."""
+    pictures = [encoded(scene(seed), quality=85) for seed in range(8)]
+    pictures[2], pictures[3] = pictures[0], encoded(Image.new("RGB", (64, 64), "white"))
+    pictures[5] = encoded(scene(1).resize((256, 170), Image.BICUBIC), quality=60)
+    (tmp_path / "named.jpg").write_bytes(pictures[0])
+    lines = [f"id{row}\t{base64.b64encode(data).decode()}\t说明{row}" for row, data in enumerate(pictures)]
+    lines += ["bad\t" + "x" * 41 + "\t说明", "", "named\tnamed.jpg\t说明", "none", "gone\tgone.jpg\t说明"]
+    path = tmp_path / "rows.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_facts_of_all_rows(table, workers):
+    found = all_image_facts(table, workers, quiet=True)
+    assert found.dtype == FACTS and len(found) == 12
+    assert [PROBLEMS[code] for code in found["problem"][8:]] == ["bad base64", "", "missing column", "no such file"]
+    assert found["line"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13]
+    assert found["next"][-1] == os.path.getsize(table)
+    assert not found["problem"][:8].any()
+    assert usable(found).tolist() == [True] * 3 + [False] + [True] * 4 + [False, True, False, False]
+    assert found["content"][0] == found["content"][2] == found["content"][9] != found["content"][1]
+    assert bits_apart(found["perceptual"][1:2], found["perceptual"][5:6])[0] <= 6
+    expected = image_facts(base64.b64decode(open(table).read().split("\t")[1]))
+    assert [found[0][name] for name in ("width", "height", "bytes")] == [512, 340, expected.bytes]
+    assert found["perceptual"][0] == expected.perceptual
+
+
+def test_the_file_is_made_once_and_again_when_the_data_change(table, monkeypatch):
+    first = all_image_facts(table, quiet=True)
+    assert os.path.exists(facts_path(table)) and not os.path.exists(facts_path(table) + ".partial")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "image_facts", lambda data: 1 / 0)
+        assert all_image_facts(table, quiet=True).tobytes() == first.tobytes()
+    with open(table, "a") as file:
+        file.write("more\tnamed.jpg\t说明\n")
+    assert len(all_image_facts(table, quiet=True)) == len(first) + 1
+
+
+def test_what_was_computed_is_kept_when_the_process_ends(table, monkeypatch):
+    whole = all_image_facts(table, quiet=True)
+    os.unlink(facts_path(table))
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
+    seen = []
+
+    def fails(found):
+        seen.append(found)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return plain(found)
+
+    plain = module.facts_record
+    monkeypatch.setattr(module, "facts_record", fails)
+    with pytest.raises(KeyboardInterrupt):
+        all_image_facts(table, quiet=True)
+    assert not os.path.exists(facts_path(table))
+    # Half a record, as a crash may leave it.
+    with open(facts_path(table) + ".partial", "ab") as file:
+        file.write(b"half")
+    again = []
+    monkeypatch.setattr(module, "facts_record", lambda found: again.append(found) or plain(found))
+    assert all_image_facts(table, quiet=True).tobytes() == whole.tobytes()
+    assert len(again) == len(whole) - 4
+
+
+def test_a_folder_that_takes_no_file_is_enough(table, monkeypatch):
+    expected = all_image_facts(table, quiet=True)
+    os.unlink(facts_path(table))
+
+    def refuses(path, *given, **named):
+        if str(path).endswith(".partial"):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, *given, **named)
+
+    monkeypatch.setattr(module, "open", refuses, raising=False)
+    assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
+    assert not os.path.exists(facts_path(table))
+
+
+def test_data_that_change_meanwhile_end_it(table, monkeypatch):
+    plain = module.facts_record
+
+    def writes(found):
+        with open(table, "a") as file:
+            file.write("x")
+        return plain(found)
+
+    monkeypatch.setattr(module, "facts_record", writes)
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr("paddlemix.datasets.tsv.BUFFER_BYTES", 1 << 12)
+    with pytest.raises(JobFailed, match="changed while it was read"):
+        all_image_facts(table, quiet=True)
