@@ -172,6 +172,10 @@ class Way:
         float(loss)
         return time.perf_counter() - start
 
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held so far."""
+        return harness.peak_bytes()
+
     def first_loss(self) -> float:
         """The loss of one row, for comparison; call it before any step."""
         import paddle

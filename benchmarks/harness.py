@@ -36,6 +36,8 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 PAIRS = 5
+# What a table says of a row that has a bound and meets it, misses it, has none.
+MET = {True: "met", False: "**missed**", None: ""}
 
 
 def parse(argv: Optional[Sequence[str]], doc: str) -> argparse.Namespace:
@@ -177,15 +179,20 @@ def _seconds(value: Optional[float]) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
+def figure(row: dict) -> str:
+    """A row's value with its unit, to four digits."""
+    number = f"{row['value']:.4g}" if abs(row["value"]) < 1000 else f"{row['value']:,.0f}"
+    return f"{number} {row['unit']}"
+
+
 def table(result: dict) -> List[str]:
     """A result as lines of Markdown."""
     lines = [f"{result['title']} ({result['size']})", ""]
     lines += ["| | baseline | ours | | bound | |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
-        number = f"{row['value']:.4g}" if abs(row["value"]) < 1000 else f"{row['value']:,.0f}"
         cells = (
-            row["name"], _seconds(row.get("baseline")), _seconds(row.get("ours")), f"{number} {row['unit']}",
-            row.get("bound", ""), {True: "met", False: "**missed**", None: ""}[row.get("met")],
+            row["name"], _seconds(row.get("baseline")), _seconds(row.get("ours")), figure(row),
+            row.get("bound", ""), MET[row.get("met")],
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines

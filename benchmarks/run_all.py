@@ -50,11 +50,23 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def summary(results: list) -> list:
+    """Lines of Markdown: every figure that has a bound, whatever script it is from."""
+    lines = ["| script | what | figure | bound | |", "|---|---|---|---|---|"]
+    for result in results:
+        size = "" if result["size"] == "normal" else f" --{result['size']}"
+        for row in filter(lambda row: "bound" in row, result["rows"]):
+            cells = result["script"] + size, row["name"], harness.figure(row), row["bound"], harness.MET[row["met"]]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def write_results(results: list) -> None:
     lines = [
         "# Results of the benchmarks", "",
         "Written by `make bench` and `make bench-large` (`benchmarks/run_all.py`); README.md says what each row is.",
         "Ratios are medians over interleaved pairs; load is the system's own, before the script began.", "",
+        "## Bounds", "", *summary(results), "",
     ]  # fmt: skip
     for result in results:
         size = "" if result["size"] == "normal" else f" --{result['size']}"
@@ -96,6 +108,7 @@ def main(argv=None) -> int:
         with open(LINES, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered)
         write_results(ordered)
+    print("\n".join(summary([results[key] for key in sorted(results)])))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
