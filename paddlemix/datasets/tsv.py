@@ -78,7 +78,7 @@ class TsvRow(NamedTuple):
     error: None or one of this module's reasons.
     next_offset: where the next line begins, in bytes (of an archive: how much of it has been read).
     place: where the image is, if the row only names it; then `image` is what the row has.
-    member: the file of an archive that the row is in.
+    member: the file of an archive that the row is in. prompt: what a JSON record asks; None in a table.
     """
 
     line_no: int
@@ -91,6 +91,7 @@ class TsvRow(NamedTuple):
     next_offset: int
     place: Optional[ImagePlace] = None
     member: str = ""
+    prompt: Optional[str] = None
 
     @property
     def line(self) -> str:

@@ -11,7 +11,21 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import Any, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 
@@ -228,37 +242,11 @@ class Captioner:
 
     def _prepared(self, images: Iterable, pool: ThreadPoolExecutor) -> Iterator:
         """What _prepare makes of each image, in order; threads decode those to come."""
-        ahead: Deque = deque()
-        size = 0
-        for image in images:
-            length = 0 if isinstance(image, Answer) else len(image)
-            ahead.append((pool.submit(self._prepare, image), length))
-            size += length
-            while len(ahead) >= WINDOW_ROWS or size >= WINDOW_BYTES:
-                future, length = ahead.popleft()
-                size -= length
-                yield future.result()
-        for future, _ in ahead:
-            yield future.result()
+        return ahead(((image, 0 if isinstance(image, Answer) else len(image)) for image in images), self._prepare, pool)
 
     def _prepare(self, image):
         """A Sample, or an Answer that says why there is none. Runs in a thread."""
-        if isinstance(image, Answer):
-            return image
-        from paddlemix.processors.images import decode_base64, open_image
-
-        try:
-            opened = open_image(decode_base64(image))
-            truncated = opened.info.get("truncated", False)
-            return Sample(self.prompt_ids, self.image_processor(opened), TRUNCATED if truncated else None)
-        except ImageError as error:
-            return Answer(None, error.reason)
-        except MemoryError:
-            return Answer(None, "out of memory")
-        except Exception as error:  # noqa: BLE001
-            # A decoder's bug must cost one row, not the rows behind it. It is counted under its own name.
-            logger.warning("an image could not be decoded: %s: %s", type(error).__name__, error)
-            return Answer(None, f"decoder error ({type(error).__name__})")
+        return image if isinstance(image, Answer) else decoded(image, self.prompt_ids, self.image_processor)
 
 
 class Sample(NamedTuple):
@@ -267,3 +255,36 @@ class Sample(NamedTuple):
     ids: List[int]
     pixels: np.ndarray
     note: Optional[str] = None
+
+
+def ahead(items: Iterable[Tuple[Any, int]], prepare: Callable[[Any], Any], pool: ThreadPoolExecutor) -> Iterator:
+    """prepare(item) of each (item, its bytes), in order; the pool prepares those to come."""
+    waiting: Deque = deque()
+    size = 0
+    for item, length in items:
+        waiting.append((pool.submit(prepare, item), length))
+        size += length
+        while len(waiting) >= WINDOW_ROWS or size >= WINDOW_BYTES:
+            future, length = waiting.popleft()
+            size -= length
+            yield future.result()
+    for future, _ in waiting:
+        yield future.result()
+
+
+def decoded(image, ids: Sequence[int], image_processor) -> Union[Sample, Answer]:
+    """The Sample of a base64 text, or an Answer that says why there is none."""
+    from paddlemix.processors.images import decode_base64, open_image
+
+    try:
+        opened = open_image(decode_base64(image))
+        truncated = opened.info.get("truncated", False)
+        return Sample(ids, image_processor(opened), TRUNCATED if truncated else None)
+    except ImageError as error:
+        return Answer(None, error.reason)
+    except MemoryError:
+        return Answer(None, "out of memory")
+    except Exception as error:  # noqa: BLE001
+        # A decoder's bug must cost one row, not the rows behind it. It is counted under its own name.
+        logger.warning("an image could not be decoded: %s: %s", type(error).__name__, error)
+        return Answer(None, f"decoder error ({type(error).__name__})")

@@ -15,14 +15,15 @@ FALLBACK = "一张广告图片。"
 CHOICES = ("first", "logprob", "consensus")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What the model runs in, how it is addressed, and how long it may talk."""
+def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
+    """What the model runs in, how it is addressed, and, if it answers, how long it may talk."""
     parser.add_argument("--system", help="system text in place of the one in the model's chat_template.json")
     parser.add_argument(
         "--lora_path", type=path, metavar="TUNED",
         help="folder of a tuning run: answer with its adapters, or parts, on the model",
     )
-    parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: the model's)")
+    if answers:
+        parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: the model's)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from itertools import count
-from typing import Any, Callable, Iterator, Mapping, Optional, Union
+from itertools import chain, count
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Tuple, Union
 
 from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
 from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image, row_id
@@ -34,9 +34,9 @@ LOG_EVERY = 1000
 class _Rows:
     """The rows of a shard. read: rows of the file that have passed; count: those of them that are the shard's."""
 
-    def __init__(self, path: str, shard: Shard, state: FileState):
-        self._path, self._shard, self._state = path, shard, state
-        self._rows = read_rows(path, want_caption=False, state=state)
+    def __init__(self, path: str, shard: Shard, state: FileState, want_caption: bool):
+        self._path, self._shard, self._state, self._want_caption = path, shard, state, want_caption
+        self._rows = read_rows(path, want_caption=want_caption, state=state)
         self.read = self.count = 0
 
     def go_on(self, place: Place) -> None:
@@ -53,7 +53,11 @@ class _Rows:
         self.count = place.row
         self.read = self._shard.index + (place.row - 1) * self._shard.of
         self._rows = read_rows(
-            self._path, want_caption=False, offset=place.next_offset, first_line=place.line_no + 1, state=self._state
+            self._path,
+            want_caption=self._want_caption,
+            offset=place.next_offset,
+            first_line=place.line_no + 1,
+            state=self._state,
         )
 
     def __iter__(self) -> Iterator[TsvRow]:
@@ -68,36 +72,145 @@ class _Rows:
         raise StopIteration
 
 
-def _image(row: TsvRow) -> Union[bytes, memoryview, Answer]:
+def base64_or_answer(row: TsvRow) -> Union[bytes, memoryview, Answer]:
     """The base64 text of a row's image, or what to say of the row."""
+    if row.error:
+        return Answer(None, row.error)
     try:
         return image_text(row)
     except ImageError as error:
         return Answer(None, error.reason)
 
 
-def _check_not_input(path: str) -> None:
+def _check_not_input(path: str, order: str) -> None:
     """Refuse an OUTPUT that exists and holds images: the order of the arguments is easily mistaken."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
     first = None if is_json(path) else next(read_rows(path, want_caption=False), None)
     if first is None or is_image(bytes(first.image[:256])):
-        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is INPUT OUTPUT MODEL")
+        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is {order}")
 
 
-def _pass_over(rows: _Rows, results: ResultsWriter) -> None:
-    """Skip the rows that an earlier run has answered; no image is decoded for that."""
-    if results.place is not None:
-        rows.go_on(results.place)
-    # Journals of earlier versions do not say where their rows stand.
-    for number, done_id in enumerate(results.done_ids() if results.place is None else (), 1):
-        row = next(rows, None)
-        if row is None or row_id(row) != done_id:
-            raise JobFailed(
-                f"line {number + 1} of {results.journal} is not of row {number} to answer; drop it with --restart"
-            )
-    if results.done:
-        logger.info("going on after the %d rows of an earlier run", results.done)
+class RowJob:
+    """A file of rows, the output with a line for each, and the model that makes it: predict.py's and score_rows.py's.
+
+    settings: what the output depends on beside input and model. order: of the script's arguments. One of several
+    processes that paddle.distributed.launch started takes the shard of its rank.
+
+    Raises:
+        UserError: bad arguments, input or model.
+    """
+
+    def __init__(
+        self,
+        input: str,
+        output: str,
+        model: str,
+        lora_path: Optional[str],
+        settings: Mapping[str, Any],
+        shard: Optional[Shard],
+        order: str,
+        want_caption: bool = False,
+    ):
+        if world_size() > 1:
+            if shard is not None:
+                raise UserError("paddle.distributed.launch gives each process its shard: give no --shard with it")
+            shard = Shard(rank() + 1, world_size())
+        check_input(input)
+        self.input, self.shard, self.share, self.want_caption = input, shard, shard or Shard(1, 1), want_caption
+        self.state = FileState.of(input)
+        self.output = output if shard is None else shard.path(output)
+        check_file(self.output, plain=True)
+        keep_apart([input], [self.output, self.output + PARTIAL, self.output + SIDECAR])
+        _check_not_input(self.output, order)
+        self.facts = input_facts(input)
+        self.source = find_source(model, lora_path)
+        self.run = {
+            "input": {"bytes": self.facts.size, "sha256": self.facts.sha256},
+            "model": self.source.fingerprints(),
+            "settings": settings,
+        }
+        if shard is not None:
+            self.run["shard"] = shard._asdict()
+
+    def is_done(self, beside: Optional[str] = None) -> bool:
+        """Whether this shard is finished, and so is the file `beside` it: paddle.distributed.launch starts all
+        processes again when one of them was killed."""
+        if self.shard is None or not is_whole(self.shard, self.output, self.run):
+            return False
+        if beside is not None and not os.path.isfile(beside):
+            return False
+        logger.info("%s is whole already and stays as it is; --restart answers its rows anew", self.output)
+        return True
+
+    def rows(self, results: ResultsWriter) -> _Rows:
+        """The rows behind those that an earlier run has answered; no image is decoded to pass over these."""
+        rows = _Rows(self.input, self.share, self.state, self.want_caption)
+        if results.place is not None:
+            rows.go_on(results.place)
+        # Journals of earlier versions do not say where their rows stand.
+        for number, done_id in enumerate(results.done_ids() if results.place is None else (), 1):
+            row = next(rows, None)
+            if row is None or row_id(row) != done_id:
+                raise JobFailed(
+                    f"line {number + 1} of {results.journal} is not of row {number} to answer; drop it with --restart"
+                )
+        if results.done:
+            logger.info("going on after the %d rows of an earlier run", results.done)
+        return rows
+
+    def answer(
+        self,
+        rows: Iterable[TsvRow],
+        results: ResultsWriter,
+        item: Callable[[TsvRow], Any],
+        answers: Callable[[Iterator[Any]], Iterable[Any]],
+        line: Callable[[str, Any], Tuple[str, Optional[str]]],
+        desc: str,
+        done: Callable[[str], None] = lambda columns: None,
+    ) -> None:
+        """Write the line of each row, in order.
+
+        item: what a row is to the model. answers: an answer for each item, in order. line: a row's id and answer to its
+        columns behind the id, and its note. done: called when the columns are safe.
+        """
+        # Rows that were read, but not answered yet: (id, line number, where the next line begins).
+        waiting: deque = deque()
+
+        def items():
+            for row in rows:
+                waiting.append((row_id(row), row.line_no, row.next_offset))
+                yield item(row)
+
+        total = self.share.share(most_rows(self.input, self.facts.lines))
+        with Progress(total, desc=desc, unit="row", initial=results.done) as bar:
+            for answer in answers(items()):
+                name, line_no, next_offset = waiting.popleft()
+                columns, note = line(name, answer)
+                results.write(name, columns, note, line_no, next_offset)
+                # A row costs the model far more than this call.
+                results.flush()
+                if note:
+                    met = results.notes[note]
+                    if met == 1 or met % LOG_EVERY == 0:
+                        logger.warning("line %d, id %r: %s (number %d)", line_no, name, note, met)
+                done(columns)
+                bar.update()
+
+    def finish(self, rows: _Rows, results: ResultsWriter) -> None:
+        results.finish(rows.count, **({} if self.shard is None else {"input_rows": rows.read}))
+
+    def report(self, rows: _Rows, results: ResultsWriter, fallback: Optional[str] = None) -> None:
+        """Say what was wrong with rows.
+
+        Raises:
+            JobFailed: there is no good one. (A shard may lack one without that being an error.)
+        """
+        if rows.count == 0:
+            logger.warning("%s holds no rows, so %s holds no lines", self.input, self.output)
+        failed = report_notes(rows.count, results.notes, fallback)
+        if failed and self.shard is None:
+            raise JobFailed(failed)
 
 
 def predict_file(
@@ -139,60 +252,35 @@ def predict_file(
     """
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 
-    if world_size() > 1:
-        if shard is not None:
-            raise UserError("paddle.distributed.launch gives each process its shard: give no --shard with it")
-        shard = Shard(rank() + 1, world_size())
-    check_input(input)
-    state = FileState.of(input)
-    if shard is not None:
-        output = shard.path(output)
-    check_file(output, plain=True)
-    keep_apart([input], [output, output + PARTIAL, output + SIDECAR])
-    _check_not_input(output)
-    asked = first_prompt(input)
-    if prompt is None and asked not in (None, DEFAULT_PROMPT):
-        logger.warning("the records of %s ask %r: to ask the same, give --prompt", input, asked)
-    facts = input_facts(input)
-    source = find_source(model, lora_path)
     fallback = single_line(fallback)
     if not fallback:
         raise UserError("--fallback must hold text")
-    run = {
-        "input": {"bytes": facts.size, "sha256": facts.sha256},
-        "model": source.fingerprints(),
-        "settings": {
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "fallback": fallback,
-            "dtype": dtype,
-            "postprocess": postprocess.settings(),
-        },
+    settings = {
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "fallback": fallback,
+        "dtype": dtype,
+        "postprocess": postprocess.settings(),
     }
     # What older runs did not have is recorded only where it is used, so that they can be resumed.
     used = {"system": system, "keep_boxes": keep_boxes or None, "decoding": decoding or None, "n_best": n_best}
-    run["settings"].update((name, value) for name, value in used.items() if value is not None)
+    settings.update((name, value) for name, value in used.items() if value is not None)
+    job = RowJob(input, output, model, lora_path, settings, shard, "INPUT OUTPUT MODEL")
+    asked = first_prompt(input)
+    if prompt is None and asked not in (None, DEFAULT_PROMPT):
+        logger.warning("the records of %s ask %r: to ask the same, give --prompt", input, asked)
     if n_best is not None:
-        n_best = n_best if shard is None else shard.path(n_best)
-        _check_apart(n_best, input, output)
-    if shard is not None:
-        run["shard"] = shard._asdict()
-        # paddle.distributed.launch starts all processes again when one of them was killed.
-        if not restart and is_whole(shard, output, run) and (n_best is None or os.path.isfile(n_best)):
-            logger.info("%s is whole already and stays as it is; --restart answers its rows anew", output)
-            return
-    share = shard or Shard(1, 1)
+        n_best = n_best if job.shard is None else job.shard.path(n_best)
+        _check_apart(n_best, input, job.output)
+    if not restart and job.is_done(beside=n_best):
+        return
 
-    def repaired(caption: str) -> str:
-        return postprocess(caption, DEFAULT_PROMPT if prompt is None else prompt)
-
-    with ResultsWriter(output, run, restart=restart) as results, NBestWriter(n_best, results.done_ids()) as listed:
-        rows = _Rows(input, share, state)
-        _pass_over(rows, results)
+    with ResultsWriter(job.output, job.run, restart) as results, NBestWriter(n_best, results.done_ids()) as listed:
+        rows = job.rows(results)
         first = next(rows, None)
         captioner = None
         if first is not None:
-            loaded = load_model(source, dtype, device)
+            loaded = load_model(job.source, dtype, device)
             captioner = Captioner(
                 loaded.model,
                 loaded.tokenizer,
@@ -210,59 +298,29 @@ def predict_file(
             repeats = captioner.decoding.stop_repeating
             if repeats and captioner.decoding.num_beams == 1:
                 logger.info("an answer that repeats itself %d times ends there (--stop_repeating)", repeats)
+        # A row's place in the input is the same for every number of shards, and for a resumed run.
+        numbers = count(job.share.index - 1 + results.done * job.share.of, job.share.of)
+
+        def line(name: str, answer: Answer) -> Tuple[str, Optional[str]]:
+            listed.write(name, answer)
+            question = DEFAULT_PROMPT if prompt is None else prompt
+            return postprocess(answer.caption, question) if answer.caption else fallback, answer.note
+
         show("------predicting starts------")
         if captioner is not None:
-            most = most_rows(input, facts.lines)
-            _caption_rows(captioner, first, rows, results, listed, repaired, fallback, share, most)
+            job.answer(
+                chain([first], rows),
+                results,
+                base64_or_answer,
+                lambda images: captioner.captions(images, numbers),
+                line,
+                "captions",
+                show,
+            )
         listed.finish()
-        results.finish(rows.count, **({} if shard is None else {"input_rows": rows.read}))
+        job.finish(rows, results)
         show("------predicting finished-----")
-
-    if rows.count == 0:
-        logger.warning("%s holds no rows, so %s holds no lines", input, output)
-    failed = report_notes(rows.count, results.notes, fallback)
-    if failed and shard is None:
-        raise JobFailed(failed)
-
-
-def _caption_rows(
-    captioner: Captioner,
-    first: TsvRow,
-    rows: _Rows,
-    results: ResultsWriter,
-    listed: NBestWriter,
-    repaired: Callable[[str], str],
-    fallback: str,
-    share: Shard,
-    lines: int,
-) -> None:
-    """Caption `first` and the rest of `rows`. lines: of the input, for the time left."""
-    # A row's place in the input is the same for every number of shards, and for a resumed run.
-    numbers = count(share.index - 1 + results.done * share.of, share.of)
-    # Rows that were read, but not answered yet: (id, line number, where the next line begins).
-    waiting: deque = deque()
-
-    def images():
-        row = first
-        while row is not None:
-            waiting.append((row_id(row), row.line_no, row.next_offset))
-            yield Answer(None, row.error) if row.error else _image(row)
-            row = next(rows, None)
-
-    with Progress(share.share(lines), desc="captions", unit="row", initial=results.done) as bar:
-        for answer in captioner.captions(images(), numbers):
-            name, line_no, next_offset = waiting.popleft()
-            caption = repaired(answer.caption) if answer.caption else fallback
-            listed.write(name, answer)
-            results.write(name, caption, answer.note, line_no, next_offset)
-            # What is printed is safe. A row costs the model far more than this call.
-            results.flush()
-            if answer.note:
-                met = results.notes[answer.note]
-                if met == 1 or met % LOG_EVERY == 0:
-                    logger.warning("line %d, id %r: %s (number %d)", line_no, name, answer.note, met)
-            show(caption)
-            bar.update()
+    job.report(rows, results, fallback)
 
 
 def _check_apart(n_best: str, input: str, output: str) -> None:

@@ -1,4 +1,4 @@
-"""The output of predict.py: written as it goes, whole when it appears, and resumable after a kill.
+"""The output of predict.py and score_rows.py: written as it goes, whole when it appears, and resumable after a kill.
 
 While a run lasts, its lines go to a journal, `OUTPUT.partial`:
 
@@ -7,7 +7,8 @@ While a run lasts, its lines go to a journal, `OUTPUT.partial`:
                                                                    wrong with it, and is mostly empty
 
 A line's place is "1 1 52310": its number, the number of its line in the input, and the byte at which the next one
-begins there, so that a resumed run goes on reading at that byte. Journals of format 1 have no places.
+begins there, so that a resumed run goes on reading at that byte. Journals of format 1 have no places. An output of
+more columns has them in place of the caption.
 
 When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
 renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows, the notes,
@@ -61,17 +62,18 @@ def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {there!r} there and {here!r} here"
 
 
-def report_notes(rows: int, notes: Dict[str, int], fallback: str) -> Optional[str]:
-    """Log what was wrong with rows. Returns None, or what to say of a job in which no row got a caption."""
+def report_notes(rows: int, notes: Dict[str, int], fallback: Optional[str]) -> Optional[str]:
+    """Log what was wrong with rows. Returns None, or what to say of a job in which no row got a caption; without a
+    `fallback`, a score."""
     ranked = sorted(notes.items(), key=lambda pair: -pair[1])
     described = ", ".join(f"{count} × {note}" for note, count in ranked)
     if notes:
         logger.warning("of %d rows: %s", rows, described)
     failed = sum(count for note, count in notes.items() if not {*note.split(", ")} <= {TRUNCATED, REPEATING})
     if failed:
-        logger.warning("%d rows have the fallback caption %s", failed, fallback)
+        logger.warning("%d rows have %s", failed, f"the fallback caption {fallback}" if fallback else "no score")
     if failed and failed == rows:
-        return f"not one of the {failed} rows could be captioned: {described}"
+        return f"not one of the {failed} rows could be {'captioned' if fallback else 'scored'}: {described}"
     return None
 
 
@@ -112,7 +114,7 @@ def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
         fields = line[:-1].decode("utf-8").split("\t")
     except UnicodeDecodeError:
         return None
-    if len(fields) != columns or (columns == 4 and not _PLACE.fullmatch(fields[3])):
+    if len(fields) != columns or (columns > 3 and not _PLACE.fullmatch(fields[-1])):
         return None
     return fields
 
@@ -128,7 +130,8 @@ class ResultsWriter:
     run: what the captions depend on, as JSON values ({"input": …, "model": …, "settings": …}). A journal of
     the same run is gone on with, after its last whole line; `done` says how many lines there are. A journal
     of another run is refused unless `restart`, which drops it. Leaving the block without `finish` keeps a
-    journal that has lines.
+    journal that has lines. settings.columns says how many OUTPUT has behind the id
+    (default: 1).
 
     Raises:
         UserError: the folder cannot be written, or the journal is of another run or in use by a process.
@@ -144,7 +147,8 @@ class ResultsWriter:
         self.done = 0
         # Behind the last row that an earlier run answered; None without such a run, or if it did not say.
         self.place: Optional[Place] = None
-        self._columns = 4
+        # Of the journal: the id, OUTPUT's others, note and place.
+        self._columns = 3 + run.get("settings", {}).get("columns", 1)
         self.notes: Counter = Counter()
         check_file(self.journal, plain=True)
         if os.path.islink(self.journal):
@@ -223,10 +227,10 @@ class ResultsWriter:
                     break
                 fields = parsed
                 whole += len(line)
-                self._count(fields[2])
+                self._count(fields[2 if self._columns == 3 else -2])
                 self._check_place(fields, self.done)
-            if fields is not None and self._columns == 4:
-                place = Place(*map(int, fields[3].split(" ")))
+            if fields is not None and self._columns > 3:
+                place = Place(*map(int, fields[-1].split(" ")))
                 self.place = place if place.next_offset else None
         self._file.truncate(whole)
 
@@ -237,7 +241,7 @@ class ResultsWriter:
             there = None
         if not isinstance(there, dict) or there.get("format") not in _JOURNAL_FORMATS:
             raise self._foreign()
-        self._columns = 3 if there["format"] == 1 else 4
+        self._columns = 3 if there["format"] == 1 else self._columns
         different = "; ".join(differences(dict(there, format=FORMAT), self.run))
         if different:
             raise UserError(
@@ -247,7 +251,7 @@ class ResultsWriter:
 
     def _check_place(self, fields: List[str], number: int) -> None:
         """Raise JobFailed if the line behind `number` - 1 others is not of that row: one was doubled, moved or lost."""
-        if self._columns == 4 and not fields[3].startswith(f"{number} "):
+        if self._columns > 3 and not fields[-1].startswith(f"{number} "):
             raise JobFailed(f"line {number + 1} of {self.journal} is not of row {number}; drop it with --restart")
 
     def _write_pending(self) -> None:
@@ -268,14 +272,14 @@ class ResultsWriter:
                 yield file.readline().split(b"\t", 1)[0].decode("utf-8")
 
     def write(
-        self, row_id: str, caption: str, note: Optional[str] = None, line_no: int = 0, next_offset: int = 0
+        self, row_id: str, columns: str, note: Optional[str] = None, line_no: int = 0, next_offset: int = 0
     ) -> None:
-        """The line of the next row, kept in memory until `flush`. A caption must be one line without tabs.
+        """The line of the next row, kept in memory until `flush`. columns: OUTPUT's behind the id, joined by tabs.
 
         line_no, next_offset: the row's place in the input, see Place.
         """
         place = f"{self.done + 1} {line_no} {next_offset}"
-        fields = (clean_id(row_id), caption.replace("\0", " "), note or "", place)[: self._columns]
+        fields = (clean_id(row_id), columns.replace("\0", " "), note or "", place)[: 3 if self._columns == 3 else 4]
         # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
         if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line, self._columns) is None:
@@ -313,7 +317,8 @@ class ResultsWriter:
                         raise JobFailed(f"{self.journal} was changed while it was written: line {lines + 2} is broken")
                     lines += 1
                     self._check_place(fields, lines)
-                    out.write("\t".join(fields[:2]).encode() + b"\n")
+                    kept = fields[:2] if self._columns == 3 else fields[:-2]
+                    out.write("\t".join(kept).encode() + b"\n")
                 if lines != rows:
                     raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
             write_sidecar(self.path, self.run, rows, self.notes, **facts)

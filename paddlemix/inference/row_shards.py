@@ -109,10 +109,11 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
         out = opened.enter_context(atomic_write(output, "wb"))
+        columns = run["settings"].get("columns", 1)
         for number, line in enumerate(_in_turn(files, rows), 1):
             out.write(line)
-            if line.count(b"\t") != 1:
-                raise UserError(f"line {number} of the joined shards is not an id and a caption")
+            if line.count(b"\t") != columns:
+                raise UserError(f"line {number} of the joined shards has not {columns + 1} columns")
     if run["settings"].get("n_best"):
         _join_candidates(shards, output, run["settings"]["n_best"], rows)
     del run["input_rows"]

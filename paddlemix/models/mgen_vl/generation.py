@@ -197,11 +197,11 @@ class CaptionGeneration:
         """Within it the model evaluates, and takes fused attention where it can."""
         was_training, was_fused = self.training, self.config.use_flash_attention
         self.eval()
-        self._fuse(self.generates_fused())
+        self.fuse(self.generates_fused())
         try:
             yield
         finally:
-            self._fuse(was_fused)
+            self.fuse(was_fused)
             if was_training:
                 self.train()
 
@@ -215,7 +215,7 @@ class CaptionGeneration:
             return self.config.use_flash_attention
         return resolve_flash(True, str(self.lm_head.weight.dtype).replace("paddle.", ""), device)[0]
 
-    def _fuse(self, fused: bool) -> None:
+    def fuse(self, fused: bool) -> None:
         self.config.use_flash_attention = self.visual.use_flash_attention = fused
 
     def get_logits_processor(self, min_length=None, eos_token_id=None, **kwargs):

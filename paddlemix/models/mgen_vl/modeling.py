@@ -150,17 +150,21 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             chosen = chosen + chosen // max(labels.shape[1] - 1, 1)
         if len(chosen) == 0:
             return hidden.astype("float32").sum() * 0.0
+        return self.token_losses(hidden, labels, chosen).mean()
+
+    def token_losses(self, hidden, labels, chosen):
+        """Cross-entropy at each of the M `chosen` positions: float32 [M]. hidden: [B, T, D]; labels: int64 [B, T]."""
         states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), chosen)
         targets = paddle.gather(labels.flatten(), chosen + 1)
         if self.config.tensor_parallel_degree > 1:
             # Each card keeps its columns of the vocabulary.
             logits = parallel_matmul(states, self.lm_head.weight, tensor_parallel_output=True).astype("float32")
             with full_precision():
-                return fleet.meta_parallel.ParallelCrossEntropy()(logits, targets.unsqueeze(-1)).mean()
+                return fleet.meta_parallel.ParallelCrossEntropy()(logits, targets.unsqueeze(-1)).flatten()
         logits = self._logits(states).astype("float32")
         with full_precision():
             # Not its own mean, for which it would ask the device whether a label is to be ignored.
-            return F.cross_entropy(logits, targets, reduction="none").mean()
+            return F.cross_entropy(logits, targets, reduction="none")
 
     def forward(
         self,

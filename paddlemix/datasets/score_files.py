@@ -1,0 +1,37 @@
+"""What tools/score_rows.py writes: a line of an id and COLUMNS for each row of its data, in order."""
+
+from __future__ import annotations
+
+from typing import Iterator, NamedTuple, Optional, Tuple
+
+from paddlemix.utils.errors import UserError
+
+COLUMNS = ("loss", "blank_loss", "gain", "tokens")
+
+
+class Score(NamedTuple):
+    """loss: mean cross-entropy per token of a row's caption, given its image; blank_loss: given a blank one. gain: the
+    difference."""
+
+    loss: float
+    blank_loss: float
+    gain: float
+
+
+def read_scores(path: str) -> Iterator[Tuple[str, Optional[Score]]]:
+    """(id, its Score) of each line; None for a row that could not be scored.
+
+    Raises:
+        UserError: it cannot be read, or is another kind of file.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                name, *columns = line.rstrip("\n").split("\t")
+                if len(columns) != len(COLUMNS):
+                    raise ValueError
+                yield name, Score(*map(float, columns[:3])) if columns[0] else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError:
+        raise UserError(f"{path} is not a file that tools/score_rows.py has written") from None
