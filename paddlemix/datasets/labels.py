@@ -17,20 +17,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter, deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 from paddlemix.datasets.archives import is_packed
 from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.cleaning import INVISIBLE, SPACES, mend_caption
 from paddlemix.datasets.doubts import Doubts
-from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.records import MAX_TEXT_CHARS
 from paddlemix.datasets.rows import image_text, is_json, read_rows
 from paddlemix.datasets.tsv import (
@@ -43,7 +40,7 @@ from paddlemix.datasets.tsv import (
     row_id,
     unquoted,
 )
-from paddlemix.datasets.writing import WRITE_BYTES, BackgroundWriter, JsonArray
+from paddlemix.datasets.writing import WRITE_BYTES, RecordText, encode_json, record_files
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
@@ -394,34 +391,16 @@ def _convert(
     stream: Iterable[Checked] = (check_row(row, options) for row in _read(path, options.captions))
     if options.verify == "decode":
         stream = _decode_checked(stream, path, options.workers)
-    encode_text = json.JSONEncoder(ensure_ascii=False).encode
-    middle = f', "conversations": [[{encode_text(options.prompt)}, '
-    inline_end = ']], "image": "'
-
-    def reference_to(file: str) -> str:
-        relative = os.path.relpath(os.path.realpath(file), os.path.realpath(out_dir)).replace(os.sep, "/")
-        # ASCII: a path need not be UTF-8.
-        return f']], "image": {{"file": {json.dumps(relative)}'
-
-    reference_end = reference_to(path)
+    names = [os.path.join(out_dir, name) for name in ("train.json", "val.json")]
+    text, prompt = RecordText(names[0], path, options.images == "reference"), encode_json(options.prompt)
     seen: Set[bytes] = set()
     accepted = done = 0
-    with ExitStack() as stack:
-        indexes = [IndexWriter(out_dir) for _ in range(2)]
-        for index in indexes:
-            stack.callback(index.close)
-        names = [os.path.join(out_dir, name) for name in ("train.json", "val.json")]
-        with ExitStack() as files:
-            outputs = [files.enter_context(atomic_write(name, "wb")) for name in names]
-            ids = files.enter_context(atomic_write(os.path.join(out_dir, "ids.tsv")))
-            # Entered last, so that it has stopped before the files are closed.
-            writer = BackgroundWriter()
-            files.callback(writer.close)
-            arrays = [JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
 
-            def tell_counts() -> None:
-                bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
+    def tell_counts() -> None:
+        bar.note(f"{accepted} rows, {sum(rejected.values())} rejected")
 
+    with atomic_write(os.path.join(out_dir, "ids.tsv")) as ids:
+        with record_files(names) as arrays:
             for row, image, caption, reason in stream:
                 if row.next_offset - done >= _PROGRESS_BYTES:
                     bar.update(row.next_offset - done)
@@ -440,25 +419,13 @@ def _convert(
                     reject_file.write(f"{row.line}\t{row_id}\t{reason}\n")
                     continue
                 array = arrays[bool(options.val_every) and accepted % options.val_every == 0]
-                start = f',\n{{"id": "identity_{accepted}"{middle}{encode_text(caption)}'
                 doubts.look(row, caption)
-                if row.place is not None and options.images == "reference":
-                    array.add((start + reference_to(row.place.file) + "}}").encode())
-                elif options.images == "inline" or row.image_offset < 0:
-                    array.add((start + inline_end).encode(), image, b'"}')
-                else:
-                    end = f'{reference_end}, "offset": {row.image_offset}, "length": {row.image_length}}}}}'
-                    array.add((start + end).encode())
+                array.add(*text(f"identity_{accepted}", f"[[{prompt}, {encode_json(caption)}]]", row, image))
                 ids.write(f"identity_{accepted}\t{row_id}\t{row.line}\n")
                 accepted += 1
             if not accepted:
                 raise _NothingAccepted
-            for array in arrays:
-                array.finish()
-            writer.drain()
             ChatTemplate.default().save(out_dir)
             tell_counts()
             bar.update(max(0, os.path.getsize(path) - done))
-        for name, index in zip(names, indexes):
-            index.write_for(name)
     return arrays[0].count, arrays[1].count

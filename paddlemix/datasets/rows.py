@@ -210,8 +210,8 @@ def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -
             place = ImagePlace(record.images[0][1])
         else:
             place = ImagePlace.of_reference(record.images[0], folder)
-        prompt, caption = record.turns[0]
-        yield TsvRow(number, record.id, image, -1, len(image), caption, error, end, place, prompt=prompt)
+        caption, turns = record.turns[0][1], tuple(record.turns)
+        yield TsvRow(number, record.id, image, -1, len(image), caption, error, end, place, turns=turns)
 
 
 def _file_lines(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:

@@ -78,7 +78,7 @@ class TsvRow(NamedTuple):
     error: None or one of this module's reasons.
     next_offset: where the next line begins, in bytes (of an archive: how much of it has been read).
     place: where the image is, if the row only names it; then `image` is what the row has.
-    member: the file of an archive that the row is in. prompt: what a JSON record asks; None in a table.
+    member: the file of an archive that the row is in. turns: (prompt, answer) of a JSON record; none in a table.
     """
 
     line_no: int
@@ -91,7 +91,12 @@ class TsvRow(NamedTuple):
     next_offset: int
     place: Optional[ImagePlace] = None
     member: str = ""
-    prompt: Optional[str] = None
+    turns: Tuple[Tuple[str, str], ...] = ()
+
+    @property
+    def prompt(self) -> Optional[str]:
+        """What a JSON record asks; None in a table."""
+        return self.turns[0][0] if self.turns else None
 
     @property
     def line(self) -> str:

@@ -1,13 +1,17 @@
-"""train.json and val.json, written by a thread while the next rows are read."""
+"""Rows written as records (train.json, val.json), by a thread while the next rows are read, or as a TSV."""
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import threading
-from typing import IO, List, Optional, Union
+from contextlib import ExitStack, contextmanager
+from typing import IO, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from paddlemix.datasets.json_index import IndexWriter
+from paddlemix.datasets.tsv import ImagePlace, TsvRow, row_id
+from paddlemix.utils.files import atomic_write
 
 # More at a time would only leave the cache before it is written.
 WRITE_BYTES = 512 << 10
@@ -109,3 +113,86 @@ class JsonArray:
         self._writer.put(self._handle, self._pieces)
         self._pieces = []
         self._unwritten = 0
+
+
+@contextmanager
+def record_files(paths: Sequence[str]) -> Iterator[List[JsonArray]]:
+    """Arrays of records in these files of one folder, which appear, with their indexes, if the block raises nothing."""
+    folder = os.path.dirname(os.path.realpath(paths[0]))
+    with ExitStack() as stack:
+        indexes = [IndexWriter(folder) for _ in paths]
+        for index in indexes:
+            stack.callback(index.close)
+        with ExitStack() as files:
+            outputs = [files.enter_context(atomic_write(path, "wb")) for path in paths]
+            # Entered last, so that it has stopped before the files are closed.
+            writer = BackgroundWriter()
+            files.callback(writer.close)
+            arrays = [JsonArray(file, index, writer) for file, index in zip(outputs, indexes)]
+            yield arrays
+            for array in arrays:
+                array.finish()
+            writer.drain()
+        for path, index in zip(paths, indexes):
+            index.write_for(path)
+
+
+# JSON with Chinese characters as they are.
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class RecordText:
+    """The text of records in the file `path` of rows of the file `source`.
+
+    reference: a record says where its image is, if that can be read there by itself; otherwise it holds a copy.
+    """
+
+    def __init__(self, path: str, source: str, reference: bool):
+        self._folder, self._reference = os.path.dirname(os.path.realpath(path)), reference
+        self._source = source, self._file(source)
+
+    def _file(self, path: str) -> str:
+        relative = os.path.relpath(os.path.realpath(path), self._folder).replace(os.sep, "/")
+        # ASCII: a path need not be UTF-8.
+        return f'{{"file": {json.dumps(relative)}'
+
+    def __call__(
+        self, name: str, conversations: str, row: TsvRow, image: Union[bytes, memoryview]
+    ) -> Tuple[bytes, Union[bytes, memoryview], bytes]:
+        """A record as JsonArray.add takes it. conversations: JSON. image: base64 text."""
+        start = f',\n{{"id": {encode_json(name)}, "conversations": {conversations}, "image": '
+        source, file = self._source
+        place = row.place or ImagePlace(source, row.image_offset, row.image_length)
+        if not self._reference or place.offset < 0:
+            return (start + '"').encode(), image, b'"}'
+        file = file if place.file == source else self._file(place.file)
+        span = f', "offset": {place.offset}, "length": {place.length}' if place.length else ""
+        return f"{start}{file}{span}}}}}".encode(), b"", b""
+
+
+@contextmanager
+def output_rows(
+    path: str, source: str, reference: bool, prompt: str
+) -> Iterator[Callable[[TsvRow, Union[bytes, memoryview], str], None]]:
+    """A function (row, base64 text of its image, caption) that appends rows to `path`: records in a .json, lines
+    `id \\t base64 \\t caption` in any other file, which appears if the block raises nothing.
+
+    source, reference: see RecordText. prompt: of rows that are not records.
+    """
+    if path.endswith(".json"):
+        text = RecordText(path, source, reference)
+        with record_files([path]) as (array,):
+
+            def add_record(row, image, caption):
+                (question, _), *more = row.turns or ((prompt, ""),)
+                array.add(*text(row_id(row), encode_json([(question, caption), *more]), row, image))
+
+            yield add_record
+    else:
+        with atomic_write(path, "wb") as file:
+
+            def add_line(row, image, caption):
+                one_line = caption.replace("\r", " ").replace("\n", " ")
+                file.writelines((f"{row_id(row)}\t".encode(), image, f"\t{one_line}\n".encode()))
+
+            yield add_line

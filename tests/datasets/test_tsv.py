@@ -29,8 +29,8 @@ def test_training_rows(tmp_path):
     caption = "红色的\t杯子"
     content = b"a1\t%s\t%s\nb2\t%s\tx" % (JPEG, caption.encode(), PNG)
     first, second = rows_of(tmp_path, content)
-    assert first == (1, "a1", JPEG, 3, len(JPEG), caption, None, content.index(b"b2"), None, "")
-    assert second == (2, "b2", PNG, content.index(PNG), len(PNG), "x", None, len(content), None, "")
+    assert first == (1, "a1", JPEG, 3, len(JPEG), caption, None, content.index(b"b2"), None, "", ())
+    assert second == (2, "b2", PNG, content.index(PNG), len(PNG), "x", None, len(content), None, "", ())
 
 
 def test_rows_without_an_id(tmp_path):
