@@ -24,32 +24,35 @@ examples:
   python chat.py weights/ --interactive --stream
   python chat.py weights/ cup.jpg 框出图中的杯子 --boxes cup-boxes.png
 
-An image is a path, an http(s) URL (up to 64 MB, 20 seconds) or base64. When an answer points at things, with
-<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>, they are drawn on the newest image and written to the file of --boxes; a
+An image is a path, an http(s) URL (up to 64 MB, 20 seconds) or base64. Boxes in an answer, such as
+<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>, are drawn on the most recent image and written to the file of --boxes. The
 font for Chinese names comes from the model folder (SimSun.ttf) or from Debian's packages (fonts-noto-cjk).
 """
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Print what a model says about an image, or several; or talk with it (--interactive).",
+        description="Ask a model about one image or several, or hold a conversation (--interactive).",
         epilog=MORE,
     )
     parser.add_argument(
-        "model", type=cli.path, metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned"
+        "model", type=cli.path, metavar="MODEL",
+        help="a model folder, its parent folder, or the output folder of a tuning run",
     )
     parser.add_argument(
         "image", type=cli.path, metavar="IMAGE", nargs="?",
-        help="a path, a URL or base64 (default: a red cup; none if interactive)",
+        help="path, URL or base64 (default: a picture of a red cup; with --interactive, none)",
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question (default: 请描述图片内容)")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt (default: 请描述图片内容)")
     parser.add_argument(
-        "--image", type=cli.path, dest="images", metavar="IMAGE", action="append", default=[], help="one more image"
+        "--image", type=cli.path, dest="images", metavar="IMAGE", action="append", default=[],
+        help="another image; may be repeated",
     )
-    parser.add_argument("--interactive", action="store_true", help="several turns; /help there lists the commands")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--interactive", action="store_true", help="hold a conversation; /help lists its commands")
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     parser.add_argument(
-        "--boxes", type=cli.output_file, metavar="FILE", help="for drawn boxes (default: boxes.png)"
+        "--boxes", type=cli.output_file, metavar="FILE",
+        help="file for an image with the answer's boxes (default: boxes.png)",
     )
     add_model_options(parser)
     add_decoding_options(parser)

@@ -13,15 +13,15 @@ from paddlemix.utils import cli
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write the base model with a checkpoint merged into it as a whole model folder: adapters as "
-        "W + (alpha / r) · A @ B, tensors that were trained whole in place of the base's. Works tensor by tensor, so "
-        "memory is that of a few tensors. OUT appears when it is whole.",
+        description="Merge a tuned checkpoint into its base model and write a complete model folder: adapters as W + "
+        "(alpha / r) · A @ B, fully trained tensors in place of the base's. Works one tensor at a time, so it needs "
+        "memory for a few tensors only. OUT appears once it is complete.",
     )
     parser.add_argument(
         "--model_name_or_path", type=cli.path, required=True, metavar="BASE", help="folder of the base model"
     )
     parser.add_argument(
-        "--lora_path", type=cli.path, required=True, metavar="LORA", help="folder that the tuning run wrote"
+        "--lora_path", type=cli.path, required=True, metavar="LORA", help="output folder of the tuning run"
     )
     parser.add_argument(
         "--merge_model_path", type=cli.output_folder, required=True, metavar="OUT", help="folder to write"
@@ -30,13 +30,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--text_model_name_or_path",
         type=cli.path,
         metavar="TEXT",
-        help="folder whose LLM the run took, if it took another one than the base's",
+        help="folder whose LLM the run used instead of the base's, if any",
     )
     parser.add_argument(
-        "--force", action="store_true", help="merge although BASE or TEXT is not the model that LORA was tuned from"
+        "--force", action="store_true", help="merge even if BASE or TEXT is not the model that LORA was tuned from"
     )
     cli.add_weights_options(parser, "OUT")
-    parser.add_argument("--disable_tqdm", action="store_true", help="show no progress bar")
+    parser.add_argument("--disable_tqdm", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
 

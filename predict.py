@@ -23,55 +23,76 @@ examples:
   # the same with a process for each GPU of this machine
   python -m paddle.distributed.launch predict.py test.tsv results.txt weights/
 
-Killed, or out of disk? Give the same command again: it goes on behind the last whole line, and refuses to if the
-input, the model or a setting has changed. What each kind of broken row gives is in docs/predict.md.
+After a kill or a full disk, run the same command again: it resumes after the last complete line, unless the input, the
+model or a setting has changed. docs/predict.md lists the result for each kind of bad row.
 
-exit status: 0 all done; 1 not one row could be captioned (OUTPUT is whole), or the job broke off; 2 bad usage
+exit status: 0 complete; 1 no row could be captioned (OUTPUT is complete), or the job failed; 2 bad usage
 """
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write one line `id \\t caption` for each row `id \\t base64 image` of INPUT, in order.",
+        description="Caption the images of INPUT: one line `id \\t caption` for each row `id \\t base64 image`, in the "
+        "same order.",
         epilog=MORE,
     )
-    parser.add_argument("input", type=cli.path, metavar="INPUT", help="rows of id and base64 image, tab-separated")
     parser.add_argument(
-        "output", type=cli.path, metavar="OUTPUT", help="appears when whole; until then see OUTPUT.partial"
+        "input", type=cli.path, metavar="INPUT",
+        help="rows `id \\t base64 image`, a table of image files, or a train.json or val.json; see docs/formats.md",
+    )
+    parser.add_argument(
+        "output", type=cli.path, metavar="OUTPUT", help="appears once it is complete; until then see OUTPUT.partial"
     )
     parser.add_argument(
         "model", type=cli.path, metavar="MODEL_OR_WEIGHTS_DIR",
-        help="a model folder, the one that holds it, or what a run tuned",
+        help="a model folder, its parent folder, or the output folder of a tuning run",
     )
-    parser.add_argument("--prompt", help="the question about each image (default: 请描述图片内容)")
+    parser.add_argument("--prompt", help="the prompt for each image (default: 请描述图片内容)")
     parser.add_argument(
         "--fallback",
         default=FALLBACK,
-        help="caption of a row whose image cannot be read (default: %(default)s)",
+        help="caption of rows whose image cannot be read (default: %(default)s)",
     )
-    parser.add_argument("--batch_size", type=cli.positive, help="images at a time (default: by memory, up to 32)")
+    parser.add_argument(
+        "--batch_size", type=cli.positive,
+        help="images per batch (default: by available memory, up to 32)",
+    )
     add_model_options(parser)
-    parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUTPUT, or a finished shard")
+    parser.add_argument(
+        "--restart", action="store_true",
+        help="discard an unfinished run on OUTPUT, or a finished shard",
+    )
     parser.add_argument(
         "--shard",
         metavar="i/n",
         type=Shard.parse,
-        help="answer rows i, i + n, i + 2n, … only, into OUTPUT.shard-i-of-n; tools/merge_results.py joins the shards",
+        help="caption only rows i, i + n, i + 2n, … and write OUTPUT.shard-i-of-n; tools/merge_results.py joins the "
+        "shards",
     )
-    parser.add_argument("--keep_boxes", action="store_true", help="keep <ref>, <box> and <quad> of an answer")
+    parser.add_argument("--keep_boxes", action="store_true", help="keep <ref>, <box> and <quad> tags in captions")
     add_decoding_options(parser)
     parser.add_argument(
         "--n_best",
         type=cli.path,
         metavar="FILE",
-        help="write all of --samples there, before repairs, with their mean log-probabilities: a line of JSON per row",
+        help="also write all --samples, before post-processing, with their mean log-probabilities: one line of JSON "
+        "per row",
     )
-    repairs = parser.add_argument_group("repairs of finished captions, made in this order; all are off unless given")
-    repairs.add_argument("--strip_echo", action="store_true", help="drop the question, 图片描述： and its like")
-    repairs.add_argument("--full_width", action="store_true", help="ASCII marks beside Chinese text become ，。 …")
-    repairs.add_argument("--cut_repeats", action="store_true", help="keep the first of clauses that are said again")
-    repairs.add_argument("--max_chars", type=cli.positive, help="cut behind a clause so that no more are left")
-    repairs.add_argument("--end_mark", action="store_true", help="drop a half last sentence, or add 。")
+    repairs = parser.add_argument_group("post-processing of captions, in this order; off by default")
+    repairs.add_argument("--strip_echo", action="store_true", help="remove a leading prompt, 图片描述： and the like")
+    repairs.add_argument(
+        "--full_width", action="store_true",
+        help="replace ASCII punctuation next to Chinese text by ，。 …",
+    )
+    repairs.add_argument(
+        "--cut_repeats", action="store_true",
+        help="keep only the first occurrence of a repeated clause",
+    )
+    repairs.add_argument(
+        "--max_chars", type=cli.positive,
+        help="truncate to this many characters, at the end of a clause if possible",
+    )
+    repairs.add_argument("--end_mark", action="store_true", help="remove an incomplete last sentence, or add 。")
     return parser.parse_args(argv)
 
 

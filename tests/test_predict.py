@@ -517,7 +517,7 @@ def test_on_a_terminal_the_bar_makes_room(monkeypatch, capsys):
     assert capsys.readouterr().out == "一只猫\n"
 
 
-# ---- how words are chosen
+# ---- decoding
 
 
 HOT = ("--temperature", "1.5", "--top_p", "0.95", "--seed", "3")

@@ -95,7 +95,7 @@ def test_a_run_from_a_config_and_going_on_with_it(root, workplace):
     "words, says",
     [
         (["config.json", "--disabe_tqdm", "true"], 'error: unknown key "disabe_tqdm"; did you mean "disable_tqdm"?'),
-        (["config.json", "--max_steps", "two"], 'error: max_steps must be a whole number, not "two"'),
+        (["config.json", "--max_steps", "two"], 'error: max_steps must be an integer, not "two"'),
         (["config.json", "--to_static"], "error: to_static=true cannot be used here: "),
         (["missing.json"], "error: cannot read missing.json: No such file or directory"),
     ],

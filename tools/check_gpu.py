@@ -1,12 +1,12 @@
-"""What a GPU makes of this project, in a few minutes and without weights: `python tools/check_gpu.py`
+"""Test this project on a GPU in a few minutes, without weights: `python tools/check_gpu.py`
 
-Two random models are made: a tiny whole one, and one with the widths of the 7B and a single layer in the ViT and in the
-decoder. In float16 and bfloat16, at levels O1 and O2, with and without fused attention: loss and gradients against
-float32 on the CPU, ten LoRA steps, save and resume, the loss scale, batched captions, memory, time. Each combination
-runs in a process of its own. Without a card the same checks run in float32 on the CPU, with the tiny model alone and
-without memory: they tell nothing about a GPU.
+It uses two models with random weights: a complete tiny one, and one with the widths of the 7B and a single layer each
+in ViT and decoder. For float16 and bfloat16, O1 and O2, with and without fused attention, it checks loss and gradients
+against float32 on the CPU, ten LoRA steps, saving and resuming, the loss scale, batched captions, memory and time. Each
+combination runs in its own process. Without a GPU, the same checks run in float32 on the CPU, with the tiny model only
+and without memory; they say nothing about a GPU.
 
-Ends with status 1 when a row fails. Please report what it prints, failed or not, with --json's file.
+The exit status is 1 if a row fails. Please report what it prints, failed or not, together with the --json file.
 """
 
 from __future__ import annotations
@@ -341,8 +341,8 @@ def machine(device: str) -> str:
 
 def main(argv: Optional[List[str]] = None) -> int:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the rows there, with all numbers")
-    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a card if there is one)")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write all rows and figures as JSON")
+    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     sys.path.insert(0, os.path.join(ROOT, "tools"))

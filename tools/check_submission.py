@@ -12,11 +12,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
-The report has a line per rule of the notebook's sections (四), what is sent, and (六), what may change. run.sh is run
-twice in a read-only copy of the folder, at a path with blanks in it, without a network: with absolute paths, then with
-the notebook's own relative ones and a Python as the fourth argument. The network is taken away by `unshare --net`;
-where the system does not allow that, the rule is not tried. The copy is made beside the folder and removed; its
-weights are hard links where the file system allows. The submission's own code is run: check only what you trust.
+The report has one line per rule of the notebook's sections (四), what to submit, and (六), what may change. run.sh runs
+twice in a read-only copy of the folder at a path with spaces, without a network: with absolute paths, then with the
+notebook's relative ones and a Python as the fourth argument. The network is disabled with `unshare --net`; where the
+system does not allow this, the rule is not checked. The copy is created next to the folder and removed afterwards; its
+weights are hard links where the file system supports them. The submission's code is run: check only what you trust.
 
 exit status: 0 all rules pass; 1 a rule fails; 2 bad usage
 """
@@ -24,26 +24,36 @@ exit status: 0 all rules pass; 1 a rule fails; 2 bad usage
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Verify a submission folder as the contest's platform would.",
+        description="Check a submission folder the way the contest's platform would.",
         epilog=MORE,
     )
     parser.add_argument(
-        "submission", type=cli.path, metavar="SUBMISSION", help="the folder that tools/pack_submission.py made"
+        "submission", type=cli.path, metavar="SUBMISSION", help="the folder written by tools/pack_submission.py"
     )
     parser.add_argument(
-        "--base", type=cli.path, help="the model that was tuned: its LLM must be kept, and what changed is listed"
+        "--base", type=cli.path,
+        help="the base model: check that the LLM's structure is unchanged, and list what differs",
     )
     parser.add_argument(
-        "--sample", type=cli.path, metavar="TSV", help="rows to caption (default: four, two of them broken)"
+        "--sample", type=cli.path, metavar="TSV", help="rows to caption (default: four, two of them bad)"
     )
-    parser.add_argument("--python", default=sys.executable, type=cli.path, help="runs it (default: this one)")
+    parser.add_argument(
+        "--python", default=sys.executable, type=cli.path,
+        help="interpreter to run it with (default: this one)",
+    )
     parser.add_argument(
         "--fresh_venv",
         action="store_true",
-        help="also install requirements.txt into a new environment and run there (minutes; needs a network)",
+        help="also install requirements.txt into a new environment and run it there (takes minutes and a network)",
     )
-    parser.add_argument("--paddle", help="Paddle of that environment, as for pip (default: the version of --python)")
-    parser.add_argument("--time_limit", type=cli.positive, default=3600, help="seconds per run (default: %(default)s)")
+    parser.add_argument(
+        "--paddle",
+        help="Paddle for that environment, as a pip requirement (default: the version of --python)",
+    )
+    parser.add_argument(
+        "--time_limit", type=cli.positive, default=3600,
+        help="time limit per run in seconds (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -65,7 +75,8 @@ def main() -> int:
     print("\n".join(report.lines()))
     failed = sum(verdict.status == FAIL for verdict in report.values())
     waiting = sum(verdict.status == NOT_RUN and bool(verdict.problems) for verdict in report.values())
-    says = "ready to be sent" if report.passed else f"{failed} rules fail, {waiting} wait for them"
+    says = f"{failed} rules failed, {waiting} could not be checked because of them"
+    says = "ready to submit" if report.passed else says
     print(f"{args.submission}: {tr(says)}")
     return 0 if report.passed else 1
 

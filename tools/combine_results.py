@@ -16,13 +16,13 @@ MORE = """\
 example, three models over the same test set:
   python tools/combine_results.py base.txt seed1.txt seed2.txt consensus.txt
 
-All files are lines `id \\t caption` of the same rows in the same order, as predict.py writes them. A row's caption is
-the one with the highest mean CIDEr-D against the other files' (minimum Bayes risk; document frequencies of all rows of
-all files); of equally good ones it is that of the file named first, so name the best one first. Give three or more
-files: two can only agree or not. Where a file's .run.json names its fallback caption, that one is not taken if another
-file has a caption. OUT.run.json says what was combined.
+All files have lines `id \\t caption` for the same rows in the same order, as predict.py writes them. Each row gets the
+caption with the highest mean CIDEr-D against those of the other files (minimum Bayes risk; document frequencies of all
+rows of all files). Ties go to the file given first, so put the best one first. Give at least three files: two can only
+agree or disagree. A fallback caption, which a file's .run.json names, is not taken if another file has a caption.
+OUT.run.json records what was combined.
 
-exit status: 0 done; 1 the job broke off; 2 bad usage, or files that do not belong together
+exit status: 0 done; 1 the job failed; 2 bad usage, or files that do not belong together
 """
 
 
@@ -35,9 +35,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
-        help="processes that compare; 0: none beside this one (default: the number of cores)",
+        help="worker processes; 0: compare in this process (default: number of cores)",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         parser.error("give two results files at least, and OUT behind them")

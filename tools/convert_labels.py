@@ -1,17 +1,17 @@
-"""Make training data of a table of images and captions: `python tools/convert_labels.py IN OUT_DIR`.
+"""Build training data from a table of images and captions: `python tools/convert_labels.py IN OUT_DIR`.
 
-IN is a TSV of `id \\t base64 \\t caption` rows (or `base64 \\t caption`). In place of base64 a row may have the path of
-an image file in the folder of IN or below. A CSV is read, too, if its header names the columns: image (a path or
-base64) and caption, and perhaps id. A .gz, .tar or .tar.gz of such tables is read as it is.
+IN is a TSV of `id \\t base64 \\t caption` rows (or `base64 \\t caption`). Instead of base64 a row may have the path of
+an image file in the folder of IN or below. IN may also be a CSV whose header names the columns: image (a path or
+base64), caption and, optionally, id; or a .gz, .tar or .tar.gz of such tables.
 
-What is written to OUT_DIR:
+Written to OUT_DIR:
 
     train.json, val.json   one record per line; every 20th accepted row goes to val.json
-    chat_template.json     the chat format, for the training config
+    chat_template.json     the chat template, for the training config
     ids.tsv                record id, id in IN, line in IN (in an archive FILE:line)
-    rejected.tsv           line in IN, id, and the reason why there is no record of it
+    rejected.tsv           line in IN, id, and why the row was rejected
 
-A row that cannot be used is counted and left out; it never ends the run.
+Unusable rows are counted and skipped; they never stop the conversion.
 """
 
 from __future__ import annotations
@@ -30,39 +30,55 @@ from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("input", type=cli.path, metavar="IN", help="rows with images: JPEG, PNG, WebP, GIF or BMP")
+    parser.add_argument(
+        "input", type=cli.path, metavar="IN",
+        help="TSV or CSV; images are JPEG, PNG, WebP, GIF or BMP",
+    )
     parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
-    parser.add_argument("--prompt", default=labels.Options().prompt, help="what the user asks (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", default=labels.Options().prompt,
+        help="prompt of every record (default: %(default)s)",
+    )
     parser.add_argument(
         "--captions", type=cli.path, metavar="RESULTS",
         help="take the captions of this file, which predict.py made of IN (its results or its --n_best file); rows of "
         "IN need none of their own, and those without one in RESULTS are rejected",
     )  # fmt: skip
-    parser.add_argument("--val_every", type=int, default=20, metavar="N", help="0: no validation rows (default: 20)")
+    parser.add_argument(
+        "--val_every", type=int, default=20, metavar="N",
+        help="every Nth accepted row goes to val.json; 0: none (default: 20)",
+    )
     parser.add_argument(
         "--clean", action="store_true",
-        help="mend captions: wrong encodings, control characters, runs of blanks, doubled punctuation",
+        help="clean captions: wrong encodings, control characters, repeated spaces and punctuation",
     )  # fmt: skip
     parser.add_argument(
         "--dedupe", action="store_true",
-        help="leave out rows whose image and caption have been there before (takes 100 bytes of memory per row)",
+        help="skip rows whose image and caption both occurred before (100 bytes of memory per row)",
     )  # fmt: skip
-    parser.add_argument("--min_chars", type=int, default=1, metavar="N", help="shortest caption (default: 1)")
-    parser.add_argument("--max_chars", type=int, default=0, metavar="N", help="longest caption (default: 200,000)")
+    parser.add_argument(
+        "--min_chars", type=int, default=1, metavar="N",
+        help="minimum characters of a caption (default: 1)",
+    )
+    parser.add_argument(
+        "--max_chars", type=int, default=0, metavar="N",
+        help="maximum characters of a caption (default: 200,000)",
+    )
     parser.add_argument(
         "--verify", choices=("none", "header", "decode"), default="none",
-        help="look at images: none checks the base64 text only, header the format and size, decode all of it; images "
-        "cut short are rejected by decode",
+        help="what to check of images. none: the base64 text; header: format and size; decode: everything, which also "
+        "rejects truncated images",
     )  # fmt: skip
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",
-        help="inline copies each image; reference stores where it is, in IN or a file, which must then stay as it is",
+        help="inline: copy images into the JSON; reference: store where each image is (in IN or in a file), which must "
+        "not change afterwards",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
-        help="processes of --verify decode (default: the number of cores)",
+        help="processes for --verify decode (default: number of cores)",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
 
 

@@ -16,9 +16,9 @@ from paddlemix.utils import cli  # noqa: E402
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write a public Qwen-VL or Qwen-VL-Chat folder (safetensors or .bin, sharded or not) as "
-        "a MGen-VL folder that everything here runs on. Works tensor by tensor and never executes anything "
-        "in a file.",
+        description="Convert a public Qwen-VL or Qwen-VL-Chat folder (safetensors or .bin, sharded or not) to a "
+        "MGen-VL model folder, which the other scripts take. Works one tensor at a time and never executes anything in "
+        "a file.",
     )
     parser.add_argument(
         "source", type=cli.path, metavar="SRC", help="folder with config.json, the weights and qwen.tiktoken"

@@ -510,7 +510,7 @@ def write_page(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, fl
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--out", type=cli.output_folder, default="demo", help="folder for everything that it makes (default: demo)"
+        "--out", type=cli.output_folder, default="demo", help="output folder (default: demo)"
     )
     parser.add_argument("--restart", action="store_true", help="run every stage again")
     parser.add_argument("--seed", type=int, default=7, help="of the ads, the weights and the order (default: 7)")

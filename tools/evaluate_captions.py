@@ -1,15 +1,15 @@
-"""How good are the captions? Scores them against references, with intervals, and shows them on a page.
+"""Score captions against references, with confidence intervals, and write a report page.
 
     python tools/evaluate_captions.py RESULTS REFERENCES [--compare OTHER …] [--json OUT] [--html report.html]
 
 RESULTS is what predict.py writes: id \\t caption. REFERENCES is one of
-    id \\t caption               an id may come several times; further columns are further references too
+    id \\t caption               ids may repeat; further columns are further references
     id \\t base64 \\t caption     the contest's training rows
     train.json, val.json         chatml records; the first answer is the reference
 
-CIDEr, CIDEr-D, BLEU-1…4 and ROUGE-L equal pycocoevalcap's. METEOR is not included: it needs Java.
-Intervals are 95 % percentiles of a bootstrap over rows, with CIDEr's document frequencies held fixed. Ids that are
-missing, doubled or unknown are an error that lists them. docs/evaluation.md says what each number means.
+CIDEr, CIDEr-D, BLEU-1…4 and ROUGE-L equal pycocoevalcap's. METEOR is not included, as it needs Java.
+Intervals are 95 % percentiles of a bootstrap over rows, with fixed document frequencies for CIDEr. Missing, duplicate
+and unknown ids are listed and end the run. docs/evaluation.md explains each number.
 """
 
 from __future__ import annotations
@@ -38,48 +38,52 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("references", type=cli.path, metavar="REFERENCES", help="see above")
     parser.add_argument(
         "--compare", type=cli.path, metavar="OTHER", action="append", default=[],
-        help="another RESULTS; shows RESULTS minus OTHER, paired; may be given several times",
+        help="another results file: reports the paired difference RESULTS - OTHER; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--attributes", type=cli.path, metavar="LISTS",
-        help='word lists of attributes to compare, as JSON: {"side": [["左侧", "左边"], ["右侧"]], …}',
+        help='word lists of attributes to check, as JSON: {"side": [["左侧", "左边"], ["右侧"]], …}',
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", choices=("char", "jieba"), default="char",
-        help="char: each character, runs of Latin letters and digits whole (default); jieba: its words",
+        help="char (default): single characters, but runs of Latin letters and digits as one token; jieba: words",
     )  # fmt: skip
     parser.add_argument(
-        "--intersection", action="store_true", help="score the ids that all files have, say how many that leaves out"
+        "--intersection", action="store_true",
+        help="score only the ids that all files have, and report how many are left out",
     )
     parser.add_argument(
         "--sample", type=cli.positive, metavar="N",
-        help="score N rows, drawn with --seed; CIDEr's document frequencies stay those of all references",
+        help="score N rows drawn with --seed; CIDEr's document frequencies still come from all references",
     )  # fmt: skip
     parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N", help="bootstrap draws (default: 1000; 0: no intervals)"
+        "--resamples", type=int, default=1000, metavar="N",
+        help="bootstrap resamples (default: 1000; 0: no intervals)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample and the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --sample and of the bootstrap (default: 0)")
     parser.add_argument(
         "--workers", type=int, default=physical_cores(), metavar="N",
-        help="processes that score; 0: none beside this one (default: the number of cores)",
+        help="worker processes; 0: score in this process (default: number of cores)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=cli.output_file, metavar="OUT", help="write all that is printed, and more digits of it"
+        "--json", type=cli.output_file, metavar="OUT",
+        help="write everything that is printed as JSON, with more digits",
     )
     parser.add_argument(
-        "--html", type=cli.output_file, metavar="OUT", help="write a page with the captions, worst first"
+        "--html", type=cli.output_file, metavar="OUT", help="write the report page: captions, worst first"
     )
     parser.add_argument(
         "--images", type=cli.path, metavar="TSV",
-        help="images of the page: id \\t base64 (default: REFERENCES, if it has images)",
+        help="images for the page: `id \\t base64` rows or a train.json (default: REFERENCES, if it has images)",
     )
     parser.add_argument(
-        "--html_rows", type=cli.positive, default=10000, metavar="N", help="most rows on the page (default: 10000)"
+        "--html_rows", type=cli.positive, default=10000, metavar="N", help="maximum rows on the page (default: 10000)"
     )
     parser.add_argument(
-        "--thumbnail", type=cli.positive, default=160, metavar="PIXELS", help="side of its pictures (default: 160)"
+        "--thumbnail", type=cli.positive, default=160, metavar="PIXELS",
+        help="size of the thumbnails on the page (default: 160)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 
 

@@ -12,23 +12,24 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
-OUTPUT is what predict.py was given; its shards OUTPUT.shard-1-of-n … n-of-n and their .run.json files lie beside it.
-All must be there, whole, as they were written, and of one run: the same input, model and settings. The lines come out
-in the order of the input, and OUTPUT and OUTPUT.run.json are what a single run over all rows writes. The shards stay.
-An OUTPUT that a single process has finished stays as it is.
+OUTPUT is the path that predict.py was given; its shards OUTPUT.shard-1-of-n … n-of-n and their .run.json files are in
+the same folder. All must exist, complete and unmodified, and belong to one run: the same input, model and settings.
+Lines are in the order of the input; OUTPUT and OUTPUT.run.json equal those of a single run over all rows. The shards
+are kept. An OUTPUT that a single process has finished is left unchanged.
 
-exit status: 0 joined; 1 joined, but not one row could be captioned; 2 something is missing or does not belong together
+exit status: 0 joined; 1 joined, but no row could be captioned; 2 shards are missing or do not belong together
 """
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Make one results file of the shards that predict.py --shard, or one process per GPU, wrote.",
+        description="Join the shards written by predict.py --shard, or by one process per GPU, into one results file.",
         epilog=MORE,
     )
     parser.add_argument("output", type=cli.path, metavar="OUTPUT", help="the results file to write")
     parser.add_argument(
-        "--input", type=cli.path, help="the file that was captioned: each line's id is compared with its row's"
+        "--input", type=cli.path,
+        help="the input of the prediction: the id of each line is compared with that of its row",
     )
     return parser.parse_args(argv)
 

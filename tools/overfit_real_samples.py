@@ -1,14 +1,14 @@
-"""Can the pipeline learn real ads by heart? A small MGen-VL is tuned on a handful of images with their captions and
-must repeat them, word for word, and must not when it is shown other images.
+"""Check that the pipeline can memorise real ads: a small MGen-VL, trained on a handful of images, must repeat their
+captions word for word, and must not do so for other images.
 
     python tools/overfit_real_samples.py SAMPLES.txt CAPTIONS.tsv OUT [--column 2] [--steps 200]
 
-SAMPLES holds `id \\t base64 image` rows, CAPTIONS `id \\t caption \\t …` (--column says which, counted from 1).
-Every step is a command of the project: convert_labels, make_tiny_model with supervised_finetune in full,
-run.sh on the samples, and run.sh once more after each image has been handed on to the next id. All rows have
-the same prompt, so only the image can tell the model which caption to repeat.
+SAMPLES has `id \\t base64 image` rows, CAPTIONS `id \\t caption \\t …` (--column selects the column, from 1). The steps
+are commands of the project: convert_labels, make_tiny_model with full training by supervised_finetune, run.sh on the
+samples, and run.sh again after each image has moved on to the next id. All rows have the same prompt, so only the
+image can tell the model which caption to repeat.
 
-Exit status 1 unless at least --required captions come back exactly, and at most --permitted of them for the
+Exit status 1 unless at least --required of the captions are repeated exactly, and at most --permitted of them for
 wrong images.
 """
 
@@ -128,13 +128,19 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("samples", type=cli.path, help="id and base64 image")
     parser.add_argument("captions", type=cli.path, help="id and one or more captions")
-    parser.add_argument("out", type=cli.output_folder, help="folder for everything that it makes")
+    parser.add_argument("out", type=cli.output_folder, help="output folder")
     parser.add_argument("--column", type=int, default=2, help="the caption's column, from 1 (default: 2)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--required", type=float, default=0.9, help="share to repeat exactly (default: 0.9)")
-    parser.add_argument("--permitted", type=float, default=0.1, help="share for wrong images (default: 0.1)")
+    parser.add_argument(
+        "--required", type=float, default=0.9,
+        help="fraction that must be repeated exactly (default: 0.9)",
+    )
+    parser.add_argument(
+        "--permitted", type=float, default=0.1,
+        help="fraction that may be repeated for wrong images (default: 0.1)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -13,13 +13,13 @@ sys.path.insert(0, ROOT)
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
-OUT gets requirements.txt, run.sh, src/ (predict.py and paddlemix/) and weights/<model folder>/. The weights
-files are hard links where the file system allows, so they take no second place on the disk.
+OUT contains requirements.txt, run.sh, src/ (predict.py and paddlemix/) and weights/<model folder>/. The weights are
+hard links where the file system supports them, so they take no additional space.
 
-The platform wants OUT as an archive. Two ways, both without compression, which weights do not gain by:
-  --zip            all in OUT.zip
-  --split_weights  OUT.zip without the weights files, and these in OUT.weights/ with their SHA-256 sums, to be fetched
-                   one at a time where a download of 20 GB breaks off. At home: unzip, check, put them back, zip again:
+The platform takes an archive of OUT. There are two ways, both uncompressed, since weights hardly compress:
+  --zip            everything in OUT.zip
+  --split_weights  OUT.zip without the weights files, and these in OUT.weights/ with their SHA-256 sums, to download one
+                   at a time where a single download of 20 GB would fail. Then unzip, check, put them back, zip again:
                      unzip submission.zip
                      (cd submission.weights && sha256sum -c SHA256SUMS)
                      mv submission.weights/*model* submission/weights/*/
@@ -31,25 +31,25 @@ Then: python tools/check_submission.py OUT
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Make the folder, and the archive, that the contest's platform takes.",
+        description="Build the submission folder, and its archive, for the contest's platform.",
         epilog=MORE,
     )
     parser.add_argument(
-        "--weights", type=cli.path, required=True, help="a merged model folder, or the folder that holds it"
+        "--weights", type=cli.path, required=True, help="a merged model folder, or its parent folder"
     )
     parser.add_argument(
-        "--out", type=cli.output_folder, default="submission", help="folder to make (default: %(default)s)"
+        "--out", type=cli.output_folder, default="submission", help="folder to create (default: %(default)s)"
     )
     parser.add_argument(
         "--requirements",
         type=cli.path,
         default=os.path.join(ROOT, "requirements", "submission.txt"),
-        help="what the platform lacks (default: requirements/submission.txt, for Paddle 2.6)",
+        help="packages to install on the platform (default: requirements/submission.txt, for Paddle 2.6)",
     )
     archive = parser.add_mutually_exclusive_group()
-    archive.add_argument("--zip", action="store_true", help="write OUT.zip, too")
-    archive.add_argument("--split_weights", action="store_true", help="OUT.zip and OUT.weights/, see below")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older submission and its archive")
+    archive.add_argument("--zip", action="store_true", help="also write OUT.zip")
+    archive.add_argument("--split_weights", action="store_true", help="write OUT.zip and OUT.weights/, see below")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing submission and its archive")
     return parser.parse_args(argv)
 
 

@@ -43,7 +43,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         description="Write what each caption costs a model with its image and with a blank one.", epilog=MORE
     )
     parser.add_argument(
-        "model", type=cli.path, metavar="MODEL", help="a model folder, the one that holds it, or what a run tuned"
+        "model", type=cli.path, metavar="MODEL",
+        help="a model folder, its parent folder, or the output folder of a tuning run",
     )
     parser.add_argument(
         "data", type=cli.path, metavar="DATA", help="rows of id, image and caption (TSV, CSV), or a train.json"

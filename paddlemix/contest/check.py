@@ -34,18 +34,18 @@ from paddlemix.utils.texts import some
 # In the order of the report: (section and number of the rule, what it asks).
 RULES = {
     "names": ("(四)", "requirements.txt, run.sh, src/predict.py and weights/ with one model folder"),
-    "config": ("(四) 3", "config.json is among the weights, with values that can be"),
-    "weights": ("(四) 1", "the weights are whole, open without executing anything, and fit config.json"),
-    "finite": ("(四) 1", "every weight is a finite number"),
-    "requirements": ("(四)", "requirements.txt names what predict.py imports, and leaves Paddle alone"),
-    "fresh": ("(四) 1", "in a fresh environment with nothing else, every import works"),
-    "runs": ("(四) 1", "run.sh works at another path, with and without the fourth argument"),
+    "config": ("(四) 3", "config.json is next to the weights, with valid values"),
+    "weights": ("(四) 1", "the weights are complete, load without executing code, and match config.json"),
+    "finite": ("(四) 1", "all weights are finite"),
+    "requirements": ("(四)", "requirements.txt lists what predict.py imports, and not Paddle"),
+    "fresh": ("(四) 1", "all imports work in a fresh environment with nothing else"),
+    "runs": ("(四) 1", "run.sh works from another path, with and without the fourth argument"),
     "read_only": ("(四) 1", "it writes nothing into its own folder, which may be read-only"),
     "offline": ("(四) 1", "it needs no network"),
-    "lines": ("(四) 2", "as many lines as rows, in their order"),
-    "paddle": ("(六) 1", "the program is of Paddle: no other framework is imported"),
-    "language": ("(六) 2", "the LLM's structure and number of parameters have not changed"),
-    "changes": ("(六) 3", "what changed: weights of the LLM and anything outside it may"),
+    "lines": ("(四) 2", "one line per row, in the same order"),
+    "paddle": ("(六) 1", "the program uses Paddle and imports no other framework"),
+    "language": ("(六) 2", "the LLM's structure and number of parameters are unchanged"),
+    "changes": ("(六) 3", "what changed (allowed: weights of the LLM, and anything outside it)"),
 }
 PASS, FAIL, NOT_RUN = "pass", "FAIL", "----"
 
@@ -121,24 +121,25 @@ def _names(folder: str, found: _Findings) -> None:
             path = os.path.join(parent, name)
             target = os.path.realpath(path)
             if os.path.islink(path) and not target.startswith(real + os.sep):
-                found.problems.append(f"{os.path.relpath(path, folder)} is a link to {target}: put the file there")
+                found.problems.append(f"{os.path.relpath(path, folder)} is a link to {target}: replace it by the file")
     weights = os.path.join(folder, WEIGHTS)
     if os.path.isdir(weights):
         models = [name for name in sorted(os.listdir(weights)) if os.path.isdir(os.path.join(weights, name))]
         if len(models) != 1:
-            found.problems.append(f"{WEIGHTS}/ must hold one model folder, and has {some(models, _SHOWN) or 'none'}")
+            listed = some(models, _SHOWN) or "none"
+            found.problems.append(f"{WEIGHTS}/ must contain exactly one model folder, not {listed}")
     script = os.path.join(folder, RUN_SH)
     if os.path.isfile(script):
         with open(script, "rb") as file:
             windows = b"\r\n" in file.read()
         done = subprocess.run(["sh", "-n", script], capture_output=True, text=True)
         if windows:
-            found.problems.append("run.sh has the line ends of Windows (CR LF): save it with LF alone")
+            found.problems.append("run.sh has Windows line endings (CR LF): save it with LF")
         elif done.returncode:
-            found.problems.append(f"sh cannot read run.sh: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            found.problems.append(f"sh cannot parse run.sh: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     more = sorted(set(os.listdir(folder)) - {*NAMES, README})
     if more:
-        found.notes.append(f"also there, and not needed: {some(more, _SHOWN)}")
+        found.notes.append(f"not needed: {some(more, _SHOWN)}")
 
 
 def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> None:
@@ -160,9 +161,9 @@ def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> Non
         if top in named_so or any(top in modules_of(package) for package in named):
             continue
         if one.guarded:
-            found.notes.append(f"{top} is not named; {one.file}:{one.line} does without where it is missing")
+            found.notes.append(f"{top} is not listed; {one.file}:{one.line} also works without it")
         else:
-            found.problems.append(f"{one.file}:{one.line} imports {top}, which requirements.txt does not name")
+            found.problems.append(f"{one.file}:{one.line} imports {top}, which requirements.txt does not list")
 
 
 def _paddle(tops: Dict[str, Import], found: _Findings) -> None:
@@ -187,13 +188,13 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
     ours = language_shapes(model.reader)
     if base is None:
         theirs = {name: shape for name, shape in parameter_shapes(model.config).items() if is_language(name)}
-        found.notes.append("compared with its own config.json; give --base to compare with the model that was tuned")
+        found.notes.append("compared with its own config.json only; give --base to compare with the base model")
     else:
         theirs = language_shapes(base.reader)
         for key in LANGUAGE_KEYS:
             mine, its = getattr(model.config, key), getattr(base.config, key)
             if mine != its:
-                found.problems.append(f"config.json: {key} is {mine}, the base has {its}")
+                found.problems.append(f"config.json: {key} is {mine}, but {its} in the base")
     lost, new = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
     if lost:
         found.problems.append(f"{len(lost)} tensors of the LLM are missing: {some(lost, _SHOWN)}")
@@ -205,9 +206,9 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
         if name in ours and ours[name] != shape
     ]
     if other:
-        found.problems.append(f"{len(other)} tensors of the LLM have another shape: {some(other, _SHOWN)}")
+        found.problems.append(f"{len(other)} tensors of the LLM have a different shape: {some(other, _SHOWN)}")
     if count(ours) != count(theirs):
-        found.problems.append(f"{count(ours):,} parameters in the LLM, not {count(theirs):,}")
+        found.problems.append(f"the LLM has {count(ours):,} parameters instead of {count(theirs):,}")
     else:
         found.notes.append(f"{count(ours):,} parameters in {len(ours)} tensors")
 
@@ -216,19 +217,19 @@ def _changes(changes: Dict[str, Change], found: _Findings) -> None:
     for group, change in changes.items():
         text = f"{group}: {change.changed} of {change.tensors} tensors differ"
         if change.changed:
-            text += f", by {change.largest:.3g} at most"
+            text += f", by at most {change.largest:.3g}"
         for kind in ("reshaped", "new", "gone"):
             names = getattr(change, kind)
             if names:
                 text += f"; {len(names)} {kind}: {some(names, _SHOWN)}"
         found.notes.append(text)
     if not any(change.changed or change.reshaped or change.new or change.gone for change in changes.values()):
-        found.notes.append("nothing differs from the base: is this the model that was tuned?")
+        found.notes.append("nothing differs from the base: is this the tuned model?")
 
 
 def _fresh(made: fresh.Fresh, found: _Findings) -> None:
     found.problems += made.problems
-    found.notes.append(f"with {made.paddle}; the run with the fourth argument is in it, too")
+    found.notes.append(f"with {made.paddle}, which the run with the fourth argument also used")
 
 
 def _lines(sample: str, runs: Dict[str, trial.Trial], found: _Findings) -> None:
@@ -324,16 +325,16 @@ def check_submission(
         _weights_rules(judge, folder, opened, stack, progress)
     with tempfile.TemporaryDirectory(prefix="check") as scratch:
         if not fresh_venv:
-            judge.left_out("give --fresh_venv to try it (some minutes, and a network)", "fresh")
+            judge.left_out("not checked without --fresh_venv (takes minutes and a network)", "fresh")
             fourth = python
         elif judge.passed("names", "requirements"):
             made = fresh.try_requirements(python, folder, files, os.path.join(scratch, "fresh environment"), paddle)
             judge.look("fresh", _fresh, made)
             fourth = made.python
         else:
-            judge.waits("tried when requirements.txt is in order", "fresh")
+            judge.waits("not checked until requirements.txt passes", "fresh")
         if not judge.passed("names", "config", "weights", "finite"):
-            judge.waits("run.sh is tried when the files and weights are in order", *_OF_RUNS)
+            judge.waits("not checked until files and weights pass", *_OF_RUNS)
             return judge.report
         if sample is None:
             sample = os.path.join(scratch, "sample.tsv")
@@ -343,9 +344,9 @@ def check_submission(
             judge.look("runs", _status, runs, time_limit)
             judge.look("read_only", _written, runs, place)
             if not place.offline:
-                judge.left_out("not tried: this system does not let `unshare --net` take the network away", "offline")
+                judge.left_out("not checked: this system does not allow `unshare --net`", "offline")
             elif not all(run.status == 0 for run in runs.values()):
-                judge.waits("not known: a run without a network broke off", "offline")
+                judge.waits("unknown: a run without a network failed", "offline")
             else:
                 judge.look("offline", _offline)
             judge.look("lines", _lines, sample, runs)
@@ -380,7 +381,7 @@ def _unused(source: str, files: List[str]) -> List[str]:
         sizes[name] = sum(os.lstat(one).st_size for one in inner) / 1e6
     large = sorted((name for name in sizes if sizes[name] >= 0.1), key=sizes.get, reverse=True)
     unused = [f"{name} ({sizes[name]:.1f} MB)" for name in large]
-    return [f"also in {SOURCE}/, and not imported by {SCRIPT}: {some(unused, _SHOWN)}"] if unused else []
+    return [f"in {SOURCE}/, but not imported by {SCRIPT}: {some(unused, _SHOWN)}"] if unused else []
 
 
 def _weights_rules(
@@ -407,21 +408,21 @@ def _weights_rules(
         files = {os.path.basename(path) for path in reader.files}
         others = sorted(name for name in set(os.listdir(model)) - files if name.endswith(_WEIGHTS_LIKE))
         if others:
-            found.notes.append(f"not opened, and not needed: {some(others, _SHOWN)}")
+            found.notes.append(f"neither opened nor needed: {some(others, _SHOWN)}")
 
     judge.look("config", config)
     if configs:
         judge.look("weights", weights)
     else:
-        judge.waits("config.json comes first", "weights")
+        judge.waits("not checked without a valid config.json", "weights")
     if not models:
-        judge.waits("the weights come first", "finite", "language", "changes")
+        judge.waits("not checked without valid weights", "finite", "language", "changes")
         return
     changes: Dict[str, Change] = {}
     judge.look("finite", _finite, models[0], base, changes, progress)
     judge.look("language", _language, models[0], base)
     if base is None:
-        judge.left_out("give --base to see it", "changes")
+        judge.left_out("not checked without --base", "changes")
     else:
         judge.look("changes", _changes, changes)
 
@@ -431,8 +432,8 @@ def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -
         if run.status == 0:
             found.notes.append(f"{name}: {run.seconds:.0f} s")
             continue
-        ended = f"took over {time_limit:.0f} s" if run.status is None else f"ended with status {run.status}"
-        found.problems.append(f"{name}: {ended}; its last words:")
+        ended = f"took more than {time_limit:.0f} s" if run.status is None else f"exited with status {run.status}"
+        found.problems.append(f"{name}: {ended}; last output:")
         found.problems += [f"    {line}" for line in run.said[-_SHOWN:]]
 
 
@@ -440,8 +441,8 @@ def _written(runs: Dict[str, trial.Trial], place: trial.TrialFolder, found: _Fin
     written = sorted({name for run in runs.values() for name in run.written})
     if written:
         found.problems.append(f"it wrote {some(written, _SHOWN)}")
-    found.notes.append(f"held {place.how_read_only}")
+    found.notes.append(f"checked {place.how_read_only}")
 
 
 def _offline(found: _Findings) -> None:
-    found.notes.append("the runs had none (unshare --net)")
+    found.notes.append("both runs had no network (unshare --net)")

@@ -99,10 +99,10 @@ class TrialFolder:
     def how_read_only(self) -> str:
         """How it is known that nothing is written into the submission, for the report."""
         if os.geteuid() != 0:
-            return "by file modes, and compared afterwards"
+            return "by file modes and by comparing files afterwards"
         if self._bind:
-            return "by file modes (root's right to pass over them was dropped), and compared afterwards"
-        return "by comparing afterwards: file modes do not bind root"
+            return "by file modes (without root's right to override them) and by comparing files afterwards"
+        return "by comparing files afterwards, since file modes do not restrict root"
 
     def _environment(self, path: str) -> Dict[str, str]:
         left_out = ("PYTHON", "HF_", "PPNLP_", "XDG_", "TRANSFORMERS_")

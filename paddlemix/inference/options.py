@@ -17,17 +17,20 @@ CHOICES = ("first", "logprob", "consensus")
 
 def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
     """What the model runs in, how it is addressed, and, if it answers, how long it may talk."""
-    parser.add_argument("--system", help="system text in place of the one in the model's chat_template.json")
+    parser.add_argument("--system", help="system prompt, instead of the one in the model's chat_template.json")
     parser.add_argument(
         "--lora_path", type=path, metavar="TUNED",
-        help="folder of a tuning run: answer with its adapters, or parts, on the model",
+        help="output folder of a tuning run: apply its adapters or tuned parameters to the model, unmerged",
     )
     if answers:
-        parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: the model's)")
+        parser.add_argument(
+            "--max_new_tokens", type=positive,
+            help="maximum tokens of an answer (default: the model's)",
+        )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="compute in this dtype, where the device can (default: as the weights are stored)",
+        help="dtype to compute in, if the device supports it (default: that of the weights)",
     )
     parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
 
@@ -61,47 +64,51 @@ def _count(low: int, most: int) -> Callable[[str], int]:
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """How an answer's words are chosen; decoding_options takes the values."""
     chosen = parser.add_argument_group(
-        "how words are chosen",
-        "By default the most probable token at each step (greedy). --temperature, --top_k, --top_p and --samples draw "
-        "tokens by their probability; --num_beams searches. What that does to scores is shown in docs/evaluation.md.",
+        "decoding",
+        "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search. "
+        "docs/evaluation.md compares their scores.",
     )
     hot = _number(0, 100, "above 0 and at most 100 (without sampling, the likeliest word is taken)")
-    chosen.add_argument("--temperature", type=hot, help="sample; below 1 keeps closer to the probable words")
+    chosen.add_argument("--temperature", type=hot, help="sampling temperature; below 1 favours probable tokens")
     top_p = _number(0, 1, "above 0 and at most 1")
-    chosen.add_argument("--top_p", type=top_p, help="sample among the fewest words that have this share of probability")
-    chosen.add_argument("--top_k", type=positive, help="sample among this many of the most probable words")
-    chosen.add_argument("--seed", type=int, help="of sampling: the same seed gives the same answers")
+    chosen.add_argument(
+        "--top_p", type=top_p,
+        help="sample from the smallest set of tokens with this total probability",
+    )
+    chosen.add_argument("--top_k", type=positive, help="sample from this many of the most probable tokens")
+    chosen.add_argument("--seed", type=int, help="sampling seed; the same seed gives the same answers")
     beams = _count(1, 64)
-    chosen.add_argument("--num_beams", type=beams, help="beam search with this many beams; cannot be sampled as well")
+    chosen.add_argument("--num_beams", type=beams, help="beam search with this many beams; excludes sampling")
     penalty = _number(-1000, 1000, "above -1000 and at most 1000")
     chosen.add_argument(
-        "--length_penalty", type=penalty, help="of beam search: above 0 favours long answers, below 0 short ones"
+        "--length_penalty", type=penalty, help="for beam search: above 0 favours longer answers, below 0 shorter ones"
     )
     above_0 = _number(0, 100, "above 0 and at most 100")
     chosen.add_argument(
         "--repetition_penalty",
         type=above_0,
-        help="above 1 makes tokens that prompt or answer already have less probable (1.05 is mild)",
+        help="above 1 makes tokens already in the prompt or answer less probable (1.05 is mild)",
     )
     chosen.add_argument(
-        "--no_repeat_ngram_size", type=positive, metavar="N", help="no N tokens in a row come a second time"
+        "--no_repeat_ngram_size", type=positive, metavar="N", help="no sequence of N tokens occurs twice"
     )
-    chosen.add_argument("--min_new_tokens", type=positive, help="the answer does not end before this many tokens")
+    chosen.add_argument("--min_new_tokens", type=positive, help="minimum tokens of an answer")
     chosen.add_argument(
         "--stop_repeating",
         type=_count(0, 1000),
         metavar="N",
-        help="an answer that repeats a cycle of up to 16 tokens N times ends there, and the cycle is kept once; prices "
-        "and telephone numbers are no cycles; not with beams (default: 4; 0: never)",
+        help="end an answer once it repeats a sequence of up to 16 tokens N times, and keep the sequence once; prices "
+        "and phone numbers do not count; not with beam search (default: 4; 0: never)",
     )
     chosen.add_argument(
-        "--samples", type=positive, metavar="N", help="answers to choose from; with --num_beams, its N best"
+        "--samples", type=positive, metavar="N", help="number of candidate answers; with --num_beams, its N best"
     )
     chosen.add_argument(
         "--choose",
         choices=CHOICES,
-        help="which of --samples: the first; the one with the highest mean log-probability per token; or the one that "
-        "agrees most with the others, by mean CIDEr-D (default: consensus; with beams, whose first is the best: first)",
+        help="which of the --samples to take: the first; the one with the highest mean log-probability per token; or "
+        "the one that agrees most with the others by mean CIDEr-D (default: consensus; with beam search: first, which "
+        "is the best)",
     )
 
 

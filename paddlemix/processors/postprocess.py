@@ -62,7 +62,7 @@ class PostProcessing(NamedTuple):
 
     strip_echo: drop the prompt, `Picture 1:` and openings like 图片描述： from the front.
     full_width: ASCII , ; : ! ? . and brackets become full-width beside Chinese text (not inside numbers, names, URLs).
-    cut_repeats: keep the first of clauses that are said again, and of a word that is stuttered.
+    cut_repeats: keep only the first occurrence of a repeated clause, and of a word that is stuttered.
     max_chars: at most this many characters, cut behind a clause where one ends in the second half.
     end_mark: end at a sentence mark: what follows the last one is dropped if it is the smaller half, else 。 is added.
     """

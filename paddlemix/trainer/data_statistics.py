@@ -21,7 +21,7 @@ def padded(tokens: Any) -> Any:
 
 
 class DataStatistics(NamedTuple):
-    """What the records looked at are like.
+    """Statistics of the inspected records.
 
     records: in the whole part; looked_at, failed: of the sample. lengths, labels, images, cut (tokens lost to
     max_length): per good record. sizes: (width, height) per image. formats: images by format. padding: part of a padded
@@ -75,14 +75,16 @@ def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tup
         padding = 1 - batches.sum() / (padded(batches.max(axis=1)).sum() * batch_size)
     problems = []
     if failures and not rows:
-        problems.append(f"none of the {len(indices)} records looked at can be used; {failures[0]}")
+        problems.append(f"none of the {len(indices)} inspected records is usable; {failures[0]}")
     if spans_lost:
         problems.append(
-            f"the images of {spans_lost} of {len(rows)} records leave no <img> span in the tokens: training would not "
-            "see them; check chat_template"
+            f"the images of {spans_lost} of {len(rows)} records have no <img> span in the tokens, so training would "
+            "not see them: check chat_template"
         )
     if rows and not images.any():
-        problems.append(f"no image in any of the {len(rows)} records looked at: the model would learn from texts alone")
+        problems.append(
+            f"none of the {len(rows)} inspected records has an image: the model would learn from text alone"
+        )
     shapes = np.array(sizes).reshape(-1, 2)
     looked_at, failed = len(indices), len(failures)
     return DataStatistics(count, looked_at, failed, lengths, labels, images, cut, shapes, formats, padding), problems

@@ -138,8 +138,8 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
         planned = evaluations(found.run)
         if planned is not None and planned.steps > planned.every:
             found.notes.append(
-                f"an evaluation takes as long as {planned.steps:,.0f} training steps, and there are {planned.every:,} "
-                "between two: set a larger eval_steps, or max_evaluate_steps, which bounds its batches"
+                f"an evaluation takes as long as {planned.steps:,.0f} training steps, but there are only "
+                f"{planned.every:,} between two: raise eval_steps, or limit its batches with max_evaluate_steps"
             )
         if arguments.training.output_dir is not None:
             _foresee_disk(found)
@@ -177,14 +177,14 @@ def _look_at_data(found: Forecast) -> None:
         found.problems += [f"dataset.{part}: {problem}" for problem in problems]
         if data.failed and len(data.lengths):
             found.notes.append(
-                f"dataset.{part}: {data.failed} of {data.looked_at} records looked at cannot be used; the next good "
-                "one takes the place of each"
+                f"dataset.{part}: {data.failed} of {data.looked_at} inspected records are unusable; each is "
+                "replaced by the next usable one"
             )
         shortened = int((data.cut > 0).sum())
         if shortened:
             found.notes.append(
-                f"dataset.{part}: max_length={dataset.max_length} cuts the text of {shortened} of {len(data.cut)} "
-                f"records looked at, by up to {data.cut.max():,} tokens"
+                f"dataset.{part}: max_length={dataset.max_length} truncates the text of {shortened} of {len(data.cut)} "
+                f"inspected records, by up to {data.cut.max():,} tokens"
             )
 
 
@@ -208,9 +208,9 @@ def _foresee_memory(found: Forecast) -> None:
         advice = []
         if not found.setting.recompute and lower < machine.memory:
             advice.append(f"recompute needs {_size(lower)}")
-        advice.append("lower per_device_train_batch_size or max_length, or share the model among cards")
+        advice.append("lower per_device_train_batch_size or max_length, or split the model over several cards")
         found.problems.append(
-            f"a step needs about {_size(needed)} on each card, {machine.name} has {_size(machine.memory)}: "
+            f"a step needs about {_size(needed)} per card, but {machine.name} has {_size(machine.memory)}: "
             + "; ".join(advice)
         )
 
@@ -235,8 +235,8 @@ def _foresee_disk(found: Forecast) -> None:
     found.disk_free = shutil.disk_usage(nearest_folder(training.output_dir)).free
     if found.disk_needed > found.disk_free:
         found.problems.append(
-            f"output_dir: {kept} checkpoints and the result take {_size(found.disk_needed)}, the disk has "
-            f"{_size(found.disk_free)} left: set save_total_limit, or choose another disk"
+            f"output_dir: {kept} checkpoints and the result take {_size(found.disk_needed)}, but the disk "
+            f"has {_size(found.disk_free)} free: set save_total_limit, or use another disk"
         )
 
 
@@ -272,7 +272,7 @@ def memory_lines(found: Forecast) -> List[str]:
         row(part, [column.stored[part] for column in columns])
     row("working memory of the backward", [column.working for column in columns])
     if any(column.clipped for column in columns):
-        row("(gradients while clipped, after it)", [column.clipped for column in columns])
+        row("(then: clipping of the gradients)", [column.clipped for column in columns])
     if columns[0].allowance:
         row("driver and libraries (allowance)", [column.allowance for column in columns])
     row("peak", [column.peak for column in columns])
@@ -292,13 +292,13 @@ def render(found: Forecast) -> List[str]:
         lines += ["", "==== packing (mixtoken)"]
         lines.append(
             f"{order.count:,} sequences of at most {order.packs.max_length:,} tokens, {packs.filled:.1%} filled; "
-            f"{order.samples / order.count:.2f} samples in each, at most {packs.most}"
+            f"{order.samples / order.count:.2f} samples each, at most {packs.most}"
         )
     lines += _step_lines(found.run)
     lines += _time_lines(found)
     if found.batch is not None:
-        lines += ["", "==== memory on each card, estimated"]
-        seen = "the longest sample seen" if found.data.get("train") else "max_length, without data to look at"
+        lines += ["", "==== memory per card, estimated"]
+        seen = "the longest sample inspected" if found.data.get("train") else "max_length, as there is no data"
         seen = seen if found.packs is None else "the fullest sequence"
         lines.append(
             f"a batch of {found.batch.rows} × {found.batch.tokens:,} tokens ({seen}); images: {found.batch.images}, "
@@ -306,7 +306,7 @@ def render(found: Forecast) -> List[str]:
         )
         lines += memory_lines(found)
     if found.checkpoint:
-        lines += ["", "==== disk", f"checkpoints written: {found.saves:,} of {_size(found.checkpoint)} each"]
+        lines += ["", "==== disk", f"checkpoints written: {found.saves:,}, {_size(found.checkpoint)} each"]
         lines.append(f"at most {_size(found.disk_needed)} at once, {_size(found.disk_free)} free")
     if found.notes:
         lines += ["", "==== notes", *(f"- {note}" for note in found.notes)]
@@ -336,7 +336,7 @@ def _model_lines(run: Run) -> List[str]:
     trains = sum(count.trainable for count in counts.values())
     lines = ["", "==== model", *freeze.table_lines(counts), freeze.summary_line(counts)]
     lines.append(f"{base:,} in the model, {trains:,} trainable")
-    stored = "none that can be used"
+    stored = "none usable"
     if run.weights is not None:
         tensors, files, size, found = run.weights
         dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in found.most_common())
@@ -345,11 +345,11 @@ def _model_lines(run: Run) -> List[str]:
 
 
 def _data_lines(data: DataStatistics) -> List[str]:
-    lines = [f"{data.records:,} samples; {data.looked_at:,} looked at, {data.failed:,} cannot be used"]
+    lines = [f"{data.records:,} samples; {data.looked_at:,} inspected, {data.failed:,} unusable"]
     if len(data.lengths):
         lines.append(f"tokens           {_percentiles(data.lengths)}")
         lines.append(f"labelled tokens  {_percentiles(data.labels)}")
-        lines.append(f"images a sample  {_percentiles(data.images)}")
+        lines.append(f"images per row   {_percentiles(data.images)}")
         lines.append(f"padding          {data.padding:.1%} of the positions of a padded batch")
     if len(data.sizes):
         formats = ", ".join(f"{name} {count}" for name, count in data.formats.most_common())
@@ -368,16 +368,16 @@ def _step_lines(run: Run) -> List[str]:
     lines = [
         "",
         "==== steps",
-        f"{order.per_step:,} {order.unit} in an optimizer step",
-        f"{order.steps_per_epoch:,} steps in an epoch; {order.left_over:,} {order.unit} left out of each epoch",
+        f"{order.per_step:,} {order.unit} per optimizer step",
+        f"{order.steps_per_epoch:,} steps per epoch; {order.left_over:,} {order.unit} left out of each epoch",
         f"{order.steps:,} steps, {order.steps * order.per_step:,} {order.unit}, {epochs:.2f} epochs",
     ]
     planned = evaluations(run)
     if planned is not None:
         lines.append(
-            f"evaluations: {planned.times:,}, each of {planned.samples:,} samples in {planned.batches:,} batches, "
-            f"about as long as {planned.steps:,.1f} steps"
-            + f"; {planned.captions:,} captions of at most {planned.tokens} tokens in each"
+            f"evaluations: {planned.times:,}, each with {planned.samples:,} samples in {planned.batches:,} batches, "
+            f"taking about as long as {planned.steps:,.1f} steps"
+            + f"; each generates {planned.captions:,} captions of at most {planned.tokens} tokens"
             * (planned.captions > 0)
         )
     return lines
@@ -402,9 +402,9 @@ def _time_lines(found: Forecast) -> List[str]:
         return []
     epoch = sample * order.samples / machine.flops / work.FLOPS_SHARE / machine.cards
     return [
-        f"about {_hours(epoch)} an epoch, {_hours(epoch * order.steps / order.steps_per_epoch)} in all, at "
-        f"{work.FLOPS_SHARE:.0%} of the card's published peak: {sample / 1e12:,.3g} TFLOP a sample (an estimate, never "
-        "measured; evaluations and checkpoints come on top)"
+        f"about {_hours(epoch)} per epoch, {_hours(epoch * order.steps / order.steps_per_epoch)} in total, at "
+        f"{work.FLOPS_SHARE:.0%} of the card's published peak: {sample / 1e12:,.3g} TFLOP per sample (an estimate, "
+        "never measured; without evaluations and checkpoints)"
     ]
 
 

@@ -57,7 +57,7 @@ def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) 
     for pattern in patterns or ():
         spelled = _spelled_out(pattern)
         if not spelled:
-            problems.append(Problem(f'{key}: "{pattern}" holds an empty range', key))
+            problems.append(Problem(f'{key}: "{pattern}" contains an empty range', key))
         for one in spelled:
             # fnmatch.filter would fold case on some systems.
             compiled = re.compile(fnmatch.translate(one))

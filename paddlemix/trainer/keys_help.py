@@ -51,9 +51,9 @@ _HEAD = """\
 usage: python supervised_finetune.py CONFIG.json [--key value …]
        python supervised_finetune.py --key value …
 
-Tune MGen-VL on image captions: LoRA adapters, chosen parts, or the whole model. CONFIG.json is one
-JSON object of the keys below; a --key on the command line wins over the file. An unknown key ends
-the run with status 2.
+Tune MGen-VL on image captions: LoRA adapters, selected parameters, or the full model. CONFIG.json is a
+JSON object with the keys below; --key on the command line overrides the file. Unknown keys are refused
+with exit status 2.
 
 examples:
   python supervised_finetune.py config/mgen_vl/lora_sft_argument.json
@@ -62,11 +62,11 @@ examples:
   python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run
   python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run --plan_for 8xA100-80GB
 
---dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory and
-disk, and every problem it finds; status 0 when the run can start, 2 when not. --plan_for names other
-cards to plan for than this machine's. --lang en or zh: language of help and dry run.
+--dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory, disk
+space and every problem it finds; exit status 0 if the run can start, 2 if not. --plan_for plans for other
+cards than this machine's. --lang en or zh: language of help and dry run.
 
-lists take several words (--freeze_include '*visual*' '*lm_head*'), objects JSON."""
+Lists take several words (--freeze_include '*visual*' '*lm_head*'), objects take JSON."""
 
 
 def help_text() -> str:
@@ -102,13 +102,14 @@ def config_tables() -> str:
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     lines += [f"## {tr('Rules between keys')}", ""]
-    lines += [tr("A run that breaks one of these ends with status 2 and these words:"), ""]
+    lines += [tr("A run that breaks one of these is refused with exit status 2 and the message:"), ""]
     lines += [f"- {tr(says)}" for says in rule_lines()]
-    lines += ["", f"## {tr('Names that are no settings')}", ""]
+    lines += ["", f"## {tr('Names without effect')}", ""]
     lines += [
-        tr("PaddleNLP and older configs have them. The values in the second column may stay, others are refused.")
+        tr("They come from PaddleNLP and older configs. The values in the second column are accepted, others are "
+           "refused.")
     ]
-    lines += ["", tr("| name | may be | why |"), "|---|---|---|"]
+    lines += ["", tr("| name | accepted | reason |"), "|---|---|---|"]
     for name, (why, may_be) in REFUSED.items():
         values = ", ".join(f"`{json.dumps(value)}`" for value in may_be)
         lines.append(f"| `{name}` | {values} | {tr(why)} |")

@@ -90,7 +90,7 @@ class Order(NamedTuple):
         if self.batches_per_step < self.accumulation:
             return [
                 f"an epoch has {self._batches} batches ({self.count} {self.unit}, {self.batch} × {self.cards} at a "
-                f"time), fewer than gradient_accumulation_steps={self.accumulation}: a step takes all of them"
+                f"time), fewer than gradient_accumulation_steps={self.accumulation}: a step uses all of them"
             ]
         return []
 

@@ -42,10 +42,10 @@ def _parts(hint: Any) -> tuple:
 
 _KINDS = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
-    list: "a list of texts",
+    str: "a string",
+    list: "a list of strings",
     dict: "an object",
 }
 

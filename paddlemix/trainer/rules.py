@@ -69,9 +69,9 @@ RULES = (
     Rule("lora_target_modules is empty; without adapters set lora=false",
          lambda m, d, t, a: m.lora and not m.lora_target_modules),
     # Batches.
-    Rule("set mixtoken or group_by_modality_length, not both: packed sequences are of like length",
+    Rule("set mixtoken or group_by_modality_length, not both: packed sequences already have similar lengths",
          lambda m, d, t, a: d.mixtoken and t.group_by_modality_length),
-    Rule("mixtoken cannot go with neftune, whose noise depends on the length of one sample",
+    Rule("mixtoken cannot be combined with neftune, whose noise depends on the length of each sample",
          lambda m, d, t, a: d.mixtoken and m.neftune),
     # Precision, rates.
     Rule("set fp16 or bf16, not both", lambda m, d, t, a: t.fp16 and t.bf16),
@@ -112,7 +112,7 @@ RULES = (
     Rule(f"sharding_parallel_config: the options are {', '.join(_SHARDING_OPTIONS)}",
          lambda m, d, t, a: not _options(a) <= {*_SHARDING_OPTIONS, *_CUT_STATES}),
     *(
-        Rule(f"sharding_parallel_config: with {option} a checkpoint could not be resumed; leave it out",
+        Rule(f"sharding_parallel_config: checkpoints saved with {option} cannot be resumed; remove it",
              lambda m, d, t, a, option=option: option in _options(a))
         for option in _CUT_STATES
     ),
@@ -164,15 +164,15 @@ def _path_problems(arguments: Arguments) -> List[str]:
         for name in ("model_name_or_path", "text_model_name_or_path", "lora_path"):
             folder = getattr(model, name)
             if folder is not None and _within(folder, training.output_dir):
-                text = f"{name} lies in output_dir, where a run writes and deletes: choose another output_dir"
+                text = f"{name} is inside output_dir, where a run writes and deletes files: choose another output_dir"
                 problems.append(Problem(text, name, "output_dir"))
     problems += read_entries(data.dataset)[1]
     if data.chat_template is not None and not os.path.isfile(data.chat_template):
-        problems.append(Problem(f"chat_template: there is no file at {data.chat_template}", "chat_template"))
+        problems.append(Problem(f"chat_template: no file {data.chat_template}", "chat_template"))
     if model.lora and model.lora_path and not os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
         problems.append(Problem(f"lora_path: {model.lora_path} has no lora_config.json", "lora_path"))
     if training.resume_from_checkpoint and not os.path.isdir(training.resume_from_checkpoint):
-        text = f"resume_from_checkpoint: there is no folder {training.resume_from_checkpoint}"
+        text = f"resume_from_checkpoint: no folder {training.resume_from_checkpoint}"
         problems.append(Problem(text, "resume_from_checkpoint"))
     return problems
 

@@ -253,9 +253,9 @@ def _decide_output(run: Run) -> None:
     if not os.path.isdir(found):
         run.problem(f"output_dir: {found} is a file")
     elif not os.access(found, os.W_OK | os.X_OK):
-        run.problem(f"output_dir: {found} cannot be written to")
+        run.problem(f"output_dir: {found} is not writable")
     elif training.do_train and training.benchmark:
-        run.notes.append("benchmark: this run measures speed; it saves nothing and leaves what output_dir holds")
+        run.notes.append("benchmark: this run only measures speed; it saves nothing and leaves output_dir unchanged")
     elif training.do_train and (not training.resume_from_checkpoint or os.path.isdir(training.resume_from_checkpoint)):
         run.resume_from, run.old_files = run.attempt(
             run_checkpoints.check_output,
@@ -265,7 +265,7 @@ def _decide_output(run: Run) -> None:
             resume_from=training.resume_from_checkpoint,
         ) or (None, [])
     if run.resume_from is not None:
-        run.notes.append(f"goes on from {run.resume_from}")
+        run.notes.append(f"resumes from {run.resume_from}")
     elif run.old_files:
         names = [os.path.basename(path) for path in run.old_files]
         more = " …" if len(names) > 6 else ""
@@ -314,8 +314,8 @@ def _decide_order(run: Run) -> None:
     run.warnings += order.warnings()
     if order.left_over:
         run.notes.append(
-            f"{order.count:,} {order.unit} are not a multiple of the {order.per_step} of an optimizer step: each epoch "
-            f"leaves out {order.left_over}, others each time"
+            f"{order.count:,} {order.unit} are not a multiple of the {order.per_step} per optimizer step: each epoch "
+            f"leaves out {order.left_over}, different ones each time"
         )
 
 

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.add_argument(
             "--lang", choices=language.LANGUAGES, default=argparse.SUPPRESS,
-            help="language of help and reports (default: that of the locale)",
+            help="language of help and reports (default: from the locale)",
         )  # fmt: skip
 
     def format_help(self) -> str:
@@ -90,7 +90,10 @@ def add_weights_options(parser: argparse.ArgumentParser, folder: str, format: Op
         default=format,
         help="weights format (default: %(default)s)" if format else "weights format (default: the input's)",
     )
-    parser.add_argument("--max_shard_size", default="10GB", help="largest weights file (default: %(default)s)")
+    parser.add_argument(
+        "--max_shard_size", default="10GB",
+        help="maximum size of a weights file (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help=f"replace {folder} if it exists and is not empty")
 
 

@@ -109,16 +109,16 @@ def test_key_like_none_points_to_the_list(parse):
 @pytest.mark.parametrize(
     "name, value, says",
     [
-        ("lora_rank", 1.5, "a whole number, not 1.5"),
-        ("lora_rank", "64", 'a whole number, not "64"'),
-        ("lora_rank", True, "a whole number, not true"),
-        ("lora_rank", None, "a whole number, not null"),
+        ("lora_rank", 1.5, "an integer, not 1.5"),
+        ("lora_rank", "64", 'an integer, not "64"'),
+        ("lora_rank", True, "an integer, not true"),
+        ("lora_rank", None, "an integer, not null"),
         ("learning_rate", "1e-5", "a number"),
         ("fp16", "true", 'true or false, not "true"'),
         ("fp16", 1, "true or false, not 1"),
-        ("output_dir", 3, "a text or null, not 3"),
-        ("freeze_include", {"a": 1}, "a list of texts or null"),
-        ("freeze_include", [1], "a list of texts or null"),
+        ("output_dir", 3, "a string or null, not 3"),
+        ("freeze_include", {"a": 1}, "a list of strings or null"),
+        ("freeze_include", [1], "a list of strings or null"),
         ("dataset", [], "an object or null"),
         ("lora_rank", 0, "at least 1, not 0"),
         ("lora_dropout", 1.0, "at most 0.99"),
@@ -435,7 +435,7 @@ def test_every_name_of_the_notebooks_log_has_a_row(root):
     tables = dict(part.split("\n", 1) for part in text.split("\n## ") if "\n" in part)
     for title, names in zip(titles, NOTEBOOK.strip().split("\n\n")):
         for name in names.split():
-            assert f"| `{name}` | " in tables[title] or f"| `{name}` | " in tables["Names that are no settings"], name
+            assert f"| `{name}` | " in tables[title] or f"| `{name}` | " in tables["Names without effect"], name
 
 
 @pytest.mark.parametrize("name, page", [("en", "docs/config.md"), ("zh", "docs/zh/config.md")])

@@ -56,7 +56,7 @@ def test_text_that_max_length_cuts_is_in_the_plan(words, capsys):
     shortest = int(dry_run.foresee(words()).data["train"].lengths.min())
     found = dry_run.foresee(words(max_length=shortest))
     assert found.notes[-1] == (
-        f"dataset.train: max_length={shortest} cuts the text of 9 of 12 records looked at, by up to 2 tokens"
+        f"dataset.train: max_length={shortest} truncates the text of 9 of 12 inspected records, by up to 2 tokens"
     )
     assert not found.problems
 
@@ -66,16 +66,16 @@ def test_the_time_of_an_epoch_is_in_the_plan_of_a_card(words, monkeypatch):
 
     def said(cards, **changes):
         lines = dry_run.render(dry_run.foresee(words(num_train_epochs=2, **changes), f"{cards}xA100-80GB"))
-        return [line.split(", at 35%")[0] for line in lines if " an epoch, " in line]
+        return [line.split(", at 35%")[0] for line in lines if " per epoch, " in line]
 
     sample = dry_run.sample_work(dry_run.foresee(words()))
     card = machine.CARDS["A100-80GB"]
     monkeypatch.setitem(machine.CARDS, "A100-80GB", card._replace(flops=sample / 3600 / 0.35))
-    assert said(1) == ["about 12.0 hours an epoch, 24.0 hours in all"]
-    assert said(2) == ["about 6.0 hours an epoch, 12.0 hours in all"]
-    assert said(1, max_steps=3) == ["about 12.0 hours an epoch, 6.0 hours in all"]
+    assert said(1) == ["about 12.0 hours per epoch, 24.0 hours in total"]
+    assert said(2) == ["about 6.0 hours per epoch, 12.0 hours in total"]
+    assert said(1, max_steps=3) == ["about 12.0 hours per epoch, 6.0 hours in total"]
     # A CPU has no published peak here.
-    assert not [line for line in dry_run.render(dry_run.foresee(words())) if " an epoch, " in line]
+    assert not [line for line in dry_run.render(dry_run.foresee(words())) if " per epoch, " in line]
 
 
 def test_the_work_of_a_sample_follows_what_trains(words):
@@ -100,7 +100,7 @@ def test_a_run_that_can_start(words, capsys, monkeypatch):
     assert dry_run.dry_run(words(**LORA_POOL, save_steps=2, save_total_limit=1)) == 0
     out = capsys.readouterr().out
     assert "problems: none" in out and "6 steps, 12 samples, 1.00 epochs" in out
-    assert "12 samples; 12 looked at, 0 cannot be used" in out
+    assert "12 samples; 12 inspected, 0 unusable" in out
     assert "image width      min 24" in out and "image formats    PNG 12" in out
 
 
@@ -108,7 +108,7 @@ def test_the_lines_are_those_of_the_run(words):
     found = dry_run.foresee(words(**LORA_POOL, gradient_accumulation_steps=4, num_train_epochs=3))
     text = "\n".join(dry_run.render(found))
     assert found.run.order.steps == 3 and found.run.order.left_over == 4
-    assert "1 steps in an epoch; 4 samples left out of each epoch" in text
+    assert "1 steps per epoch; 4 samples left out of each epoch" in text
     assert "3 steps, 24 samples, 3.00 epochs" in text
     dataset = found.run.datasets["train"]
     lengths = [len(dataset[i]["input_ids"]) for i in range(12)]
@@ -126,16 +126,16 @@ def test_what_evaluations_cost_is_in_the_plan(words, world):
     # A forward of 12 samples; a step's passes are a little more than two, with 2 samples each.
     assert 2.5 < planned.steps < 3.0
     text = "\n".join(dry_run.render(found))
-    assert re.search(r"\nevaluations: 3, each of 12 samples in 3 batches, about as long as 3.0 steps\n", text)
+    assert re.search(r"\nevaluations: 3, each with 12 samples in 3 batches, taking about as long as 3.0 steps\n", text)
     (note,) = [note for note in found.notes if "an evaluation takes as long as" in note]
-    assert "as 3 training steps, and there are 2 between two" in note
+    assert "as 3 training steps, but there are only 2 between two" in note
     recomputed = dry_run.evaluations(dry_run.foresee(words(**LORA, **keys, recompute=True)).run)
     assert recomputed.steps < 0.75 * planned.steps
     keys.update(max_evaluate_steps=1, eval_with_do_generation=True, max_new_tokens=9, per_device_eval_batch_size=4)
     found = dry_run.foresee(words(**LORA, **keys))
     assert not [note for note in found.notes if "an evaluation" in note]
     text = "\n".join(dry_run.render(found))
-    assert "each of 4 samples in 1 batches" in text and "; 4 captions of at most 9 tokens in each" in text
+    assert "each with 4 samples in 1 batches" in text and "; each generates 4 captions of at most 9 tokens" in text
     assert dry_run.evaluations(dry_run.foresee(words(do_eval=True, max_steps=6, dataset=dataset)).run).times == 1
     assert dry_run.evaluations(dry_run.foresee(words(max_steps=6)).run) is None
 
@@ -145,7 +145,7 @@ def test_packs_are_described(words):
     packs = found.run.order.packs
     assert found.problems == [] and packs.count < 12
     text = "\n".join(dry_run.render(found))
-    assert f"{packs.count} sequences of at most 256 tokens" in text and "packed sequences in an optimizer" in text
+    assert f"{packs.count} sequences of at most 256 tokens" in text and "packed sequences per optimizer" in text
     tokens = [found.run.lengths.tokens[list(packs.samples(pack))] for pack in range(packs.count)]
     assert found.packs.longest == max(map(sum, tokens)) and found.packs.most == max(map(len, tokens))
     assert found.packs.squares == max(sum(held**2) for held in tokens)
@@ -227,7 +227,7 @@ def test_every_problem_is_found_at_once(words, tmp_path):
         "no file matches /no/such.json",
         "resume_from_checkpoint",
         "load_best_model_at_end needs",
-        "no image in any of the 3 records",
+        "none of the 3 inspected records has an image",
     ):
         assert text in found, text
 
@@ -273,7 +273,7 @@ def test_where_the_result_cannot_be_written(words, tmp_path, monkeypatch):
     problems = dry_run.foresee(words(output_dir=str(tmp_path / "file" / "out"))).problems
     assert problems == [f"output_dir: {tmp_path / 'file'} is a file"]
     monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
-    assert dry_run.foresee(words()).problems == [f"output_dir: {tmp_path} cannot be written to"]
+    assert dry_run.foresee(words()).problems == [f"output_dir: {tmp_path} is not writable"]
 
 
 def test_a_run_that_ends_before_its_first_step(words):
@@ -316,7 +316,7 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
     assert any("holds an unfinished run" in problem for problem in dry_run.foresee(words()).problems)
     keys = {"resume": True, **batches, "max_steps": 5}
     resumed = dry_run.foresee(words(**keys))
-    assert resumed.problems == [] and f"goes on from {folder}" in resumed.notes
+    assert resumed.problems == [] and f"resumes from {folder}" in resumed.notes
     for changes, says in (
         ({"seed": 7}, "seed was 42, is 7"),
         ({"per_device_train_batch_size": 2}, "batch was 4, is 2"),
@@ -334,7 +334,7 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
 def test_a_disk_that_is_too_small(words, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 3_000_000))
     found = dry_run.foresee(words(save_steps=1))
-    assert any("the disk has 2.9 MiB left" in problem for problem in found.problems)
+    assert any("the disk has 2.9 MiB free" in problem for problem in found.problems)
     assert found.disk_needed > 6 * found.checkpoint
     assert dry_run.foresee(words(save_steps=1, save_total_limit=1)).disk_needed < found.disk_needed / 2
 

@@ -40,7 +40,7 @@ def words(run_keys, world, tmp_path):
     [
         ({"fp16": True}, "float16 is not supported on the CPU, change to float32"),
         ({"device": "gpu"}, "running on the CPU"),
-        ({"gradient_accumulation_steps": 9}, "fewer than gradient_accumulation_steps=9: a step takes all of them"),
+        ({"gradient_accumulation_steps": 9}, "fewer than gradient_accumulation_steps=9: a step uses all of them"),
         (dict(LORA, lora_target_modules=[".*llm.*mlp.*"]), None),
         (dict(LORA, lora_target_modules=[".*llm.*attn"]), None),
     ],

@@ -89,8 +89,8 @@ def test_both_sides_of_the_table_have_the_same_values():
 
 def test_values_of_a_template_are_put_in_their_places_and_translated(chinese):
     assert language.tr("no run.sh") == "缺少 run.sh"
-    assert language.tr("llm: 3 of 5 tensors differ, by 0.1 at most") == "llm：5 个张量里有 3 个不同，最大相差 0.1"
-    assert language.tr("weights: none that can be used") == "权重：没有可用的"
+    assert language.tr("llm: 3 of 5 tensors differ, by at most 0.1") == "llm：5 个张量里有 3 个不同，最大相差 0.1"
+    assert language.tr("weights: none usable") == "权重：没有可用的"
     assert language.tr("it wrote a, b and 7 more") == "写了 a, b 等，另有 7 个"
     # A file may be named like a word of the table.
     assert language.tr("no weights") == "缺少 weights"
