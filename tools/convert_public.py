@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--images", choices=("inline", "reference"), default="inline",
         help="of a .json: inline copies an image into each of its rows; reference stores where it is",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
 
 
