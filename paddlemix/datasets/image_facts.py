@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 from contextlib import suppress
-from typing import IO, Iterable, Iterator, List, NamedTuple, Tuple, Union
+from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
@@ -31,8 +31,11 @@ ONE_COLOUR = 2.0
 # model's 448; a JPEG is decoded no larger than that takes.
 SHARP_SIDE = 512
 _ENOUGH = SHARP_SIDE // 2
-_SIDE, _LOW = 32, 8
-_DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
+# A perceptual hash is of so many of the lowest frequencies of brightness, and of each of two colours.
+_SIDE, _BRIGHTNESS, _COLOUR = 32, 40, 12
+_LOW = sorted(((u, v) for u in range(9) for v in range(9) if u + v), key=lambda at: (sum(at), at))[:_BRIGHTNESS]
+_ROWS, _COLUMNS = zip(*_LOW)
+_DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(9), np.arange(_SIDE) + 0.5)) / _SIDE
 
 # Why a row has no facts of an image; "" if it has.
 PROBLEMS = (
@@ -49,7 +52,7 @@ FACTS = np.dtype([
 ])  # fmt: skip
 # Magic with the format's number, size and mtime_ns of the file.
 _HEADER = struct.Struct("<8sqq")
-_MAGIC = b"MGENFAC1"
+_MAGIC = b"MGENFAC2"
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 4 << 20
 
@@ -57,10 +60,9 @@ _CHUNK_BYTES = 4 << 20
 class ImageFacts(NamedTuple):
     """format: of FORMATS. width, height: upright. bytes: of the file. content: 64 bits of a hash of them.
 
-    perceptual: 64 bits that stay nearly the same when a picture is resized, recompressed, tinted or slightly cropped;
-    bit for bit what ImageHash calls phash: the signs, against their median, of the 8 × 8 lowest frequencies of a DCT of
-    32 × 32 grey pixels. sharpness: variance of the Laplacian of the grey picture (0…255), its longer side at most
-    SHARP_SIDE. spread: the largest standard deviation of a colour channel (0…255) over those 32 × 32 pixels.
+    perceptual: 64 bits that stay nearly the same when a picture is resized, recompressed, tinted or slightly cropped:
+    see perceptual_hash. sharpness: variance of the Laplacian of the grey picture (0…255), its longer side at most
+    SHARP_SIDE. spread: the largest standard deviation of a colour channel (0…255) over 32 × 32 pixels.
     """
 
     format: str
@@ -79,12 +81,28 @@ def content_hash(data: bytes) -> int:
 
 
 def perceptual_hash(image) -> int:
-    """See ImageFacts. image: a PIL image."""
+    """64 bits of a picture, from the DCT of its 32 × 32 pixels, without the mean: of the 40 lowest frequencies of its
+    brightness, which are above their median, and of the 12 lowest of each colour difference (Cb, Cr), which are above
+    one level of 255, so that the noise of a grey picture sets none. Colour tells ads of the same layout apart.
+
+    image: a PIL image in mode RGB.
+    """
     from PIL import Image
 
-    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.LANCZOS), np.float64)
-    low = _DCT @ grey @ _DCT.T
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+    pixels = np.asarray(image.convert("YCbCr").resize((_SIDE, _SIDE), Image.LANCZOS), np.float64)
+    brightness, *colours = ((_DCT @ pixels[:, :, channel] @ _DCT.T)[_ROWS, _COLUMNS] for channel in range(3))
+    bits = [brightness > np.median(brightness), *(colour[:_COLOUR] > 1 for colour in colours)]
+    return int.from_bytes(np.packbits(np.concatenate(bits)).tobytes(), "big")
+
+
+def header_facts(data: bytes) -> ImageFacts:
+    """The facts that need no decoding; perceptual and spread are 0, sharpness is NaN, and the size is not yet upright.
+
+    Raises:
+        ImageError: no image, or one of too many pixels.
+    """
+    kind, size = read_header(data)
+    return ImageFacts(kind, *size, len(data), content_hash(data), 0, float("nan"), 0.0)
 
 
 def image_facts(data: bytes) -> ImageFacts:
@@ -95,12 +113,12 @@ def image_facts(data: bytes) -> ImageFacts:
     """
     from PIL import Image
 
-    kind, (width, height) = read_header(data)
+    facts = header_facts(data)
     image = open_image(data, enough=_ENOUGH)
     if image.info["truncated"]:
         raise ImageError(labels.TRUNCATED)
-    if (width > height) != (image.width > image.height) and width != height:
-        width, height = height, width
+    sides = facts.width, facts.height
+    width, height = sides if (sides[0] > sides[1]) == (image.width > image.height) else sides[::-1]
     image.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.BICUBIC)
     small = np.asarray(image.resize((_SIDE, _SIDE), Image.BOX), np.float64)
     # In 16 bits, which hold a Laplacian of 8-bit values.
@@ -108,8 +126,9 @@ def image_facts(data: bytes) -> ImageFacts:
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     sharpness = float(laplacian.var(dtype=np.float32)) if laplacian.size else 0.0
     spread = float(small.std(axis=(0, 1)).max())
-    found = content_hash(data), perceptual_hash(image)
-    return ImageFacts(kind, width, height, len(data), *found, sharpness, spread)
+    return facts._replace(
+        width=width, height=height, perceptual=perceptual_hash(image), sharpness=sharpness, spread=spread
+    )
 
 
 # ---- of all rows of a file
@@ -140,11 +159,17 @@ def image_bytes(found: Found) -> bytes:
     return decode_base64(found)
 
 
-def facts_record(found: Found) -> np.ndarray:
-    """FACTS [] of an image, with 0 for line and next."""
+def held_bytes(found: Optional[Found]) -> int:
+    """What working on such an image takes, about."""
+    return 0 if found is None else found.length if isinstance(found, ImagePlace) else len(found)
+
+
+def facts_record(found: Found, pixels: bool = True) -> np.ndarray:
+    """FACTS [] of an image, with 0 for line and next. Without pixels: as its header has it, and sharpness NaN."""
     record = np.zeros((), FACTS)
     try:
-        facts = image_facts(image_bytes(found))
+        data = image_bytes(found)
+        facts = image_facts(data) if pixels else header_facts(data)
         for name, value in facts._asdict().items():
             record[name] = FORMATS.index(value if value in FORMATS else "JPEG") if name == "format" else value
     except ImageError as error:
@@ -153,7 +178,8 @@ def facts_record(found: Found) -> np.ndarray:
 
 
 def usable(facts: np.ndarray) -> np.ndarray:
-    """bool [rows]: which rows have a picture of more than one colour, so that its perceptual hash means something."""
+    """bool [rows]: which rows have a picture of more than one colour that was decoded: its perceptual hash means
+    something."""
     return (facts["problem"] == 0) & (facts["spread"] >= ONE_COLOUR)
 
 
@@ -193,6 +219,12 @@ def _facts_of_rows(chunk: List[Tuple[int, int, Found]]) -> bytes:
     return records.tobytes()
 
 
+def stored_facts(path: str) -> Optional[np.ndarray]:
+    """What all_image_facts would give, if it has been computed."""
+    path = os.path.realpath(path)
+    return _load(facts_path(path), _header(path))
+
+
 def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndarray:
     """FACTS [rows] of all rows of a file (rows.py), in order: from the file beside it, which is made if need be.
 
@@ -204,7 +236,7 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
     """
     path = os.path.realpath(path)
     size, state = check_input(path), FileState.of(path)
-    header, final = _HEADER.pack(_MAGIC, state.size, state.mtime_ns), facts_path(path)
+    header, final = _header(path), facts_path(path)
     stored = _load(final, header)
     if stored is not None:
         return stored
@@ -230,7 +262,12 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
     return _load(final, header)
 
 
-def _load(final: str, header: bytes):
+def _header(path: str) -> bytes:
+    state = FileState.of(path)
+    return _HEADER.pack(_MAGIC, state.size, state.mtime_ns)
+
+
+def _load(final: str, header: bytes) -> Optional[np.ndarray]:
     try:
         with open(final, "rb") as file:
             return np.fromfile(file, FACTS) if file.read(_HEADER.size) == header else None
@@ -260,7 +297,7 @@ def _compute(
         (row.line_no, row.next_offset, find_image_of(row, path))
         for row in read_rows(path, captions, offset=offset, first_line=line, state=state)
     )
-    chunks = chunks_of(found, lambda item: item[2].length if isinstance(item[2], ImagePlace) else len(item[2]))
+    chunks = chunks_of(found, lambda item: held_bytes(item[2]))
     with Progress(size, f"images of {os.path.basename(path)}", "B", quiet, unit_scale=True, initial=offset) as bar:
         for piece in map_chunks(_facts_of_rows, chunks, workers):
             yield piece

@@ -9,11 +9,10 @@ no request at all.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from paddlemix.metrics.captions import SCORES
 from paddlemix.metrics.evaluation import RATES, SHARES, Evaluation, System
 from paddlemix.metrics.wording import EMPTY, REPEATED, TOKENS
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.pages import page_style, policy
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "report.html")
 # What the page sorts by and shows of each row.
@@ -30,7 +30,6 @@ _UNFIT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "
 # Half characters, which a UTF-8 file cannot hold.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACES = re.compile(r"\{\{(policy|data|pictures)\}\}")
-_OWN = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def choose_rows(evaluation: Evaluation, limit: int) -> List[int]:
@@ -43,18 +42,6 @@ def _json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = _SURROGATE.sub("\ufffd", text)
     return "".join(_UNFIT.get(letter, letter) for letter in text) if re.search("[<>&\u2028\u2029]", text) else text
-
-
-def _policy(template: str) -> str:
-    """The content security policy: the template's own script and style by hash, pictures from data, nothing else."""
-    allowed: Dict[str, List[str]] = {"script": [], "style": []}
-    for tag, text in _OWN.findall(template):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        allowed[tag].append(f"'sha256-{digest}'")
-    return (
-        f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
 
 
 def _row(system: System, row: int) -> List[Any]:
@@ -82,7 +69,7 @@ def write_report(
     pictures: id → (a WebP file's bytes, or b"" and why there is none); None for a page without pictures.
     """
     with open(TEMPLATE, encoding="utf-8", newline="") as file:
-        template = file.read()
+        template = file.read().replace("{{style}}", page_style())
     found = evaluation.to_json()
     places: List[Any] = []
     begin = 0
@@ -116,7 +103,7 @@ def write_report(
             file.write(template[position : match.start()])
             position = match.end()
             if match.group(1) == "policy":
-                file.write(_policy(template))
+                file.write(policy(template))
             elif match.group(1) == "data":
                 file.write(_json(data))
             else:

@@ -45,19 +45,29 @@ def apart(a, b):
 
 
 def dct_by_hand(values):
-    """The DCT-II of a square, term by term."""
+    """(u + v, u, frequency) of the DCT-II of a square, term by term, the lowest first, without the mean."""
     n = len(values)
     basis = [[np.cos(np.pi * (2 * x + 1) * u / (2 * n)) for x in range(n)] for u in range(n)]
-    return np.array([[sum(
-        basis[u][y] * basis[v][x] * values[y][x] for y in range(n) for x in range(n)
-    ) for v in range(8)] for u in range(8)])  # fmt: skip
+    places = sorted((u + v, u, v) for u in range(9) for v in range(9) if u + v)[:40]
+    return np.array([
+        sum(basis[u][y] * basis[v][x] * values[y][x] for y in range(n) for x in range(n)) for _, u, v in places
+    ])  # fmt: skip
 
 
 def test_the_hash_is_that_of_the_lowest_frequencies():
     image = scene(0)
-    low = dct_by_hand(np.asarray(image.convert("L").resize((32, 32), Image.LANCZOS), float).tolist())
-    bits = "".join("1" if value > np.median(low) else "0" for value in low.ravel())
-    assert module.perceptual_hash(image) == int(bits, 2)
+    channels = image.convert("YCbCr").resize((32, 32), Image.LANCZOS).split()
+    brightness, *colours = (dct_by_hand(np.asarray(channel, float).tolist()) for channel in channels)
+    expected = [*(brightness > np.median(brightness))]
+    for colour in colours:
+        expected += [*(colour[:12] / 32**2 > 1)]
+    bits = "".join("01"[int(bit)] for bit in expected)
+    assert len(bits) == 64 and module.perceptual_hash(image) == int(bits, 2)
+
+
+def test_a_grey_picture_sets_no_bit_of_colour_and_a_coloured_one_does():
+    grey = image_facts(encoded(scene(0).convert("L").convert("RGB"), quality=40))
+    assert grey.perceptual % (1 << 24) == 0 != image_facts(encoded(scene(0))).perceptual % (1 << 24)
 
 
 def test_facts_of_a_jpeg_and_of_what_it_is_reduced_from():
