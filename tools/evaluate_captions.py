@@ -77,6 +77,10 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         help="images for the page: `id \\t base64` rows or a train.json (default: REFERENCES, if it has images)",
     )
     parser.add_argument(
+        "--scores", type=cli.path, metavar="FILE",
+        help="show on the page how much each image helps, from a file of tools/score_rows.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--html_rows", type=cli.positive, default=10000, metavar="N", help="maximum rows on the page (default: 10000)"
     )
     parser.add_argument(
@@ -129,13 +133,15 @@ def main() -> None:
     for name in ("resamples", "workers", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must be at least 0")
-    if args.images and not args.html:
-        raise UserError("--images is for the page; give --html too")
+    for name in ("images", "scores"):
+        if getattr(args, name) and not args.html:
+            raise UserError(f"--{name} is for the page; give --html too")
 
-    inputs = [args.results, args.references, *args.compare, args.images, args.attributes]
+    inputs = [args.results, args.references, *args.compare, args.images, args.attributes, args.scores]
     keep_apart(inputs, [args.json, args.html])
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+    from paddlemix.datasets.score_files import read_scores
     from paddlemix.datasets.tsv import check_input
     from paddlemix.metrics.attributes import AttributeLists
     from paddlemix.metrics.evaluation import evaluate
@@ -144,6 +150,9 @@ def main() -> None:
     if args.images:
         # Now, not after minutes of scoring.
         check_input(args.images)
+    gains = None
+    if args.scores:
+        gains = {name: score.gain for name, score in read_scores(args.scores) if score is not None}
     captions = read_captions(args.results, args.quiet)
     references = read_references(args.references, args.quiet)
     others = [read_captions(path, args.quiet) for path in args.compare]
@@ -179,10 +188,12 @@ def main() -> None:
             json.dump(evaluation.to_json(), file, ensure_ascii=False, indent=2)
             file.write("\n")
     if args.html:
-        write_page(args, evaluation, args.images or (args.references if references.has_images else None))
+        write_page(args, evaluation, args.images or (args.references if references.has_images else None), gains)
 
 
-def write_page(args: argparse.Namespace, evaluation, images: Optional[str]) -> None:
+def write_page(
+    args: argparse.Namespace, evaluation, images: Optional[str], gains: Optional[Dict[str, float]]
+) -> None:
     """Write the page and say how large it is."""
     from paddlemix.datasets.thumbnails import Thumbnail, read_thumbnails
     from paddlemix.metrics.report import choose_rows, write_report
@@ -191,7 +202,7 @@ def write_page(args: argparse.Namespace, evaluation, images: Optional[str]) -> N
     pictures: Dict[str, Thumbnail] = {}
     if images:
         pictures = read_thumbnails(images, [evaluation.ids[row] for row in rows], args.thumbnail, args.quiet)
-    write_report(args.html, evaluation, rows, pictures if images else None)
+    write_report(args.html, evaluation, rows, pictures if images else None, gains)
     shown = "all" if len(rows) == len(evaluation.ids) else f"the {len(rows)} rows of least CIDEr of"
     print(f"\npage: {args.html}, {shown} {len(evaluation.ids)} rows, {os.path.getsize(args.html) / 1e6:.1f} MB")
     problems = sum(1 for picture in pictures.values() if picture.problem)

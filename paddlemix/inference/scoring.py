@@ -87,8 +87,6 @@ class Scorer:
         max_length: int = 2048,
         batch_size: Optional[int] = None,
     ):
-        from PIL import Image
-
         self.model, self.tokenizer, self.image_processor = loaded.model, loaded.tokenizer, loaded.image_processor
         self.template = loaded.template if system is None else loaded.template._replace(system=system)
         self.prompt, self.max_length, self.workers = prompt, max_length, decode_threads()
@@ -103,8 +101,6 @@ class Scorer:
             free_memory(paddle.get_device()), self.model.generates_fused(),
         )  # fmt: skip
         self.batch_size = batch_size or max(1, min(MAX_BATCH, fit // 2))
-        side = self.image_processor.image_size
-        self._blank_pixels = self.image_processor(Image.new("RGB", (side, side), (128, 128, 128)))
         self._blank: Any = None
         self._questions: Dict[Tuple[int, ...], Any] = {}
 
@@ -191,7 +187,7 @@ class Scorer:
         """The KVCache of a question about the blank image."""
         if ids not in self._questions:
             if self._blank is None:
-                self._blank = self.model.visual(paddle.to_tensor(self._blank_pixels[None]))
+                self._blank = self.model.visual(paddle.to_tensor(self.image_processor.blank()[None]))
             if len(self._questions) == _QUESTIONS:
                 self._questions.clear()
             cache = self.model.new_cache()

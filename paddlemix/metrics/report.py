@@ -63,10 +63,12 @@ def write_report(
     evaluation: Evaluation,
     rows: Sequence[int],
     pictures: Optional[Mapping[str, Tuple[bytes, str]]],
+    gains: Optional[Mapping[str, float]] = None,
 ) -> None:
     """Write the page of `rows` of an evaluation, whole or not at all.
 
     pictures: id → (a WebP file's bytes, or b"" and why there is none); None for a page without pictures.
+    gains: id → how much the image helps (tools/score_rows.py), of the rows that have one.
     """
     with open(TEMPLATE, encoding="utf-8", newline="") as file:
         template = file.read().replace("{{style}}", page_style())
@@ -85,7 +87,8 @@ def write_report(
                 place, begin = [begin, length], begin + length + 1
                 places.append(webp)
         systems = [_row(one, row) for one in (evaluation.results, *evaluation.others)]
-        shown.append([key, evaluation.references[row], place, systems])
+        gain = None if gains is None or key not in gains else round(gains[key], 4)
+        shown.append([key, evaluation.references[row], place, systems, gain])
     measures = list(evaluation.results.measures)
     data = {
         "summary": found,
@@ -95,6 +98,7 @@ def write_report(
         "faults": RATES,
         "columns": COLUMNS,
         "has_pictures": pictures is not None,
+        "has_gains": gains is not None,
         "rows": shown,
     }
     with atomic_write(path) as file:

@@ -308,6 +308,10 @@ class MGenVLImageProcessor:
         pixels -= self._shift
         return pixels
 
+    def blank(self) -> np.ndarray:
+        """A grey picture as `__call__` gives it: float32 [3, S, S]."""
+        return self(np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8))
+
     def picture(self, pixels: np.ndarray) -> np.ndarray:
         """The way back: float32 [3, S, S] → uint8 [S, S, 3]."""
         values = (pixels + self._shift) / self._scale

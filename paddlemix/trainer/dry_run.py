@@ -87,7 +87,8 @@ def evaluations(run: Run) -> Optional[Evaluations]:
         batches=batches,
         samples=samples,
         every=every,
-        steps=samples / passes / per_step,
+        # The decoder sees each batch a second time, with blank images.
+        steps=samples * (1 + data.eval_image_gain) / passes / per_step,
         captions=generated,
         tokens=run.arguments.generation.max_new_tokens,
     )

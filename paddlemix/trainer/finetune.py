@@ -122,6 +122,7 @@ def build(run: Run) -> FinetuneTrainer:
         origin=run.origin,
         guard=run.guard,
         parameters=_parameters(run),
+        image_gain=run.arguments.data.eval_image_gain,
         **_captions(run),
     )
 

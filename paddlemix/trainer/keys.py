@@ -84,6 +84,11 @@ class DataArguments:
     eval_with_do_generation: bool = key(
         False, "At each evaluation, also caption the validation set and score the captions (eval_cider)."
     )
+    eval_image_gain: bool = key(
+        False,
+        "At each evaluation, also log by how much the loss rises when every image is a blank one (eval_image_gain): "
+        "near 0, the model does not look at images.",
+    )
     save_generation_output: bool = key(
         False, "Write these captions to output_dir/generation-<step>.tsv: id, caption, reference."
     )

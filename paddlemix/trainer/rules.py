@@ -91,8 +91,11 @@ RULES = (
          lambda m, d, t, a: "cider" in (t.metric_for_best_model or "") and not d.eval_with_do_generation),
     Rule("save_generation_output needs eval_with_do_generation",
          lambda m, d, t, a: d.save_generation_output and not d.eval_with_do_generation),
-    Rule("eval_with_do_generation needs do_eval or evaluation_strategy",
-         lambda m, d, t, a: d.eval_with_do_generation and not t.evaluates),
+    *(
+        Rule(f"{name} needs do_eval or evaluation_strategy",
+             lambda m, d, t, a, name=name: getattr(d, name) and not t.evaluates)
+        for name in ("eval_with_do_generation", "eval_image_gain")
+    ),
     # Resuming.
     Rule("benchmark saves nothing, so it cannot resume or load the best model",
          lambda m, d, t, a: t.benchmark and (t.load_best_model_at_end or t.resume or t.resume_from_checkpoint)),

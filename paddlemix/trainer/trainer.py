@@ -7,6 +7,8 @@
   get_train_dataloader,     workers die by the SIGTERM that the launcher sends to all → they leave it to the trainer;
   get_eval_dataloader       batches lie in /dev/shm, which may be small → they go through pipes
   evaluate                  the loss → captions too: generated, shown, scored
+  evaluation_loop,          the loss → that with blank images too (eval_image_gain)
+  prediction_step
   compute_loss              takes a criterion, or the first output → the loss that the model computes
   _wrap_model               broadcasts a batch to the cards that share matrices, whose other weights drift apart → each
                             reads the same samples itself, gradients of what all hold are made alike
@@ -71,8 +73,8 @@ class FinetuneTrainer(Trainer):
 
     chat_template: what the result is asked with. origin: the models that the run started from. guard: what the LLM must
     stay like. order: of the training samples; not for an evaluation alone. captions: of evaluations, all scored
-    (score_captions) and written (save_captions), the first shown_captions of them shown. parameters: the run's, for the
-    event files.
+    (score_captions) and written (save_captions), the first shown_captions of them shown. image_gain: of evaluations,
+    too (eval_image_gain). parameters: the run's, for the event files.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class FinetuneTrainer(Trainer):
         score_captions: bool = False,
         save_captions: bool = False,
         shown_captions: int = 0,
+        image_gain: bool = False,
         parameters: Optional[Dict[str, Parameter]] = None,
         **kwargs,
     ):
@@ -93,7 +96,7 @@ class FinetuneTrainer(Trainer):
         self.origin, self.guard = origin, guard
         self.order = order
         self.captions, self.score_captions, self.save_captions = captions, score_captions, save_captions
-        self.shown_captions = shown_captions
+        self.shown_captions, self.image_gain = shown_captions, image_gain
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
@@ -244,6 +247,32 @@ class FinetuneTrainer(Trainer):
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)
         return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._blank, self._gains = None, []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._gains:
+            # As many as the loss is the mean of: those that filled up the last batches come last.
+            copies = self.args.world_size // self.args.dataset_world_size
+            gains = np.concatenate(self._gains)[: output.num_samples * copies]
+            output.metrics[f"{metric_key_prefix}_image_gain"] = float(gains.mean())
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        step = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.image_gain:
+            rows, gain = len(inputs["input_ids"]), paddle.zeros_like(step[0])
+            images = inputs.get("images")
+            if images is not None:
+                with paddle.no_grad(), self.autocast_smart_context_manager():
+                    if self._blank is None:
+                        blank = paddle.to_tensor(self.eval_dataset.image_processor.blank()[None])
+                        self._blank = base_of(model).visual(blank)
+                    features = self._blank.expand([len(images), -1, -1])
+                    without = dict(self._prepare_inputs(inputs), images=None, image_features=features)
+                    gain = self.compute_loss(model, without) - step[0]
+            self._gains.append(self._nested_gather(paddle.tile(gain, [rows, 1])).numpy().flatten())
+        return step
 
     def _show_captions(self, found: List[Caption]) -> None:
         if found and self.is_world_process_zero():

@@ -194,6 +194,17 @@ def test_sort_and_search_from_the_controls_and_from_the_address(browser, page):
     assert browser.problems == []
 
 
+def test_the_image_gain_is_shown_and_sorted_by(browser, tmp_path):
+    path = tmp_path / "gains.html"
+    evaluation = some_evaluation()
+    report.write_report(str(path), evaluation, report.choose_rows(evaluation, 1000), None, {"id9": 0.5, "id7": -1.25})
+    browser.open(path.as_uri() + "#lang=en&sort=image+gain")
+    assert browser.run(IDS)[:3] == ["id7", "id9", "id0"]
+    chips = "[...document.querySelectorAll('.head')].slice(0, 3).map((head) => head.querySelector('.chip').textContent)"
+    assert browser.run(chips) == ["image gain -1.25", "image gain 0.50", "empty"]
+    assert browser.problems == []
+
+
 def test_rows_come_and_go_as_one_scrolls_and_keys_walk_through_them(browser, page):
     browser.open(page.as_uri() + "#sort=file+order")
     total = "document.querySelectorAll('article').length"

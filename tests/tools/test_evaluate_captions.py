@@ -121,3 +121,9 @@ def test_a_page_takes_its_pictures_from_the_references_or_another_file(run, tmp_
     status, out, _ = run("bad.txt", "refs.txt", "--html", "page.html", "--images", "images.tsv", "--html_rows", "2")
     assert status == 0 and "the 2 rows of least CIDEr of 3 rows" in out
     assert "1 pictures could not be decoded" in out
+    (tmp_path / "scores.tsv").write_text("a\t1.0\t1.5\t0.5\t[]\nb\t\t\t\tbad base64\n")
+    assert run("good.txt", "train.tsv", "--html", "page.html", "--scores", "scores.tsv")[0] == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert [(row[0], row[-1]) for row in data["rows"]] == [("a", 0.5), ("b", None), ("c", None)]
+    assert run("good.txt", "train.tsv", "--scores", "scores.tsv")[0] == 2

@@ -248,6 +248,7 @@ WRONG = [
     ({"metric_for_best_model": "cider"}, "metric_for_best_model eval_with_do_generation"),
     ({"save_generation_output": True}, "save_generation_output eval_with_do_generation"),
     ({"eval_with_do_generation": True}, "eval_with_do_generation do_eval"),
+    ({"eval_image_gain": True}, "eval_image_gain do_eval"),
     ({"benchmark": True, "resume": True}, "benchmark"),
     ({"resume": True, "resume_from_checkpoint": "x"}, "resume resume_from_checkpoint"),
     ({"resume_from_checkpoint": "/no"}, "resume_from_checkpoint"),

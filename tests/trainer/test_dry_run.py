@@ -129,6 +129,8 @@ def test_what_evaluations_cost_is_in_the_plan(words, world):
     assert re.search(r"\nevaluations: 3, each with 12 samples in 3 batches, taking about as long as 3.0 steps\n", text)
     (note,) = [note for note in found.notes if "an evaluation takes as long as" in note]
     assert "as 3 training steps, but there are only 2 between two" in note
+    doubled = dry_run.evaluations(dry_run.foresee(words(**LORA, **keys, eval_image_gain=True)).run)
+    assert doubled.steps == pytest.approx(2 * planned.steps)
     recomputed = dry_run.evaluations(dry_run.foresee(words(**LORA, **keys, recompute=True)).run)
     assert recomputed.steps < 0.75 * planned.steps
     keys.update(max_evaluate_steps=1, eval_with_do_generation=True, max_new_tokens=9, per_device_eval_batch_size=4)

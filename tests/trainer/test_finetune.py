@@ -293,6 +293,35 @@ def test_captions_are_bounded_and_leave_bad_samples_out(run_keys, tmp_path):
     assert [one.reference for one in found] == ["red", "blue", "white", "red", "green"]
 
 
+def test_the_image_gain_is_the_loss_with_blank_images_minus_the_loss(run_keys, tmp_path, log):
+    texts = "".join(json.dumps({"id": i, "conversations": [["?", "no picture"]]}) + "\n" for i in range(3))
+    (tmp_path / "texts.json").write_text(texts)
+    pictures = write_data(tmp_path / "pictures.json", list(COLOURS) * 2)
+    keys = dict(do_train=False, do_eval=True, max_length=128, per_device_eval_batch_size=3, eval_image_gain=True)
+    trainer = start(run_keys(**keys, dataset={"eval": [{"data_files": [pictures, str(tmp_path / "texts.json")]}]}))
+    metrics = trainer.evaluate()
+    assert re.search(r"eval_image_gain: \S+", log.text)
+    assert "eval_image_gain" not in start(run_keys(**dict(keys, eval_image_gain=False))).evaluate()
+    decode = trainer.eval_dataset.image_processor.blank()
+
+    class Blank:
+        """The data with blank images."""
+
+        n_skipped = n_shortened = 0
+
+        def __len__(self):
+            return len(trainer.eval_dataset)
+
+        def __getitem__(self, index):
+            sample = trainer.eval_dataset[index]
+            return dict(sample, images=np.stack([decode] * len(sample["images"])) if len(sample["images"]) else [])
+
+    trainer.image_gain = False
+    without = trainer.evaluate(Blank())["eval_loss"]
+    assert abs(without - metrics["eval_loss"]) > 1e-3
+    assert metrics["eval_image_gain"] == pytest.approx(without - metrics["eval_loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["no", "epoch"])
 def test_evaluation_alone_leaves_the_output_folder_alone(run_keys, tmp_path, strategy):
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """Runs of two processes on the CPU, against one process that accumulates twice the batches."""
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,18 @@ def test_skipped_samples_of_all_processes_are_in_the_log(alike, tmp_path):
     for processes in (2, 1):
         run = alike(f"on {processes}", processes, dataset={"train": [{"data_files": data}]}, max_steps=3)
         assert [line.count("skipped_samples: 4,") for line in run.lines() if " loss: " in line][-1] == 1
+
+
+def test_the_image_gain_is_that_of_one_process(alike, world, tmp_path):
+    """Of nine samples, which two processes fill up to ten."""
+    data = write_data(tmp_path / "eval.json", (list(COLOURS) * 3)[:9])
+    keys = dict(do_eval=True, eval_image_gain=True, per_device_eval_batch_size=1)
+    keys["dataset"] = {"train": [{"data_files": world[1]}], "eval": [{"data_files": data}]}
+    gains = []
+    for processes in (1, 2):
+        found = json.loads((alike(f"of {processes}", processes, **keys).out / "eval_results.json").read_text())
+        gains.append((found["eval_image_gain"], found["eval_loss"]))
+    assert abs(gains[0][0]) > 1e-4 and gains[0] == pytest.approx(gains[1], abs=1e-6)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(start_run):
