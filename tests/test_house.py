@@ -263,6 +263,26 @@ def test_a_chinese_page_has_what_the_english_one_has(english, chinese):
     assert blocks[0] == blocks[1]
 
 
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/zh/troubleshooting.md"])
+def test_troubleshooting_quotes_messages_that_exist(page):
+    """Words of a message, with … for its values, or names that the log has."""
+    messages = []
+    for path in shipped_files():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.JoinedStr):
+                parts = (one.value if isinstance(one, ast.Constant) else "…" for one in node.values)
+                messages.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.append(node.value)
+    text = "\n".join(messages)
+    symptoms = re.findall(r"^\| ([^|]+) \|", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    quoted = [words for symptom in symptoms for part in re.findall("`([^`]+)`", symptom) for words in part.split("; ")]
+    assert len(quoted) > 20
+    # A word of it may be a value of the message.
+    patterns = {words: " ".join(f"(?:{re.escape(word)}|…)" for word in words.split()) for words in quoted}
+    assert [words for words in quoted if "." not in words and not re.search(patterns[words], text)] == []
+
+
 def readme_commands():
     """(script, flags) of every Python command in the README, lines joined where they are continued."""
     for language, block in fences("README.md"):
