@@ -1,4 +1,4 @@
-"""What goes with the training loop: log lines in the notebook's form, a progress bar, signals, loader workers."""
+"""Callbacks of the training loop: log lines in the notebook's format, progress, signals, bookkeeping; workers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import seed_step
 from paddlemix.utils.surroundings import check_shared_memory
 
-# Seconds between two lines on the progress of an evaluation, where disable_tqdm wants no bar.
+# Seconds between two log lines on the progress of an evaluation with disable_tqdm.
 LINE_SECONDS = 30.0
 
 
 def time_left(done: int, total: int, seconds: float) -> str:
-    """How long the rest of `total` will take, if it goes as what has been `done` in `seconds`: h:mm:ss."""
+    """Estimated time for the rest of `total`, after `done` in `seconds`: h:mm:ss."""
     left = round(seconds / max(done, 1) * (total - done))
     return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 class ProgressLines:
-    """What Progress is, as a line of the log each half minute."""
+    """The interface of Progress, as a log line every LINE_SECONDS."""
 
     def __init__(self, total: int, desc: str):
         self._total, self._desc = total, desc
@@ -62,9 +62,9 @@ def format_logs(logs: dict) -> str:
 
 
 class LogLines(TrainerCallback):
-    """One line per log, from the first process; a progress bar unless disable_tqdm, for evaluations too.
+    """Log lines from the first process, and progress bars of training and evaluation unless disable_tqdm.
 
-    First in the chain of callbacks, so that those after it (VisualDL) see the epoch's name that it sets.
+    First of the callbacks, so that later ones see the epoch's name that it sets.
     """
 
     def __init__(self):
@@ -75,13 +75,13 @@ class LogLines(TrainerCallback):
 
     @staticmethod
     def counting(args, state, total: int, desc: str, unit: str) -> Union[Progress, ProgressLines]:
-        """A bar, or lines of the log, for `total` units of work."""
+        """A progress bar, or log lines, for `total` units of work."""
         if args.disable_tqdm and state.is_local_process_zero:
             return ProgressLines(total, desc)
         return Progress(total, desc, unit, disable=not state.is_local_process_zero)
 
     def begin_evaluation(self, args, state, batches: int) -> None:
-        """Show the progress of an evaluation's loss, which counts its batches by itself."""
+        """Show the progress of an evaluation's loss, by batches."""
         self._evaluation = self.counting(args, state, batches, "evaluation", "batch")
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -125,41 +125,40 @@ class LogLines(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Close the bars, however the training ended, so that later lines come below them."""
+        """Close the bars, however training ended, so that later lines appear below them."""
         self.end_evaluation()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
-# Of <linux/prctl.h>: the signal that a process gets when its parent ends.
+# <linux/prctl.h>: send a signal to this process when its parent dies.
 _PR_SET_PDEATHSIG = 1
-# 1 while a training minds SIGTERM, seen by the processes forked from this one.
-_MINDED = mmap.mmap(-1, 1)
+# Shared with forked processes: 1 while the trainer handles SIGTERM.
+_HANDLED = mmap.mmap(-1, 1)
 
 
 def leave_sigterm_to_parent(number: int = 0) -> None:
-    """What loader worker `number` begins with.
+    """Worker init: ignore SIGTERM and SIGHUP while the trainer handles them.
 
-    Launchers and schedulers send SIGTERM to all processes of a run, and a run whose worker dies fails in place of
-    saving. So a worker goes on while its parent minds the signal; afterwards it is ended by it, as always.
+    Launchers and schedulers signal all processes of a run, and a run whose worker dies fails instead of saving.
     """
 
     def end(signum, frame):
-        if not _MINDED[0]:
-            # A worker killed by a signal is an error to Paddle, also while the parent exits.
+        if not _HANDLED[0]:
+            # Paddle reports a worker killed by a signal as an error, even while the parent exits.
             os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
-    # A parent that was killed leaves none behind: Paddle's own watch over it waits for an index without end.
+    # Workers must not outlive a killed parent: Paddle's own watchdog waits for the next index.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-# From the first moment on. Paddle gives a worker a handler of its own, so it calls this once more.
-os.register_at_fork(after_in_child=lambda: leave_sigterm_to_parent() if _MINDED[0] else None)
+# Right after the fork; worker_init_fn calls it again, since Paddle installs a handler of its own in between.
+os.register_at_fork(after_in_child=lambda: leave_sigterm_to_parent() if _HANDLED[0] else None)
 
 
 class EvaluationLeftOut(Exception):
@@ -167,11 +166,10 @@ class EvaluationLeftOut(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler's notice) or SIGHUP (a terminal was closed) saves a checkpoint after the step at hand, and
-    ends the training.
+    """On SIGTERM (a scheduler) or SIGHUP (a closed terminal), save a checkpoint after the current step and stop.
 
-    An evaluation within the training is left at its next batch. Processes of one run agree: the notice reaches each at
-    another moment, but all must stop after the same step.
+    An evaluation during training is aborted at its next batch. All processes of a run stop after the same step, though
+    the signal reaches them at different times.
     """
 
     def __init__(self):
@@ -179,7 +177,7 @@ class StopOnSignal(TrainerCallback):
         self._previous: Dict[int, Any] = {}
 
     def asked(self) -> bool:
-        """Whether any process got a signal to stop. All must ask at the same point."""
+        """Whether any process received a signal. A collective call."""
         if paddle.distributed.get_world_size() > 1:
             stopping = paddle.to_tensor([int(self.received)])
             paddle.distributed.all_reduce(stopping, paddle.distributed.ReduceOp.MAX)
@@ -187,7 +185,7 @@ class StopOnSignal(TrainerCallback):
         return self.received
 
     def leave_evaluation(self) -> None:
-        """Raise EvaluationLeftOut when the training around this evaluation has to stop."""
+        """Raise EvaluationLeftOut if the training around this evaluation must stop."""
         if self._previous and self.asked():
             raise EvaluationLeftOut
 
@@ -196,10 +194,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGTERM, signal.SIGHUP):
-            # nohup ignores a terminal that goes away.
+            # Under nohup SIGHUP stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
-        _MINDED[0] = 1
+        _HANDLED[0] = 1
 
     def _note(self, number, frame):
         self.received, self._name = True, signal.Signals(number).name
@@ -209,7 +207,7 @@ class StopOnSignal(TrainerCallback):
             self.stop(args, state, control)
 
     def stop(self, args, state, control) -> None:
-        """Save what is not the end, and evaluate no more: there may be only seconds left."""
+        """Save unless training is complete, and skip evaluations: there may be only seconds left."""
         control.should_evaluate = False
         control.should_training_stop = True
         if state.global_step < state.max_steps:
@@ -221,17 +219,17 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = False
 
     def disarm(self):
-        """Give the signals back their former meaning, however the training ended."""
-        _MINDED[0] = 0
+        """Restore the former signal handlers, however training ended."""
+        _HANDLED[0] = 0
         while self._previous:
             signal.signal(*self._previous.popitem())
 
 
 def safe_workers(loader: Any) -> Any:
-    """Workers that leave SIGTERM to this process, and hand it their batches through pipes.
+    """Let workers ignore SIGTERM, and pass batches through pipes instead of /dev/shm.
 
-    /dev/shm, Paddle's way, may be small (64 MB in Docker): a batch without room there ends a run, or hangs it, and
-    what a killed run has there stays until the machine restarts. The copy takes a thread some milliseconds a batch.
+    /dev/shm may be small (64 MB in Docker): a batch that does not fit fails or hangs the run, and what a killed run
+    leaves there stays until reboot. The extra copy takes some milliseconds of a thread per batch.
     """
     if loader.num_workers:
         check_shared_memory(loader.num_workers, "dataloader_num_workers 0")
@@ -241,20 +239,20 @@ def safe_workers(loader: Any) -> Any:
 
 
 class Bookkeeping(TrainerCallback):
-    """Keeps the sampler, the epoch and the loss sum right, which the stock loop loses on a resume."""
+    """Restores the sampler's position, the epoch and the loss sum on a resume, which the stock loop loses."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Loading does not count in the first interval.
+        # Loading time is not part of the first interval.
         self.trainer._counted_since = self.trainer._trained_since = time.time()
-        # PaddleNLP says it in a debug line only.
+        # PaddleNLP logs it only at debug level.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # The loop has just set its sum to 0.
+        # The loop has just reset its sum.
         self.trainer._total_loss_scalar += self.trainer._resumed_loss
         self.trainer._resumed_loss = 0.0
         epoch, step = divmod(state.global_step, self.trainer.order.steps_per_epoch)

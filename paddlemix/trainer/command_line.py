@@ -1,7 +1,7 @@
 """`[CONFIG.json] [--key value …]` to Arguments.
 
-A run is described by a JSON file, by `--key value` pairs, or by a file with pairs after it that override it. Neither
-Paddle nor PaddleNLP is imported, so that a typo is answered at once.
+A run is described by a JSON file, by `--key value` pairs, or by a file and pairs that override it. Imports neither
+Paddle nor PaddleNLP, so that typos are answered at once.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from paddlemix.trainer.rules import broken_rules
 from paddlemix.utils.errors import ConfigError, Problem
 from paddlemix.utils.texts import nearest, shown
 
-# (name, how to read the value, the value as it was given, what an error begins with)
+# (name, function that reads the value, raw value, prefix of errors)
 _Given = Tuple[str, Callable[[Key, Any], Any], Any, str]
 
 
 def read(argv: Sequence[str], cards: Optional[int] = None) -> Tuple[Arguments, List[str]]:
-    """What the words ask for, and a sentence for each key that cannot be taken. Rules are not looked at.
+    """(arguments, a problem for each unusable key). Rules between keys are not checked.
 
-    cards: of the run, as the launcher says by default.
+    cards: of the run, by default those of the launcher.
 
     Raises:
-        ConfigError: the config file cannot be read, is not JSON, or there is a stray word.
+        ConfigError: the config file cannot be read, is not JSON, or there is a stray argument.
     """
     path, pairs = _split(argv)
     config = read_config(path) if path is not None else {}
     given: List[_Given] = [(name, from_json, value, f"{path}: ") for name, value in config.items()]
-    given += [(name, from_text, words, "") for name, words in pairs.items()]
+    given += [(name, from_text, args, "") for name, args in pairs.items()]
     values, problems = _take(given)
     return blocks_of(values, cards), problems
 
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """Checked arguments from `[CONFIG.json] [--key value …]`.
 
     Raises:
-        ConfigError: with everything that cannot work.
+        ConfigError: lists all problems.
     """
     return _checked(*read(argv))
 
@@ -51,7 +51,7 @@ def from_values(values: Dict[str, Any]) -> Arguments:
 
 
 def _checked(arguments: Arguments, problems: List[str]) -> Arguments:
-    # What a key that was not taken leads to is not said.
+    # Unusable keys would only cause follow-up errors.
     problems = problems or broken_rules(arguments)
     if problems:
         raise ConfigError.of(problems)
@@ -59,7 +59,7 @@ def _checked(arguments: Arguments, problems: List[str]) -> Arguments:
 
 
 def _take(given: Iterable[_Given]) -> Tuple[Dict[str, Any], List[str]]:
-    """(the values of known keys, a sentence for each pair that cannot be taken)."""
+    """(values of known keys, a problem for each unusable pair)."""
     known = known_keys()
     values: Dict[str, Any] = {}
     problems: List[str] = []
@@ -95,44 +95,44 @@ def _unknown(name: str, known: Sequence[str]) -> ConfigError:
 
 
 def _split(argv: Sequence[str]) -> Tuple[Optional[str], Dict[str, List[str]]]:
-    """(config path or None, {key: the words after it})."""
+    """(config path or None, {key: the arguments after it})."""
     path, pairs, current = None, {}, None
-    for index, word in enumerate(argv):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
+    for index, arg in enumerate(argv):
+        if arg.startswith("--") and len(arg) > 2:
+            name, equals, value = arg[2:].partition("=")
             name = name.replace("-", "_")
             pairs[name] = [value] if equals else []
             current = None if equals else name
         elif current is not None:
-            pairs[current].append(word)
+            pairs[current].append(arg)
         elif index == 0:
-            path = word
+            path = arg
         else:
-            raise ConfigError(f'"{word}" has no key; write the config file first, then --key value pairs', "no-key")
+            raise ConfigError(f'"{arg}" has no key; write the config file first, then --key value pairs', "no-key")
     return path, pairs
 
 
 def split_dry_run(argv: Sequence[str]) -> Tuple[bool, Optional[str], List[str]]:
-    """(whether `--dry_run` is asked, the value of `--plan_for` or None, the other words).
+    """(whether `--dry_run` is given, the value of `--plan_for` or None, the other arguments).
 
-    They belong to the command line alone: a config file cannot hold them.
+    Options of the command line only: a config file cannot hold them.
     """
     dry_run, cards, rest = False, None, []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.partition("=")
         name = name.replace("-", "_")
         if name == "__dry_run":
-            if equals or (words and words[0] in TRUE + FALSE):
+            if equals or (args and args[0] in TRUE + FALSE):
                 raise ConfigError("--dry_run takes no value", "dry_run")
             dry_run = True
         elif name == "__plan_for":
-            if not equals and (not words or words[0].startswith("--")):
+            if not equals and (not args or args[0].startswith("--")):
                 raise ConfigError("--plan_for needs cards, such as 8xA100-80GB", "plan_for")
-            cards = value if equals else words.pop(0)
+            cards = value if equals else args.pop(0)
         else:
-            rest.append(word)
+            rest.append(arg)
     if cards is not None and not dry_run:
         raise ConfigError("--plan_for goes with --dry_run", "plan_for")
     return dry_run, cards, rest

@@ -1,4 +1,4 @@
-"""What training data is like, from a sample of its records: lengths, labels, images; no pixel is decoded."""
+"""Statistics of training data from a sample of its records: lengths, labels, images; no pixels are decoded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paddlemix.datasets.collator import PAD_TO
 from paddlemix.processors.images import read_header
 from paddlemix.utils.errors import UserError
 
-# Records looked at; a percentile of 400 is good to a few hundredths of the range, and they take about a second.
+# Records sampled: percentiles are accurate to a few hundredths of the range, in about a second.
 SAMPLE = 400
 
 
@@ -21,12 +21,9 @@ def padded(tokens: Any) -> Any:
 
 
 class DataStatistics(NamedTuple):
-    """Statistics of the inspected records.
-
-    records: in the whole part; looked_at, failed: of the sample. lengths, labels, images, cut (tokens lost to
-    max_length): per good record. sizes: (width, height) per image. formats: images by format. padding: part of a padded
-    batch that is padding, on average.
-    """
+    """records: in the dataset; looked_at, failed: in the sample. lengths, labels, images, cut (tokens lost to
+    max_length): per valid record. sizes: (width, height) per image. formats: images by format. padding: average
+    fraction of a padded batch that is padding."""
 
     records: int
     looked_at: int
@@ -41,7 +38,7 @@ class DataStatistics(NamedTuple):
 
 
 def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tuple[DataStatistics, List[str]]:
-    """Statistics of records spread evenly over a ChatmlDataset, and what is wrong with them.
+    """Statistics of records spread evenly over a ChatmlDataset, and the problems found in them.
 
     grouped: batches hold samples of like length. Images are opened as far as their headers say their size; no pixel is
     decoded.

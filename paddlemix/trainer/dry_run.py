@@ -1,7 +1,7 @@
-"""The dry run: what a finetuning run would do and need, and everything that would stop it.
+"""The dry run: what a finetuning run would do and need, and every problem that would stop it.
 
-What the run would do is its Run, the one that `finetune` acts on. What is added here is foreseen from it: samples of
-the data (lengths from texts, image sizes from image headers), memory from counted bytes (memory.py), disk.
+It resolves the same Run as `finetune`, and adds estimates: statistics of data samples (lengths from texts, image sizes
+from headers), memory (memory.py) and disk space.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from paddlemix.utils.compat import PADDLE_3
 from paddlemix.utils.language import tr_row
 from paddlemix.utils.outputs import nearest_folder
 
-# Files beside the weights in a checkpoint: mostly the vocabulary.
+# Other files in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
 
 
 class Packing(NamedTuple):
-    """How samples share sequences (mixtoken).
+    """Statistics of packed sequences (mixtoken).
 
-    filled: part of the sequences' room that holds tokens. longest: tokens in the fullest; most: samples in one;
-    squares: the largest sum of squared lengths in one.
+    filled: fraction of positions that hold tokens. longest: tokens of the longest sequence; most: samples in one;
+    squares: largest sum of squared sample lengths in one.
     """
 
     filled: float
@@ -40,7 +40,7 @@ class Packing(NamedTuple):
 
 
 def packing(run: Run) -> Packing:
-    """What the packs of a run are like."""
+    """Statistics of a run's packs."""
     packs, tokens = run.order.packs, run.lengths.tokens
     held, begins = tokens[packs.members], packs.starts[:-1]
     longest, squares = (int(np.add.reduceat(values, begins).max()) for values in (held, held**2))
@@ -48,8 +48,8 @@ def packing(run: Run) -> Packing:
 
 
 class Evaluations(NamedTuple):
-    """times: how often. batches, samples: of one. every: training steps between two. steps: how many training steps
-    take as long as one, without its captions. captions: generated in each, of at most `tokens` tokens."""
+    """times: number of evaluations. batches, samples: of each. every: training steps between two. steps: training
+    steps that take as long as one, without its captions. captions: generated in each, of at most `tokens` tokens."""
 
     times: int
     batches: int
@@ -96,8 +96,8 @@ def evaluations(run: Run) -> Optional[Evaluations]:
 
 @dataclass
 class Forecast:
-    """A Run and what is foreseen of it. problems, notes: the run's, and those found here. saves: checkpoints written;
-    checkpoint: bytes of one; disk_needed, disk_free: bytes in all."""
+    """A Run and its estimates. problems, notes: of the run and of the estimates. saves: number of checkpoints;
+    checkpoint: bytes of one; disk_needed, disk_free: bytes."""
 
     run: Run
     problems: List[str]
@@ -116,16 +116,16 @@ class Forecast:
         return memory.Trained({**self.run.shapes, **self.run.adapters}, self.run.trained)
 
     def estimate(self, **changes: Any) -> memory.Estimate:
-        """The memory of the run's step, with some fields of its Setting changed."""
+        """Memory of a training step, with some fields of the Setting replaced."""
         config = memory.plain(self.run.config)
         return memory.estimate(config, self.trained, self.batch, self.setting._replace(**changes))
 
 
 def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
-    """Everything about the run that `argv` describes.
+    """The forecast of the run that `argv` describes.
 
     Raises:
-        ConfigError: the config file cannot be read at all, or plan_for is not a card.
+        ConfigError: the config file cannot be read, or plan_for is not a card.
     """
     machine = card(plan_for) if plan_for is not None else None
     arguments, problems = read(argv, machine.cards if machine else None)
@@ -157,7 +157,7 @@ def _setting(run: Run) -> memory.Setting:
         gpu=run.machine.gpu,
         paddle_3=PADDLE_3,
         recompute=training.recompute,
-        # On the CPU the call is answered with plain matmuls.
+        # On the CPU Paddle falls back to plain matmuls.
         flash=run.flash and run.machine.gpu,
         lora_dropout=model.lora_dropout if model.lora else 0.0,
         clip=training.max_grad_norm > 0,
@@ -230,7 +230,7 @@ def _foresee_disk(found: Forecast) -> None:
         found.saves, final = 0, 0
     kept = found.saves
     if training.save_total_limit:
-        # Old ones go when the new one is whole; the best one is kept as well.
+        # Old ones are deleted once the new one is complete; the best one is kept as well.
         kept = min(kept, training.save_total_limit + 1 + training.load_best_model_at_end)
     found.disk_needed = kept * found.checkpoint + final
     found.disk_free = shutil.disk_usage(nearest_folder(training.output_dir)).free
@@ -257,7 +257,7 @@ def _percentiles(values: np.ndarray) -> str:
 
 
 def memory_lines(found: Forecast) -> List[str]:
-    """The memory table: a column without recompute and one with it, the run's own marked."""
+    """The memory table: a column without recompute and one with it; the run's own is marked."""
     columns = [found.estimate(recompute=recompute) for recompute in (False, True)]
     mark = ["", ""]
     mark[found.setting.recompute] = " *"
@@ -282,7 +282,7 @@ def memory_lines(found: Forecast) -> List[str]:
 
 
 def render(found: Forecast) -> List[str]:
-    """The forecast as lines, in the language in use."""
+    """The forecast as lines, in the chosen language."""
     lines = _device_lines(found)
     if found.run.shapes:
         lines += _model_lines(found.run)
@@ -385,19 +385,19 @@ def _step_lines(run: Run) -> List[str]:
 
 
 def sample_work(found: Forecast) -> Optional[float]:
-    """Floating-point operations of one sample of the training data, on average; None without data to look at."""
+    """Average floating-point operations per training sample; None without data."""
     data = found.data.get("train")
     if data is None or not len(data.lengths) or not found.run.trained:
         return None
     tokens, labels, images = (float(values.mean()) for values in (data.lengths, data.labels, data.images))
-    # What is padded is computed too; packed sequences have next to no padding.
+    # Padding is computed too; packed sequences have almost none.
     tokens = tokens / (1 - data.padding) if found.packs is None else tokens
     config = memory.plain(found.run.config)
     return work.sample(config, found.trained, round(tokens), round(labels), found.setting.recompute, images)
 
 
 def _time_lines(found: Forecast) -> List[str]:
-    """How long an epoch may take on the cards that --plan_for names."""
+    """Estimated time of an epoch on the cards of --plan_for."""
     order, machine, sample = found.run.order, found.run.machine, sample_work(found)
     if machine.flops is None or order is None or sample is None:
         return []
@@ -416,7 +416,7 @@ def _hours(seconds: float) -> str:
 
 
 def dry_run(argv: Sequence[str], plan_for: Optional[str] = None) -> int:
-    """Print the forecast; 0 when the run can start, 2 when there are problems."""
+    """Print the forecast. Returns 0 if the run can start, 2 if there are problems."""
     found = foresee(argv, plan_for)
     print("\n".join(render(found)))
     return 2 if found.problems else 0

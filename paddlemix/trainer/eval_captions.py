@@ -19,7 +19,7 @@ from paddlemix.utils.files import atomic_write
 
 
 class Caption(NamedTuple):
-    """One validation row: its id, what the model says, what the data says."""
+    """One validation row: its id, the generated caption and the reference."""
 
     id: str
     text: str
@@ -27,7 +27,7 @@ class Caption(NamedTuple):
 
 
 def _prompts(group: Iterable[Tuple[int, Question]], asked: List[Caption]) -> Iterator[Prompt]:
-    """Prompts of questions, which are noted in `asked` as captions without text."""
+    """Prompts of questions, each recorded in `asked` as a Caption without text."""
     for index, question in group:
         name, reference = single_line(question.id), single_line(without_grounding(question.answer))
         asked.append(Caption(f"{name}#{index}", "", reference))
@@ -37,7 +37,7 @@ def _prompts(group: Iterable[Tuple[int, Question]], asked: List[Caption]) -> Ite
 class CaptionEvaluator:
     """Generates the first caption of each validation sample.
 
-    dataset: a ChatmlDataset. limit: most samples looked at, None for all. A sample that cannot be read is left out.
+    dataset: a ChatmlDataset. limit: maximum samples, None for all. Unreadable samples are left out.
     """
 
     def __init__(self, dataset, tokenizer, generation: GenerationArguments, batch_size: int, limit: Optional[int]):
@@ -56,7 +56,7 @@ class CaptionEvaluator:
     def captions(
         self, model, between: Callable[[], None] = lambda: None, done: Callable[[], None] = lambda: None
     ) -> List[Caption]:
-        """What `model`, a MGenLMHeadModel, says about each sample.
+        """Captions of each sample by `model`, a MGenLMHeadModel.
 
         between: called before each sample is read. done: called for each caption.
         """
@@ -81,10 +81,7 @@ class CaptionEvaluator:
                 yield index, question
 
     def thumbnail(self, name: str, side: int = 224) -> Optional[np.ndarray]:
-        """The first image of the sample behind a Caption's id: uint8 [h, w, 3], thinned out to at most `side`.
-
-        None when the sample is text alone.
-        """
+        """The first image of a Caption's sample: uint8 [h, w, 3], subsampled to at most `side`; None without images."""
         images = self.dataset.sample(int(name.rpartition("#")[2]))["images"]
         if not len(images):
             return None

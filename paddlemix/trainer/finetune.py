@@ -1,4 +1,4 @@
-"""Supervised finetuning: a resolved run put together, trained, saved."""
+"""Supervised finetuning: build the trainer of a resolved run, train, save."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from paddlemix.utils.runtime import describe_threads, rank, seed_everything
 
 
 def finetune(arguments: Arguments) -> Dict[str, float]:
-    """One run, from what was asked for to the saved result (a LoRA checkpoint, trained parts, or a model folder).
+    """One run, from its arguments to the saved result (a LoRA checkpoint, trained parts, or a model folder).
 
     Returns the metrics of training and evaluation.
 
     Raises:
-        UserError: with what to change: a folder, a pattern, weights that do not fit, data that cannot be read.
+        UserError: a folder, a pattern, weights or data must be changed.
         JobFailed: the loss became NaN or infinite, or a checkpoint could not be written.
     """
     writing = only_writer(arguments.training.output_dir) if rank() == 0 else contextlib.nullcontext()
@@ -48,7 +48,7 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
     run = resolve(arguments)
     training = arguments.training
     trainer = build(run)
-    # Only now, when all that a wrong config could break has been read, and every process has seen the folder.
+    # Only now that everything was read and checked, and every process has seen the folder.
     if trainer.args.world_size > 1:
         paddle.distributed.barrier()
     if paddle.distributed.get_rank() == 0:
@@ -64,7 +64,7 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
             logger.info(f"benchmark: {', '.join(rates)} a second over the whole run; nothing was saved")
         else:
             _save_result(trainer, metrics)
-    # A strategy evaluates while training.
+    # With an evaluation_strategy, training evaluates.
     if training.do_eval and (training.evaluation_strategy == "no" or not training.do_train):
         found = trainer.evaluate()
         metrics.update(found)
@@ -81,10 +81,10 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
 
 
 def build(run: Run) -> FinetuneTrainer:
-    """The trainer of a run: model, data and settings, up to the first step. No file is changed.
+    """The trainer of a run, ready for the first step. Changes no file.
 
     Raises:
-        ConfigError: with all problems of the run, if there are any.
+        ConfigError: lists all problems of the run, if there are any.
     """
     run.refuse()
     model_args, training = run.arguments.model, run.arguments.training
@@ -96,7 +96,7 @@ def build(run: Run) -> FinetuneTrainer:
         f"16-bits training: {run.precision.compute != 'float32'}"
     )
     seed_everything(training.seed)
-    # Optimizer states are stored under Paddle's running names; count those from 0, whatever was built before.
+    # Optimizer states are stored under Paddle's generated names; restart their numbering.
     with paddle.utils.unique_name.guard():
         card = max(training_args.tensor_parallel_rank, 0)
         model = load_base_model(model_args, run.config, run.precision.weights, run.tensor, card)
@@ -128,7 +128,7 @@ def build(run: Run) -> FinetuneTrainer:
 
 
 def _parameters(run: Run) -> Dict[str, Parameter]:
-    """The keys of model, data and generation, and those of training that were given, as numbers and texts."""
+    """All keys of model, data and generation, and the training keys that were set, as numbers and strings."""
     *blocks, training = run.arguments[:4]
     values = {name: value for block in blocks for name, value in dataclasses.asdict(block).items()}
     values.update((name, value) for name, value in dataclasses.asdict(training).items() if name in run.arguments.given)
@@ -140,7 +140,7 @@ def _parameters(run: Run) -> Dict[str, Parameter]:
 
 
 def _announce(run: Run) -> None:
-    """Log what was asked for, and what became of it."""
+    """Log the arguments, and the warnings and notes of the resolved run."""
     print_like_ours(paddlenlp_logger.logger)
     for title, block in zip(("Model", "Data", "Generation"), run.arguments):
         print_block(title, block)
@@ -160,7 +160,7 @@ def _announce(run: Run) -> None:
 
 
 def _captions(run: Run) -> Dict[str, Any]:
-    """What the trainer takes about captions at evaluation."""
+    """The trainer's options for captions at evaluation."""
     _, data_args, generate_args, training = run.arguments[:4]
     scored, shown = data_args.eval_with_do_generation, 0 if training.benchmark else data_args.shown_captions
     if not training.evaluates or not (scored or shown):
@@ -176,7 +176,7 @@ def _captions(run: Run) -> Dict[str, Any]:
 
 
 def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:
-    """Weights, metrics, history and the loss curve into output_dir."""
+    """Write weights, metrics, history and the loss curve to output_dir."""
     folder = trainer.args.output_dir
     unfinished = os.path.join(folder, run_checkpoints.PARTIAL_PREFIX + "files")
     with run_checkpoints.disk_errors(f"the result in {folder}", unfinished):
@@ -187,7 +187,7 @@ def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:
 
 
 def _write_history(trainer: FinetuneTrainer) -> None:
-    """trainer_state.json and the loss curve."""
+    """Write trainer_state.json and the loss curve."""
     folder = trainer.args.output_dir
     if trainer.is_world_process_zero():
         write_trainer_state(trainer.state, folder)
@@ -195,7 +195,7 @@ def _write_history(trainer: FinetuneTrainer) -> None:
 
 
 def _what_next(trainer: FinetuneTrainer) -> List[str]:
-    """Where a finished run's result is, and the commands that look at it and go on with it, to be copied."""
+    """Where the result is, and the next commands, ready to be copied."""
     folder = trainer.args.output_dir
     quoted = shlex.quote(folder)
     lines = [f"result: {folder}"]

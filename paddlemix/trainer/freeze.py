@@ -1,7 +1,7 @@
-"""What trains: patterns on parameter names, worked out before any tensor exists, and their counts.
+"""Which parameters train: patterns on parameter names, resolved before any tensor exists, and counts per group.
 
 A pattern is matched as in a shell (`*` any text, `?` one character, `[abc]`, `{16..31}` the numbers from 16 to 31)
-against a whole parameter name, as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
+against a full parameter name, such as `visual.attn_pool.query` or `transformer.llm.h.31.mlp.w1.weight`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ _GROUP_ORDER = tuple(group for group, _ in GROUPS) + ("lora",)
 
 
 class FreezePlan(NamedTuple):
-    """trainable: base parameters that train, in the model's order; frozen: the others.
-
-    With LoRA, `trainable` are those trained whole beside the adapters.
-    """
+    """trainable: base parameters that train (with LoRA: in addition to the adapters), in the model's order; frozen: the
+    others."""
 
     trainable: List[str]
     frozen: List[str]
@@ -42,7 +40,7 @@ _RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
 
 
 def _spelled_out(pattern: str) -> List[str]:
-    """The pattern once per number of its {FIRST..LAST}, as a shell does it."""
+    """Brace expansion: the pattern once per number of {FIRST..LAST}."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
@@ -52,14 +50,14 @@ def _spelled_out(pattern: str) -> List[str]:
 
 
 def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> Tuple[set, List[str]]:
-    """Names matched by any of the patterns, and a sentence for each pattern, or one of its range, without a match."""
+    """Names matched by any of the patterns, and a problem for each (expanded) pattern without a match."""
     found, problems = set(), []
     for pattern in patterns or ():
         spelled = _spelled_out(pattern)
         if not spelled:
             problems.append(Problem(f'{key}: "{pattern}" contains an empty range', key))
         for one in spelled:
-            # fnmatch.filter would fold case on some systems.
+            # fnmatch.filter ignores case on some systems.
             compiled = re.compile(fnmatch.translate(one))
             matches = [name for name in names if compiled.match(name)]
             if not matches:
@@ -78,11 +76,11 @@ def plan_freeze(
 ) -> FreezePlan:
     """Decide for each base parameter whether it trains.
 
-    A name matched by `include` and not by `exclude` is frozen. With `lora` every base parameter is frozen
-    but those that `exclude` matches. CONSTANTS are frozen always.
+    A name matched by `include` and not by `exclude` is frozen. With `lora` all base parameters are frozen except those
+    that `exclude` matches. CONSTANTS are always frozen.
 
     Raises:
-        ConfigError: patterns match no name (each is named), or nothing is left to train.
+        ConfigError: lists patterns that match no name; or nothing is left to train.
     """
     included, unmatched = _matched(include, names, "freeze_include")
     excluded, more = _matched(exclude, names, "freeze_exclude")
@@ -100,7 +98,7 @@ def plan_freeze(
 
 
 def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...]]) -> None:
-    """Raise ConfigError when the adapters in lora_path are not of the kind that the other keys ask for.
+    """Raise ConfigError if the adapters in lora_path contradict the other lora_* keys.
 
     shapes: of the model's parameters by name.
     """
@@ -113,19 +111,19 @@ def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...
     for name, (ours, theirs) in wanted.items():
         same = ours == theirs
         if name == "lora_target_modules" and not same:
-            # Other expressions may mean the same layers.
+            # Different expressions may select the same layers.
             same = adapted_modules(shapes, ours) == adapted_modules(shapes, theirs)
         if not same:
             raise ConfigError(f"{name} is {ours}, but the adapters in lora_path have {theirs}", name)
 
 
 def is_everything(trainable: Collection[str], names: Collection[str]) -> bool:
-    """Whether these are all of a model's parameters that can train."""
+    """Whether these are all the parameters of a model that can train."""
     return len(trainable) == len(names) - len(CONSTANTS)
 
 
 def apply_freeze(model, trainable: Iterable[str]) -> None:
-    """Set stop_gradient of every tensor of the model's state but these."""
+    """Set stop_gradient on every tensor of the model's state except these."""
     names = set(trainable)
     for name, tensor in model.state_dict().items():
         tensor.stop_gradient = name not in names
@@ -153,7 +151,7 @@ def summary_line(counts: Dict[str, GroupCount]) -> str:
 
 
 def table_lines(counts: Dict[str, GroupCount]) -> List[str]:
-    """A table of the groups: parameters in all, and of them trainable."""
+    """A table of the groups: all parameters, and the trainable ones."""
     rows = [(group, count.frozen + count.trainable, count.trainable) for group, count in counts.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     lines = [f"{'module group':<16}{'parameters':>16}{'trainable':>16}"]

@@ -1,6 +1,6 @@
 """The contest's rule on the LLM: its weights may be tuned, its structure and parameter count must not change.
 
-A run that would change them is refused: before it starts, and again whenever it saves.
+Checked before a run starts, and again whenever it saves.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ def _refuse(where: str, lines: List[str]) -> None:
 
 
 class LanguageGuard:
-    """Names and shapes of the LLM as the base model's weights hold them. Reads headers only.
+    """Names and shapes of the LLM's tensors in the base model's weights. Reads headers only.
 
     config, reader: the MGenConfig and the opened weights of base_folder.
 
     Raises:
-        ConfigError: config.json promises another LLM than the weights are.
+        ConfigError: config.json describes another LLM than the weights hold.
     """
 
     def __init__(self, base_folder: str, config, reader: WeightsReader):
         self.shapes = _language_shapes(reader)
-        promised = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
-        _refuse(f"config.json and weights of {base_folder}", _differences(promised, self.shapes))
+        described = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
+        _refuse(f"config.json and weights of {base_folder}", _differences(described, self.shapes))
 
     def check(self, model) -> None:
-        """Compare a MGenLMHeadModel, with or without adapters.
+        """Check a MGenLMHeadModel, with or without adapters.
 
         Raises:
-            ConfigError: it has other LLM parameters than the base model, or of other shapes.
+            ConfigError: its LLM parameters differ from those of the base model in name or shape.
         """
         found = {name: shape for name, shape in model.whole_shapes().items() if is_language(name)}
         _refuse("the model to train", _differences(found, self.shapes))
 
 
 def check_text_model(config, folder: str) -> None:
-    """Whether the LLM of another model folder can take the place of that in a model with this MGenConfig.
+    """Check that the LLM of another model folder can replace the LLM of a model with this MGenConfig.
 
     Raises:
-        ConfigError: it is of another structure, or computes otherwise.
+        ConfigError: it has another structure or other settings.
     """
     other = AutoConfigMIX.from_pretrained(folder)
     lines = []

@@ -1,9 +1,9 @@
-"""The keys of a finetuning run: every name, type, default and meaning.
+"""The keys of a finetuning run: names, types, defaults and meanings.
 
-They form four blocks, as the training log prints them: Model, Data, Generation, Training. Training keys carry
-PaddleNLP's names, types and defaults and are handed to its TrainingArguments. Names that notebooks and older configs
-hold and that set nothing here are in REFUSED, with the reason. Neither Paddle nor PaddleNLP is imported, so that
-`--help` and a typo are answered at once.
+They form four blocks, as the training log prints them: Model, Data, Generation, Training. Training keys have
+PaddleNLP's names, types and defaults and are passed to its TrainingArguments. REFUSED lists names in notebooks and
+older configs that have no effect here, with the reason. Imports neither Paddle nor PaddleNLP, so that `--help` and
+typos are answered at once.
 """
 
 from __future__ import annotations
@@ -249,14 +249,14 @@ BLOCKS = (
 
 
 class Refused(NamedTuple):
-    """Why a name sets nothing here, and the values it may have all the same: those that leave it off."""
+    """Why a name has no effect here, and the values it may still have: those that leave it off."""
 
     why: str
     may_be: tuple = ()
 
 
 def _off(why: str, **values: Any) -> Dict[str, Refused]:
-    """Names that may keep the value that leaves them off, or one of a tuple of such values."""
+    """Names that may only have the value, or one of a tuple of values, that leaves them off."""
     return {name: Refused(why, value if isinstance(value, tuple) else (value,)) for name, value in values.items()}
 
 
@@ -336,7 +336,7 @@ REFUSED: Dict[str, Refused] = {
 
 
 def known_keys() -> Dict[str, Key]:
-    """Every key that sets something, by name, in the order of the blocks."""
+    """All keys that have an effect, by name, in the order of the blocks."""
     found = {}
     for block, arguments in BLOCKS:
         hints = typing.get_type_hints(arguments)
@@ -348,7 +348,7 @@ def known_keys() -> Dict[str, Key]:
 
 
 class Arguments(NamedTuple):
-    """What a run was asked for. given: the keys that were set. cards: processes of the run, one each."""
+    """The arguments of a run. given: the keys that were set. cards: processes of the run, one card each."""
 
     model: ModelArguments
     data: DataArguments
@@ -359,9 +359,9 @@ class Arguments(NamedTuple):
 
 
 def blocks_of(values: Dict[str, Any], cards: Optional[int] = None) -> Arguments:
-    """Arguments with these values, each of the right type, and not checked against each other.
+    """Arguments with these values, which must have the right types; rules between keys are not checked.
 
-    cards: as the launcher says by default.
+    cards: by default those of the launcher.
     """
     blocks = [
         arguments(**{field.name: values[field.name] for field in dataclasses.fields(arguments) if field.name in values})

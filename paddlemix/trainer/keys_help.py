@@ -1,4 +1,4 @@
-"""What `--help` of a finetuning run and the tables of docs/config.md say, both from the keys themselves."""
+"""`--help` of a finetuning run and the tables of docs/config.md, generated from the keys."""
 
 from __future__ import annotations
 
@@ -14,37 +14,12 @@ _MAIN_KEYS = (
     ("the model", ("model_name_or_path", "output_dir")),
     ("the data", ("dataset", "max_length", "label_all_turn_markers", "dataloader_num_workers")),
     ("what trains", ("freeze_include", "freeze_exclude", "lora", "lora_rank", "lora_alpha", "lora_target_modules")),
-    (
-        "the run",
-        (
-            "do_train",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_train_epochs",
-            "max_steps",
-            "learning_rate",
-            "lr_scheduler_type",
-            "warmup_ratio",
-            "weight_decay",
-            "fp16",
-            "bf16",
-            "fp16_opt_level",
-            "recompute",
-        ),
-    ),
-    (
-        "logs, checkpoints, evaluation",
-        (
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "evaluation_strategy",
-            "resume",
-            "overwrite_output_dir",
-            "disable_tqdm",
-        ),
-    ),
-)
+    ("the run", ("do_train", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                 "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "fp16", "bf16",
+                 "fp16_opt_level", "recompute")),
+    ("logs, checkpoints, evaluation", ("logging_steps", "save_steps", "save_total_limit", "evaluation_strategy",
+                                       "resume", "overwrite_output_dir", "disable_tqdm")),
+)  # fmt: skip
 
 
 _HEAD = """\
@@ -70,7 +45,7 @@ Lists take several words (--freeze_include '*visual*' '*lm_head*'), objects take
 
 
 def help_text() -> str:
-    """What `--help` prints: how to call it, examples, and the keys most runs set."""
+    """The text of `--help`: usage, examples, and the most common keys."""
     known = known_keys()
     lines = tr(_HEAD).splitlines()
     for title, names in _MAIN_KEYS:
@@ -86,8 +61,8 @@ def help_text() -> str:
 
 
 def config_tables() -> str:
-    """The end of docs/config.md, or of its Chinese version: a table per block, a row per key; the rules; the names that
-    are no settings."""
+    """The generated part of docs/config.md, or of its Chinese version: a table of keys per block; the rules between
+    keys; the names without effect."""
     lines = []
     for block, _ in BLOCKS:
         lines += [f"## {tr(block)}", "", tr("| key | type | default | meaning |"), "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The machine of a run: this one, or one of the cards that `--plan_for` names."""
+"""The machine of a run: this one, or the cards that `--plan_for` names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from paddlemix.utils.runtime import resolve_device, world_size
 
 
 class Card(NamedTuple):
-    """memory: GiB that CUDA reports, which is not the name's: error correction takes a sixteenth of a T4, A10 or L40S,
-    and the driver keeps some of each. capability: compute capability. flops, bandwidth: published peaks: dense FLOP/s
-    of the tensor cores on half-precision values summed in float32, bytes/s of memory.
+    """memory: GiB that CUDA reports, less than the name says: ECC takes a sixteenth of a T4, A10 or L40S, and the
+    driver reserves some. capability: compute capability. flops, bandwidth: published peaks, in dense tensor-core FLOP/s
+    (half-precision inputs, float32 accumulation) and bytes/s.
     """
 
     memory: float
@@ -39,12 +39,8 @@ _BF16_FROM = (8, 0)
 
 
 class Machine(NamedTuple):
-    """What a run finds.
-
-    device: Paddle's name of it, "cpu" or "gpu:0". name, memory in bytes, capability: of one card, or of the CPU. bf16:
-    whether it computes in bfloat16. cards: processes of the run, one each. flops: see Card; None
-    where it is not known.
-    """
+    """device: Paddle's name, "cpu" or "gpu:0". name, memory (bytes), capability: of one card, or of the CPU. bf16:
+    whether it computes in bfloat16. cards: number of processes, one card each. flops: see Card; None if unknown."""
 
     device: str
     name: str
@@ -60,7 +56,7 @@ class Machine(NamedTuple):
 
 
 def card(text: str) -> Machine:
-    """The machine that `--plan_for` names, as "8xA100-80GB" or "V100-32GB".
+    """The machine that `--plan_for` names, such as "8xA100-80GB" or "V100-32GB".
 
     Raises:
         ConfigError: not of the form [N x] CARD, or an unknown card.
@@ -76,12 +72,10 @@ def card(text: str) -> Machine:
 
 
 def this_machine(requested: Optional[str]) -> Tuple[Machine, Optional[str]]:
-    """This machine as a run with this `device` key sees it, and why it is not the device asked for.
-
-    The device becomes Paddle's current one.
+    """(this machine under this `device` key, why it is not the requested device, if so). Sets Paddle's current device.
 
     Raises:
-        UserError: there is no such card, or not the name of a device.
+        UserError: there is no such card, or it is not a device name.
     """
     import paddle
 

@@ -1,10 +1,9 @@
-"""Memory of a training step on one card, by part, worked out from shapes alone. docs/memory.md explains each term.
+"""Memory of a training step on one card, by component, computed from shapes alone. docs/memory.md explains each term.
 
-The activations are counted from the layers as they are written (language.py, vision.py, connector.py, PaddleNLP's
-LoRALinear): what each operation keeps for its gradient. benchmarks/memory_estimate.py compares the sum with measured
-peaks in float32 on the CPU, tests/half_precision/test_memory.py the layers with what autograd keeps under Paddle's
-rules of half precision; neither those nor several cards were measured on a GPU.
-Pure Python: nothing is allocated and Paddle is not imported.
+Activations are counted from the layers' code (language.py, vision.py, connector.py, PaddleNLP's LoRALinear): what each
+operation saves for its gradient. benchmarks/memory_estimate.py compares the sum with measured peaks in float32 on the
+CPU, tests/half_precision/test_memory.py the layers with what autograd saves in half precision; neither those nor
+several cards were measured on a GPU. Pure Python: nothing is allocated and Paddle is not imported.
 
 Shapes: B rows, T tokens, N = B × T, n images, P patches, Q queries, D hidden, F inner width of the MLP, H heads,
 V vocabulary, w ViT width, m ViT MLP width, r LoRA rank.
@@ -28,10 +27,10 @@ class Setting(NamedTuple):
     """How a step runs.
 
     precision: "float32", "O1" (float32 weights, half-precision products) or "O2" (half-precision weights). gpu: on a
-    GPU some operations are fused and nothing is spread out for the CPU's kernels. paddle_3: Paddle 3 fuses SwiGLU on a
-    GPU, and its autocast takes a Linear with its bias for one operation; 2.6 does neither. recompute, flash: the keys
-    recompute and use_flash_attention. tensor, sharding: cards that share matrices, and optimizer states (stage 1) or
-    gradients too (stage 2). clip: gradients are clipped to a norm. master_grad: O2 with float32 gradients.
+    GPU some operations are fused and masks need not be expanded. paddle_3: Paddle 3 fuses SwiGLU on a GPU, and its
+    autocast treats a Linear with its bias as one operation; 2.6 does neither. recompute, flash: the keys recompute and
+    use_flash_attention. tensor: degree of tensor parallelism. sharding: cards that share optimizer states (stage 1) and
+    gradients (stage 2). clip: gradients are clipped by norm. master_grad: O2 with float32 gradients.
     """
 
     precision: str = "float32"
@@ -52,10 +51,10 @@ class Setting(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What goes through the model at once on a card: rows, tokens per row (padded), images and labelled positions.
+    """A card's batch: rows, tokens per row (padded), images and labelled positions.
 
-    packed: with packed samples, the sum of the squares of their lengths, over all rows, and the longest of them;
-    attention is computed inside each alone.
+    packed: for packed samples, the sum of their squared lengths over all rows, and the longest length; attention stays
+    within a sample.
     """
 
     rows: int
@@ -66,17 +65,17 @@ class Batch(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key, per head."""
+        """Query-key pairs per head."""
         return self.rows * self.tokens**2 if self.packed is None else self.packed[0]
 
     @property
     def masked(self) -> int:
-        """Elements of the attention mask, which heads share."""
+        """Elements of the attention mask, which all heads share."""
         return self.rows * self.tokens**2 if self.packed is None else self.packed[1] ** 2
 
 
 class Trained(NamedTuple):
-    """Which parameters there are and which train. shapes: base and adapters; trainable: names among them."""
+    """shapes: of all parameters, base and adapters; trainable: names of those that train."""
 
     shapes: Shapes
     trainable: Sequence[str]
@@ -85,10 +84,10 @@ class Trained(NamedTuple):
 class Estimate(NamedTuple):
     """Bytes on one card.
 
-    held: what stays from step to step (weights, gradients, optimizer states). stored: what the forward keeps for the
-    backward, by part. working: the most that comes on top of held and stored while forward and backward run. vision:
-    what the ViT's forward needs before anything else is stored. clipped: the second set of gradients that clipping
-    makes when activations are gone. allowance: what a GPU's driver and libraries take in addition.
+    held: kept from step to step (weights, gradients, optimizer states). stored: saved by the forward for the backward,
+    by component. working: the largest temporary memory on top of both. vision: needed by the ViT's forward before
+    anything else is stored. clipped: the second set of gradients that clipping makes, when activations are already
+    freed. allowance: for a GPU's driver and libraries.
     """
 
     held: Dict[str, int]
@@ -104,14 +103,14 @@ class Estimate(NamedTuple):
         return sum(self.held.values()) + max(step, self.vision, self.clipped) + self.allowance
 
 
-# ---- parameters and what an optimizer keeps for them
+# ---- parameters and optimizer states
 
 _COLUMNS = re.compile(r".*(attn\.c_attn|mlp\.w1|mlp\.w2|lm_head)\.(weight|bias|lora_B)")
 _ROWS = re.compile(r".*(attn\.c_proj|h\.\d+\.mlp\.c_proj|wte)\.(weight|lora_A)")
 
 
 def share(name: str, tensor: int) -> int:
-    """Into how many pieces tensor parallelism of this degree cuts a parameter; 1: each card has it whole."""
+    """Into how many pieces tensor parallelism of this degree splits a parameter; 1: it is replicated."""
     if tensor == 1 or name.startswith("visual."):
         return 1
     return tensor if _COLUMNS.fullmatch(name) or _ROWS.fullmatch(name) else 1
@@ -123,7 +122,7 @@ def elements(shapes: Shapes, names: Iterable[str], tensor: int = 1) -> int:
 
 
 def checkpoint_bytes(trained: Trained, setting: Setting, saved: Iterable[str]) -> Tuple[int, int]:
-    """(bytes of the saved weights, bytes of the optimizer's states beside them in a checkpoint)."""
+    """(bytes of the saved weights, bytes of the optimizer states in a checkpoint)."""
     per_element = 12 if setting.precision == "O2" else 8
     states = elements(trained.shapes, trained.trainable) * per_element
     return elements(trained.shapes, saved) * setting.weight_bytes, states
@@ -144,11 +143,11 @@ def _held(trained: Trained, setting: Setting) -> Dict[str, int]:
     return held
 
 
-# ---- activations: bytes kept for the backward
+# ---- activations: bytes saved for the backward
 
 
 def _first_layer(names: Iterable[str], prefix: str, before: Sequence[str], layers: int) -> int:
-    """The first layer of a stack that a gradient passes; `layers` when none does. before: prefixes in front of it."""
+    """The first layer of a stack that gradients reach; `layers` if none. before: prefixes of what precedes it."""
     first = layers
     for name in names:
         if any(name.startswith(one) for one in before):
@@ -159,23 +158,23 @@ def _first_layer(names: Iterable[str], prefix: str, before: Sequence[str], layer
 
 
 def _copies(shapes: Shapes, prefix: str, setting: Setting) -> int:
-    """Bytes of the half-precision copies that autocast makes of the matrices there, and the backward needs."""
+    """Bytes of the half-precision copies of matrices that autocast makes and the backward needs."""
     if setting.precision != "O1":
         return 0
     return 2 * elements(shapes, [n for n in shapes if n.startswith(prefix) and len(shapes[n]) == 2], setting.tensor)
 
 
 class _Counts(NamedTuple):
-    """Bytes of one layer: kept for its backward, and needed at most on top of that while its backward runs."""
+    """Bytes of one layer: kept for its backward, and the temporary memory while its backward runs."""
 
     kept: int
     working: int
 
 
 def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
-    """Bytes that the adapters in `block` keep: x·A, and with dropout its mask and the dropped input.
+    """Bytes that the adapters in `block` save: x·A, and with dropout its mask and the dropped input.
 
-    O1 without dropout: an own copy of x, where that is float32.
+    O1 without dropout: a copy of x where that is float32.
     """
     half = setting.precision != "float32"
     total = 0
@@ -199,7 +198,7 @@ def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, settin
     # Both RMSNorms: the residual stream in float32 (at O2 a copy), the normalised x and its product with the weight.
     # O1: these are float32, and c_attn, w1 and w2 keep a half copy each instead of the product.
     norms = {"float32": 24, "O1": 22, "O2": 16}[setting.precision]
-    # Queries, keys and values before the rotation, 3 A: float32 at O1, where both of their products have an own copy if
+    # Queries, keys and values before the rotation, 3 A: float32 at O1, where both of their products keep a copy if
     # c_attn's result is half. After it, and the result: A each.
     turned = {"float32": 12, "O1": 24 if setting.paddle_3 else 12, "O2": 6}[setting.precision]
     heads = N * A * (turned + 4 * act)
@@ -215,7 +214,7 @@ def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, settin
     kept += _adapters(shapes, block, N, setting) + _copies(shapes, block, setting)
     in_mlp = N * F * act * 2 + N * D * wide
     in_attention = 2 * (0 if setting.flash else batch.pairs * H * 4) + 4 * N * A * act + N * D * wide
-    in_attention -= mlp + N * D * norms // 2  # freed before the attention's turn
+    in_attention -= mlp + N * D * norms // 2  # freed before the attention's backward
     return _Counts(kept, max(in_mlp, in_attention))
 
 
@@ -229,7 +228,7 @@ def _vision_layer(visual: Dict[str, Any], shapes: Shapes, images: int, setting: 
     if setting.flash:
         scores = images * visual["heads"] * P * 4
     # Two norms' inputs and outputs, scaled queries, keys, values, result; both sides of the GELU, whose input is
-    # float32 at O1 where the bias is added by itself.
+    # float32 at O1 where the bias is a separate addition.
     gelu = act + (4 if setting.precision == "O1" and not setting.paddle_3 else act)
     kept = x * (2 * wide + 2 * act + 4 * act) + scores + images * P * m * gelu
     kept += _copies(shapes, "visual.vit.transformer.resblocks.0.", setting)
@@ -255,10 +254,7 @@ def _connector(config: Any, shapes: Shapes, batch: Batch, setting: Setting) -> i
 
 
 def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> Estimate:
-    """The memory of a training step on one card.
-
-    config: what config.json holds, complete (visual with all its keys).
-    """
+    """The memory of a training step on one card. config: the plain values of an MGenConfig (see `plain`)."""
     shapes = trained.shapes
     trainable = [name for name in trained.trainable if name not in CONSTANTS]
     visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"] // setting.tensor
@@ -270,7 +266,7 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
 
     stored: Dict[str, int] = {}
     working = [0]
-    # Vision. A gradient passes from the first part that trains on.
+    # Vision. Gradients reach back to the first part that trains.
     blocks = "visual.vit.transformer.resblocks."
     in_front = ("visual.vit.conv1", "visual.vit.ln_pre", "visual.vit.positional")
     first = _first_layer(trainable, blocks, in_front, visual["layers"]) if n else visual["layers"]
@@ -296,19 +292,19 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
         kept = sum(one.kept for one in counts)
         stored["decoder activations"] = kept
         if setting.recompute:
-            # The block where the gradient begins has an input without one, and is not recomputed then.
-            whole = 0 if embeds else counts[0].kept
-            stored["decoder activations"] = whole + (len(counts) - (not embeds)) * N * D * wide
+            # The first block whose input has no gradient is not recomputed.
+            first_kept = 0 if embeds else counts[0].kept
+            stored["decoder activations"] = first_kept + (len(counts) - (not embeds)) * N * D * wide
             working.append(counts[-1].kept + counts[-1].working)
         else:
             working.append(max(one.working for one in counts))
-    # Masks and rotary tables (for queries, keys, values), once for all layers; on the CPU as large as what meets them.
+    # Masks and rotary tables (for queries, keys, values), shared by all layers; on the CPU expanded to full shape.
     H = config["num_attention_heads"] // setting.tensor
     if setting.gpu:
         stored["masks and tables"] = batch.masked * 4 + 6 * N * config["kv_channels"] * wide
     else:
         stored["masks and tables"] = batch.masked * H * 4 + 6 * N * D * wide
-    # Final norm, the states of labelled positions, and their logits: float32 softmax kept, its gradient on top.
+    # Final norm, hidden states of labelled positions, and their logits: the float32 softmax, and its gradient on top.
     stored["logits and loss"] = N * D * (8 if not half else 6) + batch.labels * D * act + batch.labels * V * 4
     stored["logits and loss"] += _copies(shapes, "lm_head.", setting)
     working.append(batch.labels * V * (4 if not half else 6))
@@ -320,7 +316,7 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
 
 
 def plain(config: Any) -> Dict[str, Any]:
-    """A configuration (an MGenConfig) as the plain values that `estimate` reads."""
+    """The values of an MGenConfig that `estimate` reads."""
     keys = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size",
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Numbers that went wrong: overflow under float16, a loss that is NaN or infinite; and the gradient's norm.
+"""Numerical failures: float16 overflow, and NaN or infinite losses; and the gradient norm.
 
-The host waits for the device once per optimizer step, behind its last micro-batch: a GPU that is handed small batches
-would else run dry at each (docs/performance.md has the list).
+The host synchronises with the device once per optimizer step, after its last micro-batch: more often would leave a GPU
+with small batches idle (docs/performance.md has the list).
 
-Under float16 the loss is scaled up, so that small gradients survive; where one overflows, the step is skipped and the
-scale halved (Micikevicius et al. 2018, §3.2). A few skipped steps are normal. A run of them that no lower scale can
-end is not: the run stops and says what to change.
+Under float16 the loss is scaled up to keep small gradients; on an overflow the step is skipped and the scale halved
+(Micikevicius et al. 2018, §3.2). A few skipped steps are normal. If a lower scale cannot help any more, the run stops
+and says what to change.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from paddlemix.utils.compat import overflowed
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 
-# Steps in a row that were skipped although a lower loss scale could not have saved them.
+# Consecutive skipped steps that no lower loss scale could have saved.
 HOPELESS_STEPS = 5
 
 _INTACT = "the last checkpoint is intact"
 
 
 def gradient_norm(parameters: Iterable, scale: float = 1.0):
-    """Norm of all gradients together, float32 scalar tensor, or None without gradients. scale: what they are
-    multiplied with.
-    """
+    """Global norm of the gradients, a float32 scalar tensor; None without gradients. scale: the loss scale in them."""
     squares = []
     for parameter in parameters:
         gradient = getattr(parameter, "main_grad", None)
@@ -42,10 +40,10 @@ def gradient_norm(parameters: Iterable, scale: float = 1.0):
 
 
 def clip_by_float32_norm(most: float):
-    """Paddle's clipping by the norm of all gradients together, None for 0.
+    """Paddle's clipping by global norm, computed in float32; None for 0.
 
-    Of float16 or bfloat16 gradients Paddle makes squares of that dtype, and 2.6 their sum too: a norm above 255 becomes
-    infinite and the step 0, a small one 0. This makes it cast them first, on one card and where fleet clips over cards.
+    Paddle squares half-precision gradients in their own dtype, and 2.6 sums them in it too: a norm above 255 becomes
+    infinite and the step 0, a small one becomes 0. Here they are cast first, on one card and under fleet.
     """
     paddle.nn.clip._clip_by_global_norm_using_mp_type(True)
     GroupShardedClipGrad._dygraph_clip = _clip_shards
@@ -54,7 +52,7 @@ def clip_by_float32_norm(most: float):
 
 @paddle.no_grad()
 def _clip_shards(self, params_grads):
-    """The same in sharding stage 2, whose GroupShardedClipGrad ignores that switch. Here are this card's gradients."""
+    """The same for sharding stage 2, whose GroupShardedClipGrad ignores that switch. params_grads: of this card."""
     gradients = [g for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
     total = paddle.zeros([], "float32")
     for gradient in gradients:
@@ -67,9 +65,9 @@ def _clip_shards(self, params_grads):
 
 
 def unscale_main_gradients(scaler) -> None:
-    """Let a GradScaler see the float32 gradients of amp_master_grad, and their overflow, without fleet.
+    """Let a GradScaler unscale the float32 gradients of amp_master_grad and detect their overflow, without fleet.
 
-    They are in `main_grad`; Paddle's scaler looks at the empty `grad`, and its MixPrecisionScaler wants fleet's groups.
+    They are in `main_grad`; Paddle's scaler reads the empty `grad`, and its MixPrecisionScaler needs fleet's groups.
     """
 
     def unscale(self, optimizer):
@@ -84,8 +82,8 @@ def unscale_main_gradients(scaler) -> None:
 class OverflowCount:
     """Counts skipped steps and decides when to give up.
 
-    skipped: steps skipped so far. hopeless: how many of the last ones in a row no lower scale could have saved,
-    because the loss itself was no number or the scale was at its lowest, 1.
+    skipped: steps skipped so far. hopeless: consecutive steps that no lower scale could have saved, because the loss
+    itself was not finite or the scale was already 1.
     """
 
     def __init__(self, skipped: int = 0):
@@ -93,10 +91,10 @@ class OverflowCount:
         self.hopeless = 0
 
     def step(self, number: int, skipped: bool, loss_is_finite: bool, scale: float) -> None:
-        """Take note of optimizer step `number`, which had this loss scale.
+        """Record optimizer step `number`, which had this loss scale.
 
         Raises:
-            JobFailed: the last HOPELESS_STEPS steps were all beyond saving; with advice.
+            JobFailed: HOPELESS_STEPS hopeless steps in a row; with advice.
         """
         if not skipped:
             self.hopeless = 0
@@ -118,20 +116,20 @@ class OverflowCount:
 
 
 class Numerics(TrainerCallback):
-    """Watches each step. The trainer hands it each loss and asks it for the scalars of a log line."""
+    """Watches each step. The trainer passes it each loss and gets the scalars of a log line from it."""
 
     def __init__(self):
         self.overflow = OverflowCount()
-        # Of the step at hand, on the device: the sum of its losses, and the loss scale.
+        # Of the current step, on the device: the sum of its losses, and the loss scale.
         self._losses: Any = None
         self._scale: Any = None
         self._norm: Any = None
         self._last_loss: Any = None
 
     def watch(self, loss, scaled: bool):
-        """Take note of a micro-batch's loss; returns what to add up for the log: with a loss scale, the last one that
-        was a number in the place of one that is none. One NaN of a skipped step would be all that the log shows from
-        there on.
+        """Record a micro-batch's loss; returns the loss to accumulate for the log.
+
+        With a loss scale, the last finite loss replaces one that is not: a NaN of a skipped step would spoil the mean.
         """
         self._losses = loss if self._losses is None else self._losses + loss
         if not scaled:
@@ -141,13 +139,13 @@ class Numerics(TrainerCallback):
         return self._last_loss
 
     def _take_losses(self) -> float:
-        """The sum of the step's losses, no number if one of them is none. The host waits for them."""
+        """The sum of the step's losses. Synchronises with the device."""
         losses, self._losses = self._losses, None
         return 0.0 if losses is None else float(losses)
 
     def on_optimizer_begin(self, args, state, control, scaler=None, model=None, **kwargs):
         if scaler is None:
-            # Without a loss scale nothing is skipped: stop before the weights are spoiled.
+            # Without a loss scale no step is skipped: stop before the weights are spoiled.
             loss = self._take_losses()
             if not math.isfinite(loss):
                 step = state.global_step + 1
@@ -157,15 +155,15 @@ class Numerics(TrainerCallback):
                 )
         else:
             self._scale = scaler._scale
-        # Where parameters or optimizer states are split over cards, no process has all gradients.
-        whole = args.tensor_parallel_degree <= 1 and args.sharding_parallel_degree <= 1
-        if whole and ends_in_a_log(args, state.global_step + 1):
+        # With tensor parallelism or sharding no process has all gradients.
+        unsplit = args.tensor_parallel_degree <= 1 and args.sharding_parallel_degree <= 1
+        if unsplit and ends_in_a_log(args, state.global_step + 1):
             self._norm = gradient_norm(model.parameters(), 1.0 if scaler is None else self._scale)
 
     def on_optimizer_end(self, args, state, control, scaler=None, **kwargs):
         if scaler is None:
             return
-        # The optimizer has asked the device for it; only a skipped step asks for more.
+        # The optimizer has already synchronised for this flag; only a skipped step does so again.
         skipped = overflowed(scaler)
         if not skipped:
             self._losses = None

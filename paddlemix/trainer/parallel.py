@@ -1,7 +1,4 @@
-"""Several cards: what runs where, and why the rest is refused before anything is loaded.
-
-Data parallel and sharding stage 1 run on GPUs and on the CPU; sharding stage 2 and tensor parallel need GPUs.
-"""
+"""Several cards. Data parallel and sharding stage 1 run on GPUs and CPUs; stage 2 and tensor parallel need GPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +7,7 @@ from paddlemix.utils.errors import ConfigError
 
 
 def check_device(training: TrainingKeys, device: str) -> None:
-    """Refuse a way of sharing the work that Paddle has no kernels for on this device ("cpu" or "gpu:0").
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Raise ConfigError for a kind of parallelism that Paddle has no kernels for on this device ("cpu" or "gpu:0")."""
     if not device.startswith("cpu"):
         return
     if training.tensor_parallel_degree > 1:
@@ -30,11 +23,10 @@ def check_device(training: TrainingKeys, device: str) -> None:
 
 
 def keep_cards_alike(wrapped) -> None:
-    """What cards that share matrices need in addition, of a model that fleet has wrapped.
+    """Configure a model wrapped by fleet for tensor parallelism.
 
-    What they all hold whole (norms, vision part, half of the adapters) gets the first card's gradients, so that no
-    rounding drives them apart. Batches are left alone: fleet would send the first card's to the others, which have
-    read the same samples themselves.
+    Replicated parameters (norms, vision tower, half of the adapters) get the first card's gradients, so that rounding
+    cannot make them drift apart. Batches are not broadcast: each card reads the same samples itself.
     """
     from paddle.distributed import fleet
     from paddle.distributed.fleet.meta_parallel.meta_parallel_base import MetaParallelBase

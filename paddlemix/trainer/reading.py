@@ -1,4 +1,4 @@
-"""Text and JSON to typed values, strictly. It knows no key by name: a Key says what its value must be."""
+"""Strict conversion of text and JSON to typed values, by the type and limits of a Key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from paddlemix.utils.texts import nearest, shown
 
 
 class Key(NamedTuple):
-    """A name that takes a value.
+    """A configuration key.
 
-    hint: its type as a typing object. default: a fresh value. limits: choices=(…) the only values; at_least=n,
-    above=n, at_most=n for numbers. path=True: a path, in which a leading ~ is the home.
+    hint: its type as a typing object. limits: choices=(…), the allowed values; at_least=n, above=n, at_most=n for
+    numbers; path=True for a path, in which a leading ~ is expanded.
     """
 
     name: str
@@ -51,7 +51,7 @@ _KINDS = {
 
 
 def type_name(hint: Any) -> str:
-    """The type as docs and errors say it: "a whole number", "a text or null", …"""
+    """The type as docs and errors name it: "a whole number", "a text or null", …"""
     optional, kind, _ = _parts(hint)
     return _KINDS[kind] + (" or null" if optional else "")
 
@@ -61,7 +61,7 @@ def _wrong_kind(key: Key, value: Any) -> ConfigError:
 
 
 def from_json(key: Key, value: Any) -> Any:
-    """A JSON value as the key's type. Texts are not read as numbers, nor numbers as texts."""
+    """A JSON value as the key's type. Strings are not converted to numbers, nor numbers to strings."""
     optional, kind, item = _parts(key.hint)
     if value is None:
         if optional:
@@ -84,42 +84,40 @@ def from_json(key: Key, value: Any) -> Any:
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
-def from_text(key: Key, words: List[str]) -> Any:
-    """The words after `--key` on the command line as the key's type."""
+def from_text(key: Key, args: List[str]) -> Any:
+    """The arguments after `--key` on the command line as the key's type."""
     optional, kind, _ = _parts(key.hint)
-    if kind is bool and not words:
+    if kind is bool and not args:
         return True
-    if not words:
+    if not args:
         raise ConfigError(f"--{key.name} needs a value: {type_name(key.hint)}", key.name)
-    if kind is list and not (len(words) == 1 and words[0].lstrip().startswith("[")):
-        if optional and words in (["null"], ["None"]):
-            return None
-        return list(words)
-    if len(words) > 1:
-        raise ConfigError(f"--{key.name} takes one value, not {len(words)}: {' '.join(words)}", key.name)
-    word = words[0]
-    if optional and word in ("null", "None"):
+    if optional and args in (["null"], ["None"]):
         return None
+    if kind is list and not (len(args) == 1 and args[0].lstrip().startswith("[")):
+        return list(args)
+    if len(args) > 1:
+        raise ConfigError(f"--{key.name} takes one value, not {len(args)}: {' '.join(args)}", key.name)
+    text = args[0]
     if kind is str:
-        return word
+        return text
     if kind is bool:
-        if word.lower() in TRUE + FALSE:
-            return word.lower() in TRUE
-        raise _wrong_kind(key, word)
+        if text.lower() in TRUE + FALSE:
+            return text.lower() in TRUE
+        raise _wrong_kind(key, text)
     try:
-        value = float(word) if kind in (int, float) and word.lower() not in ("nan", "inf") else json.loads(word)
+        value = float(text) if kind in (int, float) and text.lower() not in ("nan", "inf") else json.loads(text)
     except ValueError:
-        raise _wrong_kind(key, word) from None
+        raise _wrong_kind(key, text) from None
     return from_json(key, value)
 
 
 def expand_path(key: Key, value: Any) -> Any:
-    """The value, without a leading ~ if it is a path."""
+    """The value, with a leading ~ expanded if it is a path."""
     return os.path.expanduser(value) if value and key.limits.get("path") else value
 
 
 def check_limits(key: Key, value: Any) -> None:
-    """Raise ConfigError when a value of the right type lies outside the key's limits."""
+    """Raise ConfigError if a value of the right type is outside the key's limits."""
     if value is None:
         return
     limits = key.limits
@@ -138,7 +136,7 @@ def check_limits(key: Key, value: Any) -> None:
 
 
 def _check_texts(value: Any) -> None:
-    """No path can hold half a character (a lone surrogate) or a zero byte; here both are said in one line."""
+    """Raise ConfigError for lone surrogates and zero bytes, which no path can hold."""
     if isinstance(value, dict):
         for pair in value.items():
             _check_texts(pair)
@@ -146,19 +144,19 @@ def _check_texts(value: Any) -> None:
         for item in value:
             _check_texts(item)
     elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
-        raise ConfigError(f"{json.dumps(value)[:80]} holds a character that no text or path can have")
+        raise ConfigError(f"{json.dumps(value)[:80]} holds a lone surrogate or a zero byte", "character")
 
 
 def read_config(path: str) -> Dict[str, Any]:
     """The names and raw values of a JSON config file.
 
     Raises:
-        ConfigError: there is no such file, it is not a JSON object, or it holds a text that no path can have.
+        ConfigError: the file is missing, is not a JSON object, or holds a lone surrogate or zero byte.
     """
     path = os.path.expanduser(path)
     config = read_config_object(path)
     try:
         _check_texts(config)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}", *error.about) from None
     return config

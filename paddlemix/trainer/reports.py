@@ -1,4 +1,4 @@
-"""What a run leaves to look at: scalars, captions and thumbnails for VisualDL and TensorBoard; the loss as a picture.
+"""Reports of a run: scalars, captions and thumbnails for VisualDL and TensorBoard; the loss curve as a picture.
 
 visualdl --logdir OUTPUT_DIR/runs        tensorboard --logdir OUTPUT_DIR/runs
 """
@@ -24,20 +24,20 @@ from paddlemix.utils.log import logger
 # report_to → the package that writes its files.
 _PACKAGES = {"visualdl": "visualdl", "tensorboard": "tensorboardX"}
 CURVE_NAME = "loss_curve.png"
-# Bytes a disk must have left for an entry to be written: more than any entry takes.
+# Free disk space that an entry needs, in bytes: more than any entry takes.
 _ROOM = 1 << 20
-# Pixels of the text beside a thumbnail, and of a line of it; letters of a text that are drawn.
+# Layout of caption pictures in pixels; maximum characters drawn.
 FONT_SIZE = 15
 _TEXT_WIDTH, _LINE, _MARGIN, _MOST_LETTERS = 360, 20, 10, 1000
-# Fewer losses need no smoothed line.
+# Minimum number of losses for a smoothed line.
 _SMOOTHED_FROM = 20
 
 
 def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
-    """Where to report: what was asked for, or by default all that is installed.
+    """Where to report: as requested, or by default to all that are installed.
 
     Raises:
-        ConfigError: a package that was asked for is missing.
+        ConfigError: a requested package is missing.
     """
     there = [kind for kind, package in _PACKAGES.items() if importlib.util.find_spec(package) is not None]
     for kind in asked or ():
@@ -49,17 +49,17 @@ def choose_reports(asked: Optional[Sequence[str]]) -> List[str]:
 
 
 Parameter = Union[str, int, float]
-# What the pages show of each run beside its parameters.
+# Metrics shown with the hyperparameters.
 METRICS = ("train/loss", "eval/loss", "eval/cider")
 
 
 class EventFiles(TrainerCallback):
-    """Event files of one run, opened with the first entry. Only the first process should have one.
+    """Event files of one run, opened with the first entry; of the first process only.
 
-    A disk without room ends them, not the run. Their packages write in threads of their own, which a failed write ends
-    or blocks: so room is asked for beforehand.
+    A full disk ends them, not the run. The packages write in threads of their own, which a failed write kills or
+    blocks, so free space is checked first.
 
-    folder: where they go. kinds: "visualdl", "tensorboard". parameters: the run's settings, shown beside its results.
+    kinds: "visualdl", "tensorboard". parameters: the run's settings, shown with its results.
     """
 
     def __init__(self, folder: str, kinds: Sequence[str], parameters: Optional[Dict[str, Parameter]] = None):
@@ -89,7 +89,7 @@ class EventFiles(TrainerCallback):
                 return
             from tensorboardX.summary import hparams
 
-            # The writer's own add_hparams makes a run of its own, in a folder beneath this one's.
+            # The writer's own add_hparams creates a separate run in a subfolder.
             for summary in hparams(self.parameters, dict.fromkeys(METRICS, 0.0)):
                 writer.file_writer.add_summary(summary)
 
@@ -97,7 +97,7 @@ class EventFiles(TrainerCallback):
             self._enter(write)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Each number under train/ or, for eval_…, under eval/."""
+        """Numbers go under train/ or, for eval_…, under eval/."""
 
         def write(writer):
             for name, value in logs.items():
@@ -116,7 +116,7 @@ class EventFiles(TrainerCallback):
         self._enter(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
     def _enter(self, write: Callable[[Any], None]) -> None:
-        """Let `write` make an entry with each writer, and flush them."""
+        """Call `write` with each writer, and flush them."""
         if not self.kinds:
             return
         try:
@@ -133,7 +133,7 @@ class EventFiles(TrainerCallback):
             self.close()
 
     def _cut_off(self) -> None:
-        """Let what the writers still hold, and would fail to write until the program exits, go into memory."""
+        """Redirect the writers' open files to memory: they would go on failing until the program exits."""
         nowhere = os.memfd_create("event files that found no room")
         inside = os.path.join(os.path.realpath(self.folder), "")
         for handle in os.listdir("/proc/self/fd"):
@@ -149,9 +149,9 @@ class EventFiles(TrainerCallback):
 
 
 def caption_picture(thumbnail: np.ndarray, caption: str, reference: str, font) -> np.ndarray:
-    """An image with what a model says of it beside it, and its reference below: uint8 [h, w, 3].
+    """An image with its caption and reference to the right: uint8 [h, w, 3].
 
-    thumbnail: uint8 [h, w, 3]. font: a Pillow font with the letters of both.
+    thumbnail: uint8 [h, w, 3]. font: a Pillow font with the characters of both.
     """
     from PIL import Image, ImageDraw
 
@@ -168,7 +168,7 @@ def caption_picture(thumbnail: np.ndarray, caption: str, reference: str, font) -
 
 
 def _wrapped(text: str, font, width: int) -> List[str]:
-    """Lines of at most `width` pixels, broken between any two letters, as Chinese is."""
+    """Lines of at most `width` pixels, broken between any two characters, as in Chinese."""
     lines, line = [], ""
     for letter in text[:_MOST_LETTERS]:
         if line and font.getlength(line + letter) > width:
@@ -179,7 +179,7 @@ def _wrapped(text: str, font, width: int) -> List[str]:
 
 
 def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], List[float]]]:
-    """Steps and values of "loss", "eval_loss" and "learning_rate" in a log history, where they are finite."""
+    """Steps and finite values of "loss", "eval_loss" and "learning_rate" in a log history."""
     found = {}
     for name in ("loss", "eval_loss", "learning_rate"):
         points = [(line["global_step"], line[name]) for line in history if name in line and "global_step" in line]
@@ -189,7 +189,7 @@ def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], Li
 
 
 def smoothed(values: Sequence[float]) -> List[float]:
-    """A running mean, over a thirtieth of the values or ten to either side, those further away counting less."""
+    """An exponential moving average in both directions, over a thirtieth of the values, at least ten."""
     keep = 1 - 1 / max(10, len(values) / 30)
 
     def behind(values: Sequence[float]) -> List[float]:
@@ -199,13 +199,13 @@ def smoothed(values: Sequence[float]) -> List[float]:
             found.append(total / weight)
         return found
 
-    # Both ways: of one alone, what falls lies below its mean.
+    # In one direction only, the average would lag behind.
     return [(one + other) / 2 for one, other in zip(behind(values), behind(values[::-1])[::-1])]
 
 
 def loss_figure(history: Sequence[Dict[str, float]], title: str = ""):
-    """The losses, smoothed too, and the learning rate over the steps, as a matplotlib figure. The losses are drawn on a
-    logarithmic scale if they span more than a factor of ten. None if there is no loss to draw."""
+    """A matplotlib figure of the losses, also smoothed, and the learning rate; None without losses. The scale of the
+    losses is logarithmic if they span more than a factor of ten."""
     found = curves(history)
     steps, losses = found["loss"]
     if not steps:
@@ -239,7 +239,7 @@ def loss_figure(history: Sequence[Dict[str, float]], title: str = ""):
 
 
 def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
-    """Write loss_figure as a PNG to `path`. False if there is no loss to draw.
+    """Write loss_figure as a PNG to `path`. Returns False without losses.
 
     Raises:
         OSError: the picture cannot be written.
@@ -253,18 +253,18 @@ def draw_loss(history: Sequence[Dict[str, float]], path: str) -> bool:
 
 
 class CaptionReport:
-    """Captions of an evaluation: as lines of the log, and in the event files, there beside their images too.
+    """Captions of an evaluation in the log and, with their images, in the event files.
 
-    thumbnail: gives the image of a caption's id, or None. font_folder: where a font may be, beside the usual places.
+    thumbnail: returns the image of a caption's id, or None. font_folder: searched for a font before the usual places.
     """
 
     def __init__(self, events: EventFiles, thumbnail: Callable[[str], Optional[np.ndarray]], font_folder: str):
         self.events, self.thumbnail, self.font_folder = events, thumbnail, font_folder
         self._thumbnails: Dict[str, Optional[np.ndarray]] = {}
-        self._font: Any = None  # looked for when one is needed; False: there is none
+        self._font: Any = None  # searched on demand; False: there is none
 
     def show(self, found: Sequence[Any], step: int) -> None:
-        """found: have id, text and reference."""
+        """found: objects with id, text and reference."""
         for one in found:
             line = f"{one.text} | reference: {one.reference}"
             logger.info(f"{one.id}: {line}")
@@ -281,7 +281,7 @@ class CaptionReport:
                 self.events.image(f"eval/{name}", shown, step)
 
     def _font_for(self, text: str) -> Any:
-        """A font with the letters of a text, or None, which is said once."""
+        """A font with the characters of a text, or None, with one warning."""
         from PIL import ImageFont
 
         if text.isascii():

@@ -1,9 +1,9 @@
-"""What a resumed run reads beside its weights: where it stood, optimizer, learning rate, loss scaler.
+"""The state that a resumed run reads besides its weights: position, optimizer, learning rate, loss scaler.
 
-PaddleNLP reads these files with paddle.load, which runs any code that a pickle names. Here they are data: read by
-paddlemix.checkpoint, and every value is compared with what this run expects before Paddle sees it. In a run of
-several processes each reads the checkpoint for itself, from a folder that all of them see. `training_args.bin` and
-the generators' states, which PaddleNLP leaves beside the weights, are never read.
+PaddleNLP reads these files with paddle.load, which executes any code that a pickle names. Here they are read by
+paddlemix.checkpoint as data, and every value is validated before Paddle sees it. In a run of several processes each
+one reads the checkpoint, from a shared folder. `training_args.bin` and the generator states, which PaddleNLP saves, are
+never read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SCHEDULER_NAME = "scheduler.pdparams"
 SCALER_NAME = "scaler.pdparams"
 STATE_NAME = "trainer_state.json"
 
-# More steps than any run has; a larger number is a broken file.
+# An upper bound of steps; a larger number means a broken file.
 _MOST_STEPS = 10**12
-# AdamW's accumulators of one parameter; the beta powers are single numbers.
+# AdamW's accumulators of a parameter; the beta powers are scalars.
 _ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
 
@@ -51,11 +51,11 @@ def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
-# ---- where the run is
+# ---- position
 
 
 class Position(NamedTuple):
-    """step: optimizer steps done. loss_sum: of those steps. order: what the order of samples depended on."""
+    """step: optimizer steps done. loss_sum: over those steps. order: the settings that determine the sample order."""
 
     step: int
     loss_sum: float
@@ -63,20 +63,20 @@ class Position(NamedTuple):
 
 
 def read_position(folder: str) -> Position:
-    """What a whole checkpoint's seal says.
+    """The position in the seal of a complete checkpoint.
 
     Raises:
-        WeightsError: the folder is not a complete checkpoint, or its seal holds something else.
+        WeightsError: the folder is not a complete checkpoint, or its seal is malformed.
     """
     state = run_checkpoints.read_seal(folder)
     if state is None:
-        raise WeightsError(f"{folder} is not a whole checkpoint")
+        raise WeightsError(f"{folder} is not a complete checkpoint", "incomplete")
     state = state if isinstance(state, dict) else {}
     position = Position(*(state.get(name) for name in ("global_step", "loss_sum", "order")))
     numbers = isinstance(position.order, dict) and all(map(_count, position.order.values()))
-    # A loss of float16 may have been no number for a step.
+    # A float16 loss may be NaN for a skipped step.
     if not (_count(position.step) and position.step and type(position.loss_sum) is float and numbers):
-        raise WeightsError(f"{folder} does not say where the run stood (in {run_checkpoints.SEAL_NAME})")
+        raise WeightsError(f"{os.path.join(folder, run_checkpoints.SEAL_NAME)} holds no valid position", "position")
     return position
 
 
@@ -105,39 +105,39 @@ _STATE: Dict[str, Callable[[Any], bool]] = {
 }
 
 
-# Lines of training that the history holds at most.
+# Maximum training lines in the history.
 MOST_LINES = 10_000
 
 
 def thinned(history: List[dict]) -> List[dict]:
-    """A history without every second line of training; evaluations stay, and the newest line."""
+    """The history without every second training line; evaluations and the newest line stay."""
     lines = [number for number, line in enumerate(history) if "loss" in line]
     left_out = set(lines[-2::-2])
     return [line for number, line in enumerate(history) if number not in left_out]
 
 
 def write_trainer_state(state: TrainerState, folder: str) -> None:
-    """Write trainer_state.json on one line: the stock one, indented, takes seconds for the history of a long run."""
+    """Write trainer_state.json on one line: indenting the history of a long run takes seconds."""
     values = {one.name: getattr(state, one.name) for one in dataclasses.fields(state)}
     with atomic_write(os.path.join(folder, STATE_NAME)) as file:
         file.write(json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n")
 
 
 def read_trainer_state(folder: str, step: int) -> TrainerState:
-    """The trainer_state.json of a checkpoint after `step` steps, each value of its kind.
+    """The trainer_state.json of a checkpoint after `step` steps, with every value type-checked.
 
-    best_model_checkpoint names a checkpoint beside this one, wherever the run's folder is now, or is None.
+    best_model_checkpoint is resolved to a sibling of this checkpoint, in case the run's folder was moved, or None.
 
     Raises:
-        WeightsError: the file is missing, is not JSON, or holds something else.
+        WeightsError: the file is missing, is not JSON, or has other contents.
     """
     path = os.path.join(folder, STATE_NAME)
     values = read_json_object(path, constants=True)
     for name, value in values.items():
         if name not in _STATE or not _STATE[name](value):
-            raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}")
+            raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}", name)
     if values.get("global_step") != step:
-        raise WeightsError(f"{path} is not of step {step}")
+        raise WeightsError(f"{path} is not of step {step}", "global_step")
     state = trainer_state(values)
     best = state.best_model_checkpoint
     if best is not None:
@@ -155,20 +155,20 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
 
 def _read(path: str) -> Dict[Any, Any]:
     if not os.path.isfile(path):
-        raise WeightsError(f"{path} is missing")
+        raise WeightsError(f"{path} is missing", "missing")
     value = load_pdparams_object(path)
     if type(value) is not dict:
-        raise WeightsError(f"{path} does not hold what it should")
+        raise WeightsError(f"{path}: expected a dict, found {type(value).__name__}", "not-a-dict")
     return value
 
 
 def _tensor(array: np.ndarray) -> paddle.Tensor:
-    # uint16 is how bfloat16 is stored, and what Paddle takes it for. A copy: the array is a view of the file.
+    # Paddle takes uint16 for bfloat16. A copy, since the array is a view of the file.
     return paddle.to_tensor(np.array(array))
 
 
 class _OptimizerState(NamedTuple):
-    """A file's content. accumulators: (parameter, kind) → array. masters: parameter → its float32 copy."""
+    """accumulators: (parameter, kind) → array. masters: parameter → its float32 copy."""
 
     accumulators: Dict[Tuple[str, str], np.ndarray]
     masters: Dict[str, np.ndarray]
@@ -176,33 +176,34 @@ class _OptimizerState(NamedTuple):
 
 
 def _accumulator(key: str) -> Tuple[str, str, bool]:
-    """(parameter, kind, whether of a master weight) of a key; empty texts for one of another form.
+    """(parameter, kind, whether of a master weight) of a key; empty strings for any other key.
 
-    Paddle writes "linear_0.w_0_moment1_0", and "linear_0.w_0_fp32_master_0_moment1_0" if the weight is half precision.
+    Paddle writes "linear_0.w_0_moment1_0", or "linear_0.w_0_fp32_master_0_moment1_0" for a half-precision weight.
     """
     found = re.fullmatch(rf"(.+?)(_fp32_master_\d+)?_({'|'.join(_ACCUMULATORS)})_\d+", key)
     return (found[1], found[3], found[2] is not None) if found else ("", "", False)
 
 
 def _read_optimizer(file: str, shapes: Dict[str, List[int]]) -> _OptimizerState:
-    """What a file holds for parameters of these names and shapes. Raises WeightsError: something else."""
+    """The optimizer state of parameters with these names and shapes. Raises WeightsError if a file has another one."""
     state = _read(file)
     schedule, masters = state.pop("LR_Scheduler", None), state.pop("master_weights", {})
     if type(masters) is not dict:
-        raise WeightsError(f"{file} does not hold what it should")
+        raise WeightsError(f"{file}: master_weights is not a dict", "master_weights")
     for name, value in masters.items():
         if name not in shapes or not _is_float32(value, shapes[name]):
-            raise WeightsError(f"{file}: the master weight {printable(str(name))} does not fit this run")
+            text = f"{file}: the master weight {printable(str(name))} does not fit this run"
+            raise WeightsError(text, "master_weights")
     accumulators = {}
     for key, value in state.items():
         name, kind, of_master = _accumulator(key) if type(key) is str else ("", "", False)
         if name not in shapes:
-            raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run")
+            raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run", "not-trained")
         fits = [shapes[name]] if kind.startswith("moment") else [[1], []]
         if not _is_float32(value, *fits):
-            raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}")
+            raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}", "shape")
         if of_master and name not in masters:
-            raise WeightsError(f"{file} lacks the master weight of {printable(name)}")
+            raise WeightsError(f"{file} lacks the master weight of {printable(name)}", "master_weights")
         accumulators[name, kind] = value
     schedule = None if schedule is None else _schedule(schedule, file, _MOST_STEPS)
     return _OptimizerState(accumulators, masters, schedule)
@@ -215,10 +216,10 @@ def _is_float32(value: Any, *shapes: List[int]) -> bool:
 def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Sequence[str] = ()) -> None:
     """Set AdamW's state from a file.
 
-    The file may be of a run in another precision: a parameter that is float32 now then becomes its master weight.
+    The file may come from a run in another precision: float32 parameters are then set to their master weights.
 
-    parameters: the tensors that train in this process, their weights already loaded. others: files of the processes
-    that share the state with this one (sharding); together they must hold every parameter.
+    parameters: those that train in this process, with their weights loaded. others: files of the processes that share
+    the state with this one (sharding); together they must cover all parameters.
 
     Raises:
         WeightsError: a file is missing or broken, or does not hold the state of these parameters.
@@ -227,11 +228,11 @@ def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Seq
     files = {file: _read_optimizer(file, shapes) for file in dict.fromkeys([path, *others])}
     held = set().union(*(state.accumulators for state in files.values()))
     lost = {name for name in shapes for kind in _ACCUMULATORS if (name, kind) not in held}
-    # One that no gradient has reached yet (attn_pool, where no sample had an image) has no state at all.
+    # A parameter without a gradient so far (attn_pool, if no sample had an image) has no state.
     untouched = {name for name in lost if all((name, kind) not in held for kind in _ACCUMULATORS)}
     if lost - untouched or not held:
-        raise WeightsError(f"{path} lacks the state of {len(lost)} parameters that train in this run")
-    # Paddle finds a half-precision parameter's accumulators by the name of its master weight.
+        raise WeightsError(f"{path} lacks the state of {len(lost)} parameters that train in this run", "incomplete")
+    # Paddle looks up a half-precision parameter's accumulators by the name of its master weight.
     halves = (paddle.float16, paddle.bfloat16)
     half = {p.name for p in parameters if optimizer._multi_precision and p.dtype in halves}
     ours = files[path]
@@ -258,17 +259,17 @@ def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Seq
 
 
 def _schedule(state: Any, path: str, most: int) -> Dict[str, Any]:
-    """A scheduler's state: steps done and the rate. float16 may have skipped steps, so `most` is a bound."""
+    """A scheduler's state: at most `most` steps (float16 may have skipped some), and the rate."""
     if type(state) is dict and set(state) == {"last_epoch", "last_lr"}:
         step, rate = state["last_epoch"], state["last_lr"]
         rate = rate.item() if isinstance(rate, np.generic) else rate
         if _count(step) and step <= most and _number(rate) and rate >= 0:
             return {"last_epoch": step, "last_lr": float(rate)}
-    raise WeightsError(f"{path} does not hold a learning rate's state of at most {most} steps")
+    raise WeightsError(f"{path} does not hold a learning rate schedule of at most {most} steps", "schedule")
 
 
 def load_scheduler(scheduler: Any, path: str, step: int) -> None:
-    """Set the learning rate's state from a file of a checkpoint after `step` steps. Raises WeightsError."""
+    """Set the learning rate schedule from a checkpoint after `step` steps. Raises WeightsError."""
     state = _schedule(_read(path), path, step)
     scheduler.set_state_dict(state)
 
@@ -284,5 +285,5 @@ def load_scaler(scaler: Any, path: str) -> None:
     fits = fits and type(state["use_dynamic_loss_scaling"]) is bool
     fits = fits and all(_number(state[name]) and state[name] > 0 for name in numbers)
     if not fits or not all(_count(state[name]) for name in counts):
-        raise WeightsError(f"{path} does not hold a loss scaler's state")
+        raise WeightsError(f"{path} does not hold a loss scaler's state", "scaler")
     scaler.load_state_dict(dict(state, scale=np.array(scale.reshape([1]), "float32")))

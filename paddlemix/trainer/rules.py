@@ -1,4 +1,4 @@
-"""What keys rule out among each other, as a table that docs/config.md prints, and the files that keys must name."""
+"""Rules between keys, as a table that docs/config.md prints, and checks of the files that keys name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from paddlemix.utils.errors import Problem
 
 
 class Rule(NamedTuple):
-    """says: what is wrong; {key} is filled with the value of that key. broken: whether the blocks Model, Data and
-    Training of Arguments, which come fourth, break it."""
+    """says: the message; {key} is replaced by that key's value. broken(model, data, training, arguments): whether it
+    is broken."""
 
     says: str
     broken: Callable[[ModelArguments, DataArguments, TrainingKeys, Arguments], Any]
@@ -26,7 +26,7 @@ class Rule(NamedTuple):
         return [word for word in re.findall(r"\w+", self.says) if word in keys]
 
 
-# Of PaddleNLP's options those that work here, and those that keep optimizer states by pieces of fused buffers.
+# The options of PaddleNLP that work here, and those that store optimizer states as slices of fused buffers.
 _SHARDING_OPTIONS = (
     "enable_stage1_overlap", "enable_stage2_overlap", "disable_stage1_reduce_avg", "enable_stage1_broadcast_overlap",
     "enable_release_grads",
@@ -130,7 +130,7 @@ RULES = (
 
 
 def broken_rules(arguments: Arguments) -> List[str]:
-    """What cannot go together or is missing, one sentence each. Files are looked for, none is read."""
+    """A problem for each broken rule and each missing file. No file is read."""
     values: Dict[str, Any] = {"cards": arguments.cards}
     for block in arguments[:4]:
         values.update((field.name, getattr(block, field.name)) for field in dataclasses.fields(block))
@@ -144,7 +144,7 @@ def broken_rules(arguments: Arguments) -> List[str]:
 
 
 def rule_lines() -> List[str]:
-    """The rules in words, without the values of a run: "learning_rate must be above lr_end …"."""
+    """The messages of the rules, without a run's values: "learning_rate must be above lr_end …"."""
     without = [re.sub(r"=\{\w+\}", "", rule.says) for rule in RULES]
     return [says.format(cards="N", tensor_parallel_degree="N") for says in without]
 
@@ -181,6 +181,6 @@ def _path_problems(arguments: Arguments) -> List[str]:
 
 
 def _within(path: str, folder: str) -> bool:
-    """Whether a path is this folder or lies in it."""
+    """Whether a path is this folder or inside it."""
     path, folder = os.path.realpath(path), os.path.realpath(folder)
     return path == folder or path.startswith(os.path.join(folder, ""))

@@ -1,7 +1,6 @@
-"""What a run is, decided once: `finetune` takes a Run and acts, the dry run takes it and prints.
+"""The resolved run: everything about a run is decided once. `finetune` executes a Run, the dry run prints it.
 
-Weights are opened as far as their headers, images not at all. All problems are collected, so that
-one look finds it all.
+Only headers of weights are read, and no images. All problems are collected, so that one pass reports them all.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ class StoredWeights(NamedTuple):
 
 @dataclass
 class Run:
-    """A run before its first step. What cannot be decided, because something is wrong with it, is None or empty.
+    """A run before its first step. A field that cannot be decided because of a problem is None or empty.
 
-    problems: why the run cannot start; errors: those of them that were raised. warnings: what is otherwise than asked
-    for. notes: what is worth knowing. shapes: of the base model's parameters. trainable: those that train in full.
-    adapters: names and shapes of the LoRA matrices. resume_from: checkpoint to go on from. old_files: what a finished
-    run left in output_dir, to be deleted.
+    problems: why the run cannot start; errors: the exceptions behind them. warnings: deviations from the request.
+    notes: further information. shapes: of the base model's parameters. trainable: those that train in full. adapters:
+    names and shapes of the LoRA matrices. resume_from: checkpoint to resume from. old_files: results of a finished run
+    in output_dir that are to be deleted.
     """
 
     arguments: Arguments
@@ -79,7 +78,7 @@ class Run:
     old_files: List[str] = field(default_factory=list)
 
     def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The call's result, or None when it raises a UserError, which becomes a problem."""
+        """The result of a call; None if it raises a UserError, which becomes a problem."""
         try:
             return call(*arguments, **options)
         except UserError as error:
@@ -92,7 +91,7 @@ class Run:
             self.problems.append(text)
 
     def refuse(self) -> None:
-        """Raise an error with all problems, if there are any."""
+        """Raise one error for all problems, if any."""
         if len(self.problems) == 1 and self.problems[0] in self.errors:
             raise self.errors[self.problems[0]]
         if self.problems:
@@ -105,12 +104,12 @@ class Run:
 
     @property
     def data_parallel(self) -> int:
-        """Cards that see other samples than each other."""
+        """Cards that work on different samples."""
         return max(self.machine.cards // self.tensor, 1)
 
     @property
     def trained(self) -> List[str]:
-        """Names of all that train."""
+        """Names of all parameters that train."""
         return [*self.trainable, *self.adapters]
 
     @property
@@ -119,12 +118,12 @@ class Run:
 
     @functools.cached_property
     def origin(self) -> Origin:
-        """The models that the run starts from, for what it saves."""
+        """The models that the run starts from, to be saved with its result."""
         return Origin.of(self.arguments.model.model_name_or_path, self.arguments.model.text_model_name_or_path)
 
     @property
     def kind(self) -> str:
-        """What is saved: "adapters" (with what trains in full beside them), a "part" or "everything"."""
+        """What is saved: "adapters" (with fully trained parameters, if any), a "part" or "everything"."""
         if self.adapters:
             return "adapters"
         return "everything" if freeze.is_everything(self.trainable, self.shapes) else "part"
@@ -143,9 +142,9 @@ class Run:
 
 
 def resolve(arguments: Arguments, machine: Optional[Machine] = None, problems: Sequence[str] = ()) -> Run:
-    """Decide everything about a run.
+    """Resolve a run.
 
-    machine: None for this one. problems: those found while the arguments were read.
+    machine: None for this one. problems: those found while parsing the arguments.
     """
     run = _on_machine(arguments, machine)
     run.problems[:0] = [*problems, *broken_rules(arguments)]
@@ -192,7 +191,7 @@ def _decide_precision(run: Run) -> None:
 
 
 def _decide_model(run: Run) -> None:
-    """Configuration, shapes, what trains, and whether the weights' headers fit."""
+    """Configuration, shapes, what trains; checks the headers of the weights."""
     model = run.arguments.model
     folder, text_folder = model.model_name_or_path, model.text_model_name_or_path
     if not _is_model(folder):
@@ -221,12 +220,12 @@ def _decide_model(run: Run) -> None:
 
 
 def _is_model(folder: Optional[str]) -> bool:
-    """Whether a key names a model's folder; the rules have said it when it names something else."""
+    """Whether a key names a model's folder; the rules report anything else."""
     return folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
 
 
 def _open_base(run: Run, folder: str) -> None:
-    """Hold the headers of the base model's weights against its configuration."""
+    """Check the headers of the base model's weights against its configuration."""
     with open_weights(folder) as reader:
         dtypes = Counter(reader.info(name).dtype for name in reader.keys())
         run.weights = StoredWeights(len(reader), len(reader.files), reader.total_bytes, dtypes)
@@ -239,13 +238,13 @@ def _check_lora_path(run: Run, folder: str) -> None:
     with open_lora_weights(folder, run.saved):
         pass
     if run.guard is not None:
-        # Going on with them on another base may be meant.
+        # Continuing on another base may be intended.
         base, text = model.model_name_or_path, model.text_model_name_or_path
         Origin.read(folder).check(folder, base, text, force=True, warn=run.warnings.append)
 
 
 def _decide_output(run: Run) -> None:
-    """Where the result goes, what the run goes on from, and what it deletes."""
+    """Check the output folder; decide what to resume from and what to delete."""
     training = run.arguments.training
     if training.output_dir is None:
         return
@@ -320,7 +319,7 @@ def _decide_order(run: Run) -> None:
 
 
 def _check_resume(run: Run) -> None:
-    """Whether the checkpoint to go on from is of this run: order of samples, state, weights."""
+    """Check that the checkpoint to resume from belongs to this run: order of samples, state, weights."""
     folder = run.resume_from
     if folder is None:
         return

@@ -1,8 +1,7 @@
-"""Checkpoints of a run: sealed when whole, found again for resuming, thinned out, and never thrown away
-unsaid.
+"""Checkpoints of a run: sealed when complete, found for resuming, pruned; every deletion is logged.
 
-output_dir/checkpoint-<step>/ is written under another name and renamed once every file is on disk and
-listed, with its size, in `checkpoint.json`. A folder that differs from its list is not a checkpoint.
+output_dir/checkpoint-<step>/ is written under another name and renamed once every file is on disk and listed, with its
+size, in `checkpoint.json` (the seal). A folder that differs from its list is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from paddlemix.utils.texts import some
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_PREFIX = ".partial-"
-# What a finished run leaves in output_dir beside its weights.
+# Marks a finished run in output_dir.
 RESULT_NAME = "train_results.json"
 _RESULTS = (model_folder.WEIGHTS, model_folder.TUNED_WEIGHTS, model_folder.TUNING, model_folder.RECORD)
 
@@ -38,7 +37,7 @@ def step_of(folder: str) -> int:
 
 
 def seal(folder: str, state: Dict[str, Any]) -> None:
-    """Flush every file of a checkpoint to disk and list them, with `state` (small values), in its seal."""
+    """Flush every file of a checkpoint to disk and list it, with `state` (small values), in the seal."""
     files = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -55,7 +54,7 @@ def seal(folder: str, state: Dict[str, Any]) -> None:
 
 
 def publish(written: str, final: str) -> None:
-    """Give a sealed checkpoint its name, lastingly: older ones may be deleted after this."""
+    """Rename a sealed checkpoint durably: older ones may be deleted after this."""
     if os.path.isdir(final):
         shutil.rmtree(final)
     sync_folder(written)
@@ -64,7 +63,7 @@ def publish(written: str, final: str) -> None:
 
 
 def read_seal(folder: str) -> Optional[Dict[str, Any]]:
-    """The `state` a checkpoint was sealed with, or None when it is not whole or its seal names files elsewhere."""
+    """The `state` of a checkpoint's seal, or None if it is incomplete or its seal names files elsewhere."""
     try:
         # A loss of float16 may be NaN.
         content = read_json_object(os.path.join(folder, SEAL_NAME), constants=True)
@@ -77,9 +76,9 @@ def read_seal(folder: str) -> Optional[Dict[str, Any]]:
 
 
 def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> None:
-    """Raise ConfigError when the order of samples depends on something else than in the run of checkpoint `folder`.
+    """Raise ConfigError if the settings that determine the sample order differ from those of checkpoint `folder`.
 
-    stored, ours: what it depends on, by name, there and in this run.
+    stored, ours: these settings in the checkpoint and in this run.
     """
     changed = {
         name: f"{printable(name)} was {printable(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
@@ -91,17 +90,17 @@ def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> No
 
 
 def checkpoints(output_dir: str) -> List[str]:
-    """Checkpoint folders by step, oldest first, whole or not."""
+    """Checkpoint folders by step, oldest first, complete or not."""
     found = [path for path in glob.glob(os.path.join(glob.escape(output_dir), "checkpoint-*")) if step_of(path) >= 0]
     return sorted((path for path in found if os.path.isdir(path)), key=step_of)
 
 
 def last_whole(output_dir: str) -> Optional[str]:
-    """The newest whole checkpoint; broken ones newer than it are named in the log and passed over."""
+    """The newest complete checkpoint; newer broken ones are logged and skipped."""
     for path in reversed(checkpoints(output_dir)):
         if read_seal(path) is not None:
             return path
-        logger.warning(f"{path} is not whole (a file is missing or shorter than when it was saved); passed over")
+        logger.warning(f"{path} is incomplete (a file is missing or was truncated); skipped")
     return None
 
 
@@ -110,7 +109,7 @@ def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
     whole = [path for path in checkpoints(output_dir) if read_seal(path) is not None]
     if not keep or len(whole) < keep:
         return
-    # A broken one counts for nothing: it may be newer than what a resumed run has just saved.
+    # Broken ones do not count: they may be newer than what a resumed run has just saved.
     for path in checkpoints(output_dir):
         if step_of(path) < step_of(whole[-keep]) and (best is None or os.path.abspath(path) != os.path.abspath(best)):
             logger.info(f"Deleting older checkpoint [{path}] due to save_total_limit={keep}")
@@ -120,16 +119,15 @@ def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
 def check_output(
     output_dir: str, *, overwrite: bool, resume: bool, resume_from: Optional[str]
 ) -> Tuple[Optional[str], List[str]]:
-    """What a run begins with: (the checkpoint to resume from or None, files of a finished run to delete).
+    """(checkpoint to resume from or None, files of a finished run to delete). Changes nothing.
 
-    A finished run that goes on, to more steps, is an unfinished one from then on: its RESULT_NAME is to delete.
-
-    resume: from the newest whole checkpoint in output_dir; without one the folder must hold no result. resume_from:
-    from this folder, which must be that one if there is any. Otherwise a folder with an unfinished run is refused, and
-    the result of a finished one is replaced only with `overwrite`. Nothing is changed here.
+    resume: from the newest complete checkpoint in output_dir; without one the folder must hold no result. resume_from:
+    from this folder, which must be the newest in output_dir if that has any. Otherwise a folder with an unfinished run
+    is refused, and the result of a finished one is replaced only with `overwrite`. A finished run that is resumed
+    counts as unfinished again, so its RESULT_NAME is to be deleted.
 
     Raises:
-        ConfigError: the folder holds a run and neither resume nor overwrite says what to do with it.
+        ConfigError: the folder holds a run and neither resume nor overwrite is set.
     """
     if resume_from and read_seal(resume_from) is None:
         raise ConfigError(
@@ -139,7 +137,7 @@ def check_output(
     finished = [result] if os.path.isfile(result) else []
     if resume_from:
         if last is not None and not os.path.samefile(last, resume_from):
-            # Were both kept, the next --resume would take the newest, of whichever run.
+            # With both, the next --resume would take the newest, whichever run it belongs to.
             raise ConfigError(
                 f"{output_dir} also holds {os.path.basename(last)}: --resume goes on with that; to go on from "
                 f"{resume_from}, set another output_dir, or delete the newer checkpoints",
@@ -165,7 +163,7 @@ def check_output(
             "with it, or delete the folder to begin anew",
             "unfinished-run",
         )
-    # The result file last: while it exists, what is left cannot pass for an unfinished run.
+    # The result file last: as long as it exists, the rest does not look like an unfinished run.
     old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(
@@ -176,7 +174,7 @@ def check_output(
 
 
 def clear_output(output_dir: str, old: List[str]) -> None:
-    """Delete these parts of a finished run, named in the log, and what a killed save left behind."""
+    """Delete these files of a finished run, which are logged, and leftovers of killed saves."""
     for path in glob.glob(os.path.join(glob.escape(output_dir), PARTIAL_PREFIX + "*")):
         shutil.rmtree(path)
     for path in old:
@@ -191,7 +189,7 @@ def clear_output(output_dir: str, old: List[str]) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, partial: str) -> Iterator[None]:
-    """Turn a failed write into one line that says what to do, and remove the partial folder, if there is one."""
+    """Turn a failed write into a JobFailed that says what to do, and remove the partial folder."""
     try:
         yield
     except (OSError, JobFailed) as error:

@@ -62,19 +62,19 @@ from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import peak_memory
 
-# An evaluation of fewer seconds is never said to take too long.
+# Shorter evaluations are never reported as too long.
 _LONG_SECONDS = 10.0
-# The parts between vision and language, which mm_projector_lr is for.
+# The connector, whose learning rate is mm_projector_lr.
 _PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
 
 class FinetuneTrainer(Trainer):
-    """PaddleNLP's Trainer with the overrides that this module's head lists.
+    """PaddleNLP's Trainer with the overrides listed at the top of this module.
 
-    chat_template: what the result is asked with. origin: the models that the run started from. guard: what the LLM must
-    stay like. order: of the training samples; not for an evaluation alone. captions: of evaluations, all scored
-    (score_captions) and written (save_captions), the first shown_captions of them shown. image_gain: of evaluations,
-    too (eval_image_gain). parameters: the run's, for the event files.
+    chat_template: saved with the result. origin: the models that the run started from. guard: checks that the LLM's
+    structure is unchanged. order: of the training samples; None for evaluation only. captions: generated at
+    evaluations; scored with score_captions, written with save_captions, the first shown_captions shown. image_gain:
+    measured at evaluations (eval_image_gain). parameters: the run's settings, for the event files.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class FinetuneTrainer(Trainer):
         self._tokens, self._samples, self._counted_since = 0, 0, time.time()
         self._tokens_seen, self._samples_seen = 0, 0
         self._history: List[dict] = []
-        # Seconds of evaluations in the training; when the training between two of them began; whether it was shorter.
+        # Seconds spent in evaluations; start of the training since the last one; whether a long one was reported.
         self._evaluated, self._trained_since, self._warned = 0.0, None, False
         super().__init__(*args, **kwargs)
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
@@ -144,7 +144,7 @@ class FinetuneTrainer(Trainer):
             self._counted_since = time.time()
             logs.update(self.numerics.scalars())
         if "train_runtime" in logs:
-            # The stock rates take all planned steps for done in this session, which a resume or a signal belies.
+            # The stock rates count all planned steps, which is wrong after a resume or a signal.
             self._take_counts()
             seconds = max(logs["train_runtime"] - self._evaluated, 1e-6)
             logs["train_samples_per_second"] = round(self._samples_seen / seconds, 4)
@@ -159,18 +159,18 @@ class FinetuneTrainer(Trainer):
         self._history.append(dict(logs, global_step=self.state.global_step))
         if len(self._history) > resume.MOST_LINES and "loss" in logs:
             self._history = resume.thinned(self._history)
-        # A copy: PaddleNLP 2.8 appends to it by itself.
+        # A copy, since PaddleNLP 2.8 appends to it too.
         self.state.log_history = list(self._history)
 
     def _take_counts(self) -> Tuple[int, int]:
-        """Tokens and samples trained on since the last call, by all processes."""
+        """Tokens and samples that all processes trained on since the last call."""
         tokens, samples = self._of_all_processes(self._tokens, self._samples)
         self._tokens, self._tokens_seen = 0, self._tokens_seen + tokens
         self._samples, self._samples_seen = 0, self._samples_seen + samples
         return tokens, samples
 
     def _of_all_processes(self, *counts) -> List[int]:
-        """Counts of samples, or in samples, added up. All processes must call this at the same point."""
+        """Counts summed over processes with different samples. A collective call."""
         summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
         if self.args.world_size > 1:
             paddle.distributed.all_reduce(summed)
@@ -193,10 +193,7 @@ class FinetuneTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The loss, and with `captions` what the model says: scored if `score_captions`, and a few of it shown.
-
-        None when SIGTERM ended it.
-        """
+        """Evaluate the loss and, with `captions`, generate captions. None if SIGTERM interrupted it."""
         began = time.time()
         try:
             return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -208,8 +205,8 @@ class FinetuneTrainer(Trainer):
             self._leave_out(began)
 
     def _leave_out(self, began: float) -> None:
-        """Take an evaluation since `began` out of the training's rates; warn once of one that takes longer than the
-        training between two."""
+        """Exclude an evaluation since `began` from the training rates; warn once if it took longer than the training
+        before it."""
         seconds = time.time() - began
         self._counted_since += seconds
         if self._trained_since is None:
@@ -292,7 +289,7 @@ class FinetuneTrainer(Trainer):
         return wrapped
 
     def _prepare_inputs(self, inputs):
-        # The loader hands over what an error in it could not say.
+        # A loader worker reports a failed sample inside the batch; raise it here.
         raise_failure(inputs)
         return super()._prepare_inputs(inputs)
 
@@ -304,7 +301,7 @@ class FinetuneTrainer(Trainer):
         return self.numerics.watch(loss, self.do_grad_scaling)
 
     def _check_loss_valid(self, loss):
-        """Done by Numerics, on every PaddleNLP."""
+        """Replaced by Numerics."""
 
     def create_optimizer(self, lr_scheduler=None):
         """AdamW over the parameters that train; weight decay on matrices only."""
@@ -331,12 +328,12 @@ class FinetuneTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         if self.control.should_save:
-            # The loss of steps not logged yet belongs to the sum that a checkpoint keeps.
+            # A checkpoint's loss sum includes the steps not yet logged.
             self._pending_loss = 0.0 if self.control.should_log else float(tr_loss)
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _save_checkpoint(self, model, metrics=None):
-        """Write a checkpoint beside its place, seal it and rename it."""
+        """Write a checkpoint under a temporary name, seal it and rename it."""
         output_dir, step = self.args.output_dir, self.state.global_step
         final = os.path.join(output_dir, f"checkpoint-{step}")
         partial = os.path.join(output_dir, f"{run_checkpoints.PARTIAL_PREFIX}{step}")
@@ -366,8 +363,8 @@ class FinetuneTrainer(Trainer):
 
     @contextlib.contextmanager
     def _writing_to(self, folder: str):
-        """Let the base class write under another folder, all but the trainer's state, which is not final yet."""
-        # PaddleNLP 2.8 has no output_signal_dir; setting it there harms nothing.
+        """Let the base class write to another folder, without the trainer's state, which is not final yet."""
+        # PaddleNLP 2.8 has no output_signal_dir; setting it is harmless.
         kept = self.args.output_dir
         self.args.output_dir = self.args.output_signal_dir = folder
         self.state.save_to_json = lambda path: None
@@ -378,12 +375,12 @@ class FinetuneTrainer(Trainer):
             self.args.output_dir = self.args.output_signal_dir = kept
 
     def _rotate_checkpoints(self, use_mtime=False, output_dir=None):
-        """Done by _save_checkpoint; the stock one runs too early, and only under a launcher."""
+        """Replaced by _save_checkpoint; the stock one runs too early, and only under a launcher."""
 
     def _save(self, output_dir=None, state_dict=None, merge_tensor_parallel=False):
-        """Weights (see save_tuned), configuration, tokenizer, chat template, arguments.
+        """Save weights (see save_tuned), configuration, tokenizer, chat template and arguments.
 
-        The first process writes; those that share its matrices come here too and hand it their parts.
+        The first process writes; the processes that share its matrices must call this too.
         """
         folder = output_dir or self.args.output_dir
         if folder == self.output_dir:
@@ -397,7 +394,7 @@ class FinetuneTrainer(Trainer):
         save_tuned(self.model, partial, self.origin, True)
         self.tokenizer.save_pretrained(partial)
         self.chat_template.save(partial)
-        # For the notebook's list of files; nothing reads it. Plain values: a pickled object would name its class.
+        # Only because the notebook lists this file; never read. Plain values, no pickled classes.
         arguments = dict(self.args.to_sanitized_dict(), output_dir=self.output_dir, output_signal_dir=self.output_dir)
         paddle.save(arguments, os.path.join(partial, "training_args.bin"))
         for name in os.listdir(partial):
@@ -405,7 +402,7 @@ class FinetuneTrainer(Trainer):
         os.rmdir(partial)
 
     def load_weights(self, checkpoint: str) -> None:
-        """Set the parameters from a checkpoint of this kind of run, without executing anything it holds."""
+        """Set the parameters from a checkpoint of the same kind of run, executing nothing in it."""
         load_tuned(self.model, checkpoint, self.origin)
 
     def _load_from_checkpoint(self, resume_from_checkpoint=None):
@@ -425,19 +422,19 @@ class FinetuneTrainer(Trainer):
             resume.load_scaler(self.scaler, os.path.join(checkpoint, resume.SCALER_NAME))
 
     def _optimizer_names(self) -> List[str]:
-        """Files with the optimizer's state of this process's parameters: several under sharding."""
+        """The files of the optimizer state; several under sharding."""
         suffix = self.args.optimizer_name_suffix
         shards = range(max(self.args.sharding_parallel_degree, 1))
         variants = [re.sub(r"shard\d+", f"shard{rank:02d}", suffix) if suffix else None for rank in shards]
         return [_add_variant(resume.OPTIMIZER_NAME, variant) for variant in variants]
 
     def _load_rng_state(self, checkpoint):
-        """Nothing to do: see seed_step."""
+        """Not needed: see seed_step."""
 
     # ---- the run
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, and end with the best weights if load_best_model_at_end. Returns the metrics."""
+        """Train; load the best weights at the end with load_best_model_at_end. Returns the metrics."""
         given = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
             position = resume.read_position(resume_from_checkpoint)
@@ -454,16 +451,16 @@ class FinetuneTrainer(Trainer):
                 self.state = state
                 return {"train_loss": position.loss_sum / position.step, "epoch": state.epoch}
         try:
-            # The optimizer's states get running names too (see finetune.build).
+            # Optimizer states get generated names too (see finetune.build).
             with paddle.utils.unique_name.guard(), given:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
                 metrics.update(peak_memory())
         except SystemError as error:
-            # Paddle's words for a loader worker that died; the worker's own do not arrive.
+            # Paddle's message for a dead loader worker; the worker's own error is lost.
             if "DataLoader process" not in str(error):
                 raise
             raise JobFailed(
-                "a process that reads samples died, perhaps for want of memory: try fewer dataloader_num_workers",
+                "a process that reads samples died, perhaps out of memory: try fewer dataloader_num_workers",
                 "dataloader_num_workers",
             ) from error
         finally:

@@ -33,27 +33,23 @@ class FinetuneArguments(TrainingArguments):
 def paddlenlp_arguments(
     training: TrainingKeys, precision: Precision, order: Optional[Order] = None
 ) -> FinetuneArguments:
-    """The keys as PaddleNLP takes them, with fp16 and bf16 set by what they became on this device, and the batches of
-    a step by what an epoch has of them.
+    """The keys as PaddleNLP's arguments, with the resolved precision and the batches per step of `order`.
 
     Raises:
-        ConfigError: the installed PaddleNLP refuses a value, such as a sharding option that it does not know.
+        ConfigError: the installed PaddleNLP rejects a value, such as an unknown sharding option.
     """
     known = {field.name for field in dataclasses.fields(FinetuneArguments)}
-    values = {}
-    for field in dataclasses.fields(TrainingKeys):
-        value = getattr(training, field.name)
-        if field.name in known:
-            values[field.name] = value
+    names = [field.name for field in dataclasses.fields(TrainingKeys) if field.name in known]
+    values = {name: getattr(training, name) for name in names}
     values.update(
         fp16=precision.compute == "float16",
         bf16=precision.compute == "bfloat16",
         master_weights=precision.master_weights,
         device=paddle.get_device().split(":")[0],
         report_to=choose_reports(training.report_to),
-        # Our own words for a device; PaddleNLP's flag would only repeat it.
+        # The device is set already; the flag would only repeat it.
         no_cuda=False,
-        # Resuming and "evaluate once at the end" are decided here, not there.
+        # Resuming and evaluating once at the end are handled in finetune.py.
         do_eval=training.evaluation_strategy != "no",
         resume_from_checkpoint=None,
     )

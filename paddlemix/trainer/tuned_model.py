@@ -1,11 +1,11 @@
-"""The model of a run: loaded, frozen where the patterns say so, given its adapters, saved and set again.
+"""The model of a run: load, freeze, add adapters, save, and load again.
 
 What is saved depends on what trains:
-  adapters        PaddleNLP's LoRA files; what trains whole beside them is in there too
+  adapters        PaddleNLP's LoRA files, which include fully trained parameters
   a part          partial_model_state.pdparams with the tensors that train
   everything      a model folder
-each with tuned_from.json, the note of the models that the run started from.
-merge_lora_params.py makes a model folder of the first two and their base.
+each with tuned_from.json, which names the models that the run started from.
+merge_lora_params.py merges the first two into their base.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def base_of(model):
 def load_base_model(model_args: ModelArguments, config: MGenConfig, dtype: str, cards: int = 1, card: int = 0):
     """The model to tune, in train mode and not yet frozen.
 
-    config: of the model folder. dtype: "float32", "float16" or "bfloat16". card: which of the `cards` that share its
-    matrices this one is.
+    config: of the model folder. dtype: "float32", "float16" or "bfloat16". cards, card: degree and rank of tensor
+    parallelism.
     """
     if cards > 1:
         config.tensor_parallel_degree, config.tensor_parallel_rank = cards, card
     model = AutoModelMIX.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
     if model_args.text_model_name_or_path is not None:
-        # guard.check_text_model has seen that it fits.
+        # Checked by guard.check_text_model.
         with open_weights(model_args.text_model_name_or_path) as reader:
             model.fill(reader, {name for name in reader.keys() if is_language(name)})
     if model_args.neftune:
@@ -69,7 +69,7 @@ def add_neftune(model, alpha: float) -> None:
 
 
 def choose_trainable(model, model_args: ModelArguments, trainable: Sequence[str]):
-    """Freeze all but what is `trainable` and put adapters on; returns the model to train, a LoRAModel with lora."""
+    """Freeze all but `trainable` and add adapters; returns the model to train, a LoRAModel with lora."""
     include, exclude = model_args.freeze_include, model_args.freeze_exclude
     if include or exclude:
         logger.info(f"Freeze parameters: {include} and exclude parameters: {exclude}")
@@ -94,16 +94,16 @@ def choose_trainable(model, model_args: ModelArguments, trainable: Sequence[str]
 
 
 def _trained(model) -> Optional[dict]:
-    """Whole shapes of the tensors that train in a MGenLMHeadModel; None when that is all of them."""
+    """Full shapes of the tensors that train in a MGenLMHeadModel; None if all of them train."""
     shapes = model.whole_shapes()
     trained = {name: shapes[name] for name, t in model.state_dict().items() if not t.stop_gradient}
     return None if freeze.is_everything(trained, shapes) else trained
 
 
 def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> None:
-    """Write what this run changes into `folder` (see the module's head), with the model's configuration.
+    """Write what this run changes into `folder` (see the module's docstring), with the model's configuration.
 
-    Cards that share matrices must all call it; the main process alone writes.
+    All processes that share matrices must call it; only the main process writes.
     """
     adapters = isinstance(model, LoRAModel)
     trained = None if adapters else _trained(model)
@@ -114,7 +114,6 @@ def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> Non
     else:
         items = model.whole_items(trained)
         if is_main_process:
-            # One file, as the adapters are.
             write_items(os.path.join(folder, PARTIAL_WEIGHTS_NAME), items)
             model.config.save_pretrained(folder)
         else:
@@ -128,14 +127,14 @@ def save_tuned(model, folder: str, origin: Origin, is_main_process: bool) -> Non
 def open_tuned(folder: str, shapes: Dict[str, Shape], kind: str, origin: Origin) -> Iterator[WeightsReader]:
     """The weights that save_tuned wrote in a run of the same kind ("adapters", "part" or "everything").
 
-    shapes: of what such a run saves. Nothing that the folder holds is executed.
+    shapes: of what such a run saves. Executes nothing in the folder.
 
     Raises:
-        WeightsError: the folder is of a run of another kind, or on other weights than this one's, or broken.
+        WeightsError: the folder is broken, or belongs to a run of another kind or on another base.
     """
     if kind != "everything" and not Origin.read(folder).same_weights(origin):
         raise WeightsError(
-            f"{folder} was tuned from other weights than {origin.base} holds now: go on with those that it began with",
+            f"{folder} was tuned from other weights than {origin.base} holds now: resume with the original ones",
             "other-weights",
         )
     if kind == "adapters":
@@ -148,7 +147,7 @@ def open_tuned(folder: str, shapes: Dict[str, Shape], kind: str, origin: Origin)
 
 
 def load_tuned(model, folder: str, origin: Origin) -> None:
-    """Set the parameters from what save_tuned wrote. Raises WeightsError: see open_tuned."""
+    """Load the parameters that save_tuned wrote. Raises WeightsError: see open_tuned."""
     base = base_of(model)
     trained = _trained(base)
     kind = "adapters" if isinstance(model, LoRAModel) else "part" if trained is not None else "everything"

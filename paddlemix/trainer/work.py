@@ -1,5 +1,4 @@
-"""How much there is to compute in training, in floating-point operations counted from the matrices, and the time it may
-take on a card. Normalisations, activations and the optimizer are left out."""
+"""Floating-point operations of training, counted from the matrices; norms, activations and optimizer are left out."""
 
 from __future__ import annotations
 
@@ -9,12 +8,12 @@ from typing import Any, Dict
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.trainer.memory import Trained
 
-# Of a card's published peak; a published training figure comes to 30 % (docs/performance.md).
+# Assumed share of a card's published peak; a published training figure reaches 30 % (docs/performance.md).
 FLOPS_SHARE = 0.35
 
 
 def vit(config: Dict[str, Any]) -> float:
-    """Of one image's forward through the ViT. config: of memory.plain, here as below."""
+    """Forward of one image through the ViT. config: from memory.plain, here and below."""
     v = config["visual"]
     width, patches = v["width"], (v["image_size"] // v["patch_size"]) ** 2
     mlp = int(width * v["mlp_ratio"])
@@ -23,19 +22,19 @@ def vit(config: Dict[str, Any]) -> float:
 
 
 def connector(config: Dict[str, Any]) -> float:
-    """Of one image's forward through attn_pool and proj."""
+    """Forward of one image through attn_pool and proj."""
     v = config["visual"]
     w, D, Q, P = v["width"], v["output_dim"], v["n_queries"], (v["image_size"] // v["patch_size"]) ** 2
     return 2 * P * w * D + 4 * P * D * D + 2 * Q * D * D + 4 * Q * P * D + 4 * Q * D * D
 
 
 def attention(config: Dict[str, Any], tokens: int, keys: int) -> float:
-    """Of the products of `tokens` queries with `keys` keys and values, in all layers of the decoder."""
+    """Products of `tokens` queries with `keys` keys and values, in all decoder layers."""
     return tokens * 4 * keys * config["hidden_size"] * config["num_hidden_layers"]
 
 
 def _matrices(trained: Trained) -> Dict[str, int]:
-    """Elements of the decoder's and the adapters' matrices by group, and of those that train, as "group trained"."""
+    """Elements of matrices by group, and of those that train as "group trained"."""
     found: Dict[str, int] = {}
     trains = set(trained.trainable)
     for name, shape in trained.shapes.items():
@@ -48,10 +47,10 @@ def _matrices(trained: Trained) -> Dict[str, int]:
 def sample(
     config: Dict[str, Any], trained: Trained, tokens: int, labels: int, recompute: bool = False, images: float = 1
 ) -> float:
-    """Of forward and backward of one sample.
+    """Forward and backward of one sample.
 
-    A frozen matrix costs its forward and the gradient of its input, what trains also that of itself; a ViT under which
-    nothing trains costs its forward alone.
+    A frozen matrix costs its forward and the gradient of its input; a trained one its own gradient in addition; a ViT
+    without trained parameters only its forward.
     """
     size = _matrices(trained)
     products = attention(config, tokens, tokens)

@@ -329,8 +329,7 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
         assert any(one.startswith(f"{folder} is of another run: ") and says in one for one in problems), problems
     (folder / run_checkpoints.SEAL_NAME).unlink()
     run_checkpoints.seal(str(folder), [])
-    says = f"{folder} does not say where the run stood (in {run_checkpoints.SEAL_NAME})"
-    assert dry_run.foresee(words(**keys)).problems == [says]
+    assert [one.about for one in dry_run.foresee(words(**keys)).problems] == [("position",)]
 
 
 def test_a_disk_that_is_too_small(words, monkeypatch):

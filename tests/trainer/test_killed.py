@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_no_worker_behind(start):
 
 def test_a_worker_ends_by_sigterm_only_when_its_parent_minds_it_no_more(monkeypatch):
     minded = mmap.mmap(-1, 1)
-    monkeypatch.setattr(callbacks, "_MINDED", minded)
+    monkeypatch.setattr(callbacks, "_HANDLED", minded)
     (request, ask), (reply, answer) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -15,6 +15,7 @@ from paddlemix.trainer import resume, run_checkpoints
 from paddlemix.trainer.finetune import build
 from paddlemix.trainer.run import resolve
 from paddlemix.utils.errors import UserError, WeightsError
+from tests import helpers
 from tests.checkpoint.test_untrusted import NAMES, canary, refused  # noqa: F401
 from tests.pickles import attacks, text
 from tests.trainer import half_states
@@ -174,7 +175,7 @@ def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(run_keys, 
     else:
         (broken / run_checkpoints.SEAL_NAME).unlink()
     go_on(run_keys)
-    assert "checkpoint-4 is not whole" in log.text and "Loading model from" in log.text and "checkpoint-3" in log.text
+    assert "checkpoint-4 is incomplete" in log.text and "Loading model from" in log.text and "checkpoint-3" in log.text
     ours, theirs = final_weights(stopped), final_weights(one_go)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
@@ -271,21 +272,21 @@ def set_to(name, value):
 
 
 @pytest.mark.parametrize(
-    "edit, says",
+    "edit, code",
     [
-        (lambda state, weight: state.pop(weight.name + "_moment1_0"), "lacks the state of 1 parameters"),
-        (lambda state, weight: state.clear(), "lacks the state of 1 parameters"),
-        (set_to("other_moment1_0", np.zeros([2, 3], "float32")), "other_moment1_0, which does not train"),
-        (set_to("{}_moment2_0", np.zeros([3, 2], "float32")), "does not fit a parameter of shape .2, 3."),
-        (set_to("{}_beta1_pow_acc_0", np.zeros([2, 3], "float32")), "does not fit a parameter"),
-        (set_to("{}_moment1_0", 7), "does not fit a parameter"),
-        (set_to("{}_moment1_0", np.zeros([2, 3], "float64")), "does not fit a parameter"),
-        (set_to("master_weights", [1]), "does not hold what it should"),
-        (set_to("master_weights", {"other": np.zeros([2, 3], "float32")}), "master weight other does not fit"),
-        (set_to("LR_Scheduler", {"last_epoch": -1, "last_lr": 0.1}), "learning rate's state"),
+        (lambda state, weight: state.pop(weight.name + "_moment1_0"), "incomplete"),
+        (lambda state, weight: state.clear(), "incomplete"),
+        (set_to("other_moment1_0", np.zeros([2, 3], "float32")), "not-trained"),
+        (set_to("{}_moment2_0", np.zeros([3, 2], "float32")), "shape"),
+        (set_to("{}_beta1_pow_acc_0", np.zeros([2, 3], "float32")), "shape"),
+        (set_to("{}_moment1_0", 7), "shape"),
+        (set_to("{}_moment1_0", np.zeros([2, 3], "float64")), "shape"),
+        (set_to("master_weights", [1]), "master_weights"),
+        (set_to("master_weights", {"other": np.zeros([2, 3], "float32")}), "master_weights"),
+        (set_to("LR_Scheduler", {"last_epoch": -1, "last_lr": 0.1}), "schedule"),
     ],
 )
-def test_an_optimizer_state_of_something_else(tmp_path, edit, says):
+def test_an_optimizer_state_of_something_else(tmp_path, edit, code):
     optimizer, weight = adamw()
     path = tmp_path / resume.OPTIMIZER_NAME
     state = {name: tensor.numpy() for name, tensor in optimizer.state_dict().items()}
@@ -293,12 +294,12 @@ def test_an_optimizer_state_of_something_else(tmp_path, edit, says):
     resume.load_optimizer(optimizer, [weight], str(path))
     edit(state, weight)
     paddle.save(state, str(path))
-    with pytest.raises(WeightsError, match=says):
+    with helpers.refused(WeightsError, code):
         resume.load_optimizer(optimizer, [weight], str(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(WeightsError, match="optimizer.pdopt is missing"):
+    with helpers.refused(WeightsError, "missing", match="optimizer.pdopt"):
         resume.load_optimizer(None, [], str(tmp_path / resume.OPTIMIZER_NAME))
 
 
@@ -317,7 +318,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_schedule_of_something_else(tmp_path, state):
     path = str(tmp_path / resume.SCHEDULER_NAME)
     paddle.save(state, path)
-    with pytest.raises(WeightsError, match="scheduler.pdparams does not hold"):
+    with helpers.refused(WeightsError, "schedule", match="scheduler.pdparams"):
         resume.load_scheduler(None, path, 4)
 
 

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, log, damage):
         seal.write_text(json.dumps([1]))
     assert run_checkpoints.read_seal(bad) is None
     assert run_checkpoints.last_whole(str(tmp_path)) == good
-    assert "checkpoint-12 is not whole" in log.text
+    assert "checkpoint-12 is incomplete" in log.text
 
 
 def test_order_is_by_step_not_by_name(tmp_path):
