@@ -117,3 +117,24 @@ def refused(kind: type, *about: str, match: Optional[str] = None) -> Iterator[An
     with pytest.raises(kind, match=match) as caught:
         yield caught
     assert set(about) <= set(caught.value.about), caught.value
+
+
+def scene(seed, size=(512, 340)):
+    """A picture of boxes and circles."""
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", size, tuple(rng.integers(60, 250, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for kind in range(14):
+        x, y, w, h = (rng.random(4) * [size[0], size[1], size[0] / 2, size[1] / 2]).tolist()
+        shape = draw.ellipse if kind % 2 else draw.rectangle
+        shape((x - 30, y - 30, x + w, y + h), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    return image
+
+
+def encoded(image, kind="JPEG", **options) -> bytes:
+    """An image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,12 +1,11 @@
 """Facts of images, and the file of them beside the data: made once, resumed, and believed only while it is true."""
 
 import base64
-import io
 import os
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 from paddlemix.datasets import image_facts as module
 from paddlemix.datasets.image_facts import (
@@ -20,24 +19,7 @@ from paddlemix.datasets.image_facts import (
 )
 from paddlemix.datasets.near_duplicates import bits_apart
 from paddlemix.utils.errors import ImageError, JobFailed
-
-
-def scene(seed, size=(512, 340)):
-    """A picture of boxes and circles."""
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGB", size, tuple(rng.integers(60, 250, 3).tolist()))
-    draw = ImageDraw.Draw(image)
-    for kind in range(14):
-        x, y, w, h = (rng.random(4) * [size[0], size[1], size[0] / 2, size[1] / 2]).tolist()
-        shape = draw.ellipse if kind % 2 else draw.rectangle
-        shape((x - 30, y - 30, x + w, y + h), fill=tuple(rng.integers(0, 255, 3).tolist()))
-    return image
-
-
-def encoded(image, kind="JPEG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.helpers import encoded, scene
 
 
 def apart(a, b):

@@ -1,10 +1,19 @@
 """Near duplicates among hashes: every pair that a comparison of all with all finds, groups, and bounds."""
 
+import base64
+import io
+import random
+
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
 from paddlemix.datasets import near_duplicates
+from paddlemix.datasets.image_facts import image_facts, perceptual_hash
 from paddlemix.datasets.near_duplicates import MAX_DISTANCE, bits_apart, near_groups, nearest_in
+from paddlemix.utils.errors import UserError
+from tests.helpers import encoded
+from tools import make_demo_data
 
 
 def random_hashes(n, seed):
@@ -121,3 +130,72 @@ def test_a_set_that_is_all_alike_is_bounded_and_says_so(monkeypatch):
 def test_a_distance_beyond_the_search_is_refused():
     with pytest.raises(ValueError, match="0 to 10"):
         near_groups(np.zeros(2, np.uint64), 11)
+
+
+# ---- which changes to a picture are found
+
+
+def crop(left, top, right, bottom):
+    """Take that share of the width or height off each side."""
+    return lambda image: image.crop((
+        round(image.width * left), round(image.height * top),
+        round(image.width * (1 - right)), round(image.height * (1 - bottom)),
+    ))  # fmt: skip
+
+
+def tinted(image):
+    red, green, blue = image.split()
+    return Image.merge("RGB", (red.point(lambda v: min(255, 1.1 * v)), green, blue.point(lambda v: 0.85 * v)))
+
+
+CHANGES = {
+    "half as large": lambda image: image.resize((image.width // 2, image.height // 2), Image.BICUBIC),
+    "10 % narrower": lambda image: image.resize((image.width * 9 // 10, image.height), Image.BICUBIC),
+    "JPEG of quality 30": lambda image: Image.open(io.BytesIO(encoded(image, quality=30))),
+    "cropped, 1 % a side": crop(0.01, 0.01, 0.01, 0.01),
+    "cropped, 2 % a side": crop(0.02, 0.02, 0.02, 0.02),
+    "cropped, 3 % of one corner": crop(0, 0, 0.03, 0.03),
+    "tinted (red × 1.1, blue × 0.85)": tinted,
+    "20 % darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "20 % brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "20 % less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.8),
+}
+
+
+def drawn_ads():
+    try:
+        font = make_demo_data.find_font()
+    except UserError as error:
+        pytest.skip(str(error))
+    ads = make_demo_data.sample_ads(200, seed=11)
+    return [make_demo_data.draw_ad(ad, random.Random(number), 160, font) for number, ad in enumerate(ads)]
+
+
+def real_ads(shared):
+    path = shared / "real_samples" / "test_samples.txt"
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Image.open(io.BytesIO(base64.b64decode(row[1]))) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "real"])
+def test_changed_copies_are_found_and_other_pictures_are_not(kind, request):
+    """The table of docs/data.md: `python -m pytest -s tests/datasets/test_near_duplicates.py -k changed`."""
+    pictures = drawn_ads() if kind == "drawn" else real_ads(request.getfixturevalue("shared"))
+    hashes = np.array([perceptual_hash(image.convert("RGB")) for image in pictures], np.uint64)
+    recall = {}
+    for name, change in CHANGES.items():
+        changed = [image_facts(encoded(change(image.convert("RGB")), quality=85)).perceptual for image in pictures]
+        apart = bits_apart(hashes, np.array(changed, np.uint64))
+        recall[name] = [(apart <= distance).mean() for distance in (2, 4, 6, 8, 10)]
+    i, j = np.triu_indices(len(hashes), 1)
+    others = bits_apart(hashes[i], hashes[j])
+    alarms = [(others <= distance).mean() for distance in (2, 4, 6, 8, 10)]
+    print(f"\n{len(pictures)} {kind} ads, bits apart at most: 2, 4, 6, 8, 10")
+    for name, shares in recall.items():
+        print(f"| {name} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+    print(f"| others, of {len(others)} pairs | " + " | ".join(f"{100 * share:.3f} %" for share in alarms) + " |")
+    for name, (*_, at_6, _, at_10) in recall.items():
+        # A crop at one corner moves everything.
+        assert at_6 >= (0.75 if "corner" in name else 0.95) and at_10 >= 0.95, name
+    # Drawn ads of the same layout and nearly the same colours come near each other.
+    assert alarms[2] <= 0.002 and alarms[0] == 0

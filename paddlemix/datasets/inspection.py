@@ -1,0 +1,442 @@
+"""What is in a set of images and captions, of any size: counted in one pass, in worker processes.
+
+    rows of the files → facts of each caption (caption_facts.py) and image (image_facts.py) → arrays, 100 bytes a row
+                      → numbers, groups of duplicates, advice: a summary that report.json holds as it is
+
+Every row's caption is looked at, and the header and bytes of its image; pixels are decoded of a sample, or of all rows
+whose facts lie beside their file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from paddlemix.datasets.caption_facts import CaptionFacts, caption_facts
+from paddlemix.datasets.image_facts import (
+    FACTS,
+    ONE_COLOUR,
+    PROBLEMS,
+    all_image_facts,
+    chunks_of,
+    facts_record,
+    find_image_of,
+    has_captions,
+    held_bytes,
+    stored_facts,
+    usable,
+)
+from paddlemix.datasets.near_duplicates import near_groups, nearest_in
+from paddlemix.datasets.rows import is_json, read_rows
+from paddlemix.datasets.tsv import TsvRow, check_input, unquoted
+from paddlemix.processors.images import FORMATS
+from paddlemix.utils.errors import UserError
+from paddlemix.utils.parallel import map_chunks
+from paddlemix.utils.progress import Progress
+
+# Of each row: where to read it again (file, offset, number of the line there), the facts of its caption, hashes of
+# caption and id (0: none), and whether the row itself cannot be used.
+ROWS = np.dtype([
+    ("file", "<u2"), ("start", "<u8"), ("first", "<u4"), ("chars", "<u4"), ("tokens", "<u4"), ("chinese", "<f4"),
+    ("latin", "<f4"), ("digits", "<f4"), ("repetition", "<f4"), ("caption", "<u8"), ("id", "<u8"), ("error", "?"),
+])  # fmt: skip
+PERCENTS = (1, 5, 25, 50, 75, 95, 99, 99.9)
+# Characters of the n-grams that are counted, in the captions of the sample.
+NGRAMS = (4, 8)
+LISTED = 15
+# Different texts of a kind that are counted at a time; see Frequent.
+MOST_TEXTS = 100_000
+_BINS = 40
+# Rows by which the number of rows of a file is estimated.
+_FIRST_ROWS = 200
+# Beyond which a caption is taken for a loop, an image for a sliver or a stamp.
+MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
+# Of a sample that takes the default prompt: system, user and assistant around image and caption.
+_TEMPLATE_TOKENS = 32
+_TOKENS_A_CHARACTER = 0.75
+
+
+class Frequent:
+    """Counts the most frequent of any number of texts in bounded memory (Misra and Gries).
+
+    A count may be too small, by at most `lost`; a text that came more often than that is there.
+    """
+
+    def __init__(self, most: int = MOST_TEXTS):
+        self.most, self.lost, self.counts = most, 0, Counter()
+
+    def add(self, counts: Dict[str, int]) -> None:
+        self.counts.update(counts)
+        if len(self.counts) > 2 * self.most:
+            cut = sorted(self.counts.values())[-self.most - 1]
+            self.counts = Counter({text: count - cut for text, count in self.counts.items() if count > cut})
+            self.lost += cut
+
+    def listed(self) -> List[Tuple[str, int]]:
+        """The most frequent, equal ones in the order of their letters."""
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
+
+
+class Options(NamedTuple):
+    """images: rows whose pixels are decoded, about. hash_all: of all rows, kept beside their files. near: bits apart at
+    which images are near duplicates."""
+
+    images: int = 20_000
+    hash_all: bool = False
+    near: int = 6
+    seed: int = 0
+    workers: int = 0
+    quiet: bool = False
+
+
+class Inspection:
+    """A set that has been looked at. rows: ROWS [n]. facts: FACTS [n]. texts: kind → Frequent. rejected: reason →
+    rows. marks: kind → captions with it. captions: whether the set has any. group: int64 [n], the first row of
+    each row's near duplicates; exact: the same of copies."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = list(paths)
+        self.rows, self.facts = np.zeros(0, ROWS), np.zeros(0, FACTS)
+        self.texts = {kind: Frequent() for kind in ("opening", "style", "price", *map("{}-gram".format, NGRAMS))}
+        self.rejected: Counter = Counter()
+        self.marks: Counter = Counter()
+        self.sampled_captions = 0
+
+    @property
+    def good(self) -> np.ndarray:
+        """bool [n]: rows whose image, and caption where there should be one, can be used."""
+        return ~self.rows["error"] & (self.facts["problem"] == 0)
+
+    @property
+    def decoded(self) -> np.ndarray:
+        return (self.facts["problem"] == 0) & ~np.isnan(self.facts["sharpness"])
+
+    def row(self, index: int) -> TsvRow:
+        """A row, read again."""
+        place = self.rows[index]
+        path = self.paths[place["file"]]
+        found = read_rows(
+            path, self.captions[place["file"]], offset=int(place["start"]), first_line=int(place["first"])
+        )
+        row = next(found)
+        found.close()
+        return row
+
+    def caption(self, index: int) -> str:
+        return unquoted(self.row(index).caption or "")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") or 1
+
+
+def ngrams(text: str, n: int) -> set:
+    return {text[at : at + n] for at in range(len(text) - n + 1)}
+
+
+def _look(chunk: List[Tuple], count_tokens: Optional[Callable[[str], int]]) -> Tuple:
+    """In a worker: (ROWS, FACTS, counts by kind of text, marks, sampled captions) of some rows."""
+    rows, facts = np.zeros(len(chunk), ROWS), np.zeros(len(chunk), FACTS)
+    texts: Dict[str, Counter] = {}
+    marks: Counter = Counter()
+    sampled = 0
+    for at, (file, start, first, name, caption, error, found, pixels) in enumerate(chunk):
+        rows[at]["file"], rows[at]["start"], rows[at]["first"], rows[at]["error"] = file, start, first, bool(error)
+        rows[at]["id"] = _hash(name) if name else 0
+        if found is not None:
+            facts[at] = facts_record(found, pixels)
+        if caption is None:
+            continue
+        one: CaptionFacts = caption_facts(caption, count_tokens)
+        for field in ("chars", "chinese", "latin", "digits", "repetition"):
+            rows[at][field] = getattr(one, field)
+        rows[at]["tokens"], rows[at]["caption"] = one.tokens or 0, _hash(caption)
+        for kind in ("opening", "style", "price"):
+            if getattr(one, kind):
+                texts.setdefault(kind, Counter())[getattr(one, kind)] += 1
+        marks.update(kind for kind in ("style", "price", "control", "tags") if getattr(one, kind))
+        if pixels:
+            sampled += 1
+            for n in NGRAMS:
+                texts.setdefault(f"{n}-gram", Counter()).update(ngrams(caption, n))
+    return rows, facts, texts, marks, sampled
+
+
+def _estimate(path: str, captions: bool) -> float:
+    """About how many rows a file has."""
+    if is_json(path):
+        from paddlemix.datasets.json_index import record_bounds
+
+        return len(record_bounds(path))
+    number = end = 0
+    for number, row in enumerate(read_rows(path, captions), 1):
+        end = row.next_offset
+        if number == _FIRST_ROWS:
+            break
+    return number * check_input(path) / end if end else 0
+
+
+def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Callable[[str], int]] = None) -> Inspection:
+    """Look at all rows of some files.
+
+    count_tokens: text → tokens.
+
+    Raises:
+        UserError: a file cannot be read, or there are no rows.
+        JobFailed: a file changed meanwhile, or a worker was killed.
+    """
+    found = Inspection(paths)
+    size = sum(map(check_input, paths))
+    found.captions = [has_captions(path) for path in paths]
+    known = [
+        all_image_facts(path, options.workers, options.quiet) if options.hash_all else stored_facts(path)
+        for path in paths
+    ]
+    total = sum(map(_estimate, paths, found.captions))
+    share = min(1.0, options.images / total) if total else 0.0
+    draw = random.Random(options.seed)
+
+    def rows() -> Iterator[Tuple]:
+        for file, path in enumerate(paths):
+            start, first = 0, 1
+            for row in read_rows(path, found.captions[file]):
+                if row.error:
+                    found.rejected[row.error] += 1
+                caption = None if row.caption is None or row.error else unquoted(row.caption)
+                image = find_image_of(row, path) if known[file] is None else None
+                yield file, start, first, row.id, caption, row.error, image, draw.random() < share
+                bar.update(row.next_offset - start)
+                start, first = row.next_offset, row.line_no + 1
+
+    pieces: List[Tuple[np.ndarray, np.ndarray]] = []
+    with Progress(size, "rows", "B", options.quiet, unit_scale=True) as bar:
+        for part, facts, texts, marks, sampled in map_chunks(
+            lambda chunk: _look(chunk, count_tokens),
+            chunks_of(rows(), lambda item: held_bytes(item[6])),
+            options.workers,
+        ):
+            pieces.append((part, facts))
+            for kind, counts in texts.items():
+                found.texts[kind].add(counts)
+            found.marks.update(marks)
+            found.sampled_captions += sampled
+    if not pieces:
+        raise UserError(f"{', '.join(paths)}: no rows")
+    found.rows, found.facts = map(np.concatenate, zip(*pieces))
+    del pieces
+    for file, facts in enumerate(known):
+        if facts is not None:
+            found.facts[found.rows["file"] == file] = facts
+    broken = found.facts["problem"][~found.rows["error"]]
+    found.rejected.update({PROBLEMS[code]: int((broken == code).sum()) for code in np.unique(broken) if code})
+    _find_groups(found, options.near)
+    return found
+
+
+def _find_groups(found: Inspection, near: int) -> None:
+    facts = found.facts
+    readable = np.flatnonzero(facts["problem"] == 0)
+    found.exact = np.arange(len(facts))
+    _, first, number = np.unique(facts["content"][readable], return_index=True, return_inverse=True)
+    found.exact[readable] = readable[first[number]]
+    found.group = near_groups(facts["perceptual"], near, usable(facts))
+
+
+def groups_of(group: np.ndarray, most: int) -> List[np.ndarray]:
+    """The rows of the largest groups of several, the largest first."""
+    first, size = np.unique(group, return_counts=True)
+    order = np.lexsort((first, -size))[:most]
+    return [np.flatnonzero(group == first[place]) for place in order if size[place] > 1]
+
+
+# ---- numbers
+
+
+def _measure(values: np.ndarray) -> Optional[Dict[str, Any]]:
+    """Mean, percentiles, and a histogram that ends at the 99.9th."""
+    if not len(values):
+        return None
+    values = values.astype(np.float64)
+    percentiles = np.percentile(values, PERCENTS)
+    low, high = float(values.min()), max(float(percentiles[-1]), float(values.min()) + 1e-9)
+    counts, _ = np.histogram(values.clip(max=high), bins=_BINS, range=(low, high))
+    return {
+        "mean": float(values.mean()), "least": low, "most": float(values.max()),
+        "percentiles": {str(percent): float(value) for percent, value in zip(PERCENTS, percentiles)},
+        "histogram": {"from": low, "to": high, "counts": counts.tolist()},
+    }  # fmt: skip
+
+
+def _several(group: np.ndarray) -> Dict[str, int]:
+    size = np.unique(group, return_counts=True)[1]
+    return {"groups": int((size > 1).sum()), "rows beyond the first": int((size - 1).sum()), "largest": int(size.max())}
+
+
+def summary(found: Inspection, near: int) -> Dict[str, Any]:
+    """Everything that was counted, as report.json holds it."""
+    rows, facts = found.rows, found.facts
+    with_caption = rows["caption"] != 0
+    captions, readable, decoded = rows[with_caption], facts[facts["problem"] == 0], facts[found.decoded]
+    values, place, times = np.unique(captions["caption"], return_index=True, return_counts=True)
+    often = np.lexsort((place, -times))[:LISTED]
+    places = np.flatnonzero(with_caption)[place]
+    ids = rows["id"][rows["id"] != 0]
+    formats = {FORMATS[code]: int((readable["format"] == code).sum()) for code in np.unique(readable["format"])}
+    texts = {
+        kind: {"listed": one.listed(), "counts may be too small by": one.lost} for kind, one in found.texts.items()
+    }
+    width, height = readable["width"].astype(np.float64), readable["height"].astype(np.float64)
+    shown = [(found.caption(int(places[at])), int(times[at])) for at in often if times[at] > 1]
+    measures = {name: _measure(captions[name]) for name in ("chars", "chinese", "latin", "digits", "repetition")}
+    if captions["tokens"].any():
+        measures["tokens"] = _measure(captions["tokens"])
+    return {
+        "files": found.paths,
+        "rows": len(rows),
+        "good rows": int(found.good.sum()),
+        "rejected": dict(found.rejected.most_common()),
+        "ids doubled": int(len(ids) - len(np.unique(ids))),
+        "captions": {
+            "rows": len(captions),
+            "measures": measures,
+            "distinct": len(values),
+            "with": {kind: found.marks[kind] for kind in ("price", "style", "control", "tags")},
+            "texts": {**texts, "caption": {"listed": shown, "counts may be too small by": 0}},
+            "sampled for n-grams": found.sampled_captions,
+        },
+        "images": {
+            "readable": len(readable),
+            "decoded": len(decoded),
+            "formats": formats,
+            "measures": {
+                "width": _measure(width), "height": _measure(height), "bytes": _measure(readable["bytes"]),
+                "aspect": _measure(np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)),
+                "sharpness": _measure(decoded["sharpness"]),
+            },
+            "one colour": int((decoded["spread"] < ONE_COLOUR).sum()),
+            "copies": _several(found.exact),
+            "near duplicates": {"bits apart": near, **_several(found.group)},
+        },
+    }  # fmt: skip
+
+
+class Overlap(NamedTuple):
+    """Which images of one set are in another: rows of the one, rows of the other, bits apart (-1: an exact copy)."""
+
+    rows: np.ndarray
+    others: np.ndarray
+    apart: np.ndarray
+
+    def to_json(self, found: Inspection, other: Inspection) -> Dict[str, Any]:
+        """The numbers, and how many images could be compared."""
+        return {
+            "exact": int((self.apart < 0).sum()), "near": int((self.apart >= 0).sum()),
+            "file": other.paths[0], "decoded here": int(found.decoded.sum()), "decoded there": int(other.decoded.sum()),
+        }  # fmt: skip
+
+
+def overlap(found: Inspection, other: Inspection, near: int) -> Overlap:
+    """The images of a set that occur in another, exactly or nearly: near ones among those that were decoded."""
+    place = np.full(len(found.rows), -1)
+    apart = np.full(len(found.rows), -1)
+    mine, theirs = np.flatnonzero(usable(found.facts)), np.flatnonzero(usable(other.facts))
+    nearest, bits = nearest_in(found.facts["perceptual"][mine], other.facts["perceptual"][theirs], near)
+    place[mine[nearest >= 0]], apart[mine] = theirs[nearest[nearest >= 0]], bits
+    readable = np.flatnonzero(other.facts["problem"] == 0)
+    values, first = np.unique(other.facts["content"][readable], return_index=True)
+    at = np.searchsorted(values, found.facts["content"]).clip(max=max(len(values) - 1, 0))
+    if len(values):
+        same = (values[at] == found.facts["content"]) & (found.facts["problem"] == 0)
+        place[same], apart[same] = readable[first[at[same]]], -1
+    rows = np.flatnonzero(place >= 0)
+    return Overlap(rows, place[rows], apart[rows])
+
+
+# ---- advice
+
+
+def _up(value: float, step: int) -> int:
+    return int(-(-value // step) * step)
+
+
+def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> List[str]:
+    """What to set and what to leave out, in words, with the numbers behind it."""
+    said: List[str] = []
+    good = found.rows[found.good & (found.rows["caption"] != 0)]
+    images, n = numbers["images"], numbers["rows"]
+
+    def share(count: int) -> str:
+        return f"{count:,} ({100 * count / n:.2f} %)"
+
+    if len(good):
+        counted = bool(good["tokens"].any())
+        tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER
+        longest, most = int(np.ceil(tokens.max())), int(np.ceil(np.percentile(tokens, 99.9)))
+        around = n_queries + 2 + _TEMPLATE_TOKENS
+        how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --model counts them)"
+        said.append(
+            f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
+            f"{n_queries + 2} of them for the image and {longest} for the caption{how}"
+        )
+        said.append(
+            f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most {most} "
+            "tokens"
+        )
+        said.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
+        for rule, text, which in (
+            (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
+            (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
+        ):
+            if which.any():
+                said.append(f"{share(int(which.sum()))} {text}: drop them with {rule}")
+        opening = numbers["captions"]["texts"]["opening"]["listed"][:1]
+        if opening and opening[0][1] > 0.2 * len(good) and len(good) > 100:
+            said.append(
+                f"{share(opening[0][1])} captions begin with “{opening[0][0]}”: the model will, too; balance them with "
+                f"--per_opening {_up(0.05 * len(good), 10)}"
+            )
+        for kind, text in (("control", "captions hold control characters"), ("tags", "captions hold tags")):
+            count = numbers["captions"]["with"][kind]
+            if count:
+                mend = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
+                said.append(f"{share(count)} {text}: {mend}")
+    readable = found.facts[found.facts["problem"] == 0]
+    sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
+    for rule, text, count in (
+        ("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"]),
+        (
+            f"--near_duplicates {images['near duplicates']['bits apart']}",
+            f"of the {images['decoded']:,} images looked at are near duplicates of earlier ones",
+            images["near duplicates"]["rows beyond the first"],
+        ),
+        ("--min_sharpness 1", "images show one colour", images["one colour"]),
+        (f"--min_side {MIN_SIDE}", f"images have a side under {MIN_SIDE} pixels", int((sides[0] < MIN_SIDE).sum())),
+        (
+            f"--max_aspect {MAX_ASPECT}",
+            f"images are more than {MAX_ASPECT} times as long as wide",
+            int((sides[1] > float(MAX_ASPECT) * sides[0]).sum()),
+        ),
+    ):
+        if count:
+            said.append(f"{share(count)} {text}: drop them with {rule}")
+    if numbers["rejected"]:
+        reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())
+        said.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
+    if numbers["ids doubled"]:
+        said.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
+    leaks = numbers.get("overlap")
+    if leaks and leaks["exact"] + leaks["near"]:
+        said.append(
+            f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly: scores there would "
+            f"not be those of unseen images; drop them with --not_in {leaks['file']}"
+        )
+    if images["decoded"] < images["readable"]:
+        said.append(
+            f"{images['decoded']:,} of {images['readable']:,} images were decoded: --hash all finds the near "
+            "duplicates among all"
+        )
+    return said

@@ -1,0 +1,111 @@
+"""Report on a dataset of images and captions: statistics, duplicates, leaks into other sets, and advice.
+
+    python tools/inspect_data.py IN… [--out DIR] [--compare OTHER]
+
+IN is a TSV (`id \\t base64 \\t caption`), a table of image files, or a train.json with its images inline or by
+reference; several files count as one set. DIR gets report.html (numbers, plots, duplicates, and rows with their
+pictures) and report.json.
+
+Every caption is read, and the header and bytes of every image. About --images of them are decoded, for sharpness,
+one-colour images and near duplicates. --hash all decodes every image, once: the results are kept in a hidden file
+beside IN, and an interrupted run continues from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from paddlemix.utils import cli  # noqa: E402
+from paddlemix.utils.errors import UserError  # noqa: E402
+from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.language import tr  # noqa: E402
+from paddlemix.utils.outputs import keep_apart  # noqa: E402
+from paddlemix.utils.runtime import physical_cores  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("input", type=cli.path, metavar="IN", nargs="+", help="images with captions")
+    parser.add_argument(
+        "--out", type=cli.output_folder, metavar="DIR", default="inspection",
+        help="folder of the report (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", type=cli.path, metavar="OTHER",
+        help="show another set, such as val.json, beside IN, and find images of IN that are in it, exactly or nearly",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=cli.path, metavar="FOLDER", help="count tokens with this model's tokenizer (default: estimate)"
+    )
+    parser.add_argument(
+        "--images", type=cli.positive, metavar="N", default=20_000,
+        help="decode about N images, drawn at random (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hash", choices=("sample", "all"), default="sample", help="decode --images of them, or all (default: sample)"
+    )
+    parser.add_argument(
+        "--near_duplicates", type=int, metavar="BITS", default=6,
+        help="largest Hamming distance of the 64-bit hashes of near duplicates (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sample and the gallery (default: 0)")
+    parser.add_argument(
+        "--workers", type=int, default=physical_cores(), metavar="N",
+        help="worker processes; 0: work in this process (default: number of cores)",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    from paddlemix.datasets.inspection import Options, advice, inspect, overlap, summary
+    from paddlemix.datasets.inspection_page import write_page
+    from paddlemix.datasets.near_duplicates import MAX_DISTANCE
+    from paddlemix.datasets.tsv import check_input
+
+    if args.workers < 0:
+        raise UserError("--workers must be at least 0")
+    if not 0 <= args.near_duplicates <= MAX_DISTANCE:
+        raise UserError(f"--near_duplicates must be 0 to {MAX_DISTANCE}")
+    page, numbers_file = (os.path.join(args.out, name) for name in ("report.html", "report.json"))
+    inputs = [*args.input, *([args.compare] if args.compare else [])]
+    for path in inputs:
+        check_input(path)
+    keep_apart(inputs, [page, numbers_file])
+    count_tokens, n_queries = None, 256
+    if args.model:
+        from paddlemix.auto import AutoTokenizerMIX
+
+        tokenizer = AutoTokenizerMIX.from_pretrained(args.model)
+        n_queries = tokenizer.n_queries
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.plain_ids(text))
+
+    options = Options(args.images, args.hash == "all", args.near_duplicates, args.seed, args.workers, args.quiet)
+    found, other, shared = inspect(args.input, options, count_tokens), None, None
+    numbers = summary(found, options.near)
+    if args.compare:
+        other = inspect([args.compare], options, count_tokens)
+        shared = overlap(found, other, options.near)
+        numbers.update(other=summary(other, options.near), overlap=shared.to_json(found, other))
+    numbers["advice"] = advice(found, numbers, n_queries)
+    numbers["settings"] = {**options._asdict(), "model": args.model}
+    write_page(page, found, numbers, options.seed, other, shared)
+    with atomic_write(numbers_file) as file:
+        json.dump(numbers, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+    print(tr(f"{numbers['rows']:,} rows, {numbers['good rows']:,} of them usable"))
+    for text in numbers["advice"]:
+        print(f"- {tr(text)}")
+    print(tr(f"page: {page}"))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
