@@ -154,7 +154,7 @@ def test_lines_of_help_are_measured_in_columns(chinese):
     "script",
     [
         "supervised_finetune.py", "merge_lora_params.py", "chat.py", "predict.py", "tools/convert_labels.py",
-        "tools/convert_public.py",
+        "tools/convert_public.py", "tools/curate_data.py",
         "tools/evaluate_captions.py", "tools/pack_submission.py", "tools/check_submission.py", "tools/merge_results.py",
         "tools/convert_qwen_vl.py", "tools/combine_results.py", "tools/check_gpu.py", "tools/overfit_real_samples.py",
         "tools/inspect_data.py",

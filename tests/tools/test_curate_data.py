@@ -1,0 +1,272 @@
+"""curate_data.py: each rule alone and all together, what is written, and the same bytes each time."""
+
+import base64
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from paddlemix.datasets import curation
+from paddlemix.datasets.caption_facts import caption_facts
+from paddlemix.datasets.curation import Settings, decide, survey_rows
+from paddlemix.datasets.rows import image_text, read_rows
+from paddlemix.datasets.tsv import FileState
+from paddlemix.utils import cli
+from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
+from tools import curate_data
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    def call(*arguments):
+        given = [str(word) for word in arguments]
+        workers = [] if "--workers" in given else ["--workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["curate_data.py", *given, *workers, "--quiet"])
+        status = cli.run(curate_data.main)
+        return (status, *capfd.readouterr())
+
+    return call
+
+
+# Captions whose facts are easily seen, each with an image of its own seed and size.
+ROWS = {
+    "plain": ("红色的杯子放在桌上", 0, (64, 48)),
+    "short": ("红杯", 1, (64, 48)),
+    "long": ("蓝色的雨伞立在门边，" * 2 + "旁边是一只猫", 2, (64, 48)),
+    "loop": ("买一送一买一送一买一送一买一送一", 3, (64, 48)),
+    "latin": ("NEW ARRIVAL 2024 杯", 4, (64, 48)),
+    "small": ("白色的盘子盛着水果", 5, (20, 48)),
+    "narrow": ("绿色的横幅写着新品", 6, (200, 24)),
+    "copy": ("红色的杯子放在木桌上面", 0, (128, 96)),
+    "leak": ("黄色的台灯照着书本", 7, (64, 48)),
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    lines = [f"{name}\t{image_base64(seed, size=size)}\t{text}\n" for name, (text, seed, size) in ROWS.items()]
+    lines += ["bad\n", "none\tQUJDQUJDQUJDQUJDQUJDQUJD\t没有图片的一行文字\n"]
+    (tmp_path / "in.tsv").write_text("".join(lines))
+    (tmp_path / "val.tsv").write_text(f"v\t{image_base64(7, size=(128, 96))}\n")
+    return tmp_path
+
+
+def kept(path):
+    return [row.id for row in read_rows(str(path), True)]
+
+
+@pytest.mark.parametrize(
+    "rule, dropped",
+    [
+        (["--must", "的"], {"short", "loop", "latin"}),
+        (["--must_not", "猫|台灯"], {"long", "leak"}),
+        (["--min_chars", 9], {"short"}),
+        (["--max_chars", 20], {"long"}),
+        (["--min_tokens", 21, "--tokenizer", "TOKENIZER"], {"short", "latin"}),
+        (["--max_tokens", 50, "--tokenizer", "TOKENIZER"], {"long"}),
+        (["--max_repetition", 0.5], {"loop"}),
+        (["--min_chinese", 0.5], {"latin"}),
+        (["--min_side", 40], {"small", "narrow"}),
+        (["--max_aspect", 3], {"narrow"}),
+        (["--near_duplicates", 6], {"copy"}),
+        (["--near_duplicates", 6, "--keep", "longest"], {"plain"}),
+        (["--near_duplicates", 6, "--per_group", 2], set()),
+        (["--not_in", "VAL"], {"leak"}),
+        (["--drop_scores", "SCORES:25%"], {"small", "loop"}),
+        (["--drop_scores", "SCORES:0%", "--near_duplicates", 6, "--keep", "best"], {"plain"}),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_each_rule_drops_its_rows(call, data, rule, dropped):
+    gains = {"small": -0.5, "loop": -0.25, "plain": 0.1, "copy": 0.2}
+    lines = [f"{name}\t1\t2\t{gains.get(name, 1)}\t[]\n" for name in ROWS if name != "narrow"] + ["bad\t\t\t\tx\n"]
+    (data / "scores.tsv").write_text("".join(lines))
+    places = {"VAL": data / "val.tsv", "SCORES": data / "scores.tsv", "TOKENIZER": data / "tokenizer"}
+    if "--tokenizer" in rule:
+        os.mkdir(data / "tokenizer")
+        byte_vocab_tokenizer(data / "tokenizer")
+    words = [str(word) for word in rule]
+    for word, place in places.items():
+        words = [each.replace(word, str(place)) for each in words]
+    status, said, errors = call(data / "in.tsv", data / "out.tsv", *words)
+    assert status == 0, errors
+    assert kept(data / "out.tsv") == [name for name in ROWS if name not in dropped]
+    rejected = [line.split("\t") for line in (data / "out.rejected.tsv").read_text().splitlines()]
+    assert [name for _, name, _ in rejected] == [name for name in ROWS if name in dropped] + ["bad", "none"]
+    assert rejected[-2] == ["10", "bad", "missing column"]
+    report = json.loads((data / "out.curation.json").read_text())
+    assert (report["rows"], report["kept"]) == (11, len(ROWS) - len(dropped))
+    assert sum(report["together"].values()) == sum(report["alone"].values()) == len(dropped)
+
+
+def test_a_dry_run_says_what_each_rule_drops_alone_and_together_and_writes_nothing(call, data):
+    rules = ["--must", "的", "--min_chars", 9, "--near_duplicates", 6, "--not_in", data / "val.tsv"]
+    before = set(os.listdir(data))
+    status, said, _ = call(data / "in.tsv", data / "out.tsv", *rules, "--dry_run")
+    # Only what is computed of images, which the next command takes.
+    assert status == 0 and set(os.listdir(data)) - before == {".in.tsv.facts", ".val.tsv.facts"}
+    table = [line.split() for line in said.splitlines() if line.startswith("--")]
+    wanted = {"--must": ["-3", "-3"], "--min_chars": ["-1", "0"], "--not_in": ["-1", "-1"]}
+    assert {name: counts for name, *counts in table} == {**wanted, "--near_duplicates": ["-1", "-1"]}
+    assert said.splitlines()[-1].split() == ["kept", "4"]
+    assert call(data / "in.tsv", data / "out.tsv", *rules)[1].splitlines()[:-1] == said.splitlines()
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in curation.SET_RULES])
+def test_a_rule_of_the_set_is_what_a_loop_over_rows_gives(monkeypatch, rule):
+    """On 300 random rows: groups, gains with gaps and ties, openings."""
+    draw = np.random.default_rng(1)
+    rows = np.zeros(300, curation.ROW)
+    rows["chars"], rows["opening"] = draw.integers(1, 9, 300), draw.integers(0, 20, 300)
+    rows["gain"] = np.where(draw.random(300) < 0.2, np.nan, draw.integers(0, 30, 300))
+    groups = draw.integers(0, 80, 300)
+    groups = np.array([np.flatnonzero(groups == group)[0] for group in groups])
+    survey = curation.Survey(rows, [""], 0, None, draw.random(300) < 0.1, groups, draw.random(300))
+    left = draw.random(300) < 0.8
+    values = {"not_in": ["x"], "drop_scores": ("x", 0.1), "near_duplicates": 6, "per_opening": 7, "limit": 100}
+    for keep in curation.KEEP if rule == "near_duplicates" else ("first",):
+        settings = Settings({rule: values[rule]}, keep=keep, per_group=2)
+        there = [row for row in range(300) if left[row]]
+        if rule == "not_in":
+            wanted = {row for row in there if survey.leaks[row]}
+        elif rule == "drop_scores":
+            scored = [row for row in there if rows["gain"][row] == rows["gain"][row]]
+            wanted = set(sorted(scored, key=lambda row: (rows["gain"][row], -row))[: int(len(scored) * 0.1)])
+        elif rule == "limit":
+            wanted = set(sorted(there, key=lambda row: survey.draw[row])[100:])
+        else:
+            name, most = (survey.groups, 2) if rule == "near_duplicates" else (rows["opening"], 7)
+            best = {
+                "first": lambda row: row, "longest": lambda row: (-int(rows["chars"][row]), row),
+                "best": lambda row: (-np.nan_to_num(rows["gain"][row], nan=-1e9), row),
+            }[keep]  # fmt: skip
+            order = sorted(there, key=(lambda row: survey.draw[row]) if rule == "per_opening" else best)
+            wanted = {row for at, row in enumerate(order) if sum(name[one] == name[row] for one in order[:at]) >= most}
+        drops = next(one.drops for one in curation.SET_RULES if one.name == rule)
+        assert set(np.flatnonzero(drops(survey, settings, left)).tolist()) == wanted and wanted
+
+
+def test_caption_rules_are_their_facts(tmp_path):
+    draw = random.Random(2)
+    letters = ["红杯放在桌上买一送AB12 ，", "红杯"]
+    texts = ["红" + "".join(draw.choices(letters[n % 2], k=draw.randint(0, 30))) + "1" for n in range(200)]
+    (tmp_path / "in.tsv").write_text("".join(f"{n}\t{image_base64(0)}\t{text}\n" for n, text in enumerate(texts)))
+    rules = {"min_chars": 5, "max_chars": 25, "max_repetition": 0.1, "min_chinese": 0.6}
+    settings = Settings(rules, quiet=True, workers=0)
+    path = str(tmp_path / "in.tsv")
+    found = decide(survey_rows(path, settings, FileState.of(path)), settings)
+    for text, reason in zip(texts, found.reason):
+        facts = caption_facts(text)
+        wanted = [
+            (facts.chars < 5, "caption too short"), (facts.chars > 25, "caption too long"),
+            (facts.repetition > 0.1, "caption repeats itself"), (facts.chinese < 0.6, "too little Chinese"), (True, ""),
+        ]  # fmt: skip
+        assert found.reasons[reason] == next(text for holds, text in wanted if holds)
+    assert len(set(found.reason.tolist())) == 5
+
+
+def forms_of(folder):
+    """The same rows as a TSV, a table of paths, a train.json with references, and one with the images inside."""
+    os.mkdir(folder / "images")
+    lines, paths, inside, references = [], [], [], []
+    for number in range(8):
+        (folder / "images" / f"{number}.jpg").write_bytes(image_bytes(number))
+        turns = [["说说\n这张图", f"第{number}张图片"], ["还有呢？", "没有了"]]
+        lines.append(f"ad{number}\t{image_base64(number)}\t第{number}张图片\n")
+        paths.append(f"ad{number}\timages/{number}.jpg\t第{number}张图片\n")
+        record = {"id": f"ad{number}", "conversations": turns}
+        inside.append({**record, "image": image_base64(number)})
+        references.append({**record, "image": {"file": f"images/{number}.jpg"}})
+    for name, content in {
+        "in.tsv": "".join(lines), "paths.tsv": "".join(paths), "inside.json": json.dumps(inside),
+        "references.json": json.dumps(references),
+    }.items():  # fmt: skip
+        (folder / name).write_text(content)
+    return ["in.tsv", "paths.tsv", "inside.json", "references.json"]
+
+
+@pytest.mark.parametrize(
+    "out, images", [("sub/out.tsv", "inline"), ("sub/out.json", "inline"), ("sub/out.json", "reference")]
+)
+def test_tables_and_records_in_tables_and_records_out(call, tmp_path, out, images):
+    for name in forms_of(tmp_path):
+        for _ in range(2):
+            status, _, errors = call(tmp_path / name, tmp_path / out, "--images", images, "--must_not", "第[135]")
+            assert status == 0, errors
+            bytes_now = [(tmp_path / file).read_bytes() for file in curation.output_names(out)]
+        assert bytes_now == [(tmp_path / file).read_bytes() for file in curation.output_names(out)]
+        rows = list(read_rows(str(tmp_path / out), True))
+        assert [(row.id, row.caption) for row in rows] == [(f"ad{n}", f"第{n}张图片") for n in (0, 2, 4, 6, 7)]
+        assert [base64.b64decode(bytes(image_text(row))) for row in rows] == [image_bytes(n) for n in (0, 2, 4, 6, 7)]
+        if out.endswith(".json"):
+            (first, *_) = json.loads((tmp_path / out).read_text())
+            more = [["还有呢？", "没有了"]] if name.endswith(".json") else []
+            question = "说说\n这张图" if name.endswith(".json") else "请描述图片内容"
+            assert first["conversations"] == [[question, "第0张图片"], *more]
+            # What is inside a JSON cannot be read there by itself.
+            assert isinstance(first["image"], dict) == (images == "reference" and name != "inside.json")
+
+
+def test_preferred_captions(call, data):
+    """All of them without scores; with scores those with the higher gain, by which rows are then dropped."""
+    names = list(ROWS)
+    (data / "new.txt").write_text("".join(f"{name}\t新的{name}\n" for name in names[:6]))
+    for file, gains in {"old": [1, 2, 3, 4, "", "", 7, 0.5], "new": [2, 1, 3, 5, 0, ""]}.items():
+        lines = [f"{name}\t{'' if gain == '' else 0}\t\t{gain}\t[]\n" for name, gain in zip(names, gains)]
+        lines = [line.replace("\t0\t\t", "\t0\t0\t").replace("\t\t\t\t", "\t\t\t\t") for line in lines]
+        (data / f"{file}.scores").write_text("".join(lines))
+    status, _, errors = call(data / "in.tsv", data / "all.tsv", "--prefer", data / "new.txt")
+    assert status == 0, errors
+    captions = {row.id: row.caption for row in read_rows(str(data / "all.tsv"), True)}
+    assert captions == {name: f"新的{name}" if name in names[:6] else ROWS[name][0] for name in names}
+    prefer = f"{data / 'new.txt'}:{data / 'new.scores'}"
+    status, said, errors = call(
+        data / "in.tsv", data / "best.tsv", "--prefer", prefer, "--drop_scores", f"{data / 'old.scores'}:25%"
+    )  # fmt: skip
+    assert status == 0 and "3 rows have a caption of" in said, errors
+    captions = {row.id: row.caption for row in read_rows(str(data / "best.tsv"), True)}
+    # Gains: 2 new, 2, 3, 5 new, 0 new, none, 7, 0.5, none: of seven scored rows the lowest goes.
+    wanted = {name: f"新的{name}" if name in ("plain", "loop") else ROWS[name][0] for name in names}
+    del wanted["latin"]
+    assert captions == wanted
+
+
+def test_draws_depend_on_the_seed_alone(call, data):
+    def drawn(seed, workers):
+        call(data / "in.tsv", data / "out.tsv", "--limit", 4, "--seed", seed, "--workers", workers)
+        return kept(data / "out.tsv")
+
+    first = drawn(0, 0)
+    assert len(first) == 4 and first == sorted(first, key=list(ROWS).index) == drawn(0, 2)
+    assert any(drawn(seed, 0) != first for seed in (1, 2))
+
+
+def test_near_duplicates_name_the_row_that_stays(call, data):
+    call(data / "in.tsv", data / "out.tsv", "--near_duplicates", 6)
+    assert "8\tcopy\tnear duplicate of line 1\n" in (data / "out.rejected.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--must", "["], "is not a regular expression"), (["--drop_scores", "x"], "FILE:PERCENT%"),
+        (["--drop_scores", "IN:101%"], "FILE:PERCENT%"), (["--keep", "best"], "needs --near_duplicates"),
+        (["--near_duplicates", 6, "--keep", "best"], "--keep best needs --drop_scores"), (["--per_group", 2], "needs"),
+        (["--max_tokens", 3], "needs --tokenizer"), (["--near_duplicates", 11], "from 0 to 10"),
+        (["--images", "reference"], "an OUT.json"), (["--limit", 0], "number from 1"),
+        (["--drop_scores", "IN:5%"], "not a file that tools/score_rows.py has written"),
+        (["--not_in", "gone"], "cannot read gone"), (["--must", "狗"], "no row of"),
+        (["--prefer", "IN"], "is no id of a row"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_is_refused_is_one_line_and_leaves_nothing(call, data, arguments, says):
+    words = [str(word).replace("IN", str(data / "val.tsv")) for word in arguments]
+    status, _, errors = call(data / "in.tsv", data / "out.tsv", *words)
+    assert status in (1, 2) and errors.startswith("error: ") and says in errors and errors.count("\n") == 1
+    assert not [name for name in os.listdir(data) if name.startswith("out.")]
+    status, _, errors = call(data / "in.tsv", data / "in.tsv")
+    assert status == 2 and "would be overwritten" in errors
