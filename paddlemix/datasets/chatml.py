@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import multiprocessing
 import os
+import random
 import re
 import stat
 from bisect import bisect_right
@@ -91,12 +92,35 @@ class _Files:
 
 
 class _Part(NamedTuple):
-    """One JSON file of a dataset. folder: what references are relative to. bounds: int64 [n, 2]."""
+    """One JSON file of a dataset. folder: what references are relative to. bounds: int64 [n, 2]. kept: numbers of the
+    records taken, None for all. prompts: those of its entry, drawn by seed."""
 
     path: str
     folder: str
     bounds: np.ndarray
     template: ChatTemplate
+    kept: Optional[np.ndarray] = None
+    prompts: Tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def records(self) -> int:
+        return len(self.bounds if self.kept is None else self.kept)
+
+    def asked(self, row: int, record: Record) -> Record:
+        """A record with the prompt that its entry has for it. Without an image, a question is its own."""
+        if not self.prompts or not record.images:
+            return record
+        prompt = random.Random(f"{self.seed} {row}").choice(self.prompts)
+        return record._replace(turns=[(prompt, record.turns[0][1]), *record.turns[1:]])
+
+
+class Source(NamedTuple):
+    """An entry of a dataset. records: in its files; samples: of the dataset."""
+
+    entry: Entry
+    records: int
+    samples: int
 
 
 class Question(NamedTuple):
@@ -162,6 +186,7 @@ class ChatmlDataset:
     chat_template: a file, a ChatTemplate, or None for the default.
     max_length: longest sample in tokens; texts are shortened to it, image spans never cut.
     label_all_turn_markers: labels (b) of docs/formats.md, "Training sequence".
+    limit, repeat, prompts: see Entry. seed: what limit and prompts draw by.
 
     Raises:
         UserError: a file is missing or unreadable, or there are no records.
@@ -175,6 +200,10 @@ class ChatmlDataset:
         image_processor: Any,
         max_length: int = 2048,
         label_all_turn_markers: bool = True,
+        limit: Optional[int] = None,
+        repeat: int = 1,
+        prompts: Tuple[str, ...] = (),
+        seed: int = 0,
     ):
         if chat_template is None:
             template = ChatTemplate.default()
@@ -184,8 +213,21 @@ class ChatmlDataset:
             template = chat_template
         paths = find_files(data_files)
         self._parts = [
-            _Part(path, os.path.dirname(os.path.realpath(path)), record_bounds(path), template) for path in paths
+            _Part(
+                path, os.path.dirname(os.path.realpath(path)), record_bounds(path), template, None, prompts, seed
+            )
+            for path in paths
         ]
+        self._set_ends()
+        self.file_records = len(self)
+        if limit is not None and limit < len(self):
+            chosen = np.sort(np.random.default_rng([seed, limit]).permutation(len(self))[:limit])
+            cuts = np.split(chosen, np.searchsorted(chosen, self._ends[:-1]))
+            begins = [0, *self._ends[:-1]]
+            self._parts = [
+                part._replace(kept=rows - begin) for part, rows, begin in zip(self._parts, cuts, begins) if len(rows)
+            ]
+        self._parts *= repeat
         self._set_ends()
         if not len(self):
             raise ConfigError(
@@ -196,15 +238,17 @@ class ChatmlDataset:
         self.image_processor = image_processor
         self.max_length = max_length
         self.label_all_turn_markers = label_all_turn_markers
+        self.sources: List[Source] = []
         self._files = _Files()
         self._failed, self._cut = _Tally(), _Tally()
 
     def _set_ends(self) -> None:
-        self._ends = np.cumsum([len(part.bounds) for part in self._parts]).tolist()
+        self._ends = np.cumsum([part.records for part in self._parts]).tolist()
 
     def extend(self, other: ChatmlDataset) -> None:
         """Append the records of another dataset, with their own chat template; the rest is read as here."""
         self._parts += other._parts
+        self.sources += other.sources
         self._set_ends()
 
     def __len__(self) -> int:
@@ -226,7 +270,8 @@ class ChatmlDataset:
         index %= len(self)
         number = bisect_right(self._ends, index)
         part = self._parts[number]
-        return part, index - (self._ends[number] - len(part.bounds))
+        row = index - (self._ends[number] - part.records)
+        return part, row if part.kept is None else int(part.kept[row])
 
     def record_text(self, index: int) -> bytes:
         """The bytes of a record in the file, and the few around it.
@@ -234,7 +279,9 @@ class ChatmlDataset:
         Raises:
             SampleError: longer than MAX_ROW_BYTES, or the file has become shorter.
         """
-        part, row = self._place(index)
+        return self._text(*self._place(index))
+
+    def _text(self, part: _Part, row: int) -> bytes:
         start, end = part.bounds[row].tolist()
         if end - start > MAX_ROW_BYTES + 4096:
             raise SampleError(f"{(end - start) >> 20} MB, more than the {MAX_ROW_BYTES >> 20} MB that are read")
@@ -249,24 +296,26 @@ class ChatmlDataset:
         Raises:
             SampleError: it cannot be used.
         """
-        return parse_record(self.record_text(index), self._place(index)[0].folder)
+        part, row = self._place(index)
+        return part.asked(row, parse_record(self._text(part, row), part.folder))
 
     def lengths(self) -> SampleLengths:
         """The length in tokens of every sample, and whether it has an image, without a look at the image.
 
         Counted once and kept beside each JSON file (see datasets.lengths). A record that cannot be used has length 0.
         """
-        found, first = [], 0
+        found = []
         for part in self._parts:
             counter = LengthCounter(self.tokenizer, part.template, self.max_length)
-            key = lengths_key(self.tokenizer, part.template, self.max_length)
+            asked = (part.prompts, part.seed) if part.prompts else ()
+            key = lengths_key(self.tokenizer, part.template, self.max_length, *asked)
 
-            def measure(row: int, counter=counter, first=first, folder=part.folder) -> Tuple[int, bool]:
-                record = parse_record(without_image(self.record_text(first + row)), folder)
+            def measure(row: int, counter=counter, part=part) -> Tuple[int, bool]:
+                record = part.asked(row, parse_record(without_image(self._text(part, row)), part.folder))
                 return counter(record.turns, len(record.images)), bool(record.images)
 
-            found.append(cached_lengths(part.path, key, len(part.bounds), measure))
-            first += len(part.bounds)
+            arrays = cached_lengths(part.path, key, len(part.bounds), measure)
+            found.append(arrays if part.kept is None else tuple(values[part.kept] for values in arrays))
         return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*found)))
 
     def sample(self, index: int) -> Sample:
@@ -381,10 +430,12 @@ class ChatmlDataset:
         return f"{label} (record {row} of {part.path})"
 
 
-def build_dataset(entries: Sequence[Entry], tokenizer: Any, image_processor: Any, settings: Any) -> ChatmlDataset:
+def build_dataset(
+    entries: Sequence[Entry], tokenizer: Any, image_processor: Any, settings: Any, seed: int = 0
+) -> ChatmlDataset:
     """The dataset of a config's `dataset.train` or `dataset.eval`: its entries, one at least, one after the other.
 
-    settings: has max_length and label_all_turn_markers.
+    settings: has max_length and label_all_turn_markers. seed: what entries draw by.
 
     Raises:
         UserError: an entry's files cannot be used.
@@ -398,7 +449,12 @@ def build_dataset(entries: Sequence[Entry], tokenizer: Any, image_processor: Any
             image_processor,
             max_length=settings.max_length,
             label_all_turn_markers=settings.label_all_turn_markers,
+            limit=entry.limit,
+            repeat=entry.repeat,
+            prompts=entry.prompt,
+            seed=seed,
         )
+        dataset.sources = [Source(entry, dataset.file_records, len(dataset))]
         if built is None:
             built = dataset
         else:

@@ -14,11 +14,26 @@ NAMES = ("chatml_dataset",)
 
 
 class Entry(NamedTuple):
-    """One entry of `dataset`. data_files: paths and patterns; chat_template: a file, None for the default."""
+    """One entry of `dataset`.
+
+    data_files: paths and patterns. chat_template: a file, None for the default. weight: of the samples that an epoch
+    draws, against the other entries'. repeat: how often an epoch holds each record. limit: records taken, drawn by
+    seed. prompt: what records with an image are asked in place of their own question, drawn by seed if several.
+    """
 
     name: str
     data_files: Tuple[str, ...]
     chat_template: Optional[str] = None
+    weight: Optional[float] = None
+    repeat: int = 1
+    limit: Optional[int] = None
+    prompt: Tuple[str, ...] = ()
+
+    @property
+    def mixing(self) -> Dict[str, Any]:
+        """The keys that say what an epoch takes of it, where they differ from their defaults."""
+        names = ("limit", "repeat", "weight", "prompt")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != self._field_defaults[name]}
 
 
 def read_entry(raw: Dict[str, Any]) -> Entry:
@@ -40,8 +55,34 @@ def read_entry(raw: Dict[str, Any]) -> Entry:
         raise ConfigError('"data_files" must be a path or a list of paths', "data_files")
     if template is not None and not isinstance(template, str):
         raise ConfigError(f'"chat_template" must be a path, not {shown(template)}', "chat_template")
+    weight, prompt = raw.get("weight"), raw.get("prompt", [])
+    if weight is not None and (type(weight) not in (int, float) or not 0 < weight < float("inf")):
+        raise ConfigError(f'"weight" must be a number above 0, not {shown(weight)}', "weight")
+    for key in ("repeat", "limit"):
+        if key in raw and (type(raw[key]) is not int or raw[key] < 1):
+            raise ConfigError(f'"{key}" must be an integer of at least 1, not {shown(raw[key])}', key)
+    prompt = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompt, list) or not all(isinstance(text, str) and text.strip() for text in prompt):
+        raise ConfigError('"prompt" must be a text or a list of texts', "prompt")
     files = tuple(map(os.path.expanduser, files))
-    return Entry(name, files, os.path.expanduser(template) if template else None)
+    template = os.path.expanduser(template) if template else None
+    return Entry(name, files, template, weight, raw.get("repeat", 1), raw.get("limit"), tuple(prompt))
+
+
+def _mixing_problems(part: str, entries: List[Entry]) -> List[str]:
+    """What does not go together in the entries of a part."""
+    weighted = [entry for entry in entries if entry.weight is not None]
+    if part == "eval":
+        if weighted or any(entry.repeat > 1 for entry in entries):
+            text = "dataset.eval: weight and repeat are for training; an evaluation takes each sample once"
+            return [Problem(text, "weight", "repeat")]
+        return []
+    if any(entry.repeat > 1 for entry in weighted):
+        text = "dataset.train: set weight or repeat, not both: a weight says how many samples an epoch draws"
+        return [Problem(text, "weight", "repeat")]
+    if 0 < len(weighted) < len(entries):
+        return [Problem("dataset.train: give a weight to every entry, or to none", "weight")]
+    return []
 
 
 def read_entries(
@@ -53,6 +94,7 @@ def read_entries(
     """
     found: Dict[str, List[Entry]] = {}
     problems: List[str] = []
+    read: Dict[str, List[Entry]] = {part: [] for part in PARTS}
     for part, raws in (dataset or {}).items():
         if part not in PARTS:
             text = f'dataset: unknown part "{part}"; the parts are "train" and "eval"'
@@ -68,6 +110,7 @@ def read_entries(
             except ConfigError as error:
                 problems.append(Problem.of(error, f"dataset.{part}: "))
                 continue
+            read[part].append(entry)
             there = [path for path in entry.data_files if os.path.isfile(path) or glob.glob(path, recursive=True)]
             problems += [
                 Problem(f"dataset.{part}: no file matches {path}", "data_files")
@@ -81,4 +124,5 @@ def read_entries(
             if there:
                 usable = entry._replace(data_files=tuple(there), chat_template=template or chat_template)
                 found.setdefault(part, []).append(usable)
+        problems += _mixing_problems(part, read[part])
     return found, problems

@@ -42,11 +42,11 @@ def lengths_path(path: str) -> str:
     return os.path.join(folder, f".{name}.len")
 
 
-def lengths_key(tokenizer: Any, template: Any, max_length: int) -> bytes:
-    """32 bytes that differ when the lengths of the same records may."""
+def lengths_key(tokenizer: Any, template: Any, max_length: int, *asked: Any) -> bytes:
+    """32 bytes that differ when the lengths of the same records may. asked: what replaces their own prompts."""
     ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     digest = hashlib.sha256(b"\n".join(token for token, _ in ranks))
-    digest.update(repr((len(ranks), tokenizer.n_queries, tuple(template), max_length)).encode())
+    digest.update(repr((len(ranks), tokenizer.n_queries, tuple(template), max_length, *asked)).encode())
     return digest.digest()
 
 

@@ -17,7 +17,7 @@ from paddlemix.trainer import freeze, memory, work
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
 from paddlemix.trainer.machine import card
-from paddlemix.trainer.run import Run, resolve
+from paddlemix.trainer.run import Run, contributions, resolve
 from paddlemix.utils.compat import PADDLE_3
 from paddlemix.utils.language import tr_row
 from paddlemix.utils.outputs import nearest_folder
@@ -287,7 +287,7 @@ def render(found: Forecast) -> List[str]:
     if found.run.shapes:
         lines += _model_lines(found.run)
     for part, data in found.data.items():
-        lines += ["", f"==== data: {part}", *_data_lines(data)]
+        lines += ["", f"==== data: {part}", *contributions(found.run, part), *_data_lines(data)]
     if found.packs is not None:
         order, packs = found.run.order, found.packs
         lines += ["", "==== packing (mixtoken)"]

@@ -21,7 +21,7 @@ from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.reports import CURVE_NAME, Parameter, draw_loss
 from paddlemix.trainer.resume import write_trainer_state
-from paddlemix.trainer.run import Run, resolve
+from paddlemix.trainer.run import Run, contributions, resolve
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import paddlenlp_arguments, print_block
 from paddlemix.trainer.tuned_model import choose_trainable, load_base_model
@@ -148,6 +148,9 @@ def _announce(run: Run) -> None:
         logger.warning(text)
     for text in run.notes:
         logger.info(text)
+    for part in run.datasets:
+        for line in contributions(run, part):
+            logger.info(f"dataset.{part}: {line}")
     if not run.machine.gpu:
         logger.info(describe_threads())
     packs = run.packs

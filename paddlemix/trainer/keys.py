@@ -66,7 +66,8 @@ class DataArguments:
         None,
         'The data: {"train": [{"name": "chatml_dataset", "data_files": FILE, "chat_template": FILE}], '
         '"eval": […]}. '
-        "data_files is a path, a list of paths, or a pattern with *; chat_template may be left out.",
+        "data_files is a path, a list of paths, or a pattern with *; chat_template may be left out. "
+        "An entry can also have weight, repeat, limit and prompt (see Mixing).",
     )
     chat_template: Optional[str] = key(None, "Chat template of entries without their own (default: chatml).", path=True)
     max_length: int = key(

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+import zlib
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length
 from paddlemix.utils.errors import Problem
+
+# Sets what entries draw apart from the other random streams.
+_DRAWING_STREAM = 2**31 + 1
+
+
+class Draw(NamedTuple):
+    """An entry of weighted data: the samples it has, the first one's number, and how many of them an epoch draws."""
+
+    samples: int
+    first: int
+    count: int
+
+    def epoch(self, seed: int, number: int, epoch: int) -> np.ndarray:
+        """What entry `number` gives to an epoch: int64 [count]. Each epoch continues where the last one ended, in one
+        permutation of the entry after another, so that all its samples are drawn equally often."""
+        begin = epoch * self.count
+        passes = range(begin // self.samples, -(-(begin + self.count) // self.samples))
+        keys = ([seed, number, one, _DRAWING_STREAM] for one in passes)
+        stream = np.concatenate([np.random.default_rng(key).permutation(self.samples) for key in keys])
+        return self.first + stream[begin % self.samples :][: self.count]
+
+
+def plan_draws(sizes: Sequence[int], weights: Sequence[float]) -> Tuple[Draw, ...]:
+    """An epoch of as many samples as there are, shared by weight (largest remainders)."""
+    total = sum(sizes)
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    for number in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:
+        counts[number] += 1
+    firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+    return tuple(map(Draw, sizes, firsts, counts))
 
 
 class Order(NamedTuple):
@@ -18,6 +50,7 @@ class Order(NamedTuple):
     samples: records of the training data. batch: per card, of samples, or of sequences with packs. accumulation:
     batches per optimizer step. cards: those that see other samples than each other. max_steps: -1, or it wins over
     epochs. packs: how samples share sequences (mixtoken). lengths: batches hold samples of like length.
+    draws: how entries with weights share an epoch. mixing: what entries say of it, for a resumed run.
     """
 
     samples: int
@@ -30,6 +63,8 @@ class Order(NamedTuple):
     max_steps: int = -1
     packs: Optional[Packs] = None
     lengths: Optional[SampleLengths] = None
+    draws: Tuple[Draw, ...] = ()
+    mixing: Tuple[Dict[str, Any], ...] = ()
 
     @property
     def unit(self) -> str:
@@ -83,7 +118,11 @@ class Order(NamedTuple):
         if not self.steps:
             text = f"num_train_epochs={self.epochs} ends before the first optimizer step: raise it, or set max_steps"
             return [Problem(text, "num_train_epochs")]
-        return []
+        return [
+            Problem(f"a weight is so small that an epoch of {self.samples} samples draws none of its entry", "weight")
+            for draw in self.draws
+            if not draw.count
+        ]
 
     def warnings(self) -> List[str]:
         """What is otherwise than asked for."""
@@ -106,6 +145,8 @@ class Order(NamedTuple):
             settings.update(mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length)
         if self.lengths is not None:
             settings["group_by_modality_length"] = self.lengths.digest()
+        if any(self.mixing):
+            settings["mixing"] = zlib.crc32(repr(self.mixing).encode())
         return settings
 
 
@@ -141,7 +182,10 @@ class EpochSampler(DistributedBatchSampler):
     def __iter__(self) -> Any:
         order = self.order
         rng = np.random.default_rng([order.seed, self.epoch])
-        if order.lengths is None:
+        if order.draws:
+            drawn = [draw.epoch(order.seed, number, self.epoch) for number, draw in enumerate(order.draws)]
+            indices = rng.permutation(np.concatenate(drawn))
+        elif order.lengths is None:
             indices = rng.permutation(order.count)
         else:
             indices = group_by_length(order.lengths, order.batch, order.cards, rng)

@@ -47,6 +47,10 @@ def _no_data(d: DataArguments, part: str) -> bool:
     return not (d.dataset or {}).get(part)
 
 
+def _weighted(d: DataArguments) -> bool:
+    return any(entry.weight is not None for entry in read_entries(d.dataset)[0].get("train", []))
+
+
 def _by_steps(t: TrainingKeys) -> bool:
     return t.evaluation_strategy == t.save_strategy == "steps"
 
@@ -73,6 +77,12 @@ RULES = (
          lambda m, d, t, a: d.mixtoken and t.group_by_modality_length),
     Rule("mixtoken cannot be combined with neftune, whose noise depends on the length of each sample",
          lambda m, d, t, a: d.mixtoken and m.neftune),
+    *(
+        Rule(f"{name} plans all epochs at once, and weights in dataset.train draw for each: use repeat and limit",
+             lambda m, d, t, a, name=name: (d.mixtoken if name == "mixtoken" else t.group_by_modality_length)
+             and _weighted(d))
+        for name in ("mixtoken", "group_by_modality_length")
+    ),
     # Precision, rates.
     Rule("set fp16 or bf16, not both", lambda m, d, t, a: t.fp16 and t.bf16),
     Rule("lr_scheduler_type=constant has no warmup: set constant_with_warmup, or leave warmup_* at 0",

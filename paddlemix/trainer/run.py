@@ -9,7 +9,7 @@ import functools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.auto import AutoConfigMIX, AutoTokenizerMIX
 from paddlemix.checkpoint import open_weights
@@ -25,7 +25,7 @@ from paddlemix.trainer import freeze, parallel, resume, run_checkpoints
 from paddlemix.trainer.guard import LanguageGuard, check_text_model
 from paddlemix.trainer.keys import Arguments
 from paddlemix.trainer.machine import Machine, this_machine
-from paddlemix.trainer.order import Order
+from paddlemix.trainer.order import Draw, Order, plan_draws
 from paddlemix.trainer.reports import choose_reports
 from paddlemix.trainer.rules import broken_rules
 from paddlemix.trainer.tuned_model import open_tuned
@@ -34,6 +34,10 @@ from paddlemix.utils.compat import FUSED_ATTENTION_ON_CPU
 from paddlemix.utils.errors import ConfigError, Problem, UserError
 from paddlemix.utils.outputs import nearest_folder
 from paddlemix.utils.runtime import Precision
+from paddlemix.utils.texts import some
+
+# Files of an entry that a line names.
+_NAMED_FILES = 3
 
 
 class StoredWeights(NamedTuple):
@@ -219,6 +223,22 @@ def _decide_model(run: Run) -> None:
             run.attempt(_check_lora_path, run, model.lora_path)
 
 
+def contributions(run: Run, part: str) -> List[str]:
+    """What each entry of a part gives to an epoch or an evaluation, a line each."""
+    sources = run.datasets[part].sources
+    draws = run.order.draws if part == "train" and run.order is not None else ()
+    counts = [draw.count for draw in draws] or [source.samples for source in sources]
+    lines = []
+    for source, count in zip(sources, counts):
+        files = some(source.entry.data_files, _NAMED_FILES)
+        line = f"{count:,} samples ({count / sum(counts):.1%}) from the {source.records:,} records of {files}"
+        mixing = source.entry.mixing
+        if "prompt" in mixing:
+            mixing["prompt"] = len(mixing["prompt"])
+        lines.append(line + "".join(f"; {name} {value:,}" for name, value in mixing.items()))
+    return lines
+
+
 def _is_model(folder: Optional[str]) -> bool:
     """Whether a key names a model's folder; the rules report anything else."""
     return folder is not None and os.path.isfile(os.path.join(folder, "config.json"))
@@ -284,7 +304,8 @@ def _decide_data(run: Run) -> None:
     run.entries, _ = read_entries(data.dataset, template if template and os.path.isfile(template) else None)
     image_processor = MGenVLImageProcessor.from_config(run.config)
     for part, entries in run.entries.items():
-        dataset = run.attempt(build_dataset, entries, run.tokenizer, image_processor, data)
+        seed = run.arguments.training.seed
+        dataset = run.attempt(build_dataset, entries, run.tokenizer, image_processor, data, seed)
         if dataset is not None:
             run.datasets[part] = dataset
 
@@ -296,6 +317,10 @@ def _decide_order(run: Run) -> None:
         run.lengths = dataset.lengths()
         if data.mixtoken:
             packs = plan_packs(run.lengths.tokens, data.max_length, training.seed)
+    entries = [source.entry for source in dataset.sources]
+    draws: Tuple[Draw, ...] = ()
+    if all(entry.weight is not None for entry in entries):
+        draws = plan_draws([source.samples for source in dataset.sources], [entry.weight for entry in entries])
     run.order = order = Order(
         samples=len(dataset),
         batch=training.per_device_train_batch_size,
@@ -307,6 +332,8 @@ def _decide_order(run: Run) -> None:
         max_steps=training.max_steps,
         packs=packs,
         lengths=None if data.mixtoken else run.lengths,
+        draws=draws,
+        mixing=tuple(entry.mixing for entry in entries),
     )
     for problem in order.problems():
         run.problem(problem)

@@ -377,6 +377,40 @@ def test_build_dataset(tmp_path, tokenizer):
     assert (dataset.max_length, dataset.label_all_turn_markers) == (200, False)
 
 
+def test_limit_repeat_and_prompts_of_an_entry(tmp_path, tokenizer):
+    paths = (write(tmp_path / "a.json", [record(i) for i in range(30)]),)
+    paths += (write(tmp_path / "b.json", [record(i) for i in range(30, 60)] + [record(60, image=...)]),)
+    run = SimpleNamespace(max_length=200, label_all_turn_markers=False)
+    asked = ("图中有什么？", "写一句广告语", "请描述")
+
+    def built(seed=1, **changes):
+        return build_dataset([Entry("chatml_dataset", paths, **changes)], tokenizer, IMAGE_PROCESSOR, run, seed)
+
+    def ids(dataset):
+        return [int(dataset.record(i).id.split("_")[1]) for i in range(len(dataset))]
+
+    limited = built(limit=20, repeat=2)
+    assert len(limited) == 40 and ids(limited)[:20] == ids(limited)[20:] == sorted(set(ids(limited)))
+    assert ids(built(limit=20)) == ids(limited)[:20] != ids(built(seed=2, limit=20))
+    # Drawn from all files, not the first one's records.
+    assert ids(limited)[19] > 30 and ids(limited)[0] < 30
+    (source,) = limited.sources
+    assert (source.records, source.samples) == (61, 40) and ids(built(limit=99)) == list(range(61))
+    # Each sample is the record's own, wherever it stands.
+    whole = built()
+    for index in (3, 17, 39):
+        assert same(limited[index], whole[ids(limited)[index]])
+    prompted = built(prompt=asked, repeat=2)
+    prompts = [prompted.record(i).turns[0][0] for i in range(122)]
+    assert prompts[60] == "描述" and set(prompts[:60]) == set(asked) and prompts[:61] == prompts[61:]
+    assert prompts != [built(2, prompt=asked, repeat=2).record(i).turns[0][0] for i in range(122)]
+    assert prompted.question(0).answer == "标题0"
+    # The counted lengths are those of the samples, and kept apart from those of other prompts.
+    for dataset in (prompted, limited, built(prompt=asked[:1]), whole):
+        lengths = dataset.lengths().tokens.tolist()
+        assert lengths == [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+
+
 def test_open_files_are_few_and_not_shared(make, tmp_path, monkeypatch):
     monkeypatch.setattr(chatml, "MAX_OPEN_FILES", 3)
     images = []

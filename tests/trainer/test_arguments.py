@@ -225,6 +225,8 @@ def test_broken_config_files(tmp_path):
         command_line.parse([str(tmp_path)])
 
 
+# An entry of a file that is there.
+ENTRY = {"data_files": __file__}
 # (keys of a config, the keys that the error is about)
 WRONG = [
     ({"do_train": False}, "do_train do_eval"),
@@ -264,6 +266,22 @@ WRONG = [
     ({"lora_target_modules": ["a"]}, "lora_target_modules lora"),
     ({"mixtoken": True, "group_by_modality_length": True}, "mixtoken group_by_modality_length"),
     ({"mixtoken": True, "neftune": True}, "mixtoken neftune"),
+    ({"mixtoken": True, "dataset": {"train": [dict(ENTRY, weight=1)]}}, "mixtoken dataset"),
+    (
+        {"group_by_modality_length": True, "dataset": {"train": [dict(ENTRY, weight=1)]}},
+        "group_by_modality_length dataset",
+    ),
+    ({"dataset": {"train": [dict(ENTRY, weight=0)]}}, "weight"),
+    ({"dataset": {"train": [dict(ENTRY, weight="2")]}}, "weight"),
+    ({"dataset": {"train": [dict(ENTRY, repeat=0)]}}, "repeat"),
+    ({"dataset": {"train": [dict(ENTRY, repeat=1.5)]}}, "repeat"),
+    ({"dataset": {"train": [dict(ENTRY, limit=True)]}}, "limit"),
+    ({"dataset": {"train": [dict(ENTRY, prompt=[""])]}}, "prompt"),
+    ({"dataset": {"train": [dict(ENTRY, prompt=3)]}}, "prompt"),
+    ({"dataset": {"train": [dict(ENTRY, weight=1, repeat=2)]}}, "weight repeat"),
+    ({"dataset": {"train": [dict(ENTRY, weight=1), ENTRY]}}, "weight"),
+    ({"dataset": {"train": [ENTRY], "eval": [dict(ENTRY, weight=1)]}}, "weight repeat"),
+    ({"dataset": {"train": [ENTRY], "eval": [dict(ENTRY, repeat=2)]}}, "weight repeat"),
     (
         {"load_best_model_at_end": True, "evaluation_strategy": "steps", "save_steps": 3, "eval_steps": 2},
         "load_best_model_at_end save_steps eval_steps",
