@@ -101,10 +101,12 @@ def test_layers():
     assert not wrong, "\n".join(wrong)
 
 
-def test_weights_are_handled_without_paddle():
-    for path in house_files("paddlemix/checkpoint/*.py"):
-        for name, line in imported_modules(parse(path)):
-            assert name.split(".")[0] not in ("paddle", "paddlenlp"), f"{path}:{line} imports {name}"
+@pytest.mark.parametrize("package", ["checkpoint", "contest"])
+def test_weights_and_submissions_are_handled_without_paddle(package):
+    names = {name for path in house_files(f"paddlemix/{package}/*.py") for name, _ in imported_modules(parse(path))}
+    ours = {name.rpartition(".")[0] for name in names if name.startswith("paddlemix.")}
+    status, _, modules, _ = imports_of("-c", "import " + ", ".join(sorted(ours)))
+    assert status == 0 and not (modules | names) & {"paddle", "paddlenlp"}
 
 
 def test_one_module_asks_for_versions():

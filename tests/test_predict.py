@@ -317,6 +317,25 @@ def test_an_interrupted_run_goes_on(call, tmp_path, monkeypatch):
     assert "1 × bad base64" in err
 
 
+def test_image_files_that_change_between_two_runs_are_noticed(call, tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(image_bytes(number))
+    table = b"0\t0.jpg\n1\tgone.jpg\n2\t2.jpg\n3\t3.jpg\n"
+    _, whole, _, _ = call(table, output="whole.tsv")
+    wanted = ResultsWriter.write
+    monkeypatch.setattr(ResultsWriter, "write", lambda self, *a: wanted(self, *a) if self.done < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(table, "--batch_size", "1")
+    monkeypatch.setattr(ResultsWriter, "write", wanted)
+    (tmp_path / "0.jpg").write_bytes(image_bytes(2))
+    status, _, _, err = call(table)
+    assert status == 1 and "0.jpg has changed since an earlier run answered its row (line 2 of" in err
+    # The same image, copied anew.
+    (tmp_path / "0.jpg").write_bytes(image_bytes(0))
+    status, lines, _, err = call(table)
+    assert (status, lines) == (0, whole) and "going on after the 3 rows" in err
+
+
 @pytest.mark.parametrize("change", ["cut", "grown"])
 def test_an_input_that_changes_while_it_is_read_is_said(call, tmp_path, monkeypatch, change):
     content = tsv(*((str(i), image(i)) for i in range(3)))

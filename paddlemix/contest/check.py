@@ -26,6 +26,7 @@ from paddlemix.contest.weights import Change, language_shapes, look_through
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.tsv import check_input, row_id
 from paddlemix.inference.source import find_model_folder
+from paddlemix.models.mgen_vl.config_values import plain_config
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.language import tr
@@ -96,7 +97,7 @@ class _Findings:
 
 
 class _Model(NamedTuple):
-    """A model folder that is open. config: MGenConfig."""
+    """A model folder that is open. config: see plain_config."""
 
     folder: str
     config: Any
@@ -307,8 +308,6 @@ def check_submission(
     Raises:
         UserError: no such folder, base or sample. JobFailed: no room for a copy, or no fresh environment.
     """
-    from paddlemix.models.mgen_vl.configuration import MGenConfig
-
     if not os.path.isdir(folder):
         command = f"python tools/pack_submission.py --weights MODEL --out {shlex.quote(folder)}"
         raise UserError(f"no folder {folder}: make it with: {command}")
@@ -320,7 +319,7 @@ def check_submission(
         if base is not None:
             base_folder = find_model_folder(base)
             reader = stack.enter_context(open_weights(base_folder))
-            opened = _Model(base_folder, MGenConfig.from_pretrained(base_folder), reader)
+            opened = _Model(base_folder, plain_config(base_folder), reader)
         files = _static(judge, folder)
         _weights_rules(judge, folder, opened, stack, progress)
     with tempfile.TemporaryDirectory(prefix="check") as scratch:
@@ -388,14 +387,12 @@ def _weights_rules(
     judge: _Judge, folder: str, base: Optional[_Model], stack: contextlib.ExitStack, progress: bool
 ) -> None:
     """The rules about the model folder. What is opened stays so as long as `stack`."""
-    from paddlemix.models.mgen_vl.configuration import MGenConfig
-
     models: List[_Model] = []
     configs: List[Any] = []
 
     def config(found: _Findings) -> None:
         model = find_model_folder(os.path.join(folder, WEIGHTS))
-        configs.append((model, MGenConfig.from_pretrained(model)))
+        configs.append((model, plain_config(model)))
         found.notes.append(f"{os.path.relpath(model, folder)}/config.json")
 
     def weights(found: _Findings) -> None:

@@ -126,7 +126,8 @@ def _check_source(image: Any) -> None:
         if isinstance(file, str) and file and "\0" not in file and set(image) == {"file"}:
             return
         if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
-            if offset >= 0 and 0 < length <= MAX_ROW_BYTES:
+            checked = image.get("check")
+            if offset >= 0 and 0 < length <= MAX_ROW_BYTES and (checked is None or type(checked) is int):
                 return
         raise SampleError('"image" is not a reference: it needs "file", "offset" and "length"')
     raise SampleError('"image" is neither base64 text nor a reference')

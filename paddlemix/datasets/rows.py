@@ -32,6 +32,8 @@ from paddlemix.datasets.tsv import (
     Source,
     TsvRow,
     check_input,
+    check_of,
+    cr_alone,
     find_image,
     read_blocks,
 )
@@ -73,16 +75,20 @@ def is_json(path: str) -> bool:
     return _begins_json(_head(path))
 
 
-def _csv_columns(head: bytes) -> Optional[Dict[str, int]]:
+def _csv_columns(head: bytes, where: str) -> Optional[Dict[str, int]]:
     """Where a CSV's header has the columns; None if the first line is no such header."""
-    first = _without_bom(head).split(b"\n", 1)[0]
+    first, _, rest = _without_bom(head).split(b"\n", 1)[0].partition(b"\r")
     if b"\t" in first or b"," not in first:
         return None
-    names = [name.strip().lower() for name in next(csv.reader([first.decode("utf-8", "replace").rstrip("\r")]), [])]
+    names = [name.strip().lower() for name in next(csv.reader([first.decode("utf-8", "replace")]), [])]
     found = {
         column: names.index(name) for column, known in _COLUMNS.items() for name in reversed(known) if name in names
     }
-    return found if "image" in found else None
+    if "image" not in found:
+        return None
+    if rest.strip(b"\r"):
+        raise cr_alone(where)
+    return found
 
 
 # ---- rows
@@ -113,7 +119,7 @@ def read_rows(
     if _begins_json(head):
         return _json_rows(path, offset, first_line, state)
     Source(path).check(head, want_caption)
-    columns = _csv_columns(head)
+    columns = _csv_columns(head, path)
     if columns is None:
         return tsv.read_rows(path, want_caption, offset=offset, first_line=first_line, state=state)
     _check_columns(path, columns, want_caption)
@@ -135,7 +141,7 @@ def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
             blocks = read_blocks(path, file, member.read)
             head = next(blocks, b"")
             Source(name, unpack).check(head, want_caption)
-            columns = _csv_columns(head)
+            columns = _csv_columns(head, name)
             if _begins_json(head) and not member.name:
                 raise UserError(f"{path} holds JSON, not a table of rows")
             if columns is None and b"\t" not in head and member.name:
@@ -161,7 +167,7 @@ def most_rows(path: str, lines: int) -> int:
         from paddlemix.datasets.json_index import record_bounds
 
         return len(record_bounds(path))
-    return lines if _csv_columns(_head(path)) is None else lines - 1
+    return lines if _csv_columns(_head(path), path) is None else lines - 1
 
 
 def first_prompt(path: str) -> Optional[str]:
@@ -242,8 +248,9 @@ def _csv_rows(
             if len(line) > MAX_ROW_BYTES:
                 raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB")
             position += len(line)
-            # Names of files need not be UTF-8.
-            yield (_without_bom(line) if number == 1 else line).decode("utf-8", "surrogateescape")
+            # Names of files need not be UTF-8. A CR within a row would end the reading.
+            line = (_without_bom(line) if number == 1 else line).decode("utf-8", "surrogateescape")
+            yield line.replace("\r", "")
 
     reader = csv.reader(texts())
     try:
@@ -275,7 +282,7 @@ def _csv_row(
         place, error = find_image(text, folder, want_caption)
     if want_caption and error is None:
         # A caption is one line everywhere else.
-        caption = " ".join((cell("caption") or "").split("\n")).replace("\r", "") or None
+        caption = " ".join((cell("caption") or "").split("\n")) or None
         if cell("caption") is None:
             error = NO_CAPTION
         elif caption is None:
@@ -327,7 +334,7 @@ def base64_at(read: Callable[[str, int, int], bytes], place: ImagePlace) -> byte
     """The base64 text at a place. read: (file, offset, length) → bytes, fewer at the end of the file.
 
     Raises:
-        ImageError: no column of a TSV begins and ends there any more.
+        ImageError: no column of a TSV begins and ends there any more, or it is another one.
     """
     # One byte more on either side: a column has its ends there, unless the file has changed since.
     before = min(place.offset, 1)
@@ -335,7 +342,8 @@ def base64_at(read: Callable[[str, int, int], bytes], place: ImagePlace) -> byte
     field = text[before : before + place.length]
     ends = text[:before] in (b"", b"\t", b"\n", b"\xbf", b'"')
     ends = ends and text[before + place.length :] in (b"", b"\t", b"\n", b"\r", b'"')
-    if len(field) < place.length or not ends:
+    same = place.check in (None, check_of(field))
+    if len(field) < place.length or not ends or not same:
         raise ImageError(
             "changed file", f"{place.file} is not the file it was when the record was made; convert it again"
         )

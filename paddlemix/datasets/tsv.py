@@ -7,12 +7,13 @@ out, and goes on. In place of base64 a row may have the path of an image file.
 
 from __future__ import annotations
 
+import _thread
 import os
 import re
 import shlex
 import stat
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from queue import SimpleQueue
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from paddlemix.datasets.archives import GZIP, is_tar
@@ -54,16 +55,24 @@ _LONG_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{200}")
 
 
 class ImagePlace(NamedTuple):
-    """Where an image is: base64 text in a file, or with length 0 the file itself. offset, length: bytes."""
+    """Where an image is: base64 text in a file, or with length 0 the file itself. offset, length: bytes. check:
+    check_of the text, or None if it is not known."""
 
     file: str
     offset: int = 0
     length: int = 0
+    check: Optional[int] = None
 
     @classmethod
     def of_reference(cls, image: Dict[str, Any], folder: str) -> ImagePlace:
         """Of a record's "image" object, whose file is relative to `folder`."""
-        return cls(os.path.join(folder, image["file"]), image.get("offset", 0), image.get("length", 0))
+        place = image.get("offset", 0), image.get("length", 0), image.get("check")
+        return cls(os.path.join(folder, image["file"]), *place)
+
+
+def check_of(text: Union[bytes, memoryview]) -> int:
+    """The CRC-32 of one or two thousand letters spread over a base64 text: another image has others."""
+    return zlib.crc32(bytes(text[:: len(text) // 1024 or 1]))
 
 
 class TsvRow(NamedTuple):
@@ -293,6 +302,14 @@ def _parse(
     return TsvRow(line_no, row_id, image, image_offset, image_end - image_begin, caption, error, next_offset, place)
 
 
+def cr_alone(name: str) -> UserError:
+    """What to say of a file whose lines end with CR."""
+    return UserError(
+        f"{name}: its lines end with CR alone, as on old Macs; make them LF first: "
+        f"tr '\\r' '\\n' < {shlex.quote(name)} > {shlex.quote(name + '.lf')}"
+    )
+
+
 def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
     """Raise a UserError if what looks like the first line is rows with CR alone between them."""
     stop = line.find(b"\r", begin, end)
@@ -301,10 +318,7 @@ def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
         next_stop = line.find(b"\r", stop + 1, end)
         row_before = line.find(b"\t", begin, stop) >= 0
         if row_before and tab >= 0 and not stop < next_stop < tab and _is_image(line, tab + 1, end):
-            raise UserError(
-                f"{name}: its lines end with CR alone, as on old Macs; make them LF first: "
-                f"tr '\\r' '\\n' < {shlex.quote(name)} > {shlex.quote(name + '.lf')}"
-            )
+            raise cr_alone(name)
         stop = next_stop
 
 
@@ -342,20 +356,45 @@ def read_blocks(
     Raises:
         JobFailed: the file has changed since it was in `state`, or since now.
     """
-    # The thread ends before the file is closed, also where the rows are not read to their end.
-    with ThreadPoolExecutor(1) as reader:
-        before = state or FileState.of(file.fileno())
+    before = state or FileState.of(file.fileno())
+    asked: SimpleQueue = SimpleQueue()
+    given: SimpleQueue = SimpleQueue()
+    ended = _thread.allocate_lock()
+    ended.acquire()
+
+    def answer() -> None:
+        try:
+            while asked.get():
+                try:
+                    given.put((read(BUFFER_BYTES), None))
+                except BaseException as error:
+                    given.put((b"", error))
+        finally:
+            ended.release()
+
+    # Not a pool: rows that are not read to their end may be collected as garbage at any moment, such as while a thread
+    # of the `threading` module is being started or stopped, and would then wait for a lock of that module.
+    reader = _thread.start_new_thread(answer, ())
+    try:
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
-        ahead = deque(reader.submit(read, BUFFER_BYTES) for _ in range(2))
+        asked.put(True)
+        asked.put(True)
         while True:
-            block = ahead.popleft().result()
+            block, error = given.get()
+            if error is not None:
+                raise error
             # Looked at for each piece: a row that was cut must not be answered before it is noticed.
             before.check(path, file.fileno())
             if not block:
                 return
-            ahead.append(reader.submit(read, BUFFER_BYTES))
+            asked.put(True)
             yield block
+    finally:
+        # The thread ends before the file is closed.
+        asked.put(False)
+        if _thread.get_ident() != reader:
+            ended.acquire()
 
 
 def lines_of(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from paddlemix.datasets.json_index import IndexWriter
-from paddlemix.datasets.tsv import ImagePlace, TsvRow, row_id
+from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_of, row_id
 from paddlemix.utils.files import atomic_write
 
 # More at a time would only leave the cache before it is written.
@@ -166,7 +166,8 @@ class RecordText:
         if not self._reference or place.offset < 0:
             return (start + '"').encode(), image, b'"}'
         file = file if place.file == source else self._file(place.file)
-        span = f', "offset": {place.offset}, "length": {place.length}' if place.length else ""
+        check = f', "check": {check_of(image)}'
+        span = f', "offset": {place.offset}, "length": {place.length}{check}' if place.length else ""
         return f"{start}{file}{span}}}}}".encode(), b"", b""
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import zlib
 from collections import deque
 from itertools import chain, count
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Tuple, Union
 
 from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
-from paddlemix.datasets.tsv import FileState, TsvRow, check_input, is_image, row_id
+from paddlemix.datasets.tsv import FileState, TsvRow, check_input, check_of, is_image, row_id
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.facts import input_facts
 from paddlemix.inference.loading import load_model
@@ -82,6 +84,20 @@ def base64_or_answer(row: TsvRow) -> Union[bytes, memoryview, Answer]:
         return Answer(None, error.reason)
 
 
+def _state_of_file(row: TsvRow) -> int:
+    """A number that changes with size and time of the file which a row names; 0 if it is not there."""
+    try:
+        found = FileState.of(row.place.file)
+    except OSError:
+        return 0
+    return zlib.crc32(f"{found.size} {found.mtime_ns}".encode())
+
+
+def _check_of_image(row: TsvRow) -> int:
+    image = base64_or_answer(row)
+    return 0 if isinstance(image, Answer) else check_of(image)
+
+
 def _check_not_input(path: str, order: str) -> None:
     """Refuse an OUTPUT that exists and holds images: the order of the arguments is easily mistaken."""
     if not os.path.isfile(path) or not os.path.getsize(path):
@@ -146,14 +162,22 @@ class RowJob:
     def rows(self, results: ResultsWriter) -> _Rows:
         """The rows behind those that an earlier run has answered; no image is decoded to pass over these."""
         rows = _Rows(self.input, self.share, self.state, self.want_caption)
-        if results.place is not None:
-            rows.go_on(results.place)
         # Journals of earlier versions do not say where their rows stand.
-        for number, done_id in enumerate(results.done_ids() if results.place is None else (), 1):
+        all_rows = results.place is None or results.has_files
+        if not all_rows:
+            rows.go_on(results.place)
+        for number, (done_id, image) in enumerate(results.done_rows() if all_rows else (), 1):
             row = next(rows, None)
             if row is None or row_id(row) != done_id:
                 raise JobFailed(
                     f"line {number + 1} of {results.journal} is not of row {number} to answer; drop it with --restart"
+                )
+            state, _, check = image.partition(" ")
+            # The file is read only where its state is another one: it may have been copied.
+            if image and _state_of_file(row) != int(state) and _check_of_image(row) != int(check):
+                raise JobFailed(
+                    f"{row.place.file} has changed since an earlier run answered its row (line {number + 1} of "
+                    f"{results.journal}): --restart begins anew"
                 )
         if results.done:
             logger.info("going on after the %d rows of an earlier run", results.done)
@@ -174,20 +198,22 @@ class RowJob:
         item: what a row is to the model. answers: an answer for each item, in order. line: a row's id and answer to its
         columns behind the id, and its note. done: called when the columns are safe.
         """
-        # Rows that were read, but not answered yet: (id, line number, where the next line begins).
+        # Rows that were read, but not answered yet: (id, line number, where the next line begins, its image file).
         waiting: deque = deque()
 
         def items():
             for row in rows:
-                waiting.append((row_id(row), row.line_no, row.next_offset))
+                # Before the file is read for its answer: one that changes meanwhile is another one to a resumed run.
+                file = "" if row.place is None else f"{_state_of_file(row)} {_check_of_image(row)}"
+                waiting.append((row_id(row), row.line_no, row.next_offset, file))
                 yield item(row)
 
         total = self.share.share(most_rows(self.input, self.facts.lines))
         with Progress(total, desc=desc, unit="row", initial=results.done) as bar:
             for answer in answers(items()):
-                name, line_no, next_offset = waiting.popleft()
+                name, line_no, next_offset, file = waiting.popleft()
                 columns, note = line(name, answer)
-                results.write(name, columns, note, line_no, next_offset)
+                results.write(name, columns, note, line_no, next_offset, file)
                 # A row costs the model far more than this call.
                 results.flush()
                 if note:
@@ -275,7 +301,9 @@ def predict_file(
     if not restart and job.is_done(beside=n_best):
         return
 
-    with ResultsWriter(job.output, job.run, restart) as results, NBestWriter(n_best, results.done_ids()) as listed:
+    with contextlib.ExitStack() as outputs:
+        results = outputs.enter_context(ResultsWriter(job.output, job.run, restart))
+        listed = outputs.enter_context(NBestWriter(n_best, (name for name, _ in results.done_rows())))
         rows = job.rows(results)
         first = next(rows, None)
         captioner = None

@@ -7,8 +7,9 @@ While a run lasts, its lines go to a journal, `OUTPUT.partial`:
                                                                    wrong with it, and is mostly empty
 
 A line's place is "1 1 52310": its number, the number of its line in the input, and the byte at which the next one
-begins there, so that a resumed run goes on reading at that byte. Journals of format 1 have no places. An output of
-more columns has them in place of the caption.
+begins there, so that a resumed run goes on reading at that byte. Of a row that names an image file, two numbers more
+tell whether the file is another one since. Journals of format 1 have no places. An output of more columns has them in
+place of the caption.
 
 When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
 renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows, the notes,
@@ -27,7 +28,7 @@ import os
 import re
 import time
 from collections import Counter
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.facts import file_facts
@@ -102,7 +103,7 @@ class Place(NamedTuple):
     next_offset: int
 
 
-_PLACE = re.compile(r"(\d{1,15}) (\d{1,15}) (\d{1,18})", re.ASCII)
+_PLACE = re.compile(r"\d{1,15} \d{1,15} \d{1,18}(?: (\d{1,10} \d{1,10}))?", re.ASCII)
 
 
 def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
@@ -147,6 +148,8 @@ class ResultsWriter:
         self.done = 0
         # Behind the last row that an earlier run answered; None without such a run, or if it did not say.
         self.place: Optional[Place] = None
+        # Whether some of these rows name an image file.
+        self.has_files = False
         # Of the journal: the id, OUTPUT's others, note and place.
         self._columns = 3 + run.get("settings", {}).get("columns", 1)
         self.notes: Counter = Counter()
@@ -229,8 +232,9 @@ class ResultsWriter:
                 whole += len(line)
                 self._count(fields[2 if self._columns == 3 else -2])
                 self._check_place(fields, self.done)
+                self.has_files = self.has_files or bool(self._image_of(fields))
             if fields is not None and self._columns > 3:
-                place = Place(*map(int, fields[-1].split(" ")))
+                place = Place(*map(int, fields[-1].split(" ")[:3]))
                 self.place = place if place.next_offset else None
         self._file.truncate(whole)
 
@@ -264,21 +268,32 @@ class ResultsWriter:
         if note:
             self.notes[note] += 1
 
-    def done_ids(self) -> Iterator[str]:
-        """Ids of the lines that a resumed run found, as they stand in the journal."""
+    def _image_of(self, fields: List[str]) -> str:
+        return (_PLACE.fullmatch(fields[-1])[1] or "") if self._columns > 3 else ""
+
+    def done_rows(self) -> Iterator[Tuple[str, str]]:
+        """(id, image as `write` took it) of the lines that a resumed run found, as they stand in the journal."""
         with self._reading() as file:
             file.readline(_MAX_HEADER)
             for _ in range(self.done):
-                yield file.readline().split(b"\t", 1)[0].decode("utf-8")
+                fields = _parse_line(file.readline(), self._columns)
+                yield fields[0], self._image_of(fields)
 
     def write(
-        self, row_id: str, columns: str, note: Optional[str] = None, line_no: int = 0, next_offset: int = 0
+        self,
+        row_id: str,
+        columns: str,
+        note: Optional[str] = None,
+        line_no: int = 0,
+        next_offset: int = 0,
+        image: str = "",
     ) -> None:
         """The line of the next row, kept in memory until `flush`. columns: OUTPUT's behind the id, joined by tabs.
 
-        line_no, next_offset: the row's place in the input, see Place.
+        line_no, next_offset: the row's place in the input, see Place. image: two numbers that tell the file which the
+        row names from another, "" if it names none.
         """
-        place = f"{self.done + 1} {line_no} {next_offset}"
+        place = f"{self.done + 1} {line_no} {next_offset} {image}".rstrip()
         fields = (clean_id(row_id), columns.replace("\0", " "), note or "", place)[: 3 if self._columns == 3 else 4]
         # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"

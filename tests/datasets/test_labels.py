@@ -157,7 +157,7 @@ def test_long_images(run, tmp_path, images):
         content = (tmp_path / "in.tsv").read_bytes()
         for record, text in zip(train, texts):
             image = record["image"]
-            assert image["file"] == "../in.tsv" and sorted(image) == ["file", "length", "offset"]
+            assert image["file"] == "../in.tsv" and sorted(image) == ["check", "file", "length", "offset"]
             assert content[image["offset"] :][: image["length"]] == text.encode()
 
 
@@ -316,7 +316,7 @@ def test_a_decoder_that_dies_costs_its_image_alone(run, monkeypatch):
 
 
 def _die_on_marked(places):
-    for path, offset, length in places:
+    for path, offset, length, _ in places:
         with open(path, "rb") as file:
             content = file.read()
         if base64.b64decode(content[offset : offset + length])[:3] == b"die":

@@ -73,14 +73,21 @@ def test_a_csv_without_ids_has_its_paths_for_ids(folder):
 def test_broken_csv_rows_cost_themselves_alone(folder):
     lines = [
         b"id,image,caption", b"a", b"b,,x", b"c,None,x", b"d,images/0.jpg", b"e,images/0.jpg,\xff", b"f,../0.jpg,x",
-        b'g,images/0.jpg,"two', b'lines"', b"h,images/1.jpg,x",
+        b'g,images/0.jpg,"two', b'lines"', b"h,images/1.jpg,x", b"i,images/0.jpg,on\re\r",
     ]  # fmt: skip
     found = read(folder / "t.csv", b"\n".join(lines))
     assert [(row.line_no, row.id, row.error) for row in found] == [
         (2, "a", MISSING_COLUMN), (3, "b", EMPTY_IMAGE), (4, "c", NO_IMAGE), (5, "d", NO_CAPTION),
         (6, "e", CAPTION_NOT_UTF8), (7, "f", PATH_LEADS_OUT), (9, "g", None), (10, "h", None),
+        (11, "i", None),
     ]  # fmt: skip
-    assert found[-2].caption == "two lines"
+    assert (found[-3].caption, found[-1].caption) == ("two lines", "one")
+
+
+def test_a_csv_with_cr_alone_is_named(folder):
+    with pytest.raises(UserError, match="its lines end with CR alone"):
+        read(folder / "t.csv", "image,caption\rimages/0.jpg,x\rimages/1.jpg,y\r")
+    assert len(read(folder / "t.csv", "image,caption\r\r\nimages/0.jpg,x\r\r\n")) == 1
 
 
 def test_a_csv_without_captions_is_for_prediction_alone(folder):
@@ -159,6 +166,16 @@ def test_a_reference_into_a_file_that_changed(folder):
     convert(str(folder / "in.tsv"), str(folder), Options(val_every=0, images="reference"), disable_progress=True)
     (row,) = rows.read_rows(str(folder / "train.json"), False)
     (folder / "in.tsv").write_text(f"ab\t{image_base64(0)}\tx\n")
+    with pytest.raises(ImageError, match="is not the file it was"):
+        rows.image_text(row)
+    # Another image of the same length, in its place.
+    texts = [image_base64(n, format="BMP") for n in range(2)]
+    assert len(texts[0]) == len(texts[1])
+    (folder / "in.tsv").write_text(f"a\t{texts[0]}\tx\n")
+    convert(str(folder / "in.tsv"), str(folder), Options(val_every=0, images="reference"), disable_progress=True)
+    (row,) = rows.read_rows(str(folder / "train.json"), False)
+    assert rows.image_text(row) == texts[0].encode()
+    (folder / "in.tsv").write_text(f"a\t{texts[1]}\tx\n")
     with pytest.raises(ImageError, match="is not the file it was"):
         rows.image_text(row)
 

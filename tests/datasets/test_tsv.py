@@ -1,6 +1,7 @@
 """Rows of a TSV, whatever bytes it holds."""
 
 import base64
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -249,3 +250,24 @@ def test_any_bytes_give_a_row_per_line(tmp_path_factory, pieces):
         assert len(rows) == wanted
         assert all(row.caption is None or want_caption for row in rows)
         assert all(row.caption is not None or row.error is not None for row in rows if want_caption)
+
+
+def test_rows_may_be_let_go_while_python_starts_or_stops_a_thread(tmp_path):
+    """Garbage is collected at any moment, also in the middle of such a start; see read_blocks."""
+    lock = getattr(threading, "_shutdown_locks_lock", None)
+    if lock is None:
+        pytest.skip("this Python's threads have no such lock")
+    (tmp_path / "in.tsv").write_bytes(b"a\tQQ==\tx\n" * 10)
+    held = [tsv.read_rows(str(tmp_path / "in.tsv"), True)]
+    next(held[0])
+    begin, let_go = threading.Event(), threading.Event()
+
+    def collect():
+        begin.wait()
+        held.clear()
+        let_go.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    with lock:
+        begin.set()
+        assert let_go.wait(60)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoint.files import arrays, entry, safetensors_bytes, torch_file
 from tests.fuzz import targets
+from tests.fuzz.targets import GENERATION, IMAGE, LORA, RECORD, RUN, TEMPLATE, VOCABULARY
 from tests.helpers import image_bytes, tiny_config
 from tests.pickles import attacks, text
 
@@ -79,7 +80,6 @@ def edited(data: bytes, edits) -> bytes:
     return bytes(data)
 
 
-# Drawn from a table, as values made by rule take ten times as long.
 # Drawn from a table, as values made by rule take ten times as long.
 _NUMBERS = [0, 1, -1, 2, 3, 7, 64, 1000, 10**9, 2**31, 2**63, -(2**63), 2**64, 10**19, 10**30]
 _FRACTIONS = [0.0, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")]
@@ -178,9 +178,6 @@ def test_indexes(tmp_path_factory, data):
 
 # ---- configurations
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": [".*attn.*"], "scaling": 2.0}
-
-
 @FUZZ
 @given(data=changed(LORA, LORA))
 def test_lora_configs(folder, data):
@@ -200,60 +197,26 @@ def model_configs():
 @FUZZ
 @given(data=st.deferred(model_configs))
 def test_model_configs(folder, data):
-    from paddlemix.models.mgen_vl.configuration import MGenConfig
-    from paddlemix.models.mgen_vl.parameters import parameter_shapes
-    from paddlemix.utils.errors import ConfigError
-
-    targets.put(folder, "config.json", data)
-    with targets.only(ConfigError):
-        config = MGenConfig.from_pretrained(folder)
-        assert len(parameter_shapes(config)) < 50_000
-
-
-GENERATION = {"max_new_tokens": 5, "top_k": 0, "top_p": 0.8, "eos_token_id": 3, "chat_format": "chatml"}
+    targets.model(data, folder)
+    targets.model_config(data, folder)
 
 
 @FUZZ
 @given(data=changed(GENERATION, [*GENERATION, "decode_strategy", "num_beams", "temperature", "max_window_size"]))
 def test_generation_configs(folder, data):
-    from paddlemix.models.mgen_vl.generation import load_generation_config
-    from paddlemix.utils.errors import ConfigError
-
-    targets.put(folder, "generation_config.json", data)
-    with targets.only(ConfigError):
-        load_generation_config(folder, tiny_config())
-
-
-TEMPLATE = {"conversation": ["\n{{user}}", "{{bot}}"], "system": "hello"}
+    targets.generation_config(data, folder)
 
 
 @FUZZ
 @given(data=changed(TEMPLATE, TEMPLATE))
 def test_chat_templates(folder, data):
-    from paddlemix.processors.mgen_vl_processing import ChatTemplate
-    from paddlemix.utils.errors import ConfigError
-
-    with targets.only(ConfigError):
-        ChatTemplate.from_file(targets.put(folder, "chat_template.json", data))
-
-
-VOCABULARY = b"".join(base64.b64encode(bytes([rank])) + b" %d\n" % rank for rank in range(256)) + b"YWI= 256\n"
+    targets.chat_template(data, folder)
 
 
 @FUZZ
 @given(edits=EDITS)
 def test_vocabularies(folder, edits):
-    from paddlemix.models.mgen_vl.tokenizer import read_vocabulary
-    from paddlemix.utils.errors import UserError
-
-    with targets.only(UserError):
-        read_vocabulary(targets.put(folder, "mgen.tiktoken", edited(VOCABULARY, edits)))
-
-
-RUN = {
-    "model_name_or_path": "model", "output_dir": "out", "do_train": True, "learning_rate": 1e-5, "lora": True,
-    "dataset": {"train": [{"name": "chatml_dataset", "data_files": "train.json"}]},
-}  # fmt: skip
+    targets.vocabulary(edited(VOCABULARY, edits), folder)
 
 
 def known_keys():
@@ -265,16 +228,11 @@ def known_keys():
 @FUZZ
 @given(data=st.deferred(lambda: changed(RUN, known_keys())))
 def test_run_configs(folder, data):
-    from paddlemix.trainer import command_line
-    from paddlemix.utils.errors import ConfigError
-
-    with targets.only(ConfigError):
-        command_line.parse([targets.put(folder, "run.json", data)])
+    targets.run_config(data, folder)
 
 
 # ---- data
 
-IMAGE = base64.b64encode(image_bytes(size=(12, 9)))
 PIECES = st.sampled_from(
     [b"\t", b"\n", b"\r\n", b" ", b"id", b"\xff", b"\xef\xbb\xbf", b"/9j/", IMAGE, b"=", b"\0", b"a" * 5000]
 )
@@ -283,10 +241,30 @@ PIECES = st.sampled_from(
 @FUZZ
 @given(data=st.lists(PIECES | st.binary(max_size=8), max_size=30).map(b"".join))
 def test_tsv_rows(folder, data):
-    targets.rows(data, folder)
+    targets.tsv_rows(data, folder)
 
 
-RECORD = {"id": "1", "image": IMAGE.decode(), "conversations": [["<img></img>\n描述", "好"]]}
+CELLS = st.sampled_from(
+    [b",", b"\n", b"\r", b'"', b'""', b"\t", b"a.png", b"../a.png", b"a.png\0", b"gone.jpg", b"http://a/b.png"]
+)
+
+
+@FUZZ
+@given(
+    header=st.sampled_from([b"image,caption\n", b"\xef\xbb\xbfid,caption,file_name\r\n", b'"path"\n', b""]),
+    data=st.lists(CELLS | PIECES | st.binary(max_size=8), max_size=30).map(b"".join),
+)
+def test_tables_in_a_folder_of_images(folder, header, data):
+    targets.put(folder, "a.png", base64.b64decode(IMAGE))
+    targets.table(header + data, folder)
+
+
+@FUZZ
+@given(data=st.builds(edited, st.sampled_from(targets.archives()), EDITS))
+def test_archives(folder, data):
+    targets.archive(data, folder)
+
+
 REFERENCE = {"file": "../../etc/passwd", "offset": 0, "length": 10}
 
 

@@ -90,7 +90,7 @@ def test_done_tells_what_to_skip(tmp_path):
     write(out, LINES[:3], finish=False)
     with ResultsWriter(out, RUN) as writer:
         assert writer.done == 3
-        assert list(writer.done_ids()) == ["a", "b", "a"]
+        assert list(writer.done_rows()) == [("a", ""), ("b", ""), ("a", "")]
 
 
 @pytest.mark.parametrize(
