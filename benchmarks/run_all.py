@@ -24,7 +24,7 @@ RESULTS = os.path.join(HERE, "RESULTS.md")
 # Not benchmarks.
 OTHERS = {"harness.py", "run_all.py", "scratch.py", "checkpoints.py", "baseline_model.py", "demo_seeds.py"}
 # Those with a size beyond the normal one.
-LARGE = ("caption_throughput.py", "convert.py", "index.py", "lora_step.py", "merge.py", "opening.py")
+LARGE = ("caption_throughput.py", "convert.py", "index.py", "inspection.py", "lora_step.py", "merge.py", "opening.py")
 
 
 def scripts() -> list:

@@ -52,7 +52,7 @@ FACTS = np.dtype([
 ])  # fmt: skip
 # Magic with the format's number, size and mtime_ns of the file.
 _HEADER = struct.Struct("<8sqq")
-_MAGIC = b"MGENFAC2"
+_MAGIC = b"MGENFAC3"
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 4 << 20
 
@@ -80,6 +80,13 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+def _small(image):
+    """A PIL image as one of 32 × 32 pixels; averaged to twice as many first, which takes a fifth of the time."""
+    from PIL import Image
+
+    return image.resize((_SIDE, _SIDE), Image.LANCZOS, reducing_gap=2.0)
+
+
 def perceptual_hash(image) -> int:
     """64 bits of a picture, from the DCT of its 32 × 32 pixels, without the mean: of the 40 lowest frequencies of its
     brightness, which are above their median, and of the 12 lowest of each colour difference (Cb, Cr), which are above
@@ -87,9 +94,7 @@ def perceptual_hash(image) -> int:
 
     image: a PIL image in mode RGB.
     """
-    from PIL import Image
-
-    pixels = np.asarray(image.convert("YCbCr").resize((_SIDE, _SIDE), Image.LANCZOS), np.float64)
+    pixels = np.asarray(_small(image).convert("YCbCr"), np.float64)
     brightness, *colours = ((_DCT @ pixels[:, :, channel] @ _DCT.T)[_ROWS, _COLUMNS] for channel in range(3))
     bits = [brightness > np.median(brightness), *(colour[:_COLOUR] > 1 for colour in colours)]
     return int.from_bytes(np.packbits(np.concatenate(bits)).tobytes(), "big")
@@ -120,14 +125,14 @@ def image_facts(data: bytes) -> ImageFacts:
     sides = facts.width, facts.height
     width, height = sides if (sides[0] > sides[1]) == (image.width > image.height) else sides[::-1]
     image.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.BICUBIC)
-    small = np.asarray(image.resize((_SIDE, _SIDE), Image.BOX), np.float64)
+    small = _small(image)
     # In 16 bits, which hold a Laplacian of 8-bit values.
     grey = np.asarray(image.convert("L"), np.int16)
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     sharpness = float(laplacian.var(dtype=np.float32)) if laplacian.size else 0.0
-    spread = float(small.std(axis=(0, 1)).max())
+    spread = float(np.asarray(small, np.float64).std(axis=(0, 1)).max())
     return facts._replace(
-        width=width, height=height, perceptual=perceptual_hash(image), sharpness=sharpness, spread=spread
+        width=width, height=height, perceptual=perceptual_hash(small), sharpness=sharpness, spread=spread
     )
 
 

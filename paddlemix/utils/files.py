@@ -1,5 +1,5 @@
-"""Atomic writing of files and folders: under a temporary name, flushed to disk, then renamed. Links are followed.
-Devices, FIFOs and mounts, which cannot be renamed, are written in place.
+"""How files and folders are written: beside their final name, flushed to disk, then renamed, so that a reader never
+sees half of them. A link is followed. What cannot be renamed is written in place: a device, a FIFO, a mount.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BLOCK = 1 << 20
 
 
 def open_plain(path: str) -> IO[bytes]:
-    """Open a regular file for reading.
+    """A plain file, for reading, whatever a stranger has put in its place.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device.
     """
-    # Opening a pipe would block until it has a writer.
+    # Opening a pipe would wait for its writer.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -38,10 +38,10 @@ def open_plain(path: str) -> IO[bytes]:
     return open(handle, "rb")
 
 
-# ---- locks of output folders
+# ---- where something is to be written, asked before the work is done
 
 
-# Handles of folders that only this process may write into. Children, which may outlive it, close them.
+# Handles of folders that only this process writes into. Its children, which may outlive it, let go of them.
 _WRITING: List[int] = []
 
 
@@ -55,10 +55,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def only_writer(folder: str) -> Iterator[None]:
-    """Lock a folder for writing, where the file system supports locks; creates it if needed.
+    """Be the only process that writes into a folder, which is made if need be. (Where locks are known.)
 
     Raises:
-        UserError: another process is writing there, or it is not writable.
+        UserError: another process is writing there, or it cannot be written to.
     """
     check_folder(folder)
     made = not os.path.isdir(folder)
@@ -81,7 +81,7 @@ def only_writer(folder: str) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
         if made:
-            # Only succeeds if nothing was written.
+            # Only if nothing was written.
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
@@ -90,7 +90,7 @@ def only_writer(folder: str) -> Iterator[None]:
 
 
 def sync_folder(folder: str) -> None:
-    """Make renames inside `folder` durable, where the file system can."""
+    """Make a rename inside `folder` survive a power cut, where the file system can."""
     _sync(folder)
 
 
@@ -108,15 +108,15 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-# Until NAME is complete it is called .NAME.xxxxxxxx.partial and locked by its process. One without a lock was left by a
-# killed process. (On a file system without locks, none is removed.)
+# What is written to NAME is called .NAME.xxxxxxxx.partial until it is whole, and locked for as long as its process
+# lives. One that is not locked was left by a killed process. (Where the file system knows no locks, none is removed.)
 
 
 def _lock(path: str) -> Optional[int]:
-    """A locked handle of a file or folder of this user; None if it is another user's, or gone.
+    """A handle of a file or folder of ours, with its lock; None if it is not ours, or gone.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process has the lock.
     """
     handle = None
     try:
@@ -137,11 +137,11 @@ def _lock(path: str) -> Optional[int]:
 
 
 def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str, int]:
-    """A new file or folder next to `path`, and its locked handle."""
+    """A fresh file or folder beside `path`, and an open handle with its lock."""
     parent, name = os.path.split(path)
     while True:
         partial = os.path.join(parent, f".{name}.{secrets.token_hex(4)}{suffix}")
-        # With its final mode: not every file system can change it.
+        # With the rights that it keeps: not every file system can change them.
         try:
             if folder:
                 os.mkdir(partial)
@@ -157,22 +157,22 @@ def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str
             taken = True
         except OSError:
             return partial, handle
-        # Another process may have taken it for a leftover before it was locked.
+        # Before it was locked, another process may have taken it for a leftover.
         if not taken and os.path.lexists(partial):
             return partial, handle
         os.close(handle)
 
 
 def remove_leftovers(path: str) -> bool:
-    """Remove leftovers of killed processes that were writing `path`; restores a folder that one had moved aside.
+    """Remove what killed processes left of writing `path`; a folder that one of them had moved aside is put back.
 
-    Returns whether a live process is writing it.
+    Returns whether a process that lives is writing it now.
     """
     path = os.path.realpath(path)
     parent, name = os.path.split(path)
     pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}\.(partial|old)")
     left = []
-    # For a folder that cannot be renamed they are inside.
+    # A folder that cannot be renamed has them inside.
     for place in (parent, path):
         with contextlib.suppress(OSError):
             left += [os.path.join(place, one) for one in os.listdir(place) if pattern.fullmatch(one)]
@@ -189,7 +189,7 @@ def remove_leftovers(path: str) -> bool:
             aside = os.path.join(partial, _ASIDE)
             if partial.endswith(".old") and os.path.isdir(aside) and not os.path.lexists(path):
                 os.rename(aside, path)
-                logger.warning(f"restored {path}, which a killed process had moved aside to replace it")
+                logger.warning(f"{path} is back, which a killed process had moved aside to replace it")
             if os.path.isdir(partial):
                 shutil.rmtree(partial)
             else:
@@ -204,11 +204,11 @@ def remove_leftovers(path: str) -> bool:
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
-    """Open a file that is renamed to `path` when the block ends without an error.
+    """Open a file that appears at `path` only when the block ends without an error.
 
-    `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and `path` is
-    unchanged. Leftovers of killed processes are removed too. A link at `path` stays and leads to the new file; devices
-    and FIFOs are written directly.
+    `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and whatever
+    was at `path` stays. So is what killed processes left of the same file. A link at `path` stays, and leads to the new
+    file; a device or FIFO is written into.
     """
     if "b" not in mode:
         open_kwargs.setdefault("encoding", "utf-8")
@@ -217,6 +217,7 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
         with open(path, mode, **open_kwargs) as file:
             yield file
         return
+    # Where a link leads to.
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -237,12 +238,12 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
             os.unlink(partial)
 
 
-# Errors of renaming a mount, across file systems, or where it is not supported.
+# What renaming says of a mount, of another file system, and of a file system that cannot.
 _NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def _give_name(partial: str, path: str) -> None:
-    """Rename a complete file to `path`; where `path` cannot be replaced, copy into it."""
+    """Rename a whole file to `path`; copy it into the file that is there where that cannot be replaced."""
     try:
         os.replace(partial, path)
     except OSError as error:
@@ -255,12 +256,12 @@ def _give_name(partial: str, path: str) -> None:
 
 
 class _Ended(BaseException):
-    """A terminating signal as an exception."""
+    """A signal that ends the process, as an exception."""
 
 
 @contextlib.contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """On SIGTERM or SIGHUP, leave the block by an exception, as on Ctrl-C, and then end the process."""
+    """Have SIGTERM and SIGHUP leave the block by an exception, as Ctrl-C does, and end the process then."""
     numbers = []
     if threading.current_thread() is threading.main_thread():
         numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
@@ -285,14 +286,14 @@ def _cleaning_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str) -> Iterator[str]:
-    """A new folder next to `path` that is flushed to disk and renamed to it when the block ends without an error.
+    """Give a fresh folder beside `path` that takes its name, flushed to disk, when the block ends without an error.
 
-    An existing folder at `path` is replaced only then, in one step where the system can. On an error or SIGTERM the new
-    folder is removed. A link at `path` stays and leads to the new folder. A mount stays and gets the complete files one
-    by one.
+    An older folder at `path` is replaced only then, in one step where the system can. On an error, and on SIGTERM, the
+    fresh folder is removed. A link at `path` stays, and leads to the new folder. So does a mount, and gets the files
+    one by one when all are whole.
 
     Raises:
-        UserError: `path` is a file, is not writable, or another process is writing it.
+        UserError: `path` is a file, cannot be written to, or another process is writing it.
     """
     given, path = path, os.path.realpath(path)
     check_folder(path)
@@ -314,24 +315,24 @@ def atomic_folder(path: str) -> Iterator[str]:
                 _fill(path, partial)
             sync_folder(parent)
         finally:
-            # After an exchange this is the older folder.
+            # After an exchange it is the older folder.
             shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
 
 
-# Files by which readers recognise a complete folder: moved last.
+# What tells readers that a folder is whole: moved last.
 _LAST = ("config.json", "checkpoint.json")
-# In the top folder of a new file system.
+# What a new file system has in its top folder.
 _OF_THE_SYSTEM = "lost+found"
 
 
 def is_empty(folder: str) -> bool:
-    """Whether a folder holds no user files."""
+    """Whether a folder holds nothing of anybody's."""
     return not set(os.listdir(folder)) - {_OF_THE_SYSTEM}
 
 
 def _take_name(partial: str, path: str) -> bool:
-    """Rename a complete folder to `path`, replacing it; False where folders cannot be renamed."""
+    """Put a whole folder in the place of `path`; False where folders cannot be renamed."""
     try:
         if not os.path.isdir(path):
             os.rename(partial, path)
@@ -345,7 +346,7 @@ def _take_name(partial: str, path: str) -> bool:
 
 
 def _fill(path: str, partial: str) -> None:
-    """Replace the files of the folder `path`, which cannot be renamed, by those of a complete folder."""
+    """Put the files of a whole folder, one by one, in the place of those of a folder that keeps its name."""
     os.makedirs(path, exist_ok=True)
     for name in set(os.listdir(path)) - {_OF_THE_SYSTEM, os.path.basename(partial)}:
         old = os.path.join(path, name)
@@ -357,7 +358,7 @@ def _fill(path: str, partial: str) -> None:
 
 
 def rename_folder(folder: str, path: str) -> None:
-    """Rename a complete folder to the unused name `path`; entry by entry where folders cannot be renamed."""
+    """Give a whole folder the name `path`, which is free; entry by entry where folders cannot be renamed."""
     if not _take_name(folder, path):
         os.makedirs(path, exist_ok=True)
         move_entries(folder, path)
@@ -365,18 +366,18 @@ def rename_folder(folder: str, path: str) -> None:
 
 
 def move_entries(folder: str, target: str) -> None:
-    """Move all entries of a folder into another one, those of _LAST last."""
+    """Move all that a folder holds into another one, what tells that it is whole last."""
     for name in sorted(os.listdir(folder), key=lambda name: name in _LAST):
         shutil.move(os.path.join(folder, name), os.path.join(target, name))
     _sync(target)
 
 
-# Name of a folder moved aside, inside its temporary parent.
+# Name of an older folder in the one that it is moved into.
 _ASIDE = "old"
 
 
 def _replace(path: str, partial: str) -> None:
-    """Replace a folder by two renames, between which `path` does not exist; see remove_leftovers."""
+    """Where two folders cannot be exchanged: between the two renames there is none, see remove_leftovers."""
     old, handle = _new_partial(path, folder=True, suffix=".old")
     try:
         os.rename(path, os.path.join(old, _ASIDE))
@@ -391,7 +392,7 @@ def _replace(path: str, partial: str) -> None:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Exchange two folders atomically; False where this is not supported."""
+    """Give two folders each other's names, in one step; False where the system or the file system cannot."""
     import ctypes
 
     try:
@@ -403,7 +404,7 @@ def _exchange(one: str, other: str) -> bool:
 
 
 def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int], None]] = None) -> None:
-    """Copy the bytes of a file into an open one. progress: called with the number of bytes copied."""
+    """Copy the bytes of a file into an open one. progress: called with the bytes copied, as it goes."""
     with open(source, "rb") as file:
         while True:
             block = file.read(_BLOCK)
@@ -415,9 +416,9 @@ def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int],
 
 
 def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], None]] = None) -> bool:
-    """Hard-link `source` to `target`, or copy it where hard links are not possible. Returns whether it is a link.
+    """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without).
 
-    A symbolic link at `source` is followed. progress: called with the number of bytes linked or copied.
+    A symbolic link at `source` is followed. progress: called with the bytes of the file. Returns whether it is a link.
     """
     # os.link would link the symbolic link itself.
     source = os.path.realpath(source)

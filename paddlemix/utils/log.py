@@ -15,7 +15,7 @@ FORMAT = "[%(asctime)s] [%(levelname)8s] - %(message)s"
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to the current sys.stderr, so that redirection and pytest's capture work; above progress bars."""
+    """Writes to whatever sys.stderr is now, so that redirection and pytest's capture both see the lines; over a bar."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -42,7 +42,8 @@ def _make_logger() -> logging.Logger:
 
 logger = _make_logger()
 
-# Lines of PaddleNLP that are wrong here: samples are skipped by index, which takes no time; temporary names of saves.
+# Lines of PaddleNLP that do not hold here: samples are skipped by index, which takes no time; what is saved has another
+# name for a moment.
 _LEFT_OUT = re.compile(r"--ignore_data_skip|consumed_samples to|[/\\]\.partial-")
 
 
@@ -52,7 +53,8 @@ def _holds(record: logging.LogRecord) -> bool:
 
 
 def print_like_ours(other: logging.Logger) -> None:
-    """Let another logger use our format, without colours, debug lines and _LEFT_OUT."""
+    """One form of line for a whole run: a library's logger without its colours, debug lines, and those that do not
+    hold."""
     other.handlers = logger.handlers[:1]
     other.setLevel("INFO")
     if _holds not in other.filters:

@@ -7,15 +7,15 @@ import os
 import sys
 from typing import Any, Iterator, List, Optional
 
-# In a log file each update is a line, so updates are rare there. tools/demo.py reads these lines.
+# In a log file each drawing is a line of its own, so it is drawn rarely there. tools/demo.py reads them as they come.
 LOG_SECONDS = float(os.environ.get("PROGRESS_SECONDS", 10))
 
-# tqdm's bars on the terminal.
-_SHOWN: List[Any] = []
+# tqdm's bars that stand on the terminal now.
+_STANDING: List[Any] = []
 
 
 class _Lines:
-    """A log file for tqdm to write to: a line per update, without carriage returns and padding."""
+    """A log file, as tqdm writes to it: no carriage returns and no padding, a line for each drawing."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -31,25 +31,26 @@ class _Lines:
 
 @contextlib.contextmanager
 def bars_aside() -> Iterator[None]:
-    """Clear the bars while a line is printed, and redraw them below it."""
-    # Without tqdm's lock, which a forked process may have inherited in the locked state.
-    for bar in _SHOWN:
+    """Take the bars off the terminal while a line is printed, and put them below it."""
+    # Without tqdm's lock, which a forked process may have inherited locked.
+    for bar in _STANDING:
         with contextlib.suppress(OSError):
             bar.clear(nolock=True)
     try:
         yield
     finally:
-        for bar in _SHOWN:
-            # A loader worker has an outdated copy of its parent's bar.
+        for bar in _STANDING:
+            # A loader worker knows its parent's bar as it was long ago.
             if bar.drawn_by == os.getpid():
                 with contextlib.suppress(OSError):
                     bar.refresh(nolock=True)
 
 
 class Progress:
-    """A progress bar. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
+    """Counts work done. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
 
-    total: units of work; None if unknown. disable: show nothing. unit_scale: show 12345678 as 12.3M, for bytes.
+    total: units of work, or None when unknown (then no time left is shown). disable: draw nothing.
+    unit_scale: show 12.3M in place of 12345678, for bytes.
     """
 
     def __init__(
@@ -73,29 +74,29 @@ class Progress:
             disable=disable,
             initial=initial,
             mininterval=0.1 if terminal else LOG_SECONDS,
-            # A log has no width.
+            # A log has no width, and no line that can be redrawn.
             ncols=None if terminal else 100,
             ascii=not terminal,
             file=sys.stderr if terminal else _Lines(sys.stderr),
         )
         if terminal and not disable:
             self._bar.drawn_by = os.getpid()
-            _SHOWN.append(self._bar)
+            _STANDING.append(self._bar)
 
     def update(self, n: int = 1) -> None:
-        # A bar that cannot be drawn must not end the job.
+        # A bar that can no longer be drawn ends no job.
         with contextlib.suppress(OSError):
             self._bar.update(n)
 
     def note(self, text: str) -> None:
-        """Show a short text after the bar (a loss, a count of failures)."""
+        """Show a few words behind the bar (a loss, a count of failures)."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.close()
-        if self._bar in _SHOWN:
-            _SHOWN.remove(self._bar)
+        if self._bar in _STANDING:
+            _STANDING.remove(self._bar)
 
     def __enter__(self) -> Progress:
         return self

@@ -1,6 +1,6 @@
-"""Device, dtype, threads and seeds: all decisions that depend on the machine.
+"""Device, dtype, threads and seeds: every decision about the machine is made here.
 
-Paddle reads its thread settings on import, so `set_cpu_defaults` runs when `paddlemix` is imported.
+Paddle reads its thread settings once, while it is imported, so `set_cpu_defaults` runs when `paddlemix` is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SET_BY_US: List[str] = []
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may use."""
+    """Cores this process may use, hyper-threads of one core counted once."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # not Linux
@@ -46,8 +46,8 @@ def _is_amd() -> bool:
 def set_cpu_defaults() -> None:
     """Set OMP_NUM_THREADS, and MKL_DEBUG_CPU_TYPE=5 on AMD, unless the user has set them.
 
-    Together they make Paddle's float32 matmul about five times faster on AMD machines, where MKL takes its slow path by
-    default. They have no effect once Paddle is imported.
+    Together they make Paddle's float32 matmul about five times faster on AMD machines: MKL takes its slow path
+    there by default. They have no effect after Paddle has been imported.
     """
     defaults = {"OMP_NUM_THREADS": str(physical_cores())}
     if _is_amd():
@@ -57,21 +57,21 @@ def set_cpu_defaults() -> None:
             os.environ[name] = value
             _SET_BY_US.append(name)
     _keep_freed_memory()
-    # Paddle 2.6 exports zlib symbols of its own, with which a first use of zlib after its import fails.
+    # Paddle 2.6 exports zlib symbols of its own: whoever uses zlib for the first time after it is imported fails.
     zlib.compress(b"")
-    # resolve_device reports the device.
+    # resolve_device says which device is used, and why.
     warnings.filterwarnings("ignore", message="You are using GPU version Paddle, but")
-    # Notices of Paddle's import that do not concern users of this program.
+    # Two notices that Paddle's import prints at every start and that concern nobody who runs this.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors instead of returning it to the kernel.
+    """Let glibc reuse the memory of freed tensors in place of handing it back to the kernel.
 
-    By default every tensor above 32 MB, and many below, is a new mapping whose pages the kernel zeroes, which costs
-    several times as much as an elementwise operation (a softmax over 16 MB: 19 ms instead of 8). A MALLOC_… or
-    GLIBC_TUNABLES setting of the user is kept. Does nothing without glibc.
+    By default every tensor above 32 MB, and many below, is mapped anew: the kernel zeroes each page again, which
+    costs several times what an elementwise operation does (a softmax over 16 MB: 19 ms against 8).
+    A MALLOC_… or GLIBC_TUNABLES setting of the user is kept. Elsewhere than on glibc nothing happens.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -85,12 +85,12 @@ def _keep_freed_memory() -> None:
 
 
 def decode_threads() -> int:
-    """Threads that decode the next images during generation: one per core, at most eight."""
+    """Threads that decode the next images while the model answers: one per core, eight at most. PIL uses one each."""
     return min(8, physical_cores())
 
 
 def describe_threads() -> str:
-    """One line for the log: the CPU settings and where they come from."""
+    """One line for the log: the CPU settings and who chose them."""
     parts = []
     for name in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE"):
         if name in os.environ:
@@ -101,26 +101,26 @@ def describe_threads() -> str:
 
 
 def world_size() -> int:
-    """Number of processes of this run, from paddle.distributed.launch; 1 without it."""
+    """Processes of this run, as paddle.distributed.launch set them; 1 without it."""
     return max(int(os.environ.get("PADDLE_TRAINERS_NUM", "1") or "1"), 1)
 
 
 def rank() -> int:
-    """This process's rank, from 0."""
+    """Which of them this is, from 0."""
     return int(os.environ.get("PADDLE_TRAINER_ID", "0") or "0")
 
 
 class Choice(NamedTuple):
-    """A setting, and why it differs from the request (None if it does not)."""
+    """A setting that was decided here, and why it differs from what was asked (None when it does not)."""
 
     value: str
     reason: Optional[str] = None
 
 
 def decide_device(requested: Optional[str], cuda_build: bool, cards: int, selected: str = "0") -> Choice:
-    """The rule of resolve_device.
+    """The rule behind resolve_device, without asking the machine.
 
-    cuda_build: whether the Paddle wheel has CUDA. cards: number of visible GPUs. selected: this process's own card.
+    cuda_build: whether the Paddle wheel has CUDA. cards: GPUs it sees. selected: this process's own card.
 
     | requested | no card | a card |
     |---|---|---|
@@ -130,10 +130,10 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     | gpu:N | cpu, with a reason | gpu:N, or an error if there is no such card |
 
     Raises:
-        UserError: there is no such card, though there are others; or not a device name.
+        UserError: there are cards, but not this one; or not the name of a device.
     """
     if requested is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", requested):
-        raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}", "device")
+        raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}")
     if requested == "cpu" or (requested is None and not cards and not cuda_build):
         return Choice("cpu")
     if not cards:
@@ -142,35 +142,37 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     if requested in (None, "gpu"):
         return Choice(f"gpu:{selected}")
     if int(requested.split(":")[1]) >= cards:
-        text = f"there is no {requested}: Paddle sees {cards} GPU{'s' if cards > 1 else ''}, from gpu:0 on"
-        raise UserError(text, "device")
+        raise UserError(f"there is no {requested}: Paddle sees {cards} GPU{'s' if cards > 1 else ''}, from gpu:0 on")
     return Choice(requested)
 
 
 def resolve_device(requested: Optional[str] = None) -> Choice:
-    """The device to run on, which becomes Paddle's current one: "gpu:N" if Paddle sees a card, else "cpu".
+    """The device to run on: "gpu:0" style where Paddle was built with CUDA and sees a card, else "cpu".
 
-    requested: None (choose), "cpu", "gpu" or "gpu:N".
+    requested: None (choose), "cpu", "gpu" or "gpu:N". The choice is also made Paddle's current device.
     """
     import paddle
 
     cuda_build = paddle.is_compiled_with_cuda()
     cards = paddle.device.cuda.device_count() if cuda_build else 0
-    # A launcher assigns one card to each process.
+    # A launcher gives each process one card of its own.
     selected = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"
     choice = decide_device(requested, cuda_build, cards, selected)
     paddle.set_device(choice.value)
     if choice.value == "cpu" and cuda_build:
         _look_for_cudnn_in_silence()
     if choice.value == "cpu" and "FLAGS_use_stride_kernel" not in os.environ:
-        # After a transpose that only changes strides, all following kernels access memory with gaps: splitting c_attn's
-        # output into heads, with its gradient, takes 11 ms instead of 1.2 ms, a training step a sixth longer.
+        # A transpose that only relabels strides makes every kernel behind it walk memory in jumps: splitting c_attn's
+        # output into heads, with its gradient, takes 11 ms so and 1.2 ms copied; a training step a sixth longer.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
     return choice
 
 
 def _look_for_cudnn_in_silence() -> None:
-    """Suppress the seven-line warning that Paddle's GPU wheel prints at the first convolution without cuDNN."""
+    """Paddle's GPU wheel looks for cuDNN once, at the first convolution, and warns in seven lines when it finds none.
+
+    On the CPU that says nothing: here it looks while stderr points elsewhere.
+    """
     import paddle
 
     stderr = os.dup(2)
@@ -184,7 +186,7 @@ def _look_for_cudnn_in_silence() -> None:
 
 
 def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:
-    """The rule of resolve_dtype.
+    """The rule behind resolve_dtype, without asking the machine.
 
     | requested | cpu | gpu with bf16 (A100) | gpu without (V100) |
     |---|---|---|---|
@@ -204,7 +206,10 @@ def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:
 
 
 def resolve_dtype(requested: str, device: Optional[str] = None) -> Choice:
-    """The dtype to use on `device` (default: Paddle's current) for `requested`: "float32", "float16" or "bfloat16"."""
+    """The dtype that `requested` ("float32", "float16" or "bfloat16") becomes on `device` (default: Paddle's current).
+
+    The reason is set when it had to change; the caller logs it once.
+    """
     import paddle
 
     device = device or paddle.get_device()
@@ -214,9 +219,12 @@ def resolve_dtype(requested: str, device: Optional[str] = None) -> Choice:
 
 
 class Precision(NamedTuple):
-    """compute: dtype of the matmuls. weights: dtype of the parameters. master_weights: whether the optimizer keeps
-    float32 copies of them. loss_scaling: whether gradients need a loss scale (float16 only, whose smallest number is
-    6e-8; bfloat16 has the range of float32)."""
+    """How a training run computes.
+
+    compute: dtype of the matmuls. weights: dtype of the parameters. master_weights: whether the optimizer keeps
+    float32 copies of them. loss_scaling: whether gradients need a loss scale (float16 alone: its smallest number is
+    6e-8; bfloat16 has float32's range).
+    """
 
     compute: str
     weights: str
@@ -225,7 +233,7 @@ class Precision(NamedTuple):
 
 
 def decide_precision(compute: str, opt_level: str) -> Precision:
-    """The precision of training in `compute` (from resolve_dtype) at fp16_opt_level "O1" or "O2".
+    """What training in `compute` means (the value of resolve_dtype) at fp16_opt_level "O1" or "O2".
 
     | compute | level | weights | master weights | loss scale |
     |---|---|---|---|---|
@@ -242,10 +250,10 @@ def decide_precision(compute: str, opt_level: str) -> Precision:
 def decide_flash(
     requested: bool, compute: str, device: str, capability: Tuple[int, int], on_cpu: bool
 ) -> Tuple[bool, Optional[str]]:
-    """(whether to use Paddle's fused attention, why not if it was requested).
+    """(whether to use Paddle's fused attention, why not although it was requested).
 
-    Its kernel needs float16 or bfloat16 and compute capability 8.0 (A100; a V100 has 7.0). On the CPU some versions
-    (`on_cpu`) fall back to plain matmuls.
+    Its kernel takes float16 and bfloat16, and cards of compute capability 8.0 on (A100, not V100: 7.0). On the CPU
+    Paddle answers the call with plain matmuls, if this version does (`on_cpu`).
     """
     if requested and device == "cpu" and not on_cpu:
         return False, "use_flash_attention: this Paddle has no such kernel for the CPU; running without it"
@@ -270,10 +278,10 @@ def resolve_flash(requested: bool, compute: str, device: str) -> Tuple[bool, Opt
 
 
 def peak_memory() -> Dict[str, int]:
-    """Peak memory of this process's tensors on its card in bytes, under PaddleNLP's name; empty on the CPU.
+    """Most bytes that this process's tensors took on its card so far, under PaddleNLP's name; empty on the CPU.
 
-    PaddleNLP reports it only with skip_memory_metrics off, which starts a busy thread next to the one that launches
-    kernels.
+    Paddle counts them by itself. PaddleNLP would read them with skip_memory_metrics off alone, which starts a thread
+    without a pause beside the one that launches the kernels.
     """
     import paddle
 
@@ -295,13 +303,13 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, dataset_rank: int = 0, tensor_rank: int = 0) -> None:
-    """Seed Paddle for one training step, so that dropout depends only on seed, step and card.
+    """Seed Paddle for one training step: its dropout depends on seed, step and card alone.
 
-    A resumed run then repeats the uninterrupted one without stored generator states, which Paddle 2.6 cannot restore on
-    the CPU, and evaluations change nothing.
+    So a resumed run repeats what the uninterrupted one drew without any stored generator state, which Paddle 2.6
+    cannot restore on the CPU, and an evaluation in between changes nothing.
 
-    dataset_rank: differs between cards with different samples; tensor_rank: between cards that share matrices, which
-    must draw the same numbers outside of them and different ones inside (fleet's "local_seed").
+    dataset_rank: differs between cards that see other samples; tensor_rank: between cards that share matrices, which
+    must draw the same outside of them and differently inside (fleet's "local_seed").
     """
     import numpy as np
     import paddle

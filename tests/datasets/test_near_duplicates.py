@@ -196,6 +196,7 @@ def test_changed_copies_are_found_and_other_pictures_are_not(kind, request):
     print(f"| others, of {len(others)} pairs | " + " | ".join(f"{100 * share:.3f} %" for share in alarms) + " |")
     for name, (*_, at_6, _, at_10) in recall.items():
         # A crop at one corner moves everything.
-        assert at_6 >= (0.75 if "corner" in name else 0.95) and at_10 >= 0.95, name
+        least = (0.75, 0.9) if "corner" in name else (0.95, 0.99)
+        assert at_6 >= least[0] and at_10 >= least[1], name
     # Drawn ads of the same layout and nearly the same colours come near each other.
     assert alarms[2] <= 0.002 and alarms[0] == 0

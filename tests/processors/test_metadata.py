@@ -16,7 +16,7 @@ from paddlemix.processors import metadata
 from paddlemix.processors.images import open_image, read_header
 from paddlemix.processors.metadata import MAX_EXTENSIONS, MAX_MARKERS, MAX_SCANS, bounded
 from paddlemix.utils.errors import ImageError
-from tests.helpers import image_bytes, refused
+from tests.helpers import image_bytes
 
 
 def same_picture(first, second):
@@ -114,11 +114,12 @@ def test_a_png_of_many_chunks():
     few, many = (data[:33] + empty * n + data[33:] for n in (metadata.MAX_CHUNKS - 10, metadata.MAX_CHUNKS))
     assert bounded(few) is few and same_picture(few, data)
     for call in (open_image, read_header):
-        with refused(ImageError, "broken image"):
+        with pytest.raises(ImageError, match="50,000 chunks") as caught:
             call(many)
+        assert caught.value.reason == "broken image"
     # Frames of an animation are such chunks, too.
     frame = png((b"acTL", struct.pack(">LL", 1 << 20, 0)), *[(b"fcTL", bytes(26))] * metadata.MAX_CHUNKS)
-    with refused(ImageError, "broken image"):
+    with pytest.raises(ImageError, match="chunks"):
         open_image(frame)
 
 
@@ -133,8 +134,9 @@ def test_a_webp_is_measured_before_it_is_opened(options, monkeypatch):
     assert metadata.webp_size(data.replace(b"VP8", b"VP9")) == (0, 0)
     monkeypatch.setattr(Image, "open", None)
     for call in (open_image, read_header):
-        with refused(ImageError, "too many pixels"):
+        with pytest.raises(ImageError, match="300 × 200") as caught:
             call(data, 59_999)
+        assert caught.value.reason == "too many pixels"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
