@@ -14,13 +14,13 @@ MORE = """\
 examples:
   python predict.py test.tsv results.txt weights/
   python predict.py test.tsv results.txt weights/ --cut_repeats --end_mark --max_chars 200
-  # the caption that agrees most with seven others, all eight of them in n_best.jsonl
+  # the consensus of eight samples per image; all eight go to n_best.jsonl
   python predict.py test.tsv results.txt weights/ --samples 8 --top_p 0.9 --n_best n_best.jsonl
-  # two machines, or two windows: each answers every second row; then one file of them
+  # two machines or terminals: each captions every second row; then join the shards
   python predict.py test.tsv results.txt weights/ --shard 1/2
   python predict.py test.tsv results.txt weights/ --shard 2/2
   python tools/merge_results.py results.txt --input test.tsv
-  # the same with a process for each GPU of this machine
+  # the same with one process per GPU of this machine
   python -m paddle.distributed.launch predict.py test.tsv results.txt weights/
 
 After a kill or a full disk, run the same command again: it resumes after the last complete line, unless the input, the

@@ -1,15 +1,15 @@
-"""Make rows of a public caption set: `python tools/convert_public.py IMAGES CAPTIONS OUT`.
+"""Convert a public caption dataset to rows: `python tools/convert_public.py IMAGES CAPTIONS OUT`.
 
     MUGE ECommerce-IC     IMAGES is IC_train.tsv (id \\t base64), CAPTIONS IC_train.jsonl, a line per image:
                           {"image_id": "…", "text": ["…", "…"]}
     AI Challenger         IMAGES is the folder caption_train_images_20170902, CAPTIONS is
                           caption_train_annotations_20170902.json: [{"image_id": "….jpg", "caption": ["…", …]}, …]
 
-OUT is a TSV, `id \\t base64 \\t caption`, or with the ending .json records for training. It has a row for each caption
-of an image; with --one_row one for each image, as predict.py is to answer them. Beside OUT.tsv are written:
+OUT is a TSV `id \\t base64 \\t caption` or, if it ends in .json, has records for training. It has one row per caption,
+or with --one_row one per image, as input for predict.py. Next to OUT.tsv it writes:
 
     OUT.references.tsv    id \\t caption \\t caption …, for evaluate_captions.py
-    OUT.rejected.tsv      line, id, and the reason why there is no row of it
+    OUT.rejected.tsv      line, id, and why it was rejected
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("source", type=cli.path, metavar="IMAGES", help="a TSV of images, or a folder of image files")
     parser.add_argument("captions", type=cli.path, metavar="CAPTIONS", help="JSON, or JSON lines")
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="a .json, or a TSV")
-    parser.add_argument("--one_row", action="store_true", help="one row for each image, with its first caption")
+    parser.add_argument("--one_row", action="store_true", help="one row per image, with its first caption")
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",
-        help="of a .json: inline copies an image into each of its rows; reference stores where it is",
+        help="for .json: inline copies an image into each of its rows; reference stores where it is",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()

@@ -1,14 +1,14 @@
-"""Choose the rows to train on: `python tools/curate_data.py IN OUT.tsv|OUT.json [rules]`.
+"""Filter the rows of a dataset by rules: `python tools/curate_data.py IN OUT.tsv|OUT.json [rules]`.
 
-IN is a TSV or CSV as convert_labels.py takes it, or a train.json. Without a rule only rows that cannot be used are left
-out. --dry_run writes nothing and shows how many rows each rule drops, by itself and after those above it. Beside
-OUT.tsv (`id \\t base64 \\t caption`) or OUT.json (records with the ids of IN) are written:
+IN is a TSV or CSV as for convert_labels.py, or a train.json. Without rules only unusable rows are dropped. --dry_run
+writes nothing and shows how many rows each rule drops, on its own and after the preceding rules. Next to OUT.tsv
+(`id \\t base64 \\t caption`) or OUT.json (records with the ids of IN) it writes:
 
     OUT.rejected.tsv     line in IN, id, and the reason
     OUT.curation.json    the settings, and the numbers of --dry_run
 
-The same command writes the same bytes again. What is computed of the images stays in .IN.facts beside IN, also when a
-run is stopped, and serves every later command. docs/data.md shows how rules are chosen.
+The same command always writes the same bytes. Facts computed from images are kept in .IN.facts next to IN, even if a
+run is interrupted, and are used by later commands. docs/data.md shows how to choose rules.
 """
 
 from __future__ import annotations
@@ -72,56 +72,72 @@ def parse_arguments() -> argparse.Namespace:
     share, count = number(0, 1, float), number(1)
     rules = parser.add_argument_group("rules, applied in this order")
     add = rules.add_argument
-    add("--must", type=pattern, metavar="REGEX", help="keep captions in which this is found")
-    add("--must_not", type=pattern, metavar="REGEX", help="drop captions in which this is found")
-    add("--min_chars", type=count, metavar="N", help="shortest caption in characters")
-    add("--max_chars", type=count, metavar="N", help="longest caption in characters")
-    add("--min_tokens", type=count, metavar="N", help="shortest caption in tokens, with --tokenizer")
-    add("--max_tokens", type=count, metavar="N", help="longest caption in tokens, with --tokenizer")
-    add("--max_repetition", type=share, metavar="X", help="share (0 to 1) of 4-grams that came before at most, say 0.3")
-    add("--min_chinese", type=share, metavar="X", help="share (0 to 1) of Chinese characters at least, say 0.5")
-    add("--min_side", type=count, metavar="PIXELS", help="shorter side of the image at least")
-    add("--max_aspect", type=number(1, kind=float), metavar="X", help="longer side over shorter one at most, say 8")
+    add("--must", type=pattern, metavar="REGEX", help="keep only captions that match")
+    add("--must_not", type=pattern, metavar="REGEX", help="drop captions that match")
+    add("--min_chars", type=count, metavar="N", help="minimum characters of a caption")
+    add("--max_chars", type=count, metavar="N", help="maximum characters of a caption")
+    add("--min_tokens", type=count, metavar="N", help="minimum tokens of a caption; needs --tokenizer")
+    add("--max_tokens", type=count, metavar="N", help="maximum tokens of a caption; needs --tokenizer")
+    add(
+        "--max_repetition", type=share, metavar="X",
+        help="maximum fraction of 4-grams that occurred before in the caption, e.g. 0.3",
+    )
+    add("--min_chinese", type=share, metavar="X", help="minimum fraction of Chinese characters, e.g. 0.5")
+    add("--min_side", type=count, metavar="PIXELS", help="minimum length of the image's shorter side")
+    add(
+        "--max_aspect", type=number(1, kind=float), metavar="X",
+        help="maximum ratio of longer to shorter side, e.g. 8",
+    )
     add(
         "--min_sharpness", type=number(0, kind=float), metavar="X",
-        help="variance of the Laplacian at least; inspect_data.py shows its distribution",
+        help="minimum variance of the Laplacian; inspect_data.py shows its distribution",
     )  # fmt: skip
     add(
         "--not_in", type=cli.path, metavar="VAL", action="append",
-        help="drop images that are also in VAL (TSV, CSV or JSON), exactly or as a near duplicate; may be given again",
+        help="drop images that are also in VAL (TSV, CSV or JSON), exactly or as near duplicates; may be repeated",
     )  # fmt: skip
     add(
         "--drop_scores", type=share_of_file, metavar="SCORES:P%",
-        help="drop the P percent of the rows with the lowest gain in SCORES, which score_rows.py wrote of IN",
+        help="drop the P percent of rows with the lowest gain in SCORES, the output of score_rows.py for IN",
     )  # fmt: skip
     add(
         "--near_duplicates", type=number(0, 10), metavar="BITS",
-        help="keep one row (see --per_group, --keep) of each group of images whose hashes of 64 bits differ in at most "
-        "so many, say 6",
+        help="keep one row (see --per_group, --keep) per group of images whose 64-bit hashes differ in at most this "
+        "many bits, e.g. 6",
     )  # fmt: skip
-    add("--per_opening", type=count, metavar="N", help="at most N captions of the same first six characters, at random")
-    add("--limit", type=count, metavar="N", help="at most N rows, drawn at random")
+    add(
+        "--per_opening", type=count, metavar="N",
+        help="keep at most N captions with the same first six characters, chosen at random",
+    )
+    add("--limit", type=count, metavar="N", help="keep at most N rows, chosen at random")
     parser.add_argument(
         "--keep", choices=("first", "longest", "best"),
-        help="of near duplicates: the first row (default), the longest caption, or the highest gain in --drop_scores",
+        help="which near duplicates to keep: the first row (default), the longest caption, or the highest gain in "
+        "--drop_scores",
     )  # fmt: skip
-    parser.add_argument("--per_group", type=count, metavar="N", help="rows that stay of near duplicates (default: 1)")
+    parser.add_argument(
+        "--per_group", type=count, metavar="N",
+        help="rows to keep per group of near duplicates (default: 1)",
+    )
     parser.add_argument(
         "--prefer", type=captions_and_scores, metavar="RESULTS[:SCORES]",
-        help="take captions from predict.py's results or its --n_best file: of each row, or with SCORES (of the new "
-        "captions) and --drop_scores (of the old) where the gain is higher",
+        help="take the captions of predict.py's results or its --n_best file: for every row, or, with SCORES (of the "
+        "new captions) and --drop_scores (of the old ones), where their gain is higher",
     )  # fmt: skip
-    parser.add_argument("--tokenizer", type=cli.path, metavar="MODEL", help="model folder, to count tokens")
-    parser.add_argument("--prompt", help="what records of OUT.json ask, if IN is a table (default: 请描述图片内容)")
+    parser.add_argument(
+        "--tokenizer", type=cli.path, metavar="MODEL",
+        help="model folder whose tokenizer counts tokens",
+    )
+    parser.add_argument("--prompt", help="prompt of the records in OUT.json if IN is a table (default: 请描述图片内容)")
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",
-        help="of an OUT.json: inline copies each image; reference stores where it is, which must then stay as it is",
+        help="for OUT.json: inline copies each image; reference stores where it is, which must not change afterwards",
     )  # fmt: skip
-    parser.add_argument("--seed", type=number(0), default=0, help="of the random draws (default: 0)")
-    parser.add_argument("--dry_run", action="store_true", help="write nothing, show the numbers")
+    parser.add_argument("--seed", type=number(0), default=0, help="random seed (default: 0)")
+    parser.add_argument("--dry_run", action="store_true", help="write nothing, only show the numbers")
     parser.add_argument(
         "--workers", type=number(0), default=physical_cores(), metavar="N",
-        help="processes beside this one (default: the number of cores)",
+        help="worker processes (default: number of cores)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser.parse_args()

@@ -37,7 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--compare", type=cli.path, metavar="OTHER",
-        help="show another set, such as val.json, beside IN, and find images of IN that are in it, exactly or nearly",
+        help="show another set, such as val.json, next to IN, and find images of IN that are also in it, exactly or "
+        "nearly",
     )  # fmt: skip
     parser.add_argument(
         "--model", type=cli.path, metavar="FOLDER", help="count tokens with this model's tokenizer (default: estimate)"

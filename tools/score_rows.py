@@ -14,33 +14,33 @@ from paddlemix.inference.row_shards import Shard  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
-OUT has a line for each row of DATA, in order, without a header: id \\t loss \\t blank_loss \\t gain \\t tokens
+OUT has one line per row of DATA, in order, without a header: id \\t loss \\t blank_loss \\t gain \\t tokens
 
-    loss         mean cross-entropy per token of the caption, given its image, as in training
+    loss         mean cross-entropy per token of the caption given its image, as in training
     blank_loss   the same given a grey image
-    gain         blank_loss - loss: how much the image helps. Captions of other pictures have the lowest
-    tokens       the five tokens that cost most, as JSON: [["杯子", 9.21], …], a text and its loss each
+    gain         blank_loss - loss: how much the image helps; lowest for captions of other images
+    tokens       the five tokens with the highest loss, as JSON: [["杯子", 9.21], …], each with its loss
 
-A row that cannot be scored has empty numbers and the reason in the last column, and is counted. A row without an id has
-its line number for one. The model should know the style of the captions: tune it on DATA itself, say.
+A row that cannot be scored has empty numbers and the reason in the last column, and is counted. The id of a row without
+one is its line number. The model should know the style of the captions: tune it on DATA, for example.
 
 examples:
   python tools/score_rows.py output/lora train.tsv scores.tsv
   python tools/curate_data.py train.tsv clean.tsv --drop_scores scores.tsv:5%
-  # two machines, or two windows: each scores every second row; then one file of them
+  # two machines or terminals: each scores every second row; then join the shards
   python tools/score_rows.py output/lora train.tsv scores.tsv --shard 1/2
   python tools/score_rows.py output/lora train.tsv scores.tsv --shard 2/2
   python tools/merge_results.py scores.tsv --input train.tsv
 
-Killed, or out of disk? Give the same command again: it goes on behind the last complete line.
+After a kill or a full disk, run the same command again: it resumes after the last complete line.
 
-exit status: 0 all done; 1 not one row could be scored (OUT is complete), or the job broke off; 2 bad usage
+exit status: 0 complete; 1 no row could be scored (OUT is complete), or the job failed; 2 bad usage
 """
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
-        description="Write what each caption costs a model with its image and with a blank one.", epilog=MORE
+        description="Write a model's loss on each caption, with its image and with a blank one.", epilog=MORE
     )
     parser.add_argument(
         "model", type=cli.path, metavar="MODEL",
@@ -50,20 +50,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         "data", type=cli.path, metavar="DATA", help="rows of id, image and caption (TSV, CSV), or a train.json"
     )
     parser.add_argument(
-        "output", type=cli.path, metavar="OUT", help="appears when complete; until then see OUT.partial"
+        "output", type=cli.path, metavar="OUT", help="appears once it is complete; until then see OUT.partial"
     )
     parser.add_argument(
-        "--prompt", help="the question about each image (default: a record's own; in a table 请描述图片内容)"
+        "--prompt", help="the prompt for each image (default: that of the record; for tables 请描述图片内容)"
     )
     parser.add_argument(
-        "--max_length", type=cli.positive, default=2048, help="longer samples are cut, as in training (default: 2048)"
+        "--max_length", type=cli.positive, default=2048,
+        help="longer samples are truncated, as in training (default: 2048)",
     )
-    parser.add_argument("--batch_size", type=cli.positive, help="rows at a time (default: by memory, up to 32)")
+    parser.add_argument(
+        "--batch_size", type=cli.positive,
+        help="rows per batch (default: by available memory, up to 32)",
+    )
     add_model_options(parser, answers=False)
-    parser.add_argument("--restart", action="store_true", help="drop an unfinished run on OUT, or a finished shard")
+    parser.add_argument("--restart", action="store_true", help="discard an unfinished run on OUT, or a finished shard")
     parser.add_argument(
         "--shard", metavar="i/n", type=Shard.parse,
-        help="score rows i, i + n, i + 2n, … only, into OUT.shard-i-of-n; tools/merge_results.py joins the shards",
+        help="score only rows i, i + n, i + 2n, … and write OUT.shard-i-of-n; tools/merge_results.py joins the shards",
     )  # fmt: skip
     return parser.parse_args(argv)
 

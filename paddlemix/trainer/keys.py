@@ -87,8 +87,8 @@ class DataArguments:
     )
     eval_image_gain: bool = key(
         False,
-        "At each evaluation, also log by how much the loss rises when every image is a blank one (eval_image_gain): "
-        "near 0, the model does not look at images.",
+        "At each evaluation, also log how much the loss rises if every image is blank (eval_image_gain); near 0, "
+        "the model ignores the images.",
     )
     save_generation_output: bool = key(
         False, "Write these captions to output_dir/generation-<step>.tsv: id, caption, reference."
