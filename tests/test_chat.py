@@ -255,6 +255,14 @@ def test_several_turns(talk, call, tmp_path, server, monkeypatch):
     assert "answered 404" in err and out == f"image taken; ask about it\n{alone}\n\n"
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_an_empty_answer_is_said(talk, monkeypatch, flags):
+    monkeypatch.setattr("paddlemix.inference.conversation.Conversation.ask", lambda *_: " ")
+    # The last is what a notebook raises that takes no input.
+    status, out, _ = talk(["what?", NotImplementedError()], *flags)
+    assert (status, out) == (0, "(an empty answer)\n\n")
+
+
 def test_a_mistake_costs_its_own_turn(talk, call):
     lines = ["/image no/such.jpg", "/image", "/what", KeyboardInterrupt(), "/help", "what?"]
     status, out, err = talk(lines, "--image", image_base64(3))

@@ -246,12 +246,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
 
 
 def main() -> None:
+    from paddlemix.models.mgen_vl.parameters import count, parameter_shapes
+
     args, handed_on = parse_arguments()
     model = make_model(args.out, read_captions(args.captions), args)
     config = model.config
-    count = sum(parameter.size for parameter in model.parameters())
     print(
-        f"{args.out}: {count:,} parameters, {config.visual['image_size']} px images, "
+        f"{args.out}: {count(parameter_shapes(config)):,} parameters, {config.visual['image_size']} px images, "
         f"{config.n_queries} queries, vocabulary {config.vocab_size}"
     )
     if handed_on:

@@ -147,7 +147,7 @@ def converse(
                 print(f"> {line}")
             else:
                 line = input("> ").strip()
-        except EOFError:
+        except (EOFError, NotImplementedError):  # the latter is a notebook's that takes no input
             print()
             return
         except KeyboardInterrupt:
@@ -174,7 +174,8 @@ def converse(
                 raise UserError(f"no command {command}; /help lists them")
             elif line:
                 answer = conversation.ask(line, write_piece if stream else None)
-                print("" if stream else harmless(answer))
+                empty = not answer.strip()
+                print("(an empty answer)" if empty else "" if stream else harmless(answer))
                 if save_boxes(answer, conversation.picture, numbered(boxes, drawn + 1), folder):
                     drawn += 1
         except KeyboardInterrupt:

@@ -60,6 +60,12 @@ class Evaluations(NamedTuple):
     tokens: int
 
 
+def _times(run: Run, every: int, last: bool) -> int:
+    """How often something is still done that is done every so many steps. last: and after the last step, too."""
+    steps = run.order.steps
+    return max((math.ceil(steps / every) if last else steps // every) - run.done // every, 0)
+
+
 def evaluations(run: Run) -> Optional[Evaluations]:
     """The evaluations of a training run; None if it has none."""
     training, data, order = run.arguments.training, run.arguments.data, run.order
@@ -74,9 +80,7 @@ def evaluations(run: Run) -> Optional[Evaluations]:
     every = {
         "steps": training.eval_steps or training.logging_steps, "epoch": order.steps_per_epoch,
     }.get(training.evaluation_strategy, order.steps)  # fmt: skip
-    times = order.steps // every
-    if training.evaluation_strategy == "epoch":
-        times = math.ceil(order.steps / every)
+    times = _times(run, every, training.evaluation_strategy == "epoch")
     trained = sum(count.trainable for count in run.counts().values())
     # A step's passes over the weights: forward, gradients of activations, of what trains, and the forward once more.
     passes = 2 + trained / sum(sum(count) for count in run.counts().values()) + training.recompute
@@ -131,6 +135,11 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
     arguments, problems = read(argv, machine.cards if machine else None)
     run = resolve(arguments, machine, problems)
     found = Forecast(run, list(run.problems), [*run.warnings, *run.notes], _setting(run))
+    if not run.shapes:
+        found.notes.append(
+            "without the model's config.json its memory cannot be estimated; that file alone, in the folder of "
+            "model_name_or_path, is enough"
+        )
     _look_at_data(found)
     if arguments.training.do_train and run.trained:
         if run.packs is not None:
@@ -221,10 +230,11 @@ def _foresee_disk(found: Forecast) -> None:
     weights, states = memory.checkpoint_bytes(found.trained, found.setting, run.saved)
     found.checkpoint = weights + states + _SIDE_FILES
     steps = order.steps if order is not None else max(training.max_steps, 0)
-    if training.save_strategy == "steps":
-        found.saves = steps // training.save_steps
-    elif training.save_strategy == "epoch" and order is not None:
-        found.saves = math.ceil(steps / order.steps_per_epoch)
+    if order is None:
+        found.saves = steps // training.save_steps if training.save_strategy == "steps" else 0
+    elif training.save_strategy != "no":
+        epochs = training.save_strategy == "epoch"
+        found.saves = _times(run, order.steps_per_epoch if epochs else training.save_steps, epochs)
     final = weights + _SIDE_FILES
     if training.benchmark:
         found.saves, final = 0, 0
@@ -373,6 +383,8 @@ def _step_lines(run: Run) -> List[str]:
         f"{order.steps_per_epoch:,} steps per epoch; {order.left_over:,} {order.unit} left out of each epoch",
         f"{order.steps:,} steps, {order.steps * order.per_step:,} {order.unit}, {epochs:.2f} epochs",
     ]
+    if run.done:
+        lines.append(f"resumes after step {run.done:,}: {max(order.steps - run.done, 0):,} steps left")
     planned = evaluations(run)
     if planned is not None:
         lines.append(
@@ -402,8 +414,9 @@ def _time_lines(found: Forecast) -> List[str]:
     if machine.flops is None or order is None or sample is None:
         return []
     epoch = sample * order.samples / machine.flops / work.FLOPS_SHARE / machine.cards
+    left = max(order.steps - found.run.done, 0) / order.steps_per_epoch
     return [
-        f"about {_hours(epoch)} per epoch, {_hours(epoch * order.steps / order.steps_per_epoch)} in total, at "
+        f"about {_hours(epoch)} per epoch, {_hours(epoch * left)} in total, at "
         f"{work.FLOPS_SHARE:.0%} of the card's published peak: {sample / 1e12:,.3g} TFLOP per sample (an estimate, "
         "never measured; without evaluations and checkpoints)"
     ]

@@ -205,7 +205,8 @@ def _what_next(trainer: FinetuneTrainer) -> List[str]:
     if os.path.isfile(os.path.join(folder, CURVE_NAME)):
         lines.append(f"loss curve: {os.path.join(folder, CURVE_NAME)}")
     if "visualdl" in trainer.events.kinds:
-        lines.append(f"more curves, captions on their images: visualdl --logdir {shlex.quote(trainer.events.folder)}")
+        shown = ", captions on their images" if trainer.events.pictures else ""
+        lines.append(f"more curves{shown}: visualdl --logdir {shlex.quote(trainer.events.folder)}")
     lines.append(f"ask it: python chat.py {quoted}")
     if find_tuned_weights(folder) is not None:
         lines.append(f"make a model of it: {merge_command(folder, trainer.origin.base, trainer.origin.text)}")

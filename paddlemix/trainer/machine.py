@@ -59,12 +59,13 @@ def card(text: str) -> Machine:
     """The machine that `--plan_for` names, such as "8xA100-80GB" or "V100-32GB".
 
     Raises:
-        ConfigError: not of the form [N x] CARD, or an unknown card.
+        ConfigError: not of the form [Nx]CARD, or an unknown card.
     """
     found = re.fullmatch(r"(?:(\d{1,4})\s*[x×*]\s*)?(\S+)", text.strip(), re.IGNORECASE)
     names = {name.lower(): name for name in CARDS}
     if found is None or found.group(2).lower() not in names or int(found.group(1) or 1) < 1:
-        raise ConfigError(f"--plan_for: {text!r} is not [N x] one of {', '.join(CARDS)}", "plan_for")
+        known = ", ".join(CARDS)
+        raise ConfigError(f"--plan_for: {text!r} is not [Nx]CARD, such as 8xA100-80GB; cards: {known}", "plan_for")
     name = names[found.group(2).lower()]
     one = CARDS[name]
     memory, bf16 = int(one.memory * 2**30), one.capability >= _BF16_FROM

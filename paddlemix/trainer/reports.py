@@ -66,6 +66,8 @@ class EventFiles(TrainerCallback):
         self.folder = folder
         self.parameters = parameters or {}
         self.kinds = [kind for kind in kinds if kind in _PACKAGES]
+        # Whether captions, all of them, were drawn beside their images.
+        self.pictures = False
         self._writers: Dict[str, Any] = {}
 
     def _open(self) -> Dict[str, Any]:
@@ -278,6 +280,7 @@ class CaptionReport:
             if thumbnail is not None:
                 font = self._font_for(line)
                 shown = thumbnail if font is None else caption_picture(thumbnail, one.text, one.reference, font)
+                self.events.pictures = self._font is not False
                 self.events.image(f"eval/{name}", shown, step)
 
     def _font_for(self, text: str) -> Any:

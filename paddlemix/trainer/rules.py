@@ -60,9 +60,10 @@ RULES = (
     Rule("nothing to do: set do_train or do_eval", lambda m, d, t, a: not t.do_train and not t.do_eval),
     Rule('do_train needs data: give dataset {{"train": [{{"data_files": …}}]}}',
          lambda m, d, t, a: t.do_train and _no_data(d, "train")),
-    Rule('do_eval needs data: give dataset {{"eval": [{{"data_files": …}}]}}',
+    Rule('do_eval needs data: give dataset {{"eval": [{{"data_files": …}}]}}, or do_eval=false and '
+         "evaluation_strategy=no",
          lambda m, d, t, a: t.do_eval and _no_data(d, "eval")),
-    Rule('evaluation_strategy needs data: give dataset {{"eval": [{{"data_files": …}}]}}',
+    Rule('evaluation_strategy needs data: give dataset {{"eval": [{{"data_files": …}}]}}, or evaluation_strategy=no',
          lambda m, d, t, a: t.evaluates and not t.do_eval and _no_data(d, "eval")),
     # What trains.
     Rule("lora_path needs lora=true", lambda m, d, t, a: m.lora_path is not None and not m.lora),

@@ -55,8 +55,8 @@ class Run:
 
     problems: why the run cannot start; errors: the exceptions behind them. warnings: deviations from the request.
     notes: further information. shapes: of the base model's parameters. trainable: those that train in full. adapters:
-    names and shapes of the LoRA matrices. resume_from: checkpoint to resume from. old_files: results of a finished run
-    in output_dir that are to be deleted.
+    names and shapes of the LoRA matrices. resume_from: checkpoint to resume from. done: its steps. old_files:
+    results of a finished run in output_dir that are to be deleted.
     """
 
     arguments: Arguments
@@ -79,6 +79,7 @@ class Run:
     lengths: Optional[SampleLengths] = None
     order: Optional[Order] = None
     resume_from: Optional[str] = None
+    done: int = 0
     old_files: List[str] = field(default_factory=list)
 
     def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -352,6 +353,7 @@ def _check_resume(run: Run) -> None:
         return
     position = run.attempt(resume.read_position, folder)
     if position is not None:
+        run.done = position.step
         run.attempt(run_checkpoints.check_order, folder, position.order, run.order.settings())
         run.attempt(resume.read_trainer_state, folder, position.step)
     if run.guard is not None and run.trained:

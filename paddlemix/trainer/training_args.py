@@ -64,13 +64,15 @@ def paddlenlp_arguments(
 
 
 def print_block(title: str, block: Any) -> None:
-    """One block of arguments, as the notebook shows it: sorted names, padded to 30."""
+    """One block of arguments, as the notebook shows it: sorted names, padded to 30. Of PaddleNLP's, only the keys that
+    can be set here."""
+    keys = {field.name for field in dataclasses.fields(TrainingKeys)} if isinstance(block, TrainingArguments) else None
     logger.info("=" * 60)
     logger.info("{:^40}".format(f"{title} Configuration Arguments"))
     logger.info("{:30}: {}".format("paddle commit id", paddle.version.commit))
     logger.info("{:30}: {}".format("paddlenlp commit id", paddlenlp.version.commit))
     for name in dir(block):
-        if not name.startswith("__"):
+        if not name.startswith("__") and (keys is None or name in keys):
             value = getattr(block, name)
             if not isinstance(value, types.MethodType):
                 logger.info(f"{name:30}: {value}")

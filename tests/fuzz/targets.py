@@ -59,6 +59,9 @@ def only(*kinds):
 
 def put(folder, name: str, data: bytes) -> str:
     path = os.path.join(folder, name)
+    # Believed by size and time, and these files are made within a tick of the clock.
+    if os.path.exists(index_path(path)):
+        os.unlink(index_path(path))
     with open(path, "wb") as file:
         file.write(data)
     return path
@@ -123,9 +126,6 @@ def table(data: bytes, folder) -> None:
     path = put(folder, "table.csv", data)
     for options in (labels.Options(clean=True, verify="header"), labels.Options(images="reference")):
         end = line = 0
-        # Believed by size and time, and these files are made within a tick of the clock.
-        if os.path.exists(index_path(path)):
-            os.unlink(index_path(path))
         with only(UserError):
             for row in rows.read_rows(path, options.verify == "header"):
                 assert row.line_no > line and end < row.next_offset <= len(data)

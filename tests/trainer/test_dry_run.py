@@ -239,7 +239,8 @@ def test_missing_model_and_output(words):
     assert not found.run.trained and found.run.order is None
     assert any("/no/model is not a folder" in problem for problem in found.problems)
     assert any("output_dir is missing" in problem for problem in found.problems)
-    assert "problems: 2" in "\n".join(dry_run.render(found))
+    shown = "\n".join(dry_run.render(found))
+    assert "problems: 2" in shown and "that file alone, in the folder of model_name_or_path, is enough" in shown
 
 
 def test_a_template_that_says_nothing_of_the_user_is_a_problem(words, tmp_path, world):
@@ -308,7 +309,7 @@ def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
     assert len(problems) == 1 and "transformer.llm.h.2.ln_1.weight is new" in problems[0]
 
 
-def test_an_unfinished_run_in_output_dir(words, tmp_path):
+def test_an_unfinished_run_in_output_dir(words, world, tmp_path):
     from tests.trainer.runs import run
 
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -319,6 +320,12 @@ def test_an_unfinished_run_in_output_dir(words, tmp_path):
     keys = {"resume": True, **batches, "max_steps": 5}
     resumed = dry_run.foresee(words(**keys))
     assert resumed.problems == [] and f"resumes from {folder}" in resumed.notes
+    # What is left is foreseen: steps 4 and 5, and of five checkpoints two.
+    assert "resumes after step 3: 2 steps left" in dry_run.render(resumed)
+    evaluating = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 1}
+    evaluating["dataset"] = {part: [{"name": "chatml_dataset", "data_files": world[1]}] for part in ("train", "eval")}
+    left = dry_run.foresee(words(**keys, **evaluating))
+    assert (left.saves, dry_run.evaluations(left.run).times) == (2, 1)
     for changes, says in (
         ({"seed": 7}, "seed was 42, is 7"),
         ({"per_device_train_batch_size": 2}, "batch was 4, is 2"),

@@ -219,6 +219,7 @@ def test_log_has_the_notebooks_blocks_and_lines(run_keys, log):
         assert f"{title} Configuration Arguments".center(40) in text
     for line in ("lora_rank                     : 64", "max_length                    : 2048", "top_p   ", "seed   "):
         assert line in text
+    assert "past_index" not in text
     lines = [record.message for record in log.records if record.message.startswith("loss: ")]
     assert len(lines) == 2
     names = [part.split(": ")[0] for part in lines[0].split(", ")]

@@ -128,6 +128,8 @@ def test_captions_stand_beside_their_images_at_each_evaluation(run_keys, tmp_pat
     assert (first.shape != second.shape) == (font == "there")
     warnings = [line for line in log.messages if "no font with Chinese characters" in line]
     assert len(warnings) == (font == "none")
+    promised = [line for line in log.messages if line.startswith("more curves, captions on their images: ")]
+    assert len(promised) == (font == "there")
 
 
 def _answers(prompts, said):
