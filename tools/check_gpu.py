@@ -60,6 +60,14 @@ class Run(NamedTuple):
     fused: bool
 
 
+# Of a row's columns but the last.
+WIDTHS = (16, 5, 11, 9, 8)
+
+
+def line(*cells: str) -> str:
+    return "".join(f"| {cell:{width}} " for cell, width in zip(cells, WIDTHS)) + f"| {cells[-1]} |"
+
+
 class Row(NamedTuple):
     check: str
     model: str
@@ -75,7 +83,7 @@ class Row(NamedTuple):
     def line(self) -> str:
         precision = f"{self.run.dtype} {self.run.level}" if self.run.dtype != "float32" else self.run.dtype
         attention = "fused" if self.run.fused else "plain"
-        return f"| {self.check:16} | {self.model:4} | {precision:11} | {attention} | {self.verdict:8} | {self.found} |"
+        return line(self.check, self.model, precision, attention, self.verdict, self.found)
 
 
 def make_world(folder: str, models: List[str]) -> None:
@@ -106,7 +114,7 @@ class Checks:
     """The checks of one run. world: the folder of make_world."""
 
     def __init__(self, world: str, run: Run):
-        self.world, self.run = world, run
+        self.world, self.run, self.fused = world, run, run.fused
 
     def rows(self, models: List[str]) -> Iterator[Row]:
         """All rows. A check that breaks is a row that failed."""
@@ -116,11 +124,12 @@ class Checks:
         planned.append(("LoRA, resumed", tiny, self.training))
         planned += [("loss scale", tiny, self.overflow)] * half
         if not self.run.fused and (self.run.level == "O2" or self.run.dtype == "float32"):
-            # Captioning chooses its attention itself, and knows no level.
+            # Captioning chooses its attention itself, as its rows say, and knows no level.
             planned += [("batched captions", tiny, self.captions), ("a token", last, self.token)]
         for name, model, check in planned:
             try:
-                yield from (Row(name, model, self.run, *found) for found in check(model))
+                for found in check(model):
+                    yield Row(name, model, self.run._replace(fused=self.fused), *found)
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
                 yield Row(name, model, self.run, cli.one_line(text, 300), False, {})
@@ -251,6 +260,7 @@ class Checks:
         from paddlemix.inference.loading import load_model
 
         loaded = load_model(os.path.join(self.world, model), dtype=self.run.dtype, device=self.run.device)
+        self.fused = loaded.model.generates_fused()
         with open(os.path.join(self.world, "train.json"), encoding="utf-8") as file:
             images = [record["image"] for record in json.load(file)]
         return Captioner(loaded.model, loaded.tokenizer, loaded.image_processor, batch_size=8), images
@@ -302,10 +312,10 @@ def in_child(world: str, run: Run, models: List[str]) -> Iterator[Row]:
     """The rows, made in a process of their own: an error of CUDA spoils what follows, and peaks cannot be reset."""
     command = [sys.executable, os.path.abspath(__file__), "--child", json.dumps([world, run, models])]
     done = subprocess.run(command, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith("ROW "):
-            check, model, _, *found = json.loads(line[4:])
-            yield Row(check, model, run, *found)
+    for text in done.stdout.splitlines():
+        if text.startswith("ROW "):
+            check, model, done_as, *found = json.loads(text[4:])
+            yield Row(check, model, Run(*done_as), *found)
     if done.returncode:
         words = f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
         yield Row("its process", "", run, cli.one_line(words, 300), False, {})
@@ -350,11 +360,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     os.environ.setdefault("FLAGS_cudnn_deterministic", "1")
     os.environ.setdefault("FLAGS_embedding_deterministic", "1")
 
+    from paddlenlp.utils.log import logger as paddlenlp_logger
+
     from paddlemix.utils.errors import UserError
-    from paddlemix.utils.log import logger
+    from paddlemix.utils.log import logger, print_like_ours
     from paddlemix.utils.runtime import resolve_device
 
     logger.setLevel("ERROR")
+    print_like_ours(paddlenlp_logger.logger)
     if args.child:
         world, run, models = json.loads(args.child)
         for row in Checks(world, Run(*run)).rows(models):
@@ -369,6 +382,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f"{device.reason or 'no card that this Paddle can use'}: these rows tell nothing about a GPU")
     runs, reasons = choose_runs(device.value)
     rows: List[Row] = []
+    print(line("check", "model", "precision", "attention", "verdict", "found"))
+    print(line(*("-" * width for width in WIDTHS), "-----"))
     with tempfile.TemporaryDirectory(prefix="check_gpu-") as world:
         resolve_device("cpu")  # the card's memory is for the processes that are measured
         make_world(world, models)

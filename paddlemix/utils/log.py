@@ -53,9 +53,9 @@ def _holds(record: logging.LogRecord) -> bool:
 
 
 def print_like_ours(other: logging.Logger) -> None:
-    """One form of line for a whole run: a library's logger without its colours, debug lines, and those that do not
-    hold."""
+    """One form of line for a whole run: a library's logger without its colours, lines below our level, and those that
+    do not hold."""
     other.handlers = logger.handlers[:1]
-    other.setLevel("INFO")
+    other.setLevel(logger.level)
     if _holds not in other.filters:
         other.addFilter(_holds)

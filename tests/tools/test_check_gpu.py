@@ -36,11 +36,13 @@ def run(tool):
 @pytest.fixture(autouse=True)
 def own_level():
     """The tool silences the log of the process it runs in."""
+    from paddlenlp.utils.log import logger as paddlenlp_logger
+
     from paddlemix.utils.log import logger
 
-    level = logger.level
     yield
-    logger.setLevel(level)
+    for one in (logger, paddlenlp_logger.logger):
+        one.setLevel("INFO")
 
 
 def verdicts(rows):
@@ -49,7 +51,9 @@ def verdicts(rows):
 
 def test_all_rows_pass_on_the_cpu(tool, tmp_path, capsys):
     assert tool.main(["--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
-    printed = capsys.readouterr().out
+    printed, logged = capsys.readouterr()
+    assert "\n| check            | model | precision   | attention | verdict  | found |\n| ---" in printed
+    assert "INFO" not in logged
     assert "these rows tell nothing about a GPU" in printed and ", 0 failed," in printed
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = [row for row in found["rows"] if not row["run"]["fused"]]
