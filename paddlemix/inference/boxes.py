@@ -1,6 +1,6 @@
-"""What a grounding answer points at: `<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>`, found in text and drawn.
+"""Bounding boxes of grounding answers, `<ref>a cup</ref><box>(x1,y1),(x2,y2)</box>`: parsed and drawn.
 
-Coordinates are thousandths of the image's width and height, as Qwen-VL writes them, whatever its size in pixels.
+Coordinates are thousandths of the image's width and height, as in Qwen-VL.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
 
-# File ending → Pillow's name of the format.
+# File extension → Pillow's name of the format.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 _CORNER = r"\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*"
 _MARK = re.compile(rf"<ref>(?P<ref>.*?)</ref>|<box>{_CORNER},{_CORNER}</box>", re.DOTALL)
@@ -24,18 +24,18 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#
 
 
 class Box(NamedTuple):
-    """label: the `<ref>` in front of it, or "". corners: (left, top, right, bottom) in 0 … 1000."""
+    """label: the `<ref>` before it, or "". corners: (left, top, right, bottom) in 0 … 1000."""
 
     label: str
     corners: Tuple[int, int, int, int]
 
 
 def parse_boxes(text: str) -> List[Box]:
-    """The boxes of an answer, in order. Corners the wrong way round are turned, those outside are moved to the edge;
-    what is not quite a box is none."""
+    """The boxes of an answer, in order. Swapped corners are reordered, coordinates clipped; malformed boxes are
+    ignored."""
     boxes, label, end = [], "", 0
     for found in _MARK.finditer(text):
-        # Several boxes may follow one name; other text in between ends that.
+        # A label applies to all boxes that follow it directly.
         if text[end : found.start()].strip():
             label = ""
         end = found.end()
@@ -48,20 +48,20 @@ def parse_boxes(text: str) -> List[Box]:
 
 
 def check_boxes_path(path: str) -> str:
-    """`path` if an image can be written under that name.
+    """`path`, if it has the extension of an image format.
 
     Raises:
-        UserError: another ending than those of FORMATS.
+        UserError: it has an extension that is not in FORMATS.
     """
     if os.path.splitext(path)[1].lower() not in FORMATS:
-        raise UserError(f"boxes are drawn to a file ending in {', '.join(FORMATS)}, not {path}")
+        raise UserError(f"boxes are drawn to a file ending in {', '.join(FORMATS)}, not {path}", "boxes")
     return path
 
 
 def draw_boxes(image, boxes: List[Box], font=None):
-    """A copy of a PIL image (mode RGB) with the boxes and their labels on it.
+    """A copy of a PIL image (mode RGB) with the boxes and their labels.
 
-    font: see find_font. Without one a label that is not plain ASCII is drawn as the box's number.
+    font: see find_font. Without one, non-ASCII labels are replaced by the box's number.
     """
     from PIL import ImageDraw, ImageFont
 
@@ -77,7 +77,7 @@ def draw_boxes(image, boxes: List[Box], font=None):
         label = box.label[:_MAX_LABEL] if font is not None or box.label.isascii() else str(number)
         if label:
             used = font or ImageFont.load_default()
-            # Above the box, or inside it where there is no room above.
+            # Above the box if there is room, else inside it.
             x0, y0, x1, y1 = used.getbbox(label)
             top = top - (y1 - y0) - 2 * line if top >= (y1 - y0) + 2 * line else top
             draw.rectangle((left, top, left + x1 - x0 + 2 * line, top + y1 - y0 + 2 * line), fill=colour)
@@ -86,10 +86,10 @@ def draw_boxes(image, boxes: List[Box], font=None):
 
 
 def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
-    """Draw the boxes of an answer to the file `path` and log that. Returns how many there were.
+    """Draw the boxes of an answer to the file `path`. Returns the number of boxes.
 
-    image: the PIL image that was asked about (RGB), or None. folder: the model's, for its font. A file that cannot be
-    written is logged and does not end the conversation.
+    image: the PIL image (RGB) that was asked about, or None. folder: the model's, for its font. Write errors are only
+    logged.
     """
     boxes = parse_boxes(answer)
     if not boxes or image is None:
@@ -103,7 +103,7 @@ def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
     try:
         with atomic_write(path, "wb") as file:
             draw_boxes(image, boxes, font).save(file, FORMATS[os.path.splitext(path)[1].lower()])
-    except (OSError, ValueError) as error:  # the latter for a picture that is too large for its format
+    except (OSError, ValueError) as error:  # ValueError: too large for the format
         logger.warning("the boxes could not be written to %s: %s", path, getattr(error, "strerror", None) or error)
     else:
         logger.info("%d boxes drawn in %s", len(boxes), path)

@@ -1,7 +1,7 @@
-"""Images to captions, many at a time, in the order they came.
+"""Images to captions, in batches and in order.
 
-While the model answers, threads decode the images of the rows to come (PIL lets go of Python's lock while it decodes
-and resizes). A caption depends on its own image and prompt only.
+During generation, threads decode the images of the next rows (PIL releases Python's lock while it decodes and resizes).
+A caption depends only on its own image and prompt.
 
 Shapes: T prompt tokens, S image side.
 """
@@ -36,7 +36,7 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
 MAX_BATCH = 32
-# Rows that are decoded ahead: no more of them, and no more bytes of undecoded images, than this (one may hold 50 MB).
+# Bounds of decoding ahead: rows, and bytes of encoded images (an image may have 50 MB).
 WINDOW_ROWS = 64
 WINDOW_BYTES = 128 << 20
 EMPTY_ANSWER = "empty answer"
@@ -44,10 +44,10 @@ BROKEN_ANSWER = "answer is not a number"
 
 
 class Answer(NamedTuple):
-    """What became of one row. caption: one line, or None where there is none.
+    """The result of one row. caption: one line, or None.
 
-    note: None, or what was wrong, in a few words to count by: why it has no caption, or TRUNCATED, REPEATING or both.
-    candidates: what the model said (captioning.Candidate), the caption among it. chosen: its number there.
+    note: None, or a short reason to count by: why there is no caption, or TRUNCATED, REPEATING or both. candidates: all
+    answers (captioning.Candidate); chosen: the index of the caption among them.
     """
 
     caption: Optional[str]
@@ -57,8 +57,8 @@ class Answer(NamedTuple):
 
 
 def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template=None) -> List[int]:
-    """Ids of the question about one image, its span of n_queries ids included. prompt, system: None for the
-    default prompt and the template's system text."""
+    """Ids of the question about one image, including its span of n_queries ids. prompt, system: None for the default
+    prompt and the template's system text."""
     from paddlemix.processors.content import with_images
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_prompt
 
@@ -69,13 +69,13 @@ def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template
 def rows_that_fit(
     config, prompt_length: int, new_tokens: int, dtype: str, free: int, fused: bool = False, sample: bool = False
 ) -> int:
-    """How many rows `free` bytes of memory hold at a time.
+    """Number of rows that fit into `free` bytes of memory.
 
-    Each takes its keys and values up to the last token, those of one layer a second time while the cache grows, and
-    its logits. The rows of a group, whose prompts are computed together, take their prompt's keys and values, which
-    wait for a slot, and the larger of two working sets: the ViT's attention scores (8 bytes each: in float32, and
-    before and after it in the model's dtype) with its widened MLP, or the decoder's prefill. fused: the kernel that
-    holds no scores. sample: probabilities, sums and ids are sorted beside the logits.
+    A row needs its keys and values up to the last token, those of one layer twice while the cache grows, and its
+    logits. The rows of a group, whose prompts are computed together, also need their prompt's keys and values, which
+    wait for a slot, and the larger of two working sets: the ViT's attention scores (8 bytes each: float32, and the
+    model's dtype before and after) with its widened MLP, or the decoder's prefill. fused: with a fused attention
+    kernel, which stores no scores. sample: sampling also sorts probabilities, sums and ids.
     """
     from paddlemix.models.mgen_vl.engine import GROUP
 
@@ -94,8 +94,8 @@ def rows_that_fit(
 
 
 def free_memory(device: str) -> int:
-    """Bytes that batches may fill: on a GPU nine tenths of what the weights left, on a CPU half of what is
-    available (other programs live there too)."""
+    """Bytes available for batches: nine tenths of a GPU's free memory, half of the host's, which other programs use
+    too."""
     if device.startswith("gpu"):
         import paddle
 
@@ -104,7 +104,7 @@ def free_memory(device: str) -> int:
         return int(0.9 * (total - paddle.device.cuda.memory_allocated(card)))
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    # A container may have less than its host.
+    # A container may have a lower limit than its host.
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -118,13 +118,13 @@ def free_memory(device: str) -> int:
 
 
 class Captioner:
-    """A model with its tokenizer and image processor, asked the same about every image.
+    """Asks a model the same question about every image.
 
-    prompt: the question. system: the system text of the chat (default: the template's). max_new_tokens: longest
-    answer (default: the model's generation configuration). batch_size: rows at a time (default: what fits into
-    memory, see rows_that_fit, up to MAX_BATCH); it is halved when memory runs out. workers: threads that decode images.
-    template: the model's ChatTemplate. keep_boxes: `<ref>` and `<box>` of an answer stay in its caption. decoding:
-    further fields of Decoding, by name, and `choose`, one of CHOICES. scores: candidates have them in any case.
+    prompt: the question. system: the system text (default: the template's). max_new_tokens: default from the model's
+    generation configuration. batch_size: rows at a time (default: by memory, see rows_that_fit, at most MAX_BATCH); it
+    is halved when memory runs out. workers: threads that decode images. template: the model's ChatTemplate. keep_boxes:
+    keep `<ref>` and `<box>` in captions. decoding: further fields of Decoding, by name, and `choose`, one of CHOICES.
+    scores: always compute the candidates' scores.
 
     Raises:
         UserError: the prompt is longer than the model's positions, or memory does not hold the samples or beams.
@@ -174,11 +174,11 @@ class Captioner:
         self.batch_size = batch_size or max(self.decoding.num_beams, min(MAX_BATCH, fit))
 
     def captions(self, images: Iterable, keys: Optional[Iterable[int]] = None) -> Iterator[Answer]:
-        """An answer for each image, in order, as soon as it and all before it are known.
+        """An answer for each image, in order, as soon as it and all before it are complete.
 
-        images: base64 text (str, bytes or a memoryview), or an Answer for a row that is known to have no
-        image, which comes back in its place. Nothing in a row raises. keys: an image's random numbers come from its key
-        and the seed (default: its number).
+        images: base64 text (str, bytes or a memoryview), or an Answer for a row without an image, which is passed
+        through. No row raises an error. keys: with the seed, they determine an image's random numbers (default: its
+        index).
 
         Raises:
             JobFailed: memory ran out with a single image.
@@ -187,7 +187,7 @@ class Captioner:
         from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, Prompt, is_out_of_memory
 
         known: Dict[int, Answer] = {}
-        # Of the prompts handed over: the row's number, and its note.
+        # Of the prompts passed on: the row's number and its note.
         asked: List[Tuple[int, Optional[str]]] = []
 
         def prompts(pool: ThreadPoolExecutor):
@@ -199,7 +199,7 @@ class Captioner:
                     asked.append((number, prepared.note))
                     yield Prompt(prepared.ids, prepared.pixels[None], key=key)
 
-        told = 0
+        next_number = 0
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             answers = generate_captions(
                 self.model,
@@ -216,17 +216,17 @@ class Captioner:
                     number, note = asked[index]
                     asked[index] = None
                     known[number] = self._answer(candidates, note)
-                    while told in known:
-                        yield known.pop(told)
-                        told += 1
+                    while next_number in known:
+                        yield known.pop(next_number)
+                        next_number += 1
             except OUT_OF_MEMORY_TYPES as error:
                 if not is_out_of_memory(error):
                     raise
                 why = "out of memory with one image at a time; give fewer --max_new_tokens"
                 raise JobFailed(why) from error
-        while told in known:
-            yield known.pop(told)
-            told += 1
+        while next_number in known:
+            yield known.pop(next_number)
+            next_number += 1
 
     def _answer(self, candidates, note: Optional[str]) -> Answer:
         from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK
@@ -241,16 +241,16 @@ class Captioner:
         return Answer(candidates[chosen].text, ", ".join(notes) or None, candidates, chosen)
 
     def _prepared(self, images: Iterable, pool: ThreadPoolExecutor) -> Iterator:
-        """What _prepare makes of each image, in order; threads decode those to come."""
+        """The result of _prepare for each image, in order; threads decode ahead."""
         return ahead(((image, 0 if isinstance(image, Answer) else len(image)) for image in images), self._prepare, pool)
 
     def _prepare(self, image):
-        """A Sample, or an Answer that says why there is none. Runs in a thread."""
+        """A Sample, or an Answer with the reason why there is none. Runs in a thread."""
         return image if isinstance(image, Answer) else decoded(image, self.prompt_ids, self.image_processor)
 
 
 class Sample(NamedTuple):
-    """One row, ready for the model: prompt ids [T], pixel values float32 [3, S, S], its Answer's note."""
+    """One row as model input: prompt ids [T], pixel values float32 [3, S, S], the note of its Answer."""
 
     ids: List[int]
     pixels: np.ndarray
@@ -258,7 +258,7 @@ class Sample(NamedTuple):
 
 
 def ahead(items: Iterable[Tuple[Any, int]], prepare: Callable[[Any], Any], pool: ThreadPoolExecutor) -> Iterator:
-    """prepare(item) of each (item, its bytes), in order; the pool prepares those to come."""
+    """prepare(item) of each (item, its bytes), in order; the pool works ahead."""
     waiting: Deque = deque()
     size = 0
     for item, length in items:

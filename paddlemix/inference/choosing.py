@@ -1,4 +1,4 @@
-"""One of several answers to the same question."""
+"""Choosing among several answers to the same question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paddlemix.inference.options import CHOICES
 
 
 def choose(texts: Sequence[str], scores: Sequence[float], how: str) -> int:
-    """The number of the answer to take; of equally good ones the first. texts: at least one.
+    """The index of the best answer, the first one on a tie. texts: at least one.
 
     scores: mean log-probabilities per token. how: "first", "logprob" (the highest score), or "consensus": minimum
     Bayes risk decoding (Suzgun et al. 2022, "Follow the Wisdom of the Crowd", arXiv 2211.07634) with CIDEr-D, for which

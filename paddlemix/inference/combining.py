@@ -1,7 +1,7 @@
-"""The consensus of several results files: of each row, the caption that agrees most with the other files'.
+"""The consensus of several results files: for each row, the caption that agrees most with those of the other files.
 
-Two passes over the files, side by side: one counts in how many rows each n-gram occurs, the other compares. The count
-takes memory: four bytes per token of all different captions, a quarter of a gigabyte per file of a million rows.
+Two passes over all files in parallel: one counts document frequencies of n-grams, the other compares. The counts take
+four bytes per token of all distinct captions, a quarter of a gigabyte per file of a million rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from paddlemix.utils.progress import Progress
 
 
 class _Results(NamedTuple):
-    """A results file. fallback: the caption of its rows that have none, if its record says so. run: of its record."""
+    """A results file. fallback: its fallback caption, if recorded. run: its record."""
 
     path: str
     fallback: Optional[str]
@@ -34,13 +34,13 @@ class _Results(NamedTuple):
 
 
 def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = True) -> Dict[str, Any]:
-    """Write to `output`, per row, the caption of `paths` with the highest mean CIDEr-D against the others'; of equally
-    good ones that of the first file. A fallback caption is taken only where there is nothing else.
+    """Write to `output`, per row, the caption of `paths` with the highest mean CIDEr-D against the others, the first on
+    a tie. A fallback caption is only used if there is no other.
 
-    CIDEr's document frequencies are those of all rows of all files; of a single row, every n-gram weighs the same.
-    OUTPUT.run.json says what was combined, and how many captions are of which file. workers: see map_chunks.
+    CIDEr's document frequencies come from all rows of all files; with a single row, all n-grams have the same weight.
+    OUTPUT.run.json records the files, and the number of captions from each. workers: see map_chunks.
 
-    Returns what OUTPUT.run.json holds, but for the facts of OUTPUT.
+    Returns the contents of OUTPUT.run.json, without the facts of OUTPUT.
 
     Raises:
         UserError: a file cannot be read, is not lines of id and caption, has other ids or another order than the first
@@ -63,7 +63,7 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
         frequencies = counted
 
     def choose(chunk: List[Tuple[str, List[str]]]) -> List[Tuple[str, str, int]]:
-        """Of each row its id, the caption, and the file that it is from."""
+        """(id, caption, index of its file) of each row."""
         usable = [
             [i for i, text in enumerate(captions) if text and text != files[i].fallback] or [0] for _, captions in chunk
         ]
@@ -102,7 +102,7 @@ def _opened(path: str) -> _Results:
 
 
 def _check_inputs(files: Sequence[_Results]) -> None:
-    """Raise UserError if two records name different inputs."""
+    """Raise UserError if the records name different inputs."""
     known = [file for file in files if "input" in file.run]
     for file in known[1:]:
         if file.run["input"] != known[0].run["input"]:
@@ -110,7 +110,7 @@ def _check_inputs(files: Sequence[_Results]) -> None:
 
 
 def _rows(files: Sequence[_Results]) -> Iterator[Tuple[str, List[str]]]:
-    """(id, its caption in each file), in the order of the files, which must have the same ids in the same order."""
+    """(id, its caption in each file), in the order of the files; the ids must be the same in all."""
     with contextlib.ExitStack() as opened:
         readers = [_lines(opened.enter_context(open(file.path, "rb")), file.path) for file in files]
         for number, first in enumerate(readers[0], 1):

@@ -1,4 +1,4 @@
-"""Talking with a model: turns with their images, answers as they come, and a prompt to type at.
+"""Chat: turns with images, streamed answers, and an interactive prompt.
 
 Shapes: N images, S image side, Q queries, D hidden.
 """
@@ -23,14 +23,13 @@ HELP = """\
 
 
 class Conversation:
-    """A model, what was said so far, and the images that were shown.
+    """A model with the turns so far and their images.
 
-    system: in place of the template's. choose: one of CHOICES, among num_return_sequences answers. options: of generate
-    (max_new_tokens, decode_strategy, temperature, …). Images are seen by the vision tower once, whatever number of
-    turns follows. They are numbered through the conversation, `Picture 1`, `Picture 2`, …
+    system: overrides the template's. choose: one of CHOICES, among num_return_sequences answers. options: of generate
+    (max_new_tokens, decode_strategy, temperature, …). Each image goes through the vision tower once, however many turns
+    follow. Images are numbered through the conversation: `Picture 1`, `Picture 2`, …
 
-    Attributes: history: (query, answer) pairs as text. picture: the newest image (PIL, RGB) that was asked about, or
-    None.
+    Attributes: history: (query, answer) pairs as text. picture: the newest image (PIL, RGB) of a question, or None.
     """
 
     def __init__(self, loaded: Loaded, system: Optional[str] = None, choose: str = "first", **options):
@@ -51,7 +50,7 @@ class Conversation:
         return [(as_text(query), answer) for query, answer in self._turns]
 
     def add_image(self, data: bytes) -> None:
-        """Show an image file with the next question.
+        """Add an image file to the next question.
 
         Raises:
             ImageError: it cannot be decoded.
@@ -61,9 +60,9 @@ class Conversation:
         self._pending.append(open_image(data))
 
     def ask(self, text: str, write: Optional[Callable[[str], Any]] = None) -> str:
-        """The answer to `text`. write: called with each piece of it as soon as it is known, whole characters only.
+        """The answer to `text`. write: called with each piece of the answer as it is generated, in complete characters.
 
-        An answer that is broken off by an exception leaves the conversation as it was, its images still to be shown.
+        An exception during generation leaves the conversation unchanged, with its images still pending.
 
         Raises:
             UserError: beam search with `write`. JobFailed: out of memory.
@@ -129,14 +128,14 @@ def converse(
     stream: bool = False,
     first: Optional[str] = None,
 ) -> None:
-    """Questions typed on the terminal, answers printed, until /quit or the end of input.
+    """Read questions from the terminal and print answers until /quit or end of input.
 
-    fetch: an image's bytes from the argument of /image. folder: the model's. boxes: the file for boxes in answers;
-    the second drawing gets the name with -2. first: a question to begin with. A mistake costs its own turn only.
+    fetch: returns an image's bytes for the argument of /image. folder: the model's. boxes: the file for boxes in
+    answers; the second drawing is named -2. first: an initial question. Errors only affect their own turn.
     """
     try:
-        import readline  # noqa: F401  arrow keys and earlier lines at input()
-    except ImportError:  # a Python without it: plain lines
+        import readline  # noqa: F401  line editing and history for input()
+    except ImportError:  # not in every Python
         pass
     print("/help lists the commands", file=sys.stderr)
     drawn = 0

@@ -1,4 +1,4 @@
-"""What a run was made from: size, lines and SHA-256 of an input, and the fingerprint of a model folder."""
+"""Identification of a run's inputs: size, lines and SHA-256 of a file, and the fingerprint of a model folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import temporary_folder
 
 _CHUNK = 1 << 20
-# A file of this size takes a tenth of a second to read.
+# Reading a file of this size takes a tenth of a second.
 _BAR_BYTES = 64 << 20
 
 
 class FileFacts(NamedTuple):
-    """size in bytes, lines (an unfinished last one counts), and the SHA-256 of the whole file."""
+    """size in bytes, number of lines (including an unterminated last one), SHA-256."""
 
     size: int
     lines: int
@@ -28,7 +28,7 @@ class FileFacts(NamedTuple):
 
 
 def reading(path: str) -> Progress:
-    """A bar over the bytes of a file, drawn if reading it takes more than a moment."""
+    """A progress bar over the bytes of a file, shown for large files."""
     size = os.path.getsize(path)
     return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=size < _BAR_BYTES)
 
@@ -41,7 +41,7 @@ def file_facts(path: str) -> FileFacts:
     """
     digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
     try:
-        # hashlib lets go of Python's lock, so the lines are counted meanwhile.
+        # hashlib releases Python's lock, so lines are counted in parallel.
         with open(path, "rb") as file, ThreadPoolExecutor(1) as hashing, reading(path) as bar:
             hashed = None
             for chunk in iter(lambda: file.read(_CHUNK), b""):
@@ -53,13 +53,13 @@ def file_facts(path: str) -> FileFacts:
                 last = chunk[-1:]
                 bar.update(len(chunk))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
     return FileFacts(size, lines + (last != b"\n"), digest.hexdigest())
 
 
 def input_facts(path: str) -> FileFacts:
-    """file_facts, read once per machine: those of a large file are noted in the temporary folder, and the note is
-    believed while the file keeps its size, time and inode. Processes that start together wait for the first one's note.
+    """file_facts, cached for large files in the temporary folder while size, time and inode are unchanged. Processes
+    that start at the same time wait for the first one.
 
     Raises:
         UserError: it cannot be read.
@@ -67,7 +67,7 @@ def input_facts(path: str) -> FileFacts:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
     if found.st_size < _BAR_BYTES:
         return file_facts(path)
     state = [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
@@ -88,7 +88,7 @@ def input_facts(path: str) -> FileFacts:
         except (ValueError, KeyError, TypeError):
             pass
         facts = file_facts(path)
-        # A file that changed meanwhile is not noted.
+        # Do not cache a file that changed meanwhile.
         now = os.stat(path)
         if [now.st_size, now.st_mtime_ns, now.st_ino, now.st_dev] == state:
             with contextlib.suppress(OSError):
@@ -97,15 +97,15 @@ def input_facts(path: str) -> FileFacts:
         return facts
 
 
-# Blocks of a large file that go into a fingerprint, spread evenly from its first byte to its last.
+# Blocks of a large file in a fingerprint, spread evenly from its first to its last byte.
 _BLOCKS = 64
 
 
 def fingerprint_folder(folder: str) -> str:
-    """A SHA-256 over names, sizes and contents of what a model folder answers with, as hex.
+    """SHA-256 (hex) over names, sizes and contents of the files that a model's answers depend on.
 
-    Of a file over 64 MiB, 64 blocks of 1 MiB are read, so that 20 GB of weights cost no second. That tells
-    trained weights apart, which differ everywhere. It does not tell of a byte changed on purpose.
+    Of files over 64 MiB only 64 blocks of 1 MiB are read, so that 20 GB of weights take less than a second. This tells
+    trained weights apart, which differ everywhere, but does not detect a single altered byte.
     """
     # Not needed for --help, which would load numpy with it.
     from paddlemix.checkpoint.model_folder import ANSWERS, files_of

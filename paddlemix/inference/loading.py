@@ -1,4 +1,4 @@
-"""A model folder, found and loaded with everything that is needed to ask it."""
+"""Loading a model folder with its tokenizer, processors and chat template."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ class Loaded(NamedTuple):
 
 
 def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: Optional[str] = None) -> Loaded:
-    """Load a model folder, or what find_source gives, for inference; device, dtype and threads are logged.
+    """Load a model folder, or a Source, for inference; device, dtype and threads are logged.
 
-    dtype: by default as the weights are stored, where the device can compute in it. device: see
-    resolve_device.
+    dtype: default as stored, if the device supports it. device: see resolve_device.
 
     Raises:
-        UserError: the folder is not a whole model, its tokenizer is another model's, or what was tuned does not fit it.
+        UserError: the model is incomplete, its tokenizer is another model's, or the tuned weights do not fit it.
     """
     from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
     from paddlemix.models.mgen_vl.tokenizer import check_vocabulary
@@ -56,7 +55,7 @@ def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: 
 
 
 def put_on(model, source: Source) -> None:
-    """Set the weights of source.text's LLM, and those that were tuned; adapters stay beside the weights, unmerged.
+    """Load the LLM of source.text and the tuned weights; adapters are applied unmerged.
 
     Raises:
         WeightsError: files are broken, or do not fit the model.

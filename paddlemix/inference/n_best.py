@@ -1,13 +1,13 @@
-"""All candidates of each row, beside the results: `predict.py --n_best FILE`, a line of JSON per row.
+"""All candidates of each row (`predict.py --n_best FILE`), a line of JSON per row:
 
     {"id": "7", "chosen": 1, "candidates": [{"text": "…", "score": -0.31}, {"text": "…", "score": -0.28}]}
 
-score: mean log-probability per token (of beams, PaddleNLP's, with the length penalty). A candidate that ended early has
-a note that says why. A row without an image has no candidates, and one without a caption has null for `chosen`. Texts
-are as the model says them, before repairs.
+score: mean log-probability per token (for beams PaddleNLP's, with the length penalty). A candidate that ended early has
+a note with the reason. A row without an image has no candidates; `chosen` is null for a row without a caption. Texts
+are those of the model, before post-processing.
 
-While a run lasts, the lines are in FILE.partial. A row's line is written before its line of the results, so a resumed
-run, which goes by the results, finds at most some too many here.
+During a run, the lines are in FILE.partial. A row's line is written before its line of results, so a resumed run finds
+at most some extra lines here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from paddlemix.utils.files import sync_folder
 
 
 class NBestWriter:
-    """The lines of one run; nothing at all if `path` is None.
+    """Writes the candidates of one run; does nothing if `path` is None.
 
     ids: of the rows that an earlier run has answered, whose lines are kept. As a context manager it closes the file;
-    what was not finished stays.
+    an unfinished one stays.
 
     Raises:
         UserError: the file cannot be written, or lacks lines of the earlier run.
@@ -42,7 +42,7 @@ class NBestWriter:
         self._partial = path + PARTIAL
         with self._explained(UserError):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            # The run may have been killed when this was finished, and the results were not.
+            # The run may have been killed after this file was finished and before the results were.
             there = path if os.path.exists(path) and not os.path.exists(self._partial) else self._partial
             whole = _length(there, ids)
             if whole and there == path:
@@ -52,7 +52,7 @@ class NBestWriter:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is writing {self._partial}; give another file", "busy") from None
-            except OSError:  # some network disks know no locks
+            except OSError:  # no locks on some network file systems
                 pass
             self._file.truncate(whole)
 
@@ -64,7 +64,7 @@ class NBestWriter:
             raise kind(f"cannot write {self._path}: {error.strerror}") from error
 
     def write(self, name: str, answer) -> None:
-        """The line of the next row, handed to the system at once. name: the row's id. answer: a captioner's Answer.
+        """Write the line of the next row, unbuffered. name: the row's id. answer: a captioner's Answer.
 
         Raises:
             JobFailed: the disk is full.
@@ -82,7 +82,7 @@ class NBestWriter:
                 rest = rest[self._file.write(rest) :]
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         if self._file is None:
             return
         with self._explained(JobFailed):
@@ -102,7 +102,7 @@ class NBestWriter:
 
 
 def _length(path: str, ids: Iterator[str]) -> int:
-    """Bytes of the first lines of a file, which must be of the rows `ids`."""
+    """Total bytes of the first lines of a file, which must belong to the rows `ids`."""
     length = number = 0
     with contextlib.ExitStack() as opened:
         for number, name in enumerate(ids, 1):
@@ -119,7 +119,7 @@ def _length(path: str, ids: Iterator[str]) -> int:
 
 
 def line_id(line: bytes) -> Optional[str]:
-    """The id of a line, None if it is not one."""
+    """The id in a line of candidates; None for any other line."""
     try:
         return json.loads(line.decode("utf-8"))["id"]
     except (ValueError, KeyError, TypeError, RecursionError):

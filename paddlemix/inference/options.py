@@ -16,7 +16,7 @@ CHOICES = ("first", "logprob", "consensus")
 
 
 def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
-    """What the model runs in, how it is addressed, and, if it answers, how long it may talk."""
+    """System prompt, tuned weights, dtype and device; with `answers`, also the maximum length of an answer."""
     parser.add_argument("--system", help="system prompt, instead of the one in the model's chat_template.json")
     parser.add_argument(
         "--lora_path", type=path, metavar="TUNED",
@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> 
 
 
 def _number(low: float, high: float, says: str) -> Callable[[str], float]:
-    """An argument's type: a number above `low`, up to `high`."""
+    """Argument type: a number above `low`, up to `high`."""
 
     def parse(text: str) -> float:
         try:
@@ -51,7 +51,7 @@ def _number(low: float, high: float, says: str) -> Callable[[str], float]:
 
 
 def _count(low: int, most: int) -> Callable[[str], int]:
-    """An argument's type: a whole number from `low` to `most`."""
+    """Argument type: an integer from `low` to `most`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= most:
@@ -62,7 +62,7 @@ def _count(low: int, most: int) -> Callable[[str], int]:
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """How an answer's words are chosen; decoding_options takes the values."""
+    """Decoding options, to be read by decoding_options."""
     chosen = parser.add_argument_group(
         "decoding",
         "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search. "
@@ -119,8 +119,8 @@ _DECODING = (
 
 
 def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, Any]:
-    """What add_decoding_options and --stream gave, as fields of Decoding (and `choose`): those that were given, and
-    `sample` where they sample. values: of all arguments; the options are taken out of it.
+    """The given decoding options as fields of Decoding (and `choose`), with `sample` if they imply sampling. values: of
+    all arguments; the options are removed from it.
 
     Raises:
         UserError: they contradict each other.
@@ -161,13 +161,12 @@ def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, 
 
 
 def generate_options(decoding: Dict[str, Any]) -> Dict[str, Any]:
-    """decoding_options as options of the model's generate, which goes by generation_config.json for what is not given.
-    """
+    """decoding_options as options of the model's generate, whose defaults come from generation_config.json."""
     options = {name: value for name, value in decoding.items() if name not in ("sample", "samples", "choose")}
     if decoding.get("num_beams", 1) > 1:
         options["decode_strategy"] = "beam_search"
     elif decoding.get("sample"):
-        # What is not given must not come in from the file (the baseline's top_k of 1 is no sampling).
+        # Override the file's defaults (the baseline's top_k of 1 disables sampling).
         options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **options, "decode_strategy": "sampling"}
     elif options.pop("num_beams", None):
         options["decode_strategy"] = "greedy_search"

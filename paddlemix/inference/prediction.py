@@ -1,4 +1,4 @@
-"""The job of predict.py: a file of rows in, a file of captions out, a line per row whatever a row holds."""
+"""The job of predict.py: from a file of rows to a file of captions, with one line for every row."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from paddlemix.utils.outputs import check_file, keep_apart
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import rank, world_size
 
-_AS_IT_IS = PostProcessing()
-# A row without a caption of its own is logged when its reason is first met, and then each thousandth time.
+_NO_STEPS = PostProcessing()
+# Rows without a caption are logged at the first and then every thousandth occurrence of a reason.
 LOG_EVERY = 1000
 
 
 class _Rows:
-    """The rows of a shard. read: rows of the file that have passed; count: those of them that are the shard's."""
+    """The rows of a shard. read: rows of the file read so far; count: those of the shard among them."""
 
     def __init__(self, path: str, shard: Shard, state: FileState, want_caption: bool):
         self._path, self._shard, self._state, self._want_caption = path, shard, state, want_caption
@@ -42,14 +42,14 @@ class _Rows:
         self.read = self.count = 0
 
     def go_on(self, place: Place) -> None:
-        """Go on behind the shard's row of that number.
+        """Continue after the shard's row at `place`.
 
         Raises:
             JobFailed: no line begins there.
         """
         with open(self._path, "rb") as file:
             file.seek(place.next_offset - 1)
-            # Records of a JSON file need not have lines of their own.
+            # Records of a JSON file need not be on separate lines.
             if file.read(1) != b"\n" and place.next_offset != self._state.size and not is_json(self._path):
                 raise JobFailed(f"no line of {self._path} begins at byte {place.next_offset}; give --restart")
         self.count = place.row
@@ -75,7 +75,7 @@ class _Rows:
 
 
 def base64_or_answer(row: TsvRow) -> Union[bytes, memoryview, Answer]:
-    """The base64 text of a row's image, or what to say of the row."""
+    """The base64 text of a row's image, or an Answer with the reason why there is none."""
     if row.error:
         return Answer(None, row.error)
     try:
@@ -99,19 +99,19 @@ def _check_of_image(row: TsvRow) -> int:
 
 
 def _check_not_input(path: str, order: str) -> None:
-    """Refuse an OUTPUT that exists and holds images: the order of the arguments is easily mistaken."""
+    """Refuse an existing OUTPUT with images: the order of the arguments is easily confused."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         return
     first = None if is_json(path) else next(read_rows(path, want_caption=False), None)
     if first is None or is_image(bytes(first.image[:256])):
-        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is {order}")
+        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is {order}", "argument-order")
 
 
 class RowJob:
-    """A file of rows, the output with a line for each, and the model that makes it: predict.py's and score_rows.py's.
+    """An input of rows, an output with a line per row, and a model: the common part of predict.py and score_rows.py.
 
-    settings: what the output depends on beside input and model. order: of the script's arguments. One of several
-    processes that paddle.distributed.launch started takes the shard of its rank.
+    settings: everything else that the output depends on. order: of the script's arguments. Under
+    paddle.distributed.launch each process takes the shard of its rank.
 
     Raises:
         UserError: bad arguments, input or model.
@@ -150,8 +150,8 @@ class RowJob:
             self.run["shard"] = shard._asdict()
 
     def is_done(self, beside: Optional[str] = None) -> bool:
-        """Whether this shard is finished, and so is the file `beside` it: paddle.distributed.launch starts all
-        processes again when one of them was killed."""
+        """Whether this shard is finished, and the file `beside` it: paddle.distributed.launch restarts all processes if
+        one was killed."""
         if self.shard is None or not is_whole(self.shard, self.output, self.run):
             return False
         if beside is not None and not os.path.isfile(beside):
@@ -160,9 +160,9 @@ class RowJob:
         return True
 
     def rows(self, results: ResultsWriter) -> _Rows:
-        """The rows behind those that an earlier run has answered; no image is decoded to pass over these."""
+        """The rows after those that an earlier run has answered, which are skipped without decoding images."""
         rows = _Rows(self.input, self.share, self.state, self.want_caption)
-        # Journals of earlier versions do not say where their rows stand.
+        # Journals of earlier versions have no places.
         all_rows = results.place is None or results.has_files
         if not all_rows:
             rows.go_on(results.place)
@@ -195,15 +195,15 @@ class RowJob:
     ) -> None:
         """Write the line of each row, in order.
 
-        item: what a row is to the model. answers: an answer for each item, in order. line: a row's id and answer to its
-        columns behind the id, and its note. done: called when the columns are safe.
+        item: row → input of `answers`. answers: inputs → answers, in order. line: (id, answer) → (columns after the id,
+        note). done: called with the columns once they are written.
         """
-        # Rows that were read, but not answered yet: (id, line number, where the next line begins, its image file).
+        # Rows read but not answered yet: (id, line number, offset of the next line, its image file).
         waiting: deque = deque()
 
         def items():
             for row in rows:
-                # Before the file is read for its answer: one that changes meanwhile is another one to a resumed run.
+                # Before the image is read: if it changes meanwhile, a resumed run must notice.
                 file = "" if row.place is None else f"{_state_of_file(row)} {_check_of_image(row)}"
                 waiting.append((row_id(row), row.line_no, row.next_offset, file))
                 yield item(row)
@@ -214,7 +214,7 @@ class RowJob:
                 name, line_no, next_offset, file = waiting.popleft()
                 columns, note = line(name, answer)
                 results.write(name, columns, note, line_no, next_offset, file)
-                # A row costs the model far more than this call.
+                # Cheap compared with generating a row.
                 results.flush()
                 if note:
                     met = results.notes[note]
@@ -227,10 +227,10 @@ class RowJob:
         results.finish(rows.count, **({} if self.shard is None else {"input_rows": rows.read}))
 
     def report(self, rows: _Rows, results: ResultsWriter, fallback: Optional[str] = None) -> None:
-        """Say what was wrong with rows.
+        """Log the notes of rows.
 
         Raises:
-            JobFailed: there is no good one. (A shard may lack one without that being an error.)
+            JobFailed: no row succeeded. (For a shard this is not an error.)
         """
         if rows.count == 0:
             logger.warning("%s holds no rows, so %s holds no lines", self.input, self.output)
@@ -253,28 +253,26 @@ def predict_file(
     restart: bool = False,
     shard: Optional[Shard] = None,
     keep_boxes: bool = False,
-    postprocess: PostProcessing = _AS_IT_IS,
+    postprocess: PostProcessing = _NO_STEPS,
     lora_path: Optional[str] = None,
     decoding: Optional[Mapping[str, Any]] = None,
     n_best: Optional[str] = None,
 ) -> None:
     """Write `id \\t caption` for every row of `input`, in order, and print each caption.
 
-    Rows are `id \\t base64`, with or without further columns; a row without an id has its line number for
-    one. A row without a usable image, or that the model answers with nothing, gets `fallback`, and is logged
-    and counted by what was wrong. A file without rows gives a file without lines. decoding: fields of Decoding
-    other than their defaults, and `choose` (see Captioner); captions are greedy without. For the other arguments see
-    predict.py --help; for how a run is resumed, results.py.
+    Rows are `id \\t base64`, with or without further columns; the line number replaces a missing id. A row without a
+    usable image, or with an empty answer, gets `fallback`, and is logged and counted by its reason. A file without rows
+    gives a file without lines. decoding: fields of Decoding other than their defaults, and `choose` (see Captioner);
+    default: greedy. For the other arguments see predict.py --help; for resuming, results.py.
 
-    shard: answer that share of the rows only, into a file of its own (row_shards.py); one of several processes that
-    paddle.distributed.launch started takes the share of its rank. A share that is whole, of the same input, model and
-    settings, stays as it is. A share may lack a single good row without that being an error; the whole may not, which
-    merge_shards' caller sees.
+    shard: answer only that share of the rows, into a file of its own (row_shards.py). A complete shard of the same
+    input, model and settings is kept. That no row of a shard succeeds is not an error; that no row of all succeeds is,
+    which merge_shards' caller checks.
 
     Raises:
         UserError: bad arguments, input or model.
         JobFailed: the disk is full, memory runs out, the input changes while it is read, or no row got a caption
-            (OUTPUT is whole then).
+            (OUTPUT is complete in that case).
     """
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 
@@ -288,7 +286,7 @@ def predict_file(
         "dtype": dtype,
         "postprocess": postprocess.settings(),
     }
-    # What older runs did not have is recorded only where it is used, so that they can be resumed.
+    # Newer settings are recorded only if used, so that older runs can be resumed.
     used = {"system": system, "keep_boxes": keep_boxes or None, "decoding": decoding or None, "n_best": n_best}
     settings.update((name, value) for name, value in used.items() if value is not None)
     job = RowJob(input, output, model, lora_path, settings, shard, "INPUT OUTPUT MODEL")
@@ -326,7 +324,7 @@ def predict_file(
             repeats = captioner.decoding.stop_repeating
             if repeats and captioner.decoding.num_beams == 1:
                 logger.info("an answer that repeats itself %d times ends there (--stop_repeating)", repeats)
-        # A row's place in the input is the same for every number of shards, and for a resumed run.
+        # Independent of the number of shards and of resuming.
         numbers = count(job.share.index - 1 + results.done * job.share.of, job.share.of)
 
         def line(name: str, answer: Answer) -> Tuple[str, Optional[str]]:
@@ -352,7 +350,7 @@ def predict_file(
 
 
 def _check_apart(n_best: str, input: str, output: str) -> None:
-    """Raise UserError if the candidates would be written over something else of this run."""
+    """Raise UserError if the candidates would overwrite another file of this run."""
     check_file(n_best, plain=True)
     check_file(n_best + PARTIAL, plain=True)
     taken = {os.path.realpath(name) for name in (input, output, output + PARTIAL, output + SIDECAR)}
@@ -361,9 +359,9 @@ def _check_apart(n_best: str, input: str, output: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print a line beside the progress bar on stderr; on a terminal the bar moves out of its way.
+    """Print a line; on a terminal the progress bar makes room for it.
 
-    The captions are in the file, so a job of hours goes on where nobody takes what it prints any more.
+    A broken stdout does not end the job: the captions are in the file.
     """
     text = harmless(text)
     try:

@@ -1,21 +1,20 @@
-"""The output of predict.py and score_rows.py: written as it goes, whole when it appears, and resumable after a kill.
+"""The output of predict.py and score_rows.py: written atomically, and resumable after a kill.
 
-While a run lasts, its lines go to a journal, `OUTPUT.partial`:
+During a run, its lines go to a journal, `OUTPUT.partial`:
 
-    {"format": 2, "input": {…}, "model": {…}, "settings": {…}}     what made the lines below
-    id \\t caption \\t note \\t place                                 one line per row; the note says what was
-                                                                   wrong with it, and is mostly empty
+    {"format": 2, "input": {…}, "model": {…}, "settings": {…}}     identifies the run
+    id \\t caption \\t note \\t place                                 one line per row; the note is the reason of a
+                                                                   problem, and usually empty
 
-A line's place is "1 1 52310": its number, the number of its line in the input, and the byte at which the next one
-begins there, so that a resumed run goes on reading at that byte. Of a row that names an image file, two numbers more
-tell whether the file is another one since. Journals of format 1 have no places. An output of more columns has them in
-place of the caption.
+A line's place is "1 1 52310": its number, the line number of its row in the input, and the byte offset of the next
+line there, at which a resumed run continues reading. For a row that names an image file, two more numbers tell whether
+the file has changed since. Journals of format 1 have no places. An output with more columns has them instead of the
+caption.
 
-When every row has its line, OUTPUT (`id \\t caption`) is written from the journal beside its name and
-renamed, and so is `OUTPUT.run.json`: the journal's first line with the number of rows, the notes,
-counted, and what OUTPUT's bytes were. Then the journal goes. So OUTPUT is always a whole one, and one
-file, the journal, holds all that a resumed run needs. A million captions are some 200 MB, so the last copy
-takes a second.
+When all rows have a line, OUTPUT (`id \\t caption`) is written from the journal, atomically, and so is
+`OUTPUT.run.json`: the journal's first line with the number of rows, the counts of notes, and size and SHA-256 of
+OUTPUT. Then the journal is deleted. So OUTPUT is always complete, and the journal is all that a resumed run needs. A
+million captions are some 200 MB, so the final copy takes a second.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ from paddlemix.utils.outputs import check_file
 # Of OUTPUT.run.json.
 FORMAT = 1
 _JOURNAL_FORMATS = (1, 2)
-# The note of a row whose image file was cut short: it has a caption, of what there was.
+# The note of a row with a truncated image file; it has a caption.
 TRUNCATED = "truncated image"
-# That of an answer which repeated itself and was cut (see Decoding.stop_repeating); it has a caption, too.
+# The note of an answer that repeated itself and was cut (see Decoding.stop_repeating); it has a caption, too.
 REPEATING = "repeated itself"
 PARTIAL = ".partial"
 SIDECAR = ".run.json"
-# Lines are handed to the system with every flush; to the disk itself this often.
+# Interval of fsync; every flush writes to the system.
 SYNC_SECONDS = 5.0
-# What a journal begins with.
+# The start of every journal.
 _BEGIN = b'{"format": '
-# Longer first lines are not ours. (The settings hold a prompt and a fallback caption.)
+# Maximum length of the first line. (The settings hold a prompt and a fallback caption.)
 _MAX_HEADER = 1 << 20
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """One sentence for each value in which two runs differ; a key that is missing counts as null."""
+    """A message for each value in which two runs differ; a missing key counts as null."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(set(there) | set(here)):
             yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
@@ -64,8 +63,7 @@ def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 
 
 def report_notes(rows: int, notes: Dict[str, int], fallback: Optional[str]) -> Optional[str]:
-    """Log what was wrong with rows. Returns None, or what to say of a job in which no row got a caption; without a
-    `fallback`, a score."""
+    """Log the notes of rows. Returns an error message if no row succeeded, else None. fallback: None for scores."""
     ranked = sorted(notes.items(), key=lambda pair: -pair[1])
     described = ", ".join(f"{count} × {note}" for note, count in ranked)
     if notes:
@@ -79,14 +77,14 @@ def report_notes(rows: int, notes: Dict[str, int], fallback: Optional[str]) -> O
 
 
 def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, int], **facts) -> None:
-    """Write `path`.run.json for the results in `path`, whose lines are counted once more.
+    """Write `path`.run.json for the results in `path`, after counting their lines.
 
     Raises:
-        JobFailed: there are more or fewer lines than rows.
+        JobFailed: the number of lines is not that of rows.
     """
     written = file_facts(path)
     if written.lines != rows:
-        raise JobFailed(f"{path} has {written.lines} lines for {rows} rows")
+        raise JobFailed(f"{path} has {written.lines} lines for {rows} rows", "lines")
     output = {"bytes": written.size, "sha256": written.sha256}
     with atomic_write(path + SIDECAR) as file:
         summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
@@ -95,8 +93,8 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
 
 
 class Place(NamedTuple):
-    """Where a resumed run goes on: rows answered, the number of the last one's line in the input, and the byte at which
-    the next line begins."""
+    """Where a resumed run continues: rows answered, line number of the last one in the input, and byte offset of the
+    next line."""
 
     row: int
     line_no: int
@@ -107,8 +105,8 @@ _PLACE = re.compile(r"\d{1,15} \d{1,15} \d{1,18}(?: (\d{1,10} \d{1,10}))?", re.A
 
 
 def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
-    """The columns of a journal line, or None if it is not a whole one."""
-    # A power cut can leave blocks of zeros where the last lines should be.
+    """The columns of a journal line; None if it is incomplete."""
+    # A power cut can leave blocks of zeros in place of the last lines.
     if not line.endswith(b"\n") or b"\0" in line:
         return None
     try:
@@ -121,36 +119,35 @@ def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
 
 
 class ResultsWriter:
-    """Lines in the order of the rows, one `write` per row; `finish` makes OUTPUT of them.
+    """Writes a line per row, in order, with `write`; `finish` creates OUTPUT.
 
         with ResultsWriter(path, run) as results:
             for row in rows_after(results.done):
                 results.write(row.id, caption, note)
             results.finish(rows)
 
-    run: what the captions depend on, as JSON values ({"input": …, "model": …, "settings": …}). A journal of
-    the same run is gone on with, after its last whole line; `done` says how many lines there are. A journal
-    of another run is refused unless `restart`, which drops it. Leaving the block without `finish` keeps a
-    journal that has lines. settings.columns says how many OUTPUT has behind the id
-    (default: 1).
+    run: everything that the captions depend on, as JSON values ({"input": …, "model": …, "settings": …}). A journal of
+    the same run is continued after its last complete line; `done` is the number of its lines. A journal of another run
+    is refused unless `restart`, which drops it. Leaving the block without `finish` keeps a journal that has lines.
+    settings.columns: number of OUTPUT's columns after the id (default: 1).
 
     Raises:
-        UserError: the folder cannot be written, or the journal is of another run or in use by a process.
-        JobFailed: the disk is full (the journal stays, and the same command goes on).
+        UserError: the folder is not writable, or the journal belongs to another run or is in use by a process.
+        JobFailed: the disk is full (the journal stays, and the same command continues).
     """
 
     def __init__(self, path: str, run: Dict[str, Any], restart: bool = False):
         check_file(path, plain=True)
         self.path = os.path.abspath(path)
         self.journal = self.path + PARTIAL
-        # As it will be read back, so that equal runs compare equal (a tuple comes back as a list).
+        # Converted as by a round trip, so that equal runs compare equal (tuples become lists).
         self.run = json.loads(json.dumps({"format": FORMAT, **run}))
         self.done = 0
-        # Behind the last row that an earlier run answered; None without such a run, or if it did not say.
+        # After the last row that an earlier run answered; None if there is none, or if unknown.
         self.place: Optional[Place] = None
         # Whether some of these rows name an image file.
         self.has_files = False
-        # Of the journal: the id, OUTPUT's others, note and place.
+        # Of the journal: id, OUTPUT's other columns, note and place.
         self._columns = 3 + run.get("settings", {}).get("columns", 1)
         self.notes: Counter = Counter()
         check_file(self.journal, plain=True)
@@ -158,7 +155,7 @@ class ResultsWriter:
             raise self._foreign()
         with self._explained():
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            # Unbuffered, with a buffer of our own: closing after a full disk must not try to write once more.
+            # Unbuffered, with a buffer of our own: closing must not retry a write that failed on a full disk.
             self._file = open(self.journal, "a+b", buffering=0)
         self._pending = bytearray()
         try:
@@ -178,7 +175,7 @@ class ResultsWriter:
             kind = UserError if self.done == 0 else JobFailed
             safe = self.done and self._is_there()
             hint = f"; {self.done} lines are safe in {self.journal}, the same command goes on" if safe else ""
-            raise kind(f"cannot write {self.path}: {error.strerror}{hint}") from error
+            raise kind(f"cannot write {self.path}: {error.strerror}{hint}", "not-writable") from error
 
     def _lock(self) -> None:
         try:
@@ -186,12 +183,12 @@ class ResultsWriter:
         except BlockingIOError:
             raise UserError(f"another process is writing {self.journal}; give another output", "busy") from None
         except OSError as error:
-            # Some network disks know no locks. Two runs on one output are the user's to avoid there.
+            # Some network file systems have no locks.
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise UserError(f"cannot lock {self.journal}: {error.strerror}") from error
+                raise UserError(f"cannot lock {self.journal}: {error.strerror}", "lock") from error
 
     def _is_there(self) -> bool:
-        """Whether the journal still has its name: it may have been removed while it is written."""
+        """Whether the journal still exists under its name."""
         try:
             return os.path.samestat(os.lstat(self.journal), os.fstat(self._file.fileno()))
         except OSError:
@@ -199,23 +196,23 @@ class ResultsWriter:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[BinaryIO]:
-        """The journal from its begin, whatever has become of its name."""
+        """The journal from its start, even if it was renamed or removed."""
         with open(os.dup(self._file.fileno()), "rb") as journal:
             journal.seek(0)
             yield journal
 
     def _foreign(self) -> UserError:
-        return UserError(f"{self.journal} was not written by this program: move it away")
+        return UserError(f"{self.journal} was not written by this program: move it away", "foreign-journal")
 
     def _open_journal(self, restart: bool) -> None:
         with self._reading() as journal:
             header = journal.readline(_MAX_HEADER)
-            # What a power cut leaves may be zeros.
+            # A power cut may leave zeros.
             begin = header[: len(_BEGIN)]
             if begin.strip(b"\0") and not _BEGIN.startswith(begin):
                 raise self._foreign()
             if restart or (not header.endswith(b"\n") and len(header) < _MAX_HEADER):
-                # Fresh, or killed before its first line was whole.
+                # New, or killed before its first line was complete.
                 self._file.truncate(0)
                 header = dict(self.run, format=_JOURNAL_FORMATS[-1])
                 self._pending += json.dumps(header, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -250,13 +247,16 @@ class ResultsWriter:
         if different:
             raise UserError(
                 f"{self.journal} is an unfinished run of another kind: {different}. "
-                "Give the same input, model and settings to go on, or drop it with --restart"
+                "Give the same input, model and settings to go on, or drop it with --restart",
+                "other-run",
+                "restart",
             )
 
     def _check_place(self, fields: List[str], number: int) -> None:
-        """Raise JobFailed if the line behind `number` - 1 others is not of that row: one was doubled, moved or lost."""
+        """Raise JobFailed if the journal's line is not that of row `number`: a duplicated, moved or lost line."""
         if self._columns > 3 and not fields[-1].startswith(f"{number} "):
-            raise JobFailed(f"line {number + 1} of {self.journal} is not of row {number}; drop it with --restart")
+            text = f"line {number + 1} of {self.journal} is not of row {number}; drop it with --restart"
+            raise JobFailed(text, "other-row")
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -272,7 +272,7 @@ class ResultsWriter:
         return (_PLACE.fullmatch(fields[-1])[1] or "") if self._columns > 3 else ""
 
     def done_rows(self) -> Iterator[Tuple[str, str]]:
-        """(id, image as `write` took it) of the lines that a resumed run found, as they stand in the journal."""
+        """(id, image argument of `write`) of the journal's lines."""
         with self._reading() as file:
             file.readline(_MAX_HEADER)
             for _ in range(self.done):
@@ -288,14 +288,14 @@ class ResultsWriter:
         next_offset: int = 0,
         image: str = "",
     ) -> None:
-        """The line of the next row, kept in memory until `flush`. columns: OUTPUT's behind the id, joined by tabs.
+        """Add the line of the next row, in memory until `flush`. columns: those after the id, joined by tabs.
 
-        line_no, next_offset: the row's place in the input, see Place. image: two numbers that tell the file which the
-        row names from another, "" if it names none.
+        line_no, next_offset: the row's place in the input, see Place. image: two numbers that identify the file that
+        the row names, or "".
         """
         place = f"{self.done + 1} {line_no} {next_offset} {image}".rstrip()
         fields = (clean_id(row_id), columns.replace("\0", " "), note or "", place)[: 3 if self._columns == 3 else 4]
-        # A lone surrogate from a hostile row must not end the run at row 900,000: it becomes "?".
+        # Lone surrogates become "?" instead of an error.
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
         if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line, self._columns) is None:
             raise ValueError(f"not one line without tabs: {line!r}")
@@ -303,7 +303,7 @@ class ResultsWriter:
         self._count(fields[2])
 
     def flush(self) -> None:
-        """Hand the lines to the system: from here on, a killed process loses none of them."""
+        """Write the lines to the system, after which a kill does not lose them."""
         with self._explained():
             self._write_pending()
             if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -311,31 +311,33 @@ class ResultsWriter:
                 self._synced = time.monotonic()
 
     def finish(self, rows: int, **facts) -> None:
-        """Write OUTPUT and OUTPUT.run.json, count OUTPUT's lines once more, and drop the journal.
+        """Write OUTPUT and OUTPUT.run.json, and delete the journal.
 
-        rows: how many rows there are to answer. facts: further entries of OUTPUT.run.json.
+        rows: expected number of lines. facts: further entries of OUTPUT.run.json.
 
         Raises:
-            JobFailed: there are more or fewer lines than rows; OUTPUT is not touched.
+            JobFailed: the number of lines is not that of rows; OUTPUT is unchanged.
         """
         with self._explained():
             self._write_pending()
             os.fsync(self._file.fileno())
             if self.done != rows:
-                raise JobFailed(f"{self.journal} has {self.done} lines for {rows} rows")
+                raise JobFailed(f"{self.journal} has {self.done} lines for {rows} rows", "lines")
             with atomic_write(self.path, "wb") as out, self._reading() as journal:
                 journal.readline(_MAX_HEADER)
                 lines = 0
                 for line in journal:
                     fields = _parse_line(line, self._columns)
                     if fields is None:
-                        raise JobFailed(f"{self.journal} was changed while it was written: line {lines + 2} is broken")
+                        text = f"{self.journal} was changed while it was written: line {lines + 2} is broken"
+                        raise JobFailed(text, "changed")
                     lines += 1
                     self._check_place(fields, lines)
                     kept = fields[:2] if self._columns == 3 else fields[:-2]
                     out.write("\t".join(kept).encode() + b"\n")
                 if lines != rows:
-                    raise JobFailed(f"{self.journal} was changed while it was written: {lines} lines for {rows} rows")
+                    text = f"{self.journal} was changed while it was written: {lines} lines for {rows} rows"
+                    raise JobFailed(text, "changed")
             write_sidecar(self.path, self.run, rows, self.notes, **facts)
             self._drop()
         self.close()
@@ -352,6 +354,6 @@ class ResultsWriter:
 
     def __exit__(self, *exc_info) -> None:
         if self.done == 0:
-            # Nothing to go on with; a command that never got so far must not stand in the way of the next.
+            # Without lines the journal is of no use, and must not block the next command.
             self._drop()
         self.close()

@@ -1,8 +1,8 @@
-"""One input captioned by several processes or machines, each its share of the rows; and the shares made one file.
+"""Sharding: several processes or machines caption one input, and their outputs are merged.
 
 Shard i of n answers the rows i, i + n, i + 2n, … (counted from 1) and writes them to `OUTPUT.shard-i-of-n`, with a
-journal and a sidecar of its own, so each is resumed by itself. Taking turns gives equal shares of any input, and the
-order of the rows back without another look at it.
+journal and a sidecar of its own, so each shard is resumed independently. Interleaving gives equal shares of any input,
+and merging needs no second look at the input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from paddlemix.utils.outputs import check_file, keep_apart
 from paddlemix.utils.surroundings import allow_open_files
 from paddlemix.utils.texts import some
 
-# How many rows of a broken shard an error names.
+# Maximum rows of a broken shard named in an error.
 _NAMED = 5
 
 
@@ -43,23 +43,23 @@ class Shard(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """An argument's type: i/n, such as 1/4 … 4/4."""
+        """Argument type: i/n, such as 1/4 … 4/4."""
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not found or not 1 <= int(found.group(1)) <= int(found.group(2)):
             raise argparse.ArgumentTypeError(f"is i/n with i from 1 to n, such as 1/4, not {text!r}")
         return cls(int(found.group(1)), int(found.group(2)))
 
     def path(self, output: str) -> str:
-        """Where this shard's lines go."""
+        """This shard's output file."""
         return f"{output}.shard-{self.index}-of-{self.of}"
 
     def share(self, rows: int) -> int:
-        """How many of `rows` rows are this shard's."""
+        """This shard's number of rows, of `rows` in all."""
         return (rows - self.index + self.of) // self.of
 
 
 def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
-    """Whether the shard at `path` is finished, as it was written, and of this run (as ResultsWriter takes it)."""
+    """Whether the shard at `path` is complete, unchanged, and of this run (see ResultsWriter)."""
     if os.path.exists(path + PARTIAL) or not os.path.isfile(path):
         return False
     try:
@@ -71,14 +71,14 @@ def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
 
 
 def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
-    """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as one run over all rows writes them.
+    """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as a single run would write them.
 
-    input: the file that was captioned; then each line's id is also compared with its row's. An OUTPUT without shards
-    that a single process finished stays as it is. Returns what OUTPUT.run.json holds.
+    input: the captioned file, if each line's id is to be compared with its row's. An OUTPUT without shards that a
+    single process finished is kept. Returns the contents of OUTPUT.run.json.
 
     Raises:
-        UserError: no shards, some missing or unfinished, shards of different inputs, models or settings, or one that
-            was changed since it was written. OUTPUT is not touched then.
+        UserError: no shards, missing or unfinished ones, different inputs, models or settings, or a shard that was
+            changed since it was written. OUTPUT is unchanged then.
     """
     whole = _whole(output, input)
     if whole is not None:
@@ -92,13 +92,13 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     for shard, there in zip(shards[1:], sidecars[1:]):
         different = "; ".join(differences(_common(there), _common(sidecars[0])))
         if different:
-            raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}")
+            raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}", "other-run")
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
     unlike: Set[int] = set()
     if input is not None:
         facts = input_facts(input)
         if facts.sha256 != run["input"]["sha256"]:
-            raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}")
+            raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}", "other-input")
         unlike = _unlike(shards, output, input)
     for shard, there in zip(shards, sidecars):
         _check_lines(shard, shard.path(output), there, rows, input if shard.index in unlike else None)
@@ -113,7 +113,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         for number, line in enumerate(_in_turn(files, rows), 1):
             out.write(line)
             if line.count(b"\t") != columns:
-                raise UserError(f"line {number} of the joined shards has not {columns + 1} columns")
+                raise UserError(f"line {number} of the joined shards does not have {columns + 1} columns", "columns")
     if run["settings"].get("n_best"):
         _join_candidates(shards, output, run["settings"]["n_best"], rows)
     del run["input_rows"]
@@ -123,7 +123,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
 
 
 def _join_candidates(shards: List[Shard], output: str, path: str, rows: int) -> None:
-    """Join the shards' files of --n_best, too. path: as predict.py was given it."""
+    """Join the shards' files of --n_best. path: the argument of predict.py."""
     with contextlib.ExitStack() as opened:
         for shard in shards:
             if not os.path.isfile(shard.path(path)):
@@ -139,7 +139,7 @@ def _join_candidates(shards: List[Shard], output: str, path: str, rows: int) -> 
 
 
 def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:
-    """What OUTPUT.run.json holds, if OUTPUT is complete as it was written and there are no shards beside it."""
+    """The contents of OUTPUT.run.json if OUTPUT is complete and unchanged and there are no shards; else None."""
     if glob.glob(glob.escape(output) + ".shard-*") or not os.path.isfile(output + SIDECAR):
         return None
     there = read_config_object(output + SIDECAR)
@@ -148,12 +148,12 @@ def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:
     if not sound or not os.path.isfile(output) or file_facts(output).sha256 != written.get("sha256"):
         return None
     if input is not None and input_facts(input).sha256 != captioned.get("sha256"):
-        raise UserError(f"{output} is complete, but {input} is not the file that was captioned")
+        raise UserError(f"{output} is complete, but {input} is not the file that was captioned", "other-input")
     return there
 
 
 def _find(output: str, input: Optional[str]) -> List[Shard]:
-    """The shards beside `output`, all of them, in order."""
+    """All shards of `output`, in order."""
     name = re.compile(re.escape(os.path.basename(output)) + rf"\.shard-(\d+)-of-(\d+)(?:{re.escape(PARTIAL)})?")
     found = set()
     for path in glob.glob(glob.escape(output) + ".shard-*"):
@@ -161,10 +161,11 @@ def _find(output: str, input: Optional[str]) -> List[Shard]:
         if match:
             found.add(Shard(int(match.group(1)), int(match.group(2))))
     if not found:
-        raise UserError(f"no shards {output}.shard-i-of-n: give the OUTPUT that predict.py was given")
+        raise UserError(f"no shards {output}.shard-i-of-n: give the OUTPUT that predict.py was given", "no-shards")
     counts = sorted({shard.of for shard in found})
     if len(counts) > 1:
-        raise UserError(f"beside {output} are shards of {' and of '.join(map(str, counts))}: move one kind away")
+        text = f"next to {output} are shards of {' and of '.join(map(str, counts))}: move one kind away"
+        raise UserError(text, "shard-counts")
     shards = [Shard(index, counts[0]) for index in range(1, counts[0] + 1)]
     for what, ending in (("unfinished", PARTIAL), ("missing", "")):
         lacking = [shard for shard in shards if os.path.exists(shard.path(output) + ending) == bool(ending)]
@@ -173,30 +174,30 @@ def _find(output: str, input: Optional[str]) -> List[Shard]:
             source = shlex.quote(input) if input is not None else "INPUT"
             one = f"{lacking[0].index}/{lacking[0].of}"
             command = f"python predict.py {source} {shlex.quote(output)} MODEL --shard {one}"
-            raise UserError(f"{what}: --shard {listed}; with the flags of before, finish it with: {command}")
+            raise UserError(f"{what}: --shard {listed}; with the same flags, finish it with: {command}", what)
     return shards
 
 
 def _read_sidecar(shard: Shard, path: str) -> Dict[str, Any]:
     if not os.path.isfile(path + SIDECAR):
-        raise UserError(f"no {path}{SIDECAR}: it says what the shard was made of, and is copied along with it")
+        raise UserError(f"no {path}{SIDECAR}: copy it along with the shard, which it describes", "no-sidecar")
     there = read_config_object(path + SIDECAR)
     wanted = {"input": dict, "model": dict, "settings": dict, "output": dict, "notes": dict}
     wanted.update(rows=int, input_rows=int)
     sound = all(isinstance(there.get(key), kind) for key, kind in wanted.items())
     sound = sound and all(type(count) is int for count in there["notes"].values())
     if not sound or there.get("format") != FORMAT or there.get("shard") != shard._asdict():
-        raise ConfigError(f"{path}{SIDECAR} is not the sidecar of shard {shard.index} of {shard.of}")
+        raise ConfigError(f"{path}{SIDECAR} is not the sidecar of shard {shard.index} of {shard.of}", "sidecar")
     return there
 
 
 def _common(sidecar: Dict[str, Any]) -> Dict[str, Any]:
-    """What the sidecars of one run's shards agree in."""
+    """The entries in which all sidecars of a run agree."""
     return {key: sidecar[key] for key in ("format", "input", "model", "settings", "input_rows")}
 
 
 def _unlike(shards: List[Shard], output: str, input: str) -> Set[int]:
-    """The indexes of the shards whose ids are not those of their rows, in one pass over the input."""
+    """The indices of the shards whose ids differ from those of their rows, in one pass over the input."""
     found = set()
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
@@ -204,7 +205,7 @@ def _unlike(shards: List[Shard], output: str, input: str) -> Set[int]:
         position = 0
         for number, row in enumerate(read_rows(input, False)):
             turn = number % len(files)
-            # The order is looked at too: counting ids would not see two lines that have changed places.
+            # In order: counts of ids would not reveal swapped lines.
             if _line_id(files[turn].readline()) != row_id(row):
                 found.add(turn + 1)
             bar.update(row.next_offset - position)
@@ -218,12 +219,12 @@ def _line_id(line: bytes) -> str:
 
 
 def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, unlike: Optional[str]) -> None:
-    """Raise a UserError unless the shard is as it was written. unlike: the input, if the shard does not answer its rows
-    of it; the error says which."""
+    """Raise a UserError unless the shard is unchanged. unlike: the input, if the shard's ids differ from those of its
+    rows; the error lists them."""
     facts, share = file_facts(path), shard.share(rows)
     changed = facts.sha256 != sidecar["output"].get("sha256")
     if not changed and facts.lines != share:
-        raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share")
+        raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share", "lines")
     if unlike is not None:
         rows_of = itertools.islice(read_rows(unlike, False), shard.index - 1, None, shard.of)
         wanted = Counter(map(row_id, rows_of))
@@ -232,9 +233,10 @@ def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, un
         lacking, surplus = wanted - found, found - wanted
         kinds = (("missing", lacking), ("too many", surplus))
         what = [f"{kind}: {some(map(repr, ids), _NAMED)}" for kind, ids in kinds if ids]
-        raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}")
+        raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}", "ids")
     if changed:
-        raise UserError(f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)")
+        text = f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)"
+        raise UserError(text, "changed")
 
 
 def _in_turn(files: List, rows: int) -> Iterator[bytes]:

@@ -1,11 +1,11 @@
-"""How much a caption has to do with its image: the job of tools/score_rows.py.
+"""How much a caption depends on its image: the job of tools/score_rows.py.
 
 A row's loss is that of training with `label_all_turn_markers` off: the mean over the caption's tokens and the end of
-the turn. It is computed twice, given the row's image and given a blank one, and the difference is the gain. A caption
-that belongs to another picture gains little.
+the turn. It is computed with the row's image and with a blank one; the difference is the gain. A caption that belongs
+to another picture has a small gain.
 
-What rows share is computed once: a blank image's features, and the keys and values of a question about one, behind
-which only the captions are computed.
+Shared parts are computed once: the features of the blank image, and the keys and values of a question about it, which
+the captions continue.
 
 Shapes: B rows, T tokens, M tokens of a caption, S image side.
 """
@@ -35,20 +35,20 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
 NOT_A_NUMBER = "loss is not a number"
-# Of a sample without one, as the collator takes it.
+# For the collator: a sample without an image.
 _NO_IMAGE = np.zeros(0, np.float32)
-# Tokens of a row that are named.
+# Tokens listed per row.
 _NAMED = 5
-# Tokens that may spell one character together.
+# Maximum tokens of one character.
 _MOST_IN_CHARACTER = 4
-# A caption's, for what fits into memory.
+# Assumed length of a caption, for the memory estimate.
 _USUAL_TOKENS = 256
-# Questions whose keys and values are kept.
+# Questions whose keys and values are cached.
 _QUESTIONS = 4
 
 
 class Losses(NamedTuple):
-    """loss, blank_loss: float32 [M] each. ids: the M tokens. note: as an Answer's."""
+    """loss, blank_loss: float32 [M] each. ids: the M tokens. note: as in Answer."""
 
     loss: np.ndarray
     blank_loss: np.ndarray
@@ -57,7 +57,7 @@ class Losses(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A row, ready for the model. ids, labels: int64 [T]; begin: of what is computed behind the question's keys."""
+    """A row as model input. ids, labels: int64 [T]; begin: first position after the cached question."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -70,9 +70,9 @@ class _Pair(NamedTuple):
 
 
 class Scorer:
-    """A model that is asked the same about every image, unless a row has a prompt of its own.
+    """Scores captions under the same question for every image, unless a row has a prompt of its own.
 
-    loaded: of load_model. prompt, system: see Captioner. batch_size: rows at a time (default: by memory), halved when
+    loaded: from load_model. prompt, system: see Captioner. batch_size: rows at a time (default: by memory), halved when
     memory runs out.
 
     Raises:
@@ -105,8 +105,8 @@ class Scorer:
         self._questions: Dict[Tuple[int, ...], Any] = {}
 
     def scores(self, rows: Iterable[Tuple[TsvRow, Any]]) -> Iterator[Union[Losses, Answer]]:
-        """The Losses of each (row, base64 text of its image), in order, or the Answer that says why there is none; one
-        may stand in place of the text."""
+        """The Losses of each (row, base64 text of its image or an Answer), in order, or an Answer with the reason why
+        there are none."""
         held: List[Union[_Pair, Answer]] = []
         pairs = 0
         sized = ((row, 0 if isinstance(row[1], Answer) else len(row[1])) for row in rows)
@@ -153,7 +153,7 @@ class Scorer:
                 raise
             if len(pairs) == 1:
                 raise JobFailed("out of memory with one row at a time") from error
-        # Outside the except block, whose traceback would hold on to the tensors of the failed try.
+        # Outside the except block, whose traceback would keep the tensors of the failed attempt alive.
         half = (len(pairs) + 1) // 2
         logger.warning("out of memory with %d rows at a time; going on with %d", len(pairs), half)
         self.batch_size = min(self.batch_size, half)
@@ -176,7 +176,7 @@ class Scorer:
         for question, members in groups.items():
             cache = self._question(question).reordered(paddle.zeros([len(members)], "int64"))
             batch = self.collate([pairs[i].sample(pairs[i].begin, _NO_IMAGE) for i in members])
-            # Few queries before many keys gain nothing from the kernel. What is padded lies behind, and is not seen.
+            # The fused kernel does not help few queries with many keys. Padding comes last and is not attended to.
             self.model.fuse(False)
             hidden = llm(llm.wte(paddle.to_tensor(batch["input_ids"])), cache=cache)
             self.model.fuse(fused)
@@ -204,7 +204,7 @@ class Scorer:
         return np.split(losses, np.searchsorted(places, np.arange(1, len(labels)) * labels.shape[1]))
 
     def line(self, name: str, score: Union[Losses, Answer]) -> Tuple[str, Optional[str]]:
-        """COLUMNS of a row, joined by tabs, and its note."""
+        """(COLUMNS of a row, joined by tabs; its note)."""
         if isinstance(score, Answer):
             return f"\t\t\t{score.note}", score.note
         loss, blank = float(score.loss.mean()), float(score.blank_loss.mean())
@@ -214,7 +214,7 @@ class Scorer:
         return f"{loss:.6f}\t{blank:.6f}\t{blank - loss:.6f}\t{tokens}", score.note
 
     def _costly(self, score: Losses) -> List[Tuple[str, float]]:
-        """The texts of the tokens with the highest losses; those that spell a character together are one."""
+        """The texts with the highest losses, by token; tokens of one character are joined."""
         pieces: List[Tuple[str, float]] = []
         ids, begin = score.ids.tolist(), 0
         while begin < len(ids):

@@ -1,4 +1,4 @@
-"""Which folders a model to ask is made of: a model folder, or what a run tuned on top of its base."""
+"""The folders of a model for inference: a model folder, optionally with tuned weights on top of it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from paddlemix.utils.log import logger
 
 
 class Source(NamedTuple):
-    """base: a model folder. tuned: the folder of a run on it, whose adapters or parts are put on. text: the folder
-    whose LLM the run took in place of the base's."""
+    """base: a model folder. tuned: the folder of a run on it, whose adapters or parts are applied. text: the folder
+    whose LLM the run used instead of the base's."""
 
     base: str
     tuned: Optional[str] = None
     text: Optional[str] = None
 
     def folder_of(self, *names: str) -> str:
-        """The folder to read a tokenizer or a template from: the tuned one if it has a file of one of these names."""
+        """The folder of a tokenizer or template: the tuned one if it has a file with one of these names."""
         if self.tuned is not None and any(os.path.isfile(os.path.join(self.tuned, name)) for name in names):
             return self.tuned
         return self.base
 
     def fingerprints(self) -> Dict[str, str]:
-        """fingerprint_folder of each, as the run.json of a prediction holds them."""
+        """fingerprint_folder of each, for the run.json of a prediction."""
         named = {"sha256": self.base, "tuned_sha256": self.tuned, "text_sha256": self.text}
         return {key: fingerprint_folder(folder) for key, folder in named.items() if folder is not None}
 
@@ -51,14 +51,14 @@ def find_model_folder(path: str) -> str:
         UserError: there is none, or more than one.
     """
     if not os.path.isdir(path):
-        raise UserError(f"no folder {path}: give a model folder, or the folder that holds it")
+        raise UserError(f"no folder {path}: give a model folder, or the folder that holds it", "no-folder")
     if _is_model(path):
         return path
     inside = [name for name in sorted(os.listdir(path)) if _is_model(os.path.join(path, name))]
     if not inside:
-        raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder")
+        raise UserError(f"no config.json in {path} nor in a folder inside it: give a model folder", "no-model")
     if len(inside) > 1:
-        raise UserError(f"{path} holds several models ({', '.join(inside)}): name one of them")
+        raise UserError(f"{path} holds several models ({', '.join(inside)}): name one of them", "several-models")
     return os.path.join(path, inside[0])
 
 
@@ -68,24 +68,24 @@ def _is_model(folder: str) -> bool:
 
 
 def is_tuned(folder: str) -> bool:
-    """Whether a folder holds what a run tuned, and no weights of a whole model."""
+    """Whether a folder holds adapters or tuned parts, and no full model."""
     return find_tuned_weights(folder) is not None and not files_of(folder, WEIGHTS, TORCH_WEIGHTS)
 
 
 def find_source(path: str, lora_path: Optional[str] = None) -> Source:
-    """The folders of the model at `path` (see find_model_folder), with what was tuned in `lora_path` put on it.
+    """The folders of the model at `path` (see find_model_folder), with the tuned weights of `lora_path`.
 
-    `path` may itself be a tuned folder. Then its tuned_from.json names the base, which is taken if it has the
-    fingerprint in there.
+    `path` may itself be a tuned folder, whose tuned_from.json names the base; its fingerprint must match.
 
     Raises:
-        UserError: the base is not found, or is not the model that was tuned; the message holds the command to merge.
+        UserError: the base is not found, or is not the model that was tuned; the message holds the merge command.
     """
     folder = find_model_folder(path)
     if lora_path is None:
         return _with_its_base(folder) if is_tuned(folder) else Source(folder)
     if is_tuned(folder):
-        raise UserError(f"{folder} is the folder of a tuning run: give its base, and the one of {lora_path} on top")
+        text = f"{folder} is the folder of a tuning run: give its base, and the one of {lora_path} on top"
+        raise UserError(text, "tuned-folder")
     if not os.path.isdir(lora_path) or find_tuned_weights(lora_path) is None:
         raise UserError(f"--lora_path {lora_path}: give the folder of a tuning run, with adapters or trained parts")
     origin = Origin.read(lora_path)
@@ -108,7 +108,7 @@ def _with_its_base(tuned: str) -> Source:
         if not isinstance(named, str):
             named, why = None, "does not name the model that it was tuned from"
         elif origin.base_fingerprint is None:
-            why = f"names its base, {printable(named, 300)}, without a fingerprint (it is of an older version)"
+            why = f"names its base, {printable(named, 300)}, without a fingerprint (an older version wrote it)"
         elif base is None:
             why = f"was tuned from {printable(named, 300)}, and that model is not there"
         else:

@@ -1,1 +1,1 @@
-"""How good captions are: n-gram scores against references, and attributes read back from them."""
+"""Evaluation of captions: n-gram scores against references, and attributes extracted from them."""

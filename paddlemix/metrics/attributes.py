@@ -1,11 +1,11 @@
-"""Attributes of what is shown (colour, side, number …), read from captions and references with lists of words.
+"""Attributes of the pictured objects (colour, side, number …), extracted from texts with word lists.
 
-A file of lists is a JSON object: attribute → groups of words that mean the same.
+A file of word lists is a JSON object: attribute → groups of synonyms.
 
     {"side": [["左侧", "左边"], ["中间", "正中"], ["右侧", "右边"]], "colour": [["红色", "大红"], ["蓝色"]]}
 
 A row counts for an attribute if one of its references names a value of it. Its caption is right if it names the same
-values as one of them.
+values as one of the references.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.progress import Progress
 
 _NOTHING = "nothing"
-# Wrong values of an attribute that are listed, the most frequent first.
+# Maximum wrong values listed per attribute, the most frequent first.
 _LISTED = 10
 
 
@@ -29,7 +29,7 @@ class AttributeLists:
     """Word lists by attribute, read from a file.
 
     Raises:
-        UserError: the file cannot be read, holds something else, or gives a word two meanings.
+        UserError: the file cannot be read, has another structure, or has a word in two groups.
     """
 
     def __init__(self, path: str):
@@ -51,7 +51,7 @@ class AttributeLists:
             raise UserError(f"{path} names no attribute")
 
     def values(self, text: str) -> Dict[str, FrozenSet[str]]:
-        """What a text names of each attribute, each value by the first word of its group."""
+        """The values of each attribute named in a text, each by the first word of its group."""
         text = text.lower()
         return {
             name: frozenset(meaning[word] for word in pattern.findall(text))
@@ -69,7 +69,7 @@ def _is_groups(groups: Any) -> bool:
 
 
 class Attributes(NamedTuple):
-    """counted, right: bool [n, attributes]. wrong: per row, "attribute: value → what the caption names" of each that is
+    """counted, right: bool [n, attributes]. wrong: per row, "attribute: value → value in the caption" for each that is
     counted and not right. most: attribute → [("value → …", rows)], the most frequent first."""
 
     names: List[str]
@@ -79,14 +79,14 @@ class Attributes(NamedTuple):
     most: Dict[str, List[Tuple[str, int]]]
 
     def measures(self) -> Dict[str, np.ndarray]:
-        """Measure → bool [n, 2]: right, counted. The value of each is the share of the counted that is right."""
+        """Measure → bool [n, 2]: right, counted. Its value is the share of counted rows that are right."""
         found = {
             f"{name} right": np.stack([self.right[:, column], self.counted[:, column]], axis=1)
             for column, name in enumerate(self.names)
         }
         any_counted = self.counted.any(axis=1)
-        whole = (self.right | ~self.counted).all(axis=1) & any_counted
-        return {**found, ALL_RIGHT: np.stack([whole, any_counted], axis=1)}
+        all_right = (self.right | ~self.counted).all(axis=1) & any_counted
+        return {**found, ALL_RIGHT: np.stack([all_right, any_counted], axis=1)}
 
 
 ALL_RIGHT = "all attributes right"
@@ -95,23 +95,23 @@ ALL_RIGHT = "all attributes right"
 def compare_attributes(
     captions: Sequence[str], references: Sequence[Sequence[str]], lists: AttributeLists, quiet: bool = True
 ) -> Attributes:
-    """The attributes of captions against those of each row's references."""
+    """Compare the attributes of captions with those of each row's references."""
     shape = len(captions), len(lists.names)
     counted, right = np.zeros(shape, bool), np.zeros(shape, bool)
     wrong: List[Sequence[str]] = []
     most: Dict[str, Counter] = {name: Counter() for name in lists.names}
     with Progress(len(captions), "attributes", disable=quiet) as bar:
         for row, (caption, texts) in enumerate(zip(captions, references)):
-            said, meant = lists.values(caption), [lists.values(text) for text in texts]
+            found, expected = lists.values(caption), [lists.values(text) for text in texts]
             errors = []
             for column, name in enumerate(lists.names):
-                true = [values[name] for values in meant if values[name]]
+                true = [values[name] for values in expected if values[name]]
                 if not true:
                     continue
                 counted[row, column] = True
-                right[row, column] = said[name] in true
-                if said[name] not in true:
-                    error = f"{_text(true[0])} → {_text(said[name])}"
+                right[row, column] = found[name] in true
+                if found[name] not in true:
+                    error = f"{_text(true[0])} → {_text(found[name])}"
                     errors.append(f"{name}: {error}")
                     most[name][error] += 1
             wrong.append(errors or ())

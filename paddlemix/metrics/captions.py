@@ -10,7 +10,7 @@
 The numbers are pycocoevalcap's, which the tests compare with; what it prints as "CIDEr", and most papers with it, is
 CIDEr-D. It takes 10 ms and 50 KB a row, so the n-grams of some thousand rows are counted with numpy here, each by a
 64-bit hash. IDF comes from the references given, so CIDEr values of different reference sets cannot be compared, and
-with a single row they are 0. METEOR is left out: its only implementation of record is a Java program.
+with a single row they are 0. METEOR is left out: its reference implementation is a Java program.
 
 Shapes: [r] rows, [t] tokens, [g] n-grams of one text each, every distinct n-gram once.
 """
@@ -30,40 +30,38 @@ from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import some
 
-# A run of Latin letters and digits (a decimal point inside a number belongs to it), or any other single
-# character.
+# A run of Latin letters and digits (including the decimal point of a number), or any other single character.
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)+|[A-Za-z0-9\u00c0-\u024f]+|[^\s]")
 
 BLEU = tuple(f"BLEU-{n}" for n in range(1, MAX_N + 1))
 SCORES = ("CIDEr", "CIDEr-D", *BLEU, "ROUGE-L")
-# Rows that are scored at once: some 100 MB of n-grams.
+# Rows scored at once: some 100 MB of n-grams.
 CHUNK_ROWS = 2000
 # pycocoevalcap's constants: of CIDEr-D's length penalty, and ROUGE-L's weight of recall.
 _SIGMA, _BETA = 6.0, 1.2
-# How many ids a message names.
+# Maximum ids named in a message.
 SHOWN_IDS = 10
 
 
 def tokenize_characters(text: str) -> List[str]:
-    """One token per character, runs of Latin letters and digits whole and in lower case, white space dropped.
+    """One token per character; runs of Latin letters and digits are one token, in lower case; white space is dropped.
 
-    The manner of Chinese captioning benchmarks (MUGE): no word segmenter whose version would change the
-    score.
+    As in Chinese captioning benchmarks (MUGE): no word segmenter, whose version would change the score.
     """
     return _TOKEN.findall(text.lower())
 
 
 def _jieba() -> ModuleType:
-    """jieba, which need not be there: the contest's platform, where captions are compared too, never asks for it."""
+    """jieba, an optional dependency: the contest's platform, where captions are compared too, does not need it."""
     try:
         import jieba
     except ImportError:
-        raise UserError("words are split by jieba, which is not installed: pip install jieba") from None
+        raise UserError("words are split by jieba, which is not installed: pip install jieba", "jieba") from None
     return jieba
 
 
 def tokenize_words(text: str) -> List[str]:
-    """The words that jieba finds with its own dictionary, in lower case, white space dropped.
+    """The words that jieba finds with its default dictionary, in lower case; white space is dropped.
 
     Raises:
         UserError: jieba is not installed.
@@ -72,7 +70,7 @@ def tokenize_words(text: str) -> List[str]:
 
     jieba = _jieba()
 
-    # It reports each loading of its dictionary on stderr otherwise.
+    # Otherwise it reports loading its dictionary on stderr.
     jieba.setLogLevel(logging.WARNING)
     return [part for word in jieba.cut(text.lower()) for part in word.split()]
 
@@ -81,16 +79,16 @@ TOKENIZERS: Dict[str, Callable[[str], List[str]]] = {"char": tokenize_characters
 
 
 def tokenizer_name(tokenizer: str) -> str:
-    """A tokenizer's name to print with a score; with the version of what it is made of, where that may change it."""
+    """A tokenizer's name to print with a score, with the version of the library that it depends on."""
     if tokenizer != "jieba":
         return tokenizer
     return f"jieba {_jieba().__version__}"
 
 
 class CaptionScores(NamedTuple):
-    """ids: the rows' order. corpus: score name → value. rows: score name → float64 [n], in the order of ids.
+    """ids: in the order of rows. corpus: score name → value. rows: score name → float64 [n].
 
-    bleu_counts: float64 [n, 10], what BLEU of any selection of rows is made of, see bleu_of_counts.
+    bleu_counts: float64 [n, 10], from whose sums BLEU is computed, see bleu_of_counts.
     """
 
     ids: List[str]
@@ -100,14 +98,13 @@ class CaptionScores(NamedTuple):
 
 
 def check_ids(candidates: Mapping[str, object], references: Mapping[str, object]) -> None:
-    """Both sides must name the same rows.
+    """Check that both sides have the same ids.
 
     Raises:
-        UserError: lists the ids (the first ten of each kind) that only one side has, or says that there are
-        none.
+        UserError: lists the ids (the first ten of each kind) that only one side has; or there are none.
     """
     if not references:
-        raise UserError("there are no references to score against")
+        raise UserError("there are no references to score against", "no-references")
     missing = [key for key in references if key not in candidates]
     unknown = [key for key in candidates if key not in references]
     problems = []
@@ -116,17 +113,15 @@ def check_ids(candidates: Mapping[str, object], references: Mapping[str, object]
     if unknown:
         problems.append(f"{len(unknown)} ids have no reference: {some(unknown, SHOWN_IDS)}")
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(problems), "ids")
 
 
 def score_captions(
-    candidates: Mapping[str, str],
-    references: Mapping[str, Sequence[str]],
-    tokenizer: str = "char",
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str = "char"
 ) -> CaptionScores:
     """Score one caption per id against one or more references per id, in this process.
 
-    tokenizer: a name in TOKENIZERS; print it with the scores, they mean nothing without it.
+    tokenizer: a name in TOKENIZERS; print it with the scores, which depend on it.
 
     Raises:
         UserError: the ids of the two sides differ, or an id has no reference with any text.
@@ -139,8 +134,8 @@ class CaptionScorer:
     """Scores any number of caption files against the same references, whose n-grams are counted once.
 
     references: one or more per id. tokenizer: a name in TOKENIZERS. workers: processes that score (0: this one), see
-    map_chunks. quiet: show no progress. sample: ids to score (default: all); document frequencies are those of all
-    references in any case.
+    map_chunks. quiet: show no progress. sample: ids to score (default: all); document frequencies always come from all
+    references.
 
     Raises:
         UserError: there are no references, or an id has none with any text.
@@ -169,7 +164,7 @@ class CaptionScorer:
                 self._frequencies.add(texts)
                 bar.update()
         if empty:
-            raise UserError(f"{len(empty)} ids have no reference with any text: {some(empty, SHOWN_IDS)}")
+            raise UserError(f"{len(empty)} ids have no reference with any text: {some(empty, SHOWN_IDS)}", "ids")
         self._frequencies.finish(workers, quiet)
 
     def score(self, candidates: Mapping[str, str], desc: str = "captions") -> CaptionScores:
@@ -224,7 +219,7 @@ def _compare(
     log_rows = math.log(float(frequencies.rows))
     our_tfidf = ours.times * (log_rows - np.log(frequencies(ours.hash)))
     their_tfidf = theirs.times * (log_rows - np.log(frequencies(theirs.hash)))
-    # Where a reference's n-gram is among the caption's.
+    # The index of a reference's n-gram among the caption's.
     wanted = row_key(theirs.hash, row[theirs.text])
     place = np.searchsorted(ours.key, wanted).clip(max=max(len(ours.key) - 1, 0))
     shared = ours.key[place] == wanted if len(ours.key) else np.zeros(len(wanted), dtype=bool)
@@ -241,7 +236,7 @@ def _compare(
     clipped = by_reference(np.minimum(our_tfidf[place], their_tfidf[shared]) * their_tfidf[shared]) / norms
     our_length = np.array([len(tokens) for tokens in captions])
     their_length = np.array([len(tokens) for tokens in texts])
-    # pycocoevalcap counts lengths in bigrams.
+    # pycocoevalcap measures lengths in bigrams.
     apart = (our_length - 1).clip(0)[row] - (their_length - 1).clip(0)
     clipped *= np.exp(-(apart**2) / (2 * _SIGMA**2))[:, None]
     per_row = np.bincount(row, minlength=rows)
@@ -259,7 +254,7 @@ def _compare(
 
 
 class Uniform:
-    """Document frequencies where there is nothing to count them in: each n-gram weighs the same."""
+    """Document frequencies without references: all n-grams have the same weight."""
 
     rows = math.e
 
@@ -270,10 +265,10 @@ class Uniform:
 def agreement(
     rows: Sequence[Sequence[str]], tokenizer: str = "char", frequencies: Optional[DocumentFrequencies] = None
 ) -> List[np.ndarray]:
-    """How well each text of a row agrees with the row's others: its mean CIDEr-D with each of them as the reference.
+    """The agreement of each text of a row with the row's others: its mean CIDEr-D with each of them as the reference.
 
-    The one with the highest value is the row's consensus. frequencies: default Uniform. Returns float64 [n] for each
-    row of n texts, 0 where a text is alone.
+    The text with the highest value is the row's consensus. frequencies: default Uniform. Returns float64 [n] for each
+    row of n texts, 0 for a single text.
     """
     split = TOKENIZERS[tokenizer]
     captions, others = [], []
@@ -292,7 +287,7 @@ def agreement(
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence, bit-parallel (Hyyrö 2004): a word of Python's holds a row."""
+    """The length of the longest common subsequence, bit-parallel (Hyyrö 2004), with a row in one Python integer."""
     places: Dict[str, int] = {}
     for place, token in enumerate(one):
         places[token] = places.get(token, 0) | 1 << place
@@ -315,8 +310,8 @@ def _rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
     """BLEU-1…4 of a corpus from sums over its rows.
 
-    counts: float64 [..., 10]: right n-grams (n = 1…4), all n-grams (n = 1…4), tokens, and tokens of the reference
-    that is closest in length. Returns float64 [..., 4]. Zeros are handled as pycocoevalcap does.
+    counts: float64 [..., 10]: matching n-grams (n = 1…4), all n-grams (n = 1…4), tokens, and tokens of the reference
+    closest in length. Returns float64 [..., 4]. Zeros are handled as in pycocoevalcap.
     """
     small, tiny = 1e-9, 1e-15
     right, guessed = counts[..., :MAX_N], counts[..., MAX_N : 2 * MAX_N]
@@ -327,8 +322,7 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
 
 
 class AttributeScores(NamedTuple):
-    """attributes: name → share of rows where it is right. mean: the mean of those. all_right: share of rows where
-    every attribute is."""
+    """attributes: name → share of rows where it is correct. mean: of these. all_right: share of rows where all are."""
 
     attributes: Dict[str, float]
     mean: float
@@ -340,8 +334,7 @@ def attribute_accuracy(
 ) -> AttributeScores:
     """Exact comparison of attributes read from captions with the true ones, row by row.
 
-    found, truth: one mapping of attribute name → value per row, in the same order; None or a missing name is
-    wrong.
+    found, truth: one mapping of attribute name → value per row, in the same order; None or a missing name is wrong.
 
     Raises:
         ValueError: different numbers of rows, or none.

@@ -1,9 +1,9 @@
-"""The whole evaluation of a caption file: scores, wording, intervals, and the differences to other files.
+"""Evaluation of a caption file: scores, wording, confidence intervals, and differences to other files.
 
-Intervals are percentiles of a bootstrap: rows are drawn with replacement, as many as there are, `resamples` times
-(Efron 1979). All files are drawn the same rows, so differences are paired. CIDEr's document frequencies stay
-those of all references, as if they were known: rows would otherwise have to be scored again for each draw. BLEU is
-computed anew from the drawn rows' counts; distinct-n has no interval, since a row that is drawn twice adds nothing new.
+Intervals are bootstrap percentiles (Efron 1979): `resamples` times, as many rows as there are are drawn with
+replacement. The same rows are drawn from all files, so differences are paired. CIDEr's document frequencies stay fixed;
+otherwise rows would have to be scored again for each draw. BLEU is computed from the drawn rows' counts; distinct-n has
+no interval, since drawing a row twice adds nothing new.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ RATES = (REPEATED, EMPTY, *UNSUPPORTED.values())
 DISTINCT_NAMES = tuple(f"distinct-{n}" for n in DISTINCT)
 MEASURES = (*SCORES, TOKENS, *DISTINCT_NAMES, *RATES)
 
-# How the names of measures end that are shares of rows, more being better: attributes.
+# Suffixes of measures that are shares of rows, where more is better: attributes.
 SHARES = (" right",)
 
 Interval = Optional[Tuple[float, float]]
 
 
 class Measure(NamedTuple):
-    """A value over all rows with its interval; None where there is none."""
+    """A value over all rows and its interval, if any."""
 
     value: float
     interval: Interval
@@ -58,7 +58,7 @@ class System(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """results: the file in question. others: what it is compared with. differences: results minus each of them."""
+    """results: the evaluated file. others: the files it is compared with. differences: results minus each of them."""
 
     ids: List[str]
     references: List[Sequence[str]]
@@ -68,7 +68,7 @@ class Evaluation(NamedTuple):
     settings: Dict[str, Any]
 
     def to_json(self) -> Dict[str, Any]:
-        """All but the rows, as JSON values."""
+        """Everything except the rows, as JSON values."""
 
         def system(one: System) -> Dict[str, Any]:
             found: Dict[str, Any] = {
@@ -106,14 +106,14 @@ def evaluate(
     sample: Optional[int] = None,
     attributes: Optional[AttributeLists] = None,
 ) -> Evaluation:
-    """Evaluate `captions`, and `others` beside it, against one or more references per id.
+    """Evaluate `captions` and `others` against one or more references per id.
 
-    tokenizer: a name in TOKENIZERS. resamples: draws of the bootstrap, 0 for no intervals. workers: processes
-    that score, see CaptionScorer. sample: score that many rows, drawn with `seed`; document frequencies stay those of
-    all references. attributes: word lists whose attributes are compared too.
+    tokenizer: a name in TOKENIZERS. resamples: draws of the bootstrap, 0 for no intervals. workers: processes that
+    score, see CaptionScorer. sample: score only that many rows, drawn with `seed`; document frequencies come from all
+    references. attributes: word lists of attributes to compare.
 
     Raises:
-        UserError: ids that do not agree, or references without text.
+        UserError: ids that do not match, or references without text.
     """
     check_ids(captions, references)
     ids = list(references)
@@ -123,9 +123,9 @@ def evaluate(
     texts = [references[key] for key in ids]
     words = WordList()
     found = []
-    for number, said in enumerate((captions, *others)):
-        check_ids(said, references)
-        rows = {key: said[key] for key in ids}
+    for number, texts_of_file in enumerate((captions, *others)):
+        check_ids(texts_of_file, references)
+        rows = {key: texts_of_file[key] for key in ids}
         scores, rows = scorer.score(rows, f"other {number}" if number else "captions"), list(rows.values())
         wording = describe(rows, texts, TOKENIZERS[tokenizer], words, workers=workers, quiet=quiet)
         compared = None if attributes is None else compare_attributes(rows, texts, attributes, quiet)
@@ -173,8 +173,8 @@ def _share(right: float, counted: float) -> float:
 
 
 class _Columns(NamedTuple):
-    """What a draw needs of one file. table: float64 [n, k]: what is averaged over rows, in the order of _MEANS, then
-    the counts of BLEU, then right and counted of each of `shares`."""
+    """The data of one file for the bootstrap. table: float64 [n, k]: the measures that are averaged over rows, in the
+    order of _MEANS, then the counts of BLEU, then right and counted of each of `shares`."""
 
     table: np.ndarray
     shares: List[str]
@@ -187,7 +187,7 @@ class _Columns(NamedTuple):
 
 
 def _draw(columns: List[_Columns], resamples: int, seed: int, quiet: bool) -> List[Dict[str, np.ndarray]]:
-    """Per file, measure → float64 [resamples]: its value over the rows of each draw. Empty without resamples."""
+    """Per file, measure → float64 [resamples]: its value for each draw. Empty without resamples."""
     if resamples == 0:
         return [{} for _ in columns]
     rng = np.random.default_rng(seed)

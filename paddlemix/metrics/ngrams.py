@@ -1,4 +1,4 @@
-"""N-grams of many texts at once, each as a 64-bit hash, and in how many rows of references each occurs.
+"""N-grams of many texts at once, as 64-bit hashes, and their document frequencies in rows of references.
 
 Shapes: [t] tokens, [g] n-grams of one text each, every distinct n-gram once.
 """
@@ -16,11 +16,11 @@ from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
 MAX_N = 4
-# N-grams of all references that are sorted at once: some 300 MB in each worker.
+# N-grams sorted at once: some 300 MB in each worker.
 COUNTED_AT_ONCE = 1 << 23
-# Tokens of references that are hashed at once.
+# Tokens hashed at once.
 HASHED_AT_ONCE = 1 << 20
-# Any odd number with well-mixed bits.
+# An odd number with well-mixed bits.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _TOKEN_HASHES: Dict[str, int] = {}
 
@@ -37,7 +37,7 @@ def token_hash(token: str) -> int:
 def ngram_hashes(tokens: np.ndarray, text: np.ndarray, most: int = MAX_N) -> Iterable[Tuple[np.ndarray, np.ndarray]]:
     """For n = 1…most: the hashes of all n-grams (uint64) and the text that each belongs to.
 
-    tokens: uint64 [t], hashes of the tokens of texts laid end to end. text: int [t], the text of each token.
+    tokens: uint64 [t], hashes of the tokens of concatenated texts. text: int [t], the text of each token.
     """
     value = tokens
     for n in range(most):
@@ -48,21 +48,21 @@ def ngram_hashes(tokens: np.ndarray, text: np.ndarray, most: int = MAX_N) -> Ite
 
 
 class DocumentFrequencies:
-    """In how many rows of references an n-gram occurs: `add` each row, `finish`, then look up.
+    """The number of rows of references in which an n-gram occurs: `add` each row, `finish`, then look up.
 
-    N-grams of a single row are not kept, since CIDEr takes 0 for 1. Of 400 million n-grams (1,000,000 rows of 100
-    tokens) two share a hash with a probability of 1 in 200.
+    N-grams of a single row are not stored, since CIDEr treats 0 as 1. Among 400 million n-grams (1,000,000 rows of 100
+    tokens) the probability of a hash collision is 1 in 200.
     """
 
     def __init__(self):
         self.rows = 0
         self._vocabulary: Dict[str, int] = {}
-        # Tokens of all texts end to end; the length and the row of each text.
+        # Tokens of all texts, concatenated; the length and the row of each text.
         self._tokens, self._lengths, self._row = array("I"), array("I"), array("I")
         self._unigrams: Counter = Counter()
 
     def add(self, texts: Sequence[Sequence[str]]) -> None:
-        """One row: the tokens of each of its references."""
+        """Add a row: the tokens of each of its references."""
         number, begin = self._vocabulary, len(self._tokens)
         for tokens in texts:
             self._tokens.extend([number.setdefault(token, len(number)) for token in tokens])
@@ -75,11 +75,11 @@ class DocumentFrequencies:
         hashes = np.array([token_hash(token) for token in self._vocabulary], dtype=np.uint64)
         tokens, lengths, row = (np.frombuffer(part, np.uint32) for part in (self._tokens, self._lengths, self._row))
         ends = np.cumsum(lengths, dtype=np.int64)
-        # Tokens that are looked at together: those of some rows.
+        # Chunks of tokens, cut between rows.
         texts = np.searchsorted(ends, np.arange(0, len(tokens), HASHED_AT_ONCE))
         texts = np.unique(np.searchsorted(row, row[texts]))
         cuts = np.append(ends[texts] - lengths[texts], len(tokens)).tolist()
-        # An n-gram of two tokens and more is counted in the part that its first two tokens belong to.
+        # An n-gram of two or more tokens is counted in the part determined by its first two tokens.
         part_of = np.zeros(len(tokens), dtype=np.uint8)
         for begin, end in zip(cuts[:-1], cuts[1:]):
             value = hashes[tokens[begin : end + 1]]
@@ -87,7 +87,7 @@ class DocumentFrequencies:
         parts = min(-(-len(tokens) * (MAX_N - 1) // COUNTED_AT_ONCE) or 1, 256)
 
         def count(part: int) -> Tuple[np.ndarray, np.ndarray]:
-            """A part's n-grams of several rows, and of how many."""
+            """A part's n-grams that occur in several rows, and their numbers of rows."""
             low, high = 256 * part // parts, 256 * (part + 1) // parts - 1
             found = []
             for begin, end in zip(cuts[:-1], cuts[1:]):
@@ -99,7 +99,7 @@ class DocumentFrequencies:
                     inside = place + n < ends[text]
                     place, text, value = place[inside], text[inside], value[inside]
                     value = value * _FACTOR + hashes[tokens[place + n]]
-                    # A row counts once, however often it has the n-gram.
+                    # A row counts once for each n-gram.
                     found.append(value[np.unique(row_key(value, row[text]), return_index=True)[1]])
             value, times = np.unique(np.concatenate(found), return_counts=True)
             return value[times > 1], times[times > 1].astype(np.uint32)
@@ -117,15 +117,15 @@ class DocumentFrequencies:
 
     def __call__(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [g] → float64 [g]: rows that have the n-gram, at least 1."""
-        # In order: a search through a table of hundreds of MB then mostly finds what it needs in the cache.
+        # Sorted, so that lookups in a table of hundreds of MB mostly hit the cache.
         wanted, back = np.unique(hashes, return_inverse=True)
         places = np.searchsorted(self._hashes, wanted).clip(max=len(self._hashes) - 1)
         return np.where(self._hashes[places] == wanted, self._counts[places], 1.0)[back]
 
 
 class NgramCounts(NamedTuple):
-    """The distinct n-grams of some texts, all [g], sorted by key: hash of n-gram and row, hash, text, n - 1, and how
-    often the text has it."""
+    """The distinct n-grams of some texts, all [g], sorted by key: hash of n-gram and row, hash, text, n - 1, and number
+    of occurrences in the text."""
 
     key: np.ndarray
     hash: np.ndarray

@@ -1,9 +1,8 @@
-"""The evaluation as a page: one HTML file that asks for nothing from anywhere, see report.html.
+"""The evaluation as a page: one self-contained HTML file, see report.html.
 
-The page's data stand in two blocks that are text to the browser: JSON with all but the pictures, and the pictures, one
-base64 line after the other. A picture becomes an element only while its row is near the screen. Everything of the data
-goes into the page as text nodes; the policy in its head allows the file's own script and style by their hashes and
-no request at all.
+Its data are in two inert text blocks: JSON with everything except the pictures, and the pictures, one base64 line each.
+A picture becomes an element only while its row is near the viewport. All data are inserted as text nodes; the content
+security policy allows only the file's own script and style, by their hashes, and no requests.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from paddlemix.utils.files import atomic_write
 from paddlemix.utils.pages import page_style, policy
 
 TEMPLATE = os.path.join(os.path.dirname(__file__), "report.html")
-# What the page sorts by and shows of each row.
+# Columns that the page shows and sorts by.
 COLUMNS = (*SCORES, TOKENS)
-# JSON inside HTML: nothing that could end the block or begin a tag, and no line ends of JavaScript.
+# Escapes for JSON inside HTML: characters that could end the block or start a tag, and JavaScript line terminators.
 _UNFIT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-# Half characters, which a UTF-8 file cannot hold.
+# Lone surrogates, which UTF-8 cannot encode.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACES = re.compile(r"\{\{(policy|data|pictures)\}\}")
 
 
 def choose_rows(evaluation: Evaluation, limit: int) -> List[int]:
-    """Which rows the page shows, in the order of the references: all, or the `limit` of least CIDEr."""
+    """Indices of the rows to show, in the order of the references: all, or the `limit` rows with the lowest CIDEr."""
     worst = np.argsort(evaluation.results.scores.rows["CIDEr"], kind="stable")[:limit]
     return sorted(worst.tolist())
 
@@ -45,8 +44,7 @@ def _json(value: Any) -> str:
 
 
 def _row(system: System, row: int) -> List[Any]:
-    """What the page needs of one row of one file: caption, scores by COLUMNS, words not in references, flags, wrong
-    attributes."""
+    """One row of one file: caption, scores by COLUMNS, words not in references, flags, wrong attributes."""
     values = {**system.scores.rows, **system.wording.rows}
     flags = [name for name in (REPEATED, EMPTY) if values[name][row]]
     return [
@@ -65,10 +63,10 @@ def write_report(
     pictures: Optional[Mapping[str, Tuple[bytes, str]]],
     gains: Optional[Mapping[str, float]] = None,
 ) -> None:
-    """Write the page of `rows` of an evaluation, whole or not at all.
+    """Write the page of `rows` of an evaluation, atomically.
 
-    pictures: id → (a WebP file's bytes, or b"" and why there is none); None for a page without pictures.
-    gains: id → how much the image helps (tools/score_rows.py), of the rows that have one.
+    pictures: id → (WebP bytes, or b"" and the reason); None for a page without pictures. gains: id → the gain from the
+    image (tools/score_rows.py), for the rows that have one.
     """
     with open(TEMPLATE, encoding="utf-8", newline="") as file:
         template = file.read().replace("{{style}}", page_style())
@@ -93,7 +91,7 @@ def write_report(
     data = {
         "summary": found,
         "measures": measures,
-        # Shown in per cent; less is better of the latter.
+        # Shown in per cent; for the latter, less is better.
         "rates": [*RATES, *(name for name in measures if name.endswith(SHARES))],
         "faults": RATES,
         "columns": COLUMNS,

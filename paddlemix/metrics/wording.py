@@ -1,9 +1,9 @@
-"""What captions show without a language model: length, variety, repetition, emptiness, and words
-that no reference has.
+"""Properties of captions measured without a language model: length, diversity, repetition, emptiness, and words that
+are not in the references.
 
-The last is a cheap signal of hallucination and no more: words.json lists colours, counts and objects of ads in
-Chinese, and a caption is marked when it names one that none of its references names. A caption may be right where its
-references say nothing, and it may be wrong with words that are not in the list.
+The last is only a cheap signal of hallucination: words.json lists Chinese colours, counts and objects of ads, and a
+caption is flagged if it names one that none of its references names. It may be right where the references are silent,
+and wrong with words that are not in the list.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ KINDS = ("colour", "count", "object")
 DISTINCT = (1, 2)
 
 _MARKS = re.compile(r"[^\w\s]+|\s+")
-# A phrase of two tokens or more, three times running. (Tokens are single characters here, see repeats_itself.)
+# A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.)
 _STUCK = re.compile(r"(.{2,}?)\1\1", re.DOTALL)
 _LEAST_CLAUSE_TOKENS = 3
 
 
 def repeats_itself(tokens: Sequence[str]) -> bool:
-    """Whether a clause of three tokens or more comes twice, or two tokens or more come three times running.
+    """Whether a clause of three or more tokens occurs twice, or two or more tokens occur three times in a row.
 
     Clauses are separated by punctuation marks. Ordinary doubling (干干净净, 哈哈哈) does not count.
     """
@@ -44,16 +44,16 @@ def repeats_itself(tokens: Sequence[str]) -> bool:
         if not _MARKS.fullmatch(token):
             clause.append(token)
             continue
-        said = tuple(clause)
-        if len(said) >= _LEAST_CLAUSE_TOKENS and said in seen:
+        key = tuple(clause)
+        if len(key) >= _LEAST_CLAUSE_TOKENS and key in seen:
             return True
-        seen.add(said)
+        seen.add(key)
         clause = []
     return _STUCK.search(text) is not None
 
 
 def distinct_ngrams(rows: Iterable[Sequence[str]], n: int) -> Tuple[np.ndarray, int]:
-    """The different n-grams of some captions, as sorted hashes (uint64), and the number of all."""
+    """The distinct n-grams of some captions, as sorted hashes (uint64), and the total number of n-grams."""
     rows = list(rows)
     tokens = np.array([token_hash(token) for row in rows for token in row], dtype=np.uint64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
@@ -62,10 +62,10 @@ def distinct_ngrams(rows: Iterable[Sequence[str]], n: int) -> Tuple[np.ndarray, 
 
 
 class WordList:
-    """The word lists of words.json, and what a caption claims with them.
+    """The word lists of words.json, and the claims that captions make with them.
 
-    A group's words of two characters or more are claims when a caption has them; each of its words, the single
-    characters too, in any reference supports the claim. One (一个) is never a claim: it is said of everything.
+    A group's words of two or more characters are claims if a caption contains them; any of the group's words in a
+    reference, single characters included, supports the claim. One (一个) is never a claim: it is too common.
     """
 
     def __init__(self, path: str = WORDS_FILE):
@@ -84,11 +84,11 @@ class WordList:
         self._number = {name: number for number, names in lists["numerals"].items() for name in names}
         numerals = "|".join(sorted(map(re.escape, self._number), key=len, reverse=True))
         measures = "|".join(map(re.escape, lists["measure_words"]))
-        # No part of a longer number, and no ordinal (第二个).
+        # Not part of a longer number, and not an ordinal (第二个).
         self._count = re.compile(rf"(?<![第\d.〇零一二两三四五六七八九十百千万])({numerals})(?:{measures})")
 
     def _named(self, text: str) -> Iterable[str]:
-        """Words of the list in a text, the longest at each place."""
+        """Words of the list in a text, the longest at each position."""
         position = 0
         while position < len(text):
             for word in self._by_first.get(text[position], ()):
@@ -100,16 +100,16 @@ class WordList:
                 position += 1
 
     def unsupported(self, caption: str, references: Sequence[str]) -> List[Tuple[str, str]]:
-        """(kind, word as said) of each claim in a caption that none of its references supports, in order, once each."""
-        caption, said = caption.lower(), "\n".join(references).lower()
+        """(kind, word) of each claim in a caption that none of its references supports, in order, once each."""
+        caption, referenced = caption.lower(), "\n".join(references).lower()
         found = {}
         for word in self._named(caption):
             kind, support = self._support[word]
-            if not any(other in said for other in support):
+            if not any(other in referenced for other in support):
                 found[word] = kind
         claims = list(self._count.finditer(caption))
         if claims:
-            numbers = {self._number[match.group(1)] for match in self._count.finditer(said)}
+            numbers = {self._number[match.group(1)] for match in self._count.finditer(referenced)}
             for match in claims:
                 if self._number[match.group(1)] not in numbers:
                     found[match.group()] = "count"
@@ -117,9 +117,9 @@ class WordList:
 
 
 class Wording(NamedTuple):
-    """rows: measure → float64 [n]; a rate's mean is the rate. distinct: n → different n-grams over all n-grams of all
-    captions (Li et al. 2016, arXiv 1510.03055), 0 of none. unsupported: per row (kind, word). most: kind → [(word,
-    rows)], the most frequent first."""
+    """rows: measure → float64 [n]; a rate is its mean. distinct: n → distinct n-grams / all n-grams of all captions (Li
+    et al. 2016, arXiv 1510.03055), 0 without any. unsupported: per row (kind, word). most: kind → [(word, rows)], the
+    most frequent first."""
 
     rows: Dict[str, np.ndarray]
     distinct: Dict[int, float]
@@ -140,7 +140,7 @@ def describe(
     workers: int = 0,
     quiet: bool = True,
 ) -> Wording:
-    """Look at captions; references: those of each row. split: a tokenizer of metrics.captions.TOKENIZERS. workers,
+    """Measure captions. references: those of each row. split: a tokenizer of metrics.captions.TOKENIZERS. workers,
     quiet: see CaptionScorer."""
     names = (TOKENS, REPEATED, EMPTY, *UNSUPPORTED.values())
     table = np.empty((len(captions), len(names)))

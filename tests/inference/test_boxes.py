@@ -10,6 +10,7 @@ from paddlemix.inference.boxes import Box, check_boxes_path, draw_boxes, parse_b
 from paddlemix.processors import fonts as fonts_module
 from paddlemix.processors.fonts import find_font
 from paddlemix.utils.errors import UserError
+from tests.helpers import refused
 
 
 @pytest.mark.parametrize(
@@ -106,5 +107,5 @@ def test_save_boxes(tmp_path, monkeypatch, capfd):
 def test_endings():
     assert check_boxes_path("a b/x.PNG") == "a b/x.PNG"
     for bad in ("boxes", "boxes.txt", "x.svg", ".png"):
-        with pytest.raises(UserError, match="ending in .png"):
+        with refused(UserError, "boxes"):
             check_boxes_path(bad)
