@@ -243,7 +243,7 @@ def test_several_turns(talk, call, tmp_path, server, monkeypatch):
     status, out, err = talk(lines)
     assert status == 0, err
     taken, first, second, forgotten, again, anew = out.rstrip("\n").split("\n")
-    assert (taken, forgotten, again) == ("image taken; ask about it", "all forgotten", taken)
+    assert (taken, forgotten, again) == ("image added; ask about it", "conversation reset", taken)
     assert first == anew == alone
     # History counts: the second turn is not what the question alone gets.
     assert talk(["and now?"])[1].rstrip("\n") != second
@@ -252,7 +252,7 @@ def test_several_turns(talk, call, tmp_path, server, monkeypatch):
     assert out == f"> what?\n{first}\n{second}\n\n"
     monkeypatch.setenv("no_proxy", "*")
     _, out, err = talk([f"/image {server}none", f"/image {server}", "what?"])
-    assert "answered 404" in err and out == f"image taken; ask about it\n{alone}\n\n"
+    assert "answered 404" in err and out == f"image added; ask about it\n{alone}\n\n"
 
 
 @pytest.mark.parametrize("flags", [[], ["--stream"]])
@@ -269,7 +269,7 @@ def test_a_mistake_costs_its_own_turn(talk, call):
     assert status == 0
     errors = [line for line in err.split("\n") if line.startswith("error: ")]
     assert len(errors) == 3 and "/help lists them" in errors[2]
-    assert "/quit leaves" in out and "/image PATH" in out
+    assert "type /quit to leave" in out and "/image PATH" in out
     assert out.split("\n")[-3] == call(image_base64(3), "what?")[1]
 
 
@@ -292,7 +292,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, call, monkeypatch, re
     status, out, _ = talk(["what?", "what?"], "--stream", "--image", image_base64(3))
     assert status == 0
     stopped, told = "".join(pieces[:3]), "".join(pieces[3:])
-    assert out == f"{stopped}\nstopped; this question is forgotten\n{told}\n\n"
+    assert out == f"{stopped}\nstopped; the prompt is discarded\n{told}\n\n"
     # Nothing of the stopped turn is left, and the image is still shown.
     assert told.startswith(stopped) and told == call(image_base64(3), "what?")[1]
 

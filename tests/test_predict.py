@@ -228,7 +228,7 @@ def test_an_empty_file_gives_an_empty_file(call):
         status, lines, out, err = call(content)
         assert (status, lines) == (0, [])
         assert out == f"{STARTS}\n{FINISHED}\n"
-        assert "holds no rows" in err
+        assert "has no rows" in err
 
 
 def test_all_rows_bad_is_a_failed_job_with_a_whole_output(call):
@@ -311,7 +311,7 @@ def test_an_interrupted_run_goes_on(call, tmp_path, monkeypatch):
     assert status == 2 and "settings.prompt" in err
     status, lines, out, err = call(content, "--batch_size", "4")
     assert (status, lines) == (0, whole)
-    assert "going on after the 5 rows of an earlier run" in err
+    assert "resuming after the 5 rows of an earlier run" in err
     assert begun[-1] == len(b"".join(content.splitlines(True)[:5]))
     assert out.split("\n")[1:-2] == [caption for _, caption in whole[5:]]
     assert "1 × bad base64" in err
@@ -333,7 +333,7 @@ def test_image_files_that_change_between_two_runs_are_noticed(call, tmp_path, mo
     # The same image, copied anew.
     (tmp_path / "0.jpg").write_bytes(image_bytes(0))
     status, lines, _, err = call(table)
-    assert (status, lines) == (0, whole) and "going on after the 3 rows" in err
+    assert (status, lines) == (0, whole) and "resuming after the 3 rows" in err
 
 
 @pytest.mark.parametrize("change", ["cut", "grown"])
@@ -437,7 +437,7 @@ def test_a_shard_goes_on_and_keeps_to_itself(call, tmp_path, monkeypatch):
     assert status == 2 and "shard.index is 2 there and 1 here" in err
     (tmp_path / "out.tsv.shard-1-of-3.partial").unlink()
     status, _, _, err = call(content, "--shard", "2/2")
-    assert status == 0 and "going on after the 2 rows" in err
+    assert status == 0 and "resuming after the 2 rows" in err
     assert run_merge([str(tmp_path / "out.tsv")]) == 0
     assert (tmp_path / "out.tsv").read_bytes() == (tmp_path / "whole.tsv").read_bytes()
 
@@ -453,7 +453,7 @@ def test_a_whole_shard_is_not_answered_again(call, tmp_path, monkeypatch):
         loaded = []
         monkeypatch.setattr(prediction, "load_model", lambda *given: loaded.append(given) or load(*given))
         status, _, _, err = call(content, "--shard", "1/2", *flags)
-        assert status == 0 and ("is whole already" in err) == (not loaded)
+        assert status == 0 and ("is already complete" in err) == (not loaded)
         return bool(loaded)
 
     assert loads()
@@ -607,7 +607,7 @@ def test_samples_go_by_the_rows_place_in_the_input(call, tmp_path, monkeypatch):
     partial.rename(tmp_path / "k.jsonl")
     (tmp_path / "k.jsonl").write_bytes(kept)
     status, lines, _, err = call(tsv(*rows), *flags, output="k.tsv")
-    assert status == 0 and lines == whole and "going on after the 4 rows" in err
+    assert status == 0 and lines == whole and "resuming after the 4 rows" in err
     assert without_scores(tmp_path / "k.jsonl") == without_scores(tmp_path / "n.jsonl")
     assert not list(tmp_path.glob("*.partial"))
 
@@ -634,7 +634,7 @@ def test_a_caption_that_repeats_itself_is_cut_and_counted(call, tmp_path, monkey
         "paddlemix.models.mgen_vl.engine._cycle", lambda tokens, repeats, is_number: repeats == 4 and len(tokens) == 9
     )
     status, lines, _, err = call(content, "--max_new_tokens", "60")
-    assert status == 0 and "an answer that repeats itself 4 times ends there" in err
+    assert status == 0 and "answers end after 4 repetitions" in err
     assert [len(caption) for _, caption in lines] == [9, 9]
     assert f"1 × {REPEATING}" in err and f"1 × {TRUNCATED}, {REPEATING}" in err and "fallback" not in err
     record = json.loads((tmp_path / "out.tsv.run.json").read_text("utf-8"))
@@ -718,7 +718,7 @@ def test_sigkill_at_any_time_and_an_ascii_locale(model, root, tmp_path):
     assert 5 < done < 40 and not (tmp_path / "out.tsv").exists()
     second = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert second.returncode == 0, second.stderr.decode()
-    assert b"going on after the" in second.stderr
+    assert b"resuming after the" in second.stderr
     killed = (tmp_path / "out.tsv").read_text("utf-8")
     assert killed.count("\n") == 40
 
@@ -828,7 +828,7 @@ def test_a_reader_that_goes_away_ends_no_run(child, tmp_path):
     done.stdout.readline()
     done.stdout.close()
     # One warning, then that reader leaves too.
-    while b"not printed any more (Broken pipe)" not in done.stderr.readline():
+    while b"no longer be printed (Broken pipe)" not in done.stderr.readline():
         assert done.poll() is None
     done.stderr.close()
     assert done.wait() == 0

@@ -379,7 +379,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     print(machine(device.value))
     models = ["tiny"] if device.value == "cpu" else ["tiny", "wide"]
     if device.value == "cpu":
-        print(f"{device.reason or 'no card that this Paddle can use'}: these rows tell nothing about a GPU")
+        print(f"{device.reason or 'no card that this Paddle can use'}: these rows say nothing about a GPU")
     runs, reasons = choose_runs(device.value)
     rows: List[Row] = []
     print(line("check", "model", "precision", "attention", "verdict", "found"))

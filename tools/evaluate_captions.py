@@ -117,12 +117,12 @@ def print_table(evaluation) -> None:
             ends = [] if interval is None else [text(end, form) for end in interval]
             line += " … ".join(ends).rjust(interval_width)
         print(line)
-    print("\n… not in references: cheap signals of hallucination, words of a list that no reference of the row has.")
+    print("\n… not in references: rough signs of hallucination, listed words that no reference of the row has.")
     for kind, pairs in evaluation.results.wording.most.items():
         if pairs:
             print(f"  {kind}: " + ", ".join(f"{word} {count}" for word, count in pairs))
     if evaluation.results.attributes is not None:
-        print("\n… right: of rows whose references name a value, those whose caption names the same. Most often wrong:")
+        print("\n… right: the caption names the same values as one of its references. Most frequent errors:")
         for name, pairs in evaluation.results.attributes.most.items():
             if pairs:
                 print(f"  {name}: " + ", ".join(f"{error} {count}" for error, count in pairs))
@@ -164,7 +164,7 @@ def main() -> None:
         if not ids:
             raise UserError("no id is in all of the files")
         texts, captions, *others = ({key: side[key] for key in ids} for side in sides)
-        print(f"{len(ids)} ids are in all files; {left_out} are not and are left out")
+        print(f"{len(ids)} ids are in all files; {left_out} others are left out")
 
     evaluation = evaluate(
         captions, texts, others, args.tokenizer, args.resamples, args.seed, args.workers, args.quiet, args.sample, lists
@@ -207,7 +207,7 @@ def write_page(
     print(f"\npage: {args.html}, {shown} {len(evaluation.ids)} rows, {os.path.getsize(args.html) / 1e6:.1f} MB")
     problems = sum(1 for picture in pictures.values() if picture.problem)
     if images and (problems or len(pictures) < len(rows)):
-        print(f"{problems} pictures could not be decoded, {len(rows) - len(pictures)} rows have none")
+        print(f"{problems} images could not be decoded, {len(rows) - len(pictures)} rows have none")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def convert_qwen_vl(
         config = our_config(public, dtype or max(FLOATS, key=stored.count))
         plan, ignored = plan_convert(reader, shapes_of(config) if shapes_of else None)
         if ignored:
-            logger.info(f"Left out, since they are computed: {some(printable(name, 300) for name in ignored)}")
+            logger.info(f"Not copied, since they are computed: {some(printable(name, 300) for name in ignored)}")
         items = []
         for name, ours, transpose in plan:
             info = reader.info(name)

@@ -189,7 +189,7 @@ def merge(
             f"Merging {len(merged)} adapters (r {rank}, scale {scaling:g}) and {len(replaced)} full tensors "
             f"into {len(base)} tensors of {base_folder}"
             if merged
-            else f"Putting {len(replaced)} full tensors into {len(base)} tensors of {base_folder}"
+            else f"Replacing {len(replaced)} of the {len(base)} tensors of {base_folder}"
         )
         files = write_model(
             out_folder,

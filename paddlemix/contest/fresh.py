@@ -72,7 +72,7 @@ def try_requirements(
         raise JobFailed(f"{python} has no Paddle to take the version from: give --paddle paddlepaddle==VERSION")
     fresh = os.path.join(folder, "bin", "python")
     pip = [python, "-m", "pip", "--python", fresh, "--disable-pip-version-check", "install", "--quiet"]
-    logger.info("making a fresh environment with %s; some minutes", paddle)
+    logger.info("creating a fresh environment with %s; this takes minutes", paddle)
     _run([python, "-m", "venv", "--without-pip", folder])
     # Some builds call the environment's own pip.
     _run([*pip, "pip", *paddle.split()])

@@ -249,7 +249,7 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
     try:
         file = open(partial, "a+b")
     except OSError as error:
-        logger.info(f"the facts of {path} are kept in memory only: cannot write beside it ({error.strerror})")
+        logger.info(f"the facts of {path} are kept in memory only: cannot write next to it ({error.strerror})")
         return np.frombuffer(b"".join(_compute(path, size, state, 0, 1, workers, quiet)), FACTS)
     with file:
         # Of several processes one computes; the others wait, and find its file.

@@ -138,7 +138,7 @@ def record_bounds(path: str) -> np.ndarray:
             file.write(_header(path, len(bounds)))
             file.write(np.ascontiguousarray(bounds, dtype="<i8").data)
     except OSError as error:
-        logger.info(f"the index of {path} is kept in memory only: cannot write beside it ({error.strerror})")
+        logger.info(f"the index of {path} is kept in memory only: cannot write next to it ({error.strerror})")
     return bounds
 
 

@@ -64,10 +64,10 @@ def cached_lengths(path: str, key: bytes, count: int, measure: Measure) -> Tuple
                     file.write(_header(path, key, count))
                     file.write(stored.data)
             except OSError as error:
-                logger.info(f"the lengths of {path} are kept in memory only: cannot write beside it ({error.strerror})")
+                logger.info(f"lengths of {path} are kept in memory only: cannot write next to it ({error.strerror})")
     bad = int((stored == 0).sum())
     if bad:
-        logger.warning(f"{bad} of {count} records of {path} cannot be used; each is counted when its turn comes")
+        logger.warning(f"{bad} of {count} records of {path} are unusable; training will skip and count them")
     return (stored >> 1).astype(np.int64), (stored & 1).astype(bool)
 
 

@@ -150,7 +150,7 @@ def converse(
             print()
             return
         except KeyboardInterrupt:
-            print("\n/quit leaves")
+            print("\ntype /quit to leave")
             continue
         command, _, argument = line.partition(" ")
         try:
@@ -160,7 +160,7 @@ def converse(
                 print(HELP, end="")
             elif command == "/reset":
                 conversation.reset()
-                print("all forgotten")
+                print("conversation reset")
             elif command == "/image":
                 path = argument.strip()
                 if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
@@ -168,7 +168,7 @@ def converse(
                 if not path:
                     raise UserError("/image PATH: a path, a URL or base64")
                 conversation.add_image(fetch(os.path.expanduser(path)))
-                print("image taken; ask about it")
+                print("image added; ask about it")
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             elif line:
@@ -178,6 +178,6 @@ def converse(
                 if save_boxes(answer, conversation.picture, numbered(boxes, drawn + 1), folder):
                     drawn += 1
         except KeyboardInterrupt:
-            print("\nstopped; this question is forgotten")
+            print("\nstopped; the prompt is discarded")
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

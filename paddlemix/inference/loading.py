@@ -78,4 +78,4 @@ def put_on(model, source: Source) -> None:
             trained = {name: shapes[name] for name in reader.keys() if name in shapes}
             check_weights(reader, trained, path)
             model.fill(reader, set(trained))
-    logger.info("with what was tuned in %s, unmerged", source.tuned)
+    logger.info("applying the tuned weights of %s, unmerged", source.tuned)

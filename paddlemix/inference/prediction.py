@@ -156,7 +156,7 @@ class RowJob:
             return False
         if beside is not None and not os.path.isfile(beside):
             return False
-        logger.info("%s is whole already and stays as it is; --restart answers its rows anew", self.output)
+        logger.info("%s is already complete and stays unchanged; --restart starts over", self.output)
         return True
 
     def rows(self, results: ResultsWriter) -> _Rows:
@@ -180,7 +180,7 @@ class RowJob:
                     f"{results.journal}): --restart begins anew"
                 )
         if results.done:
-            logger.info("going on after the %d rows of an earlier run", results.done)
+            logger.info("resuming after the %d rows of an earlier run", results.done)
         return rows
 
     def answer(
@@ -233,7 +233,7 @@ class RowJob:
             JobFailed: no row succeeded. (For a shard this is not an error.)
         """
         if rows.count == 0:
-            logger.warning("%s holds no rows, so %s holds no lines", self.input, self.output)
+            logger.warning("%s has no rows, so %s has no lines", self.input, self.output)
         failed = report_notes(rows.count, results.notes, fallback)
         if failed and self.shard is None:
             raise JobFailed(failed)
@@ -292,7 +292,7 @@ def predict_file(
     job = RowJob(input, output, model, lora_path, settings, shard, "INPUT OUTPUT MODEL")
     asked = first_prompt(input)
     if prompt is None and asked not in (None, DEFAULT_PROMPT):
-        logger.warning("the records of %s ask %r: to ask the same, give --prompt", input, asked)
+        logger.warning("the records of %s have the prompt %r: pass it as --prompt to use it", input, asked)
     if n_best is not None:
         n_best = n_best if job.shard is None else job.shard.path(n_best)
         _check_apart(n_best, input, job.output)
@@ -323,7 +323,7 @@ def predict_file(
             logger.info("%d rows at a time, images decoded by %d threads", captioner.batch_size, captioner.workers)
             repeats = captioner.decoding.stop_repeating
             if repeats and captioner.decoding.num_beams == 1:
-                logger.info("an answer that repeats itself %d times ends there (--stop_repeating)", repeats)
+                logger.info("answers end after %d repetitions (--stop_repeating)", repeats)
         # Independent of the number of shards and of resuming.
         numbers = count(job.share.index - 1 + results.done * job.share.of, job.share.of)
 
@@ -372,5 +372,5 @@ def show(text: str) -> None:
         else:
             print(text, flush=True)
     except OSError as error:
-        logger.warning("captions are not printed any more (%s), only written", error.strerror)
+        logger.warning("captions can no longer be printed (%s), only written", error.strerror)
         let_go(sys.stdout)

@@ -155,7 +155,7 @@ class Scorer:
                 raise JobFailed("out of memory with one row at a time") from error
         # Outside the except block, whose traceback would keep the tensors of the failed attempt alive.
         half = (len(pairs) + 1) // 2
-        logger.warning("out of memory with %d rows at a time; going on with %d", len(pairs), half)
+        logger.warning("out of memory with %d rows at a time; continuing with %d", len(pairs), half)
         self.batch_size = min(self.batch_size, half)
         return self._losses(pairs[:half]) + self._losses(pairs[half:])
 

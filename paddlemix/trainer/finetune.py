@@ -61,7 +61,7 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
             return metrics
         if training.benchmark:
             rates = (f"{metrics[f'train_{unit}_per_second']:,} {unit}" for unit in ("samples", "tokens", "steps"))
-            logger.info(f"benchmark: {', '.join(rates)} a second over the whole run; nothing was saved")
+            logger.info(f"benchmark: {', '.join(rates)} per second over the entire run; nothing was saved")
         else:
             _save_result(trainer, metrics)
     # With an evaluation_strategy, training evaluates.

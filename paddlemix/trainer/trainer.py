@@ -216,8 +216,8 @@ class FinetuneTrainer(Trainer):
         if seconds > max(trained, _LONG_SECONDS) and not self._warned:
             self._warned = True
             logger.warning(
-                f"this evaluation took {seconds:,.0f} s, the training before it {trained:,.0f} s: a larger eval_steps, "
-                "or max_evaluate_steps, which bounds its batches, shortens the run"
+                f"this evaluation took {seconds:,.0f} s, the training before it {trained:,.0f} s: raise eval_steps, "
+                "or limit its batches with max_evaluate_steps"
             )
         self._trained_since = time.time()
 
@@ -446,7 +446,7 @@ class FinetuneTrainer(Trainer):
                 (line["skipped_steps"] for line in reversed(self._history) if "skipped_steps" in line), 0
             )
             if position.step >= self.order.steps:
-                logger.info(f"{resume_from_checkpoint} is the end of the run: nothing is left to train")
+                logger.info(f"{resume_from_checkpoint} is the end of the run: nothing left to train")
                 self.load_weights(resume_from_checkpoint)
                 self.state = state
                 return {"train_loss": position.loss_sum / position.step, "epoch": state.epoch}

@@ -189,14 +189,14 @@ def remove_leftovers(path: str) -> bool:
             aside = os.path.join(partial, _ASIDE)
             if partial.endswith(".old") and os.path.isdir(aside) and not os.path.lexists(path):
                 os.rename(aside, path)
-                logger.warning(f"{path} is back, which a killed process had moved aside to replace it")
+                logger.warning(f"Restored {path}, which a killed process had moved aside to replace it")
             if os.path.isdir(partial):
                 shutil.rmtree(partial)
             else:
                 os.unlink(partial)
-            logger.info(f"Removed {partial}, which a killed process left")
+            logger.info(f"Removed {partial}, left by a killed process")
         except OSError as error:
-            logger.warning(f"{partial}, which a killed process left, cannot be removed: {error.strerror}")
+            logger.warning(f"{partial}, left by a killed process, cannot be removed: {error.strerror}")
         finally:
             os.close(handle)
     return in_use

@@ -238,7 +238,7 @@ def test_both_programs_take_both_ways(base, rows, root, tmp_path):
     for arguments in ([tuned], [base, "--lora_path", tuned]):
         done = said("chat.py", *arguments, "--image", str(image), "--max_new_tokens", "4")
         answers.add(done.stdout.split("response: ")[1].splitlines()[0])
-        assert f"with what was tuned in {tuned}, unmerged" in done.stderr
+        assert f"applying the tuned weights of {tuned}, unmerged" in done.stderr
         assert "trainable" not in done.stdout + done.stderr
     assert len(answers) == 1
     done = subprocess.run(

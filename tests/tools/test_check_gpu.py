@@ -54,7 +54,7 @@ def test_all_rows_pass_on_the_cpu(tool, tmp_path, capsys):
     printed, logged = capsys.readouterr()
     assert "\n| check            | model | precision   | attention | verdict  | found |\n| ---" in printed
     assert "INFO" not in logged
-    assert "these rows tell nothing about a GPU" in printed and ", 0 failed," in printed
+    assert "these rows say nothing about a GPU" in printed and ", 0 failed," in printed
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = [row for row in found["rows"] if not row["run"]["fused"]]
     assert {row["check"]: row["verdict"] for row in rows} == {

@@ -107,7 +107,7 @@ def test_an_intersection_is_scored_only_when_asked_for(run, tmp_path):
     (tmp_path / "some.txt").write_text("x\t红\nb\t两只蓝瓶\na\t红杯在左\n", encoding="utf-8")
     assert run("some.txt", "refs.txt")[0] == 2
     status, out, _ = run("some.txt", "refs.txt", "--intersection")
-    assert status == 0 and "2 ids are in all files; 2 are not and are left out" in out
+    assert status == 0 and "2 ids are in all files; 2 others are left out" in out
     assert lines_of(out)["BLEU-4"][0] == "1.0000"
 
 
@@ -120,7 +120,7 @@ def test_a_page_takes_its_pictures_from_the_references_or_another_file(run, tmp_
     (tmp_path / "images.tsv").write_text(f"a\t{image_base64()}\nb\tbroken\n", encoding="utf-8")
     status, out, _ = run("bad.txt", "refs.txt", "--html", "page.html", "--images", "images.tsv", "--html_rows", "2")
     assert status == 0 and "the 2 rows of least CIDEr of 3 rows" in out
-    assert "1 pictures could not be decoded" in out
+    assert "1 images could not be decoded" in out
     (tmp_path / "scores.tsv").write_text("a\t1.0\t1.5\t0.5\t[]\nb\t\t\t\tbad base64\n")
     assert run("good.txt", "train.tsv", "--html", "page.html", "--scores", "scores.tsv")[0] == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -130,7 +130,7 @@ def test_killed_it_goes_on_and_shards_make_the_same(call, model, tmp_path, monke
         scoring.score_file(model, str(tmp_path / "in.tsv"), str(tmp_path / "again.tsv"), batch_size=2)
     assert (tmp_path / "again.tsv.partial").exists()
     status, lines, err = call(content, "--batch_size", "2", output="again.tsv")
-    assert status == 0 and lines == expected and "going on after the 6 rows" in err
+    assert status == 0 and lines == expected and "resuming after the 6 rows" in err
     assert len(told) == 7 + 14
     for index in (1, 2, 3):
         source, whole = str(tmp_path / "in.tsv"), str(tmp_path / "joined.tsv")

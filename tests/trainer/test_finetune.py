@@ -411,7 +411,7 @@ def test_resuming_a_run_that_is_done_trains_no_further(run_keys, tmp_path, log):
     run(run_keys(save_steps=2, **LORA))
     before = final_weights(tmp_path / "out")
     metrics = run(run_keys(save_steps=2, resume=True, **LORA))
-    assert "nothing is left to train" in log.text and metrics["train_loss"] > 0
+    assert "nothing left to train" in log.text and metrics["train_loss"] > 0
     assert all(np.array_equal(before[name], array) for name, array in final_weights(tmp_path / "out").items())
 
 

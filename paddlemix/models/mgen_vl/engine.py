@@ -166,8 +166,9 @@ class Engine:
             for row in rows + self._starting:
                 unfinished.setdefault(row.index, (row.prompt, set()))[1].add(row.sample)
             again.extendleft((index, *unfinished[index]) for index in sorted(unfinished, reverse=True))
-            logger.warning("out of memory with %d rows at a time; going on with %d", self.slots, (self.slots + 1) // 2)
-            self.slots = (self.slots + 1) // 2
+            fewer = (self.slots + 1) // 2
+            logger.warning("out of memory with %d rows at a time; continuing with %d", self.slots, fewer)
+            self.slots = fewer
             self._tables.clear()
             if paddle.get_device().startswith("gpu"):
                 paddle.device.cuda.empty_cache()

@@ -183,7 +183,7 @@ class CaptionGeneration:
         found = sorted(engine.run(prompts))
         repeating = sum(one.note == STUCK for one in found)
         if repeating:
-            logger.info("%d of %d answers repeated themselves, and end there", repeating, len(found))
+            logger.info("%d of %d answers repeated themselves and were ended", repeating, len(found))
         if streamer is not None:
             streamer.end()
         new = [one.ids + [one.stop] * (one.stop is not None) for one in found]
