@@ -34,16 +34,16 @@ NO_PADDLE := tests/metrics tests/test_house.py tests/test_run_sh.py tests/test_m
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the whole pipeline on the CPU"
-	@echo "make test    the tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only those"
-	@echo "make test-paddle26   those that have to do with Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
-	@echo "                     (CPU wheel; PADDLE26=paddlepaddle-gpu==2.6.2, as in .ci/run, tests the GPU's kernels too)"
-	@echo "make test-all    both, and those that take minutes"
-	@echo "make fuzz    broken weights, configurations, rows and images, FUZZ_EXAMPLES new ones of each kind (10000)"
+	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the complete pipeline on the CPU"
+	@echo "make test    run the tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only some"
+	@echo "make test-paddle26   those that involve Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
+	@echo "                     (CPU wheel; PADDLE26=paddlepaddle-gpu==2.6.2, as in .ci/run, also checks the GPU kernels)"
+	@echo "make test-all    both, with the slow tests"
+	@echo "make fuzz    damaged weights, configs, rows and images; FUZZ_EXAMPLES new ones of each kind (10000)"
 	@echo "make bench   the benchmarks, into benchmarks/RESULTS.md; bench-large: those with gigabytes of input"
-	@echo "make lint    ruff over the Python, vermin for what Python 3.8 lacks, shellcheck over the shell scripts"
-	@echo "make venv    only make the environment ($(VENV)); the others do so when it is missing; venv-paddle26: ($(VENV26))"
-	@echo "make clean   remove what demo and test have written; the environment stays"
+	@echo "make lint    ruff, vermin (compatibility with Python 3.8) and shellcheck"
+	@echo "make venv    create the environment ($(VENV)), as the others do if it is missing; venv-paddle26: $(VENV26)"
+	@echo "make clean   remove what demo and test have written, but not the environment"
 
 venv: $(READY)
 

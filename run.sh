@@ -5,16 +5,16 @@
 #
 # INPUT    rows of `id \t base64 image`
 # OUTPUT   gets one line `id \t caption` per row
-# WEIGHTS  a model folder, or the folder that holds it
+# WEIGHTS  a model folder, or its parent folder
 # PYTHON   an interpreter, or the folder of an environment (with bin/python in it); by default the first of python,
-#          python3 and .venv/bin/python beside this file that has Paddle
-# --FLAG   and all behind it goes to predict.py as it is: --shard 1/4, --max_chars 200, … (see predict.py --help)
+#          python3 and .venv/bin/python next to this file that has Paddle
+# --FLAG   and everything after it is passed to predict.py: --shard 1/4, --max_chars 200, … (see predict.py --help)
 #
-# It lies in a submission folder (with predict.py under src/) or in the project's top folder (with predict.py beside
-# it). Relative paths, all three of them, count from the caller's folder if INPUT and WEIGHTS exist there, else from the
-# folder of predict.py if both exist there.
+# This file is in a submission folder (with predict.py under src/) or in the project's top folder (next to predict.py).
+# All three relative paths start from the caller's folder if INPUT and WEIGHTS exist there, else from the folder of
+# predict.py if both exist there.
 #
-# The exit status is that of predict.py: 0 when all is done, 2 for bad usage with one line that says what to change.
+# The exit status is that of predict.py: 0 when the job is complete, 2 for bad usage with one line that says what to change.
 
 fail() {
     printf 'error: %s\n' "$1" >&2
@@ -55,7 +55,7 @@ else
     fail "no predict.py in $here/src or in $here"
 fi
 
-# Where relative paths count from.
+# The folder that relative paths start from.
 exists() {
     case $2 in
         /*) [ -e "$2" ] ;;
@@ -66,12 +66,12 @@ base=''
 lacks="input $1"
 for folder in "$caller" "$source_folder"; do
     exists "$folder" "$1" || continue
-    lacks="weights $3 beside input $1"
+    lacks="weights $3 where input $1 exists"
     exists "$folder" "$3" || continue
     base=$folder
     break
 done
-[ -n "$base" ] || fail "no $lacks, neither from $caller nor from $source_folder"
+[ -n "$base" ] || fail "no $lacks: looked in $caller and $source_folder"
 
 absolute() {
     case $1 in

@@ -16,9 +16,9 @@ from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import JobFailed, UserError
 
 HELP = """\
-/image PATH   show the model an image with the next question: a path, a URL or base64; may be given several times
+/image PATH   add an image (path, URL or base64) to the next prompt; may be repeated
 /reset        forget all turns and images
-/quit         leave (so does Ctrl-D); Ctrl-C stops an answer, and what was asked is forgotten
+/quit         leave (or Ctrl-D); Ctrl-C stops an answer and discards its prompt
 """
 
 
