@@ -770,8 +770,8 @@ def test_paths_that_cannot_be_read_get_the_fallback(call, tmp_path):
 def test_records_that_ask_something_else_are_said(call, tmp_path):
     record = {"id": "a", "conversations": [["图中有什么？", "x"]], "image": image(1)}
     (tmp_path / "val.json").write_text(json.dumps([record]))
-    assert "ask '图中有什么？': to ask the same, give --prompt" in call(None, source="val.json")[3]
-    assert "to ask the same" not in call(None, "--prompt", "图中有什么？", source="val.json")[3]
+    assert "have the prompt '图中有什么？': pass it as --prompt" in call(None, source="val.json")[3]
+    assert "pass it as --prompt" not in call(None, "--prompt", "图中有什么？", source="val.json")[3]
 
 
 @pytest.mark.parametrize("there", ["tsv", "json"])
