@@ -140,7 +140,7 @@ def test_sampling_is_seeded(call):
         (["--samples=2", "--stream"], "--stream does not go with --samples"),
         (["--num_beams=2", "--stream"], "--stream does not go with --num_beams"),
         (["--seed=1"], "--seed without sampling changes nothing"),
-        (["--seed=-1", "--top_k=3"], "--seed is a whole number"),
+        (["--seed=-1", "--top_k=3"], "--seed must be an integer"),
         (["--temperature=0"], "--temperature: must be above 0"),
         (["--temperature=nan"], "must be above 0"),
         (["--top_p=1.5"], "--top_p: must be above 0 and at most 1"),

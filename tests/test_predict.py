@@ -598,7 +598,7 @@ def test_samples_go_by_the_rows_place_in_the_input(call, tmp_path, monkeypatch):
         file.write('{"id": "x')
     for other in (flags[:-1] + (str(tmp_path / "x.jsonl"),), ("--top_k", "5", *flags), flags[2:]):
         status, _, _, err = call(tsv(*rows), *other, output="k.tsv")
-        assert status == 2 and "is an unfinished run of another kind: settings." in err
+        assert status == 2 and "belongs to a different run: settings." in err
     kept = partial.read_bytes()
     partial.write_bytes(kept.replace(b'"1"', b'"9"', 1))
     status, _, _, err = call(tsv(*rows), *flags, output="k.tsv")

@@ -85,7 +85,7 @@ def test_a_run_from_a_config_and_going_on_with_it(root, workplace):
 
     again = start(root, workplace, "config.json")
     assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith("error: out holds the result of a run: set overwrite_output_dir")
+    assert again.stderr.splitlines()[-1].startswith("error: out contains the result of a run: set overwrite_output_dir")
     longer = start(root, workplace, "config.json", "--resume", "--max_steps", "3")
     assert longer.returncode == 0, longer.stderr
     assert "global_step: 3" in longer.stderr and "global_step: 2," not in longer.stderr

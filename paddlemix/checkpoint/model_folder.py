@@ -176,7 +176,7 @@ def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
     for folder in inputs:
         real = os.path.realpath(folder)
         if out == real or out.startswith(real + os.sep) or real.startswith(out + os.sep):
-            raise UserError(f"{new} and {folder} overlap: give an output folder of its own", "overlap")
+            raise UserError(f"{new} and {folder} overlap: choose another output folder", "overlap")
     check_folder(new)
     if os.path.isdir(out) and not is_empty(out) and not overwrite:
         raise UserError(f"{new} is not empty: give another folder, or --overwrite to replace it")

@@ -94,5 +94,5 @@ def try_requirements(
     )
     problems += done.stdout.splitlines()
     if done.returncode and not done.stdout:
-        problems.append((done.stderr.strip().splitlines() or ["Python broke off"])[-1])
+        problems.append((done.stderr.strip().splitlines() or ["Python failed"])[-1])
     return Fresh(fresh, after, problems)

@@ -194,7 +194,7 @@ class InOrder:
             UserError: a line was of none of them.
         """
         if self._next is not None:
-            raise UserError(f"{self._path}: {self._next[0]} is no id of a row, or not in the order of the rows")
+            raise UserError(f"{self._path}: {self._next[0]} is not the id of a row, or out of order")
 
 
 def common_ids(*sides: Mapping[str, object]) -> List[str]:

@@ -111,8 +111,8 @@ def _length(path: str, ids: Iterator[str]) -> int:
             line = next(file, b"")
             if not line.endswith(b"\n") or line_id(line) != name:
                 raise UserError(
-                    f"{path} does not hold the candidates of row {number}, which an earlier run has answered: put it "
-                    "back, or answer all rows anew with --restart"
+                    f"{path} lacks the candidates of row {number}, which an earlier run has captioned: restore "
+                    "the file, or start over with --restart"
                 )
             length += len(line)
     return length

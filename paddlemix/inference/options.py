@@ -55,7 +55,7 @@ def _count(low: int, most: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {most}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be an integer from {low} to {most}, not {text!r}")
         return int(text)
 
     return parse
@@ -68,7 +68,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search. "
         "docs/evaluation.md compares their scores.",
     )
-    hot = _number(0, 100, "above 0 and at most 100 (without sampling, the likeliest word is taken)")
+    hot = _number(0, 100, "above 0 and at most 100 (leave it out for greedy decoding)")
     chosen.add_argument("--temperature", type=hot, help="sampling temperature; below 1 favours probable tokens")
     top_p = _number(0, 1, "above 0 and at most 1")
     chosen.add_argument(
@@ -131,7 +131,7 @@ def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, 
     beams, samples = given.get("num_beams", 1), given.get("samples", 1)
     samplers = [name for name in ("temperature", "top_p", "top_k", "seed") if name in given]
     if not 0 <= given.get("seed", 0) < 1 << 31:
-        raise UserError("--seed is a whole number from 0 to 2147483647")
+        raise UserError("--seed must be an integer from 0 to 2147483647")
     if given.get("min_new_tokens", 0) > (values.get("max_new_tokens") or math.inf):
         raise UserError("--min_new_tokens is more than --max_new_tokens")
     if beams > 1:

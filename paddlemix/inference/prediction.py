@@ -177,7 +177,7 @@ class RowJob:
             if image and _state_of_file(row) != int(state) and _check_of_image(row) != int(check):
                 raise JobFailed(
                     f"{row.place.file} has changed since an earlier run answered its row (line {number + 1} of "
-                    f"{results.journal}): --restart begins anew"
+                    f"{results.journal}): --restart starts over"
                 )
         if results.done:
             logger.info("resuming after the %d rows of an earlier run", results.done)
@@ -355,7 +355,7 @@ def _check_apart(n_best: str, input: str, output: str) -> None:
     check_file(n_best + PARTIAL, plain=True)
     taken = {os.path.realpath(name) for name in (input, output, output + PARTIAL, output + SIDECAR)}
     if {os.path.realpath(n_best), os.path.realpath(n_best + PARTIAL)} & taken:
-        raise UserError(f"--n_best {n_best} is INPUT or a file of OUTPUT: give a file of its own")
+        raise UserError(f"--n_best {n_best} is INPUT or belongs to OUTPUT: choose another file")
 
 
 def show(text: str) -> None:

@@ -174,7 +174,7 @@ class ResultsWriter:
         except OSError as error:
             kind = UserError if self.done == 0 else JobFailed
             safe = self.done and self._is_there()
-            hint = f"; {self.done} lines are safe in {self.journal}, the same command goes on" if safe else ""
+            hint = f"; {self.done} lines are safe in {self.journal}, the same command resumes" if safe else ""
             raise kind(f"cannot write {self.path}: {error.strerror}{hint}", "not-writable") from error
 
     def _lock(self) -> None:
@@ -246,8 +246,8 @@ class ResultsWriter:
         different = "; ".join(differences(dict(there, format=FORMAT), self.run))
         if different:
             raise UserError(
-                f"{self.journal} is an unfinished run of another kind: {different}. "
-                "Give the same input, model and settings to go on, or drop it with --restart",
+                f"{self.journal} belongs to a different run: {different}. "
+                "Use the same input, model and settings to resume, or discard it with --restart",
                 "other-run",
                 "restart",
             )

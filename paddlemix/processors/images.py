@@ -90,7 +90,7 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(plain), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError("not an image", "the bytes are no JPEG, PNG, WebP, GIF or BMP image") from None
+        raise ImageError("not an image", "not a JPEG, PNG, WebP, GIF or BMP image") from None
     except Image.DecompressionBombError:
         raise ImageError("too many pixels", f"the image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's parsers raise nearly anything on a broken header.

@@ -294,6 +294,6 @@ class CaptionReport:
             if not self._font:
                 logger.warning(
                     "no font with Chinese characters (apt install fonts-noto-cjk): the event files show captions as "
-                    "text (captions/…), not beside their images (eval/…)"
+                    "text (captions/…), not next to their images (eval/…)"
                 )
         return self._font or None

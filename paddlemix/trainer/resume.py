@@ -145,7 +145,7 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
         whole = run_checkpoints.step_of(best) >= 0 and run_checkpoints.read_seal(best) is not None
         state.best_model_checkpoint = best if whole else None
         if not whole:
-            logger.warning(f"{path}: the best checkpoint, {printable(best)}, is gone; the next evaluation begins anew")
+            logger.warning(f"{path}: the best checkpoint, {printable(best)}, no longer exists; choosing it starts over")
             state.best_metric = None
     return state
 

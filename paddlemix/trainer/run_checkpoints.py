@@ -86,7 +86,7 @@ def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> No
         if stored.get(name) != ours.get(name)
     }
     if changed:
-        raise ConfigError(f"{folder} is of another run: {', '.join(changed.values())}", *changed)
+        raise ConfigError(f"{folder} belongs to another run: {', '.join(changed.values())}", *changed)
 
 
 def checkpoints(output_dir: str) -> List[str]:
@@ -131,7 +131,8 @@ def check_output(
     """
     if resume_from and read_seal(resume_from) is None:
         raise ConfigError(
-            f"resume_from_checkpoint: {resume_from} is not a whole checkpoint of this program", "resume_from_checkpoint"
+            f"resume_from_checkpoint: {resume_from} is not a complete checkpoint of this program",
+            "resume_from_checkpoint",
         )
     last, result = last_whole(output_dir), os.path.join(output_dir, RESULT_NAME)
     finished = [result] if os.path.isfile(result) else []
@@ -139,8 +140,8 @@ def check_output(
         if last is not None and not os.path.samefile(last, resume_from):
             # With both, the next --resume would take the newest, whichever run it belongs to.
             raise ConfigError(
-                f"{output_dir} also holds {os.path.basename(last)}: --resume goes on with that; to go on from "
-                f"{resume_from}, set another output_dir, or delete the newer checkpoints",
+                f"{output_dir} also contains {os.path.basename(last)}, from which --resume would continue; to "
+                f"resume from {resume_from}, set another output_dir, or delete the newer checkpoints",
                 "resume_from_checkpoint",
             )
         return resume_from, finished
@@ -152,22 +153,22 @@ def check_output(
     if resume and old:
         names = some([os.path.basename(path) for path in old], 3)
         raise ConfigError(
-            f"--resume: {output_dir} holds no whole checkpoint to go on from, but {names}: to train on from a finished "
-            "result, give it as lora_path (LoRA) or model_name_or_path and set another output_dir; to replace it, "
-            "leave out --resume",
+            f"--resume: {output_dir} has no complete checkpoint to resume from, but {names}: to continue training "
+            "from a finished result, give it as lora_path (LoRA) or model_name_or_path and set another output_dir; to "
+            "replace it, remove --resume",
             "resume",
         )
     if last is not None and not finished:
         raise ConfigError(
-            f"{output_dir} holds an unfinished run ({os.path.basename(last)}): add --resume to go on "
-            "with it, or delete the folder to begin anew",
+            f"{output_dir} contains an unfinished run ({os.path.basename(last)}): add --resume to "
+            "continue it, or delete the folder to start over",
             "unfinished-run",
         )
     # The result file last: as long as it exists, the rest does not look like an unfinished run.
     old.sort(key=lambda path: os.path.basename(path) == RESULT_NAME)
     if old and not overwrite:
         raise ConfigError(
-            f"{output_dir} holds the result of a run: set overwrite_output_dir=true or another output_dir",
+            f"{output_dir} contains the result of a run: set overwrite_output_dir=true or another output_dir",
             "overwrite_output_dir",
         )
     return None, old

@@ -73,7 +73,7 @@ def output_folder(text: str) -> str:
 def positive(text: str) -> int:
     """An argument's type: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
     return int(text)
 
 

@@ -222,7 +222,7 @@ def test_bad_samples_are_refused_in_words(make, tmp_path):
 
     cases = [
         (record(0, image="!!!!"), "base64"),
-        (record(0, image=base64.b64encode(b"no picture").decode()), "no JPEG"),
+        (record(0, image=base64.b64encode(b"no picture").decode()), "not a JPEG"),
         (record(0, image=reference(offset=3)), "not the file it was"),
         (record(0, image=reference(length=length - 4)), "not the file it was"),
         (record(0, image=reference(length=length + 400)), "not the file it was"),

@@ -276,7 +276,7 @@ def test_a_full_disk_keeps_the_lines_and_says_so(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    with refused(JobFailed, "not-writable", match="No space left.*the same command goes on"):
+    with refused(JobFailed, "not-writable", match="No space left.*the same command resumes"):
         with ResultsWriter(str(out), RUN) as writer:
             writer.write(*LINES[0])
             writer.flush()

@@ -92,7 +92,7 @@ def test_the_cards_of_the_run_that_wrote_it_are_forgotten(tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"hidden_size": -1}, "hidden_size must be a whole number"),
+        ({"hidden_size": -1}, "hidden_size must be an integer"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),

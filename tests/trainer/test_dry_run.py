@@ -316,7 +316,7 @@ def test_an_unfinished_run_in_output_dir(words, world, tmp_path):
     run(command_line.parse(words(**batches, max_steps=3, save_steps=3, disable_tqdm=True)))
     folder = tmp_path / "out" / "checkpoint-3"
     (tmp_path / "out" / run_checkpoints.RESULT_NAME).unlink()
-    assert any("holds an unfinished run" in problem for problem in dry_run.foresee(words()).problems)
+    assert any("contains an unfinished run" in problem for problem in dry_run.foresee(words()).problems)
     keys = {"resume": True, **batches, "max_steps": 5}
     resumed = dry_run.foresee(words(**keys))
     assert resumed.problems == [] and f"resumes from {folder}" in resumed.notes
@@ -333,7 +333,7 @@ def test_an_unfinished_run_in_output_dir(words, world, tmp_path):
         ({"group_by_modality_length": True}, "group_by_modality_length was off, is "),
     ):
         problems = dry_run.foresee(words(**dict(keys, **changes))).problems
-        assert any(one.startswith(f"{folder} is of another run: ") and says in one for one in problems), problems
+        assert any(one.startswith(f"{folder} belongs to another run: ") and says in one for one in problems), problems
     (folder / run_checkpoints.SEAL_NAME).unlink()
     run_checkpoints.seal(str(folder), [])
     assert [one.about for one in dry_run.foresee(words(**keys)).problems] == [("position",)]

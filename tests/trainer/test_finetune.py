@@ -512,7 +512,7 @@ def test_a_tilde_is_the_home_in_every_path(run_keys, tmp_path, monkeypatch, worl
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
     run(command_line.parse(["~/config.json"]))
-    with pytest.raises(ConfigError, match="holds the result of a run"):
+    with pytest.raises(ConfigError, match="contains the result of a run"):
         run(command_line.parse(["~/config.json", "--output_dir=~/out", "--logging_dir", "~/runs"]))
     assert final_weights(tmp_path / "out") and not os.path.exists("~")
 

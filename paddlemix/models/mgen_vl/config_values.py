@@ -65,7 +65,7 @@ def check_values(config: Any) -> None:
 
     def positive(value, key: str, limit: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-            raise ConfigError(f"config.json: {key} must be a whole number from 1 to {limit}, not {value!r}", key)
+            raise ConfigError(f"config.json: {key} must be an integer from 1 to {limit}, not {value!r}", key)
 
     for key, limit in _LIMITS.items():
         positive(getattr(config, key), key, limit)

@@ -85,7 +85,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
 
     def __init__(self, vocab_file, n_queries=256, padding_side="left", **kwargs):
         if not isinstance(n_queries, int) or isinstance(n_queries, bool) or not 0 < n_queries <= 65536:
-            raise ConfigError(f"tokenizer_config.json: n_queries must be a whole number above 0, not {n_queries!r}")
+            raise ConfigError(f"tokenizer_config.json: n_queries must be an integer above 0, not {n_queries!r}")
         self.ranks = read_vocabulary(vocab_file)
         self.n_queries = n_queries
         self._build()
