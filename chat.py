@@ -8,7 +8,13 @@ import sys
 import time
 
 from paddlemix.inference.boxes import check_boxes_path
-from paddlemix.inference.options import add_decoding_options, add_model_options, decoding_options, generate_options
+from paddlemix.inference.options import (
+    add_decoding_options,
+    add_model_argument,
+    add_model_options,
+    decoding_options,
+    generate_options,
+)
 from paddlemix.utils import cli
 from paddlemix.utils.errors import ImageError, UserError
 
@@ -35,10 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         description="Ask a model about one image or several, or hold a conversation (--interactive).",
         epilog=MORE,
     )
-    parser.add_argument(
-        "model", type=cli.path, metavar="MODEL",
-        help="a model folder, its parent folder, or the output folder of a tuning run",
-    )
+    add_model_argument(parser, "MODEL")
     parser.add_argument(
         "image", type=cli.path, metavar="IMAGE", nargs="?",
         help="path, URL or base64 (default: a picture of a red cup; with --interactive, none)",

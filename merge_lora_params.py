@@ -50,13 +50,10 @@ def main() -> int:
         args.model_name_or_path,
         args.lora_path,
         args.merge_model_path,
-        dtype=args.dtype,
-        format=args.format,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
         progress=not args.disable_tqdm,
         text_folder=args.text_model_name_or_path,
         force=args.force,
+        **cli.weights_options(args),
     )
     logger.info(
         f"{result.merged} tensors merged, {result.replaced} replaced, {result.copied} copied into "

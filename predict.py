@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paddlemix.inference.options import FALLBACK, add_decoding_options, add_model_options, decoding_options
-from paddlemix.inference.row_shards import Shard
+from paddlemix.inference.options import (
+    FALLBACK,
+    add_decoding_options,
+    add_model_argument,
+    add_model_options,
+    decoding_options,
+)
+from paddlemix.inference.row_shards import add_shard_options
 from paddlemix.processors.postprocess import PostProcessing
 from paddlemix.utils import cli
 
@@ -43,10 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "output", type=cli.path, metavar="OUTPUT", help="appears once it is complete; until then see OUTPUT.partial"
     )
-    parser.add_argument(
-        "model", type=cli.path, metavar="MODEL_OR_WEIGHTS_DIR",
-        help="a model folder, its parent folder, or the output folder of a tuning run",
-    )
+    add_model_argument(parser, "MODEL_OR_WEIGHTS_DIR")
     parser.add_argument("--prompt", help="the prompt for each image (default: 请描述图片内容)")
     parser.add_argument(
         "--fallback",
@@ -58,17 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="images per batch (default: by available memory, up to 32)",
     )
     add_model_options(parser)
-    parser.add_argument(
-        "--restart", action="store_true",
-        help="discard an unfinished run on OUTPUT, or a finished shard",
-    )
-    parser.add_argument(
-        "--shard",
-        metavar="i/n",
-        type=Shard.parse,
-        help="caption only rows i, i + n, i + 2n, … and write OUTPUT.shard-i-of-n; tools/merge_results.py joins the "
-        "shards",
-    )
+    add_shard_options(parser, "OUTPUT")
     parser.add_argument("--keep_boxes", action="store_true", help="keep <ref>, <box> and <quad> tags in captions")
     add_decoding_options(parser)
     parser.add_argument(

@@ -58,26 +58,19 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main() -> int:
-    args = parse_args()
+    values = vars(parse_args())
+    folder = values.pop("submission")
 
     from paddlemix.contest.check import FAIL, NOT_RUN, check_submission
     from paddlemix.utils.language import tr
 
-    report = check_submission(
-        args.submission,
-        base=args.base,
-        sample=args.sample,
-        python=args.python,
-        fresh_venv=args.fresh_venv,
-        paddle=args.paddle,
-        time_limit=args.time_limit,
-    )
+    report = check_submission(folder, **values)
     print("\n".join(report.lines()))
     failed = sum(verdict.status == FAIL for verdict in report.values())
     waiting = sum(verdict.status == NOT_RUN and bool(verdict.problems) for verdict in report.values())
     says = f"{failed} rules failed, {waiting} could not be checked because of them"
     says = "ready to submit" if report.passed else says
-    print(f"{args.submission}: {tr(says)}")
+    print(f"{folder}: {tr(says)}")
     return 0 if report.passed else 1
 
 

@@ -10,7 +10,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
-from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 MORE = """\
 example, three models over the same test set:
@@ -33,11 +32,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("results", type=cli.path, nargs="+", metavar="RESULTS", help="two or more results files")
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
-    parser.add_argument(
-        "--workers", type=int, default=physical_cores(), metavar="N",
-        help="worker processes; 0: compare in this process (default: number of cores)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    cli.add_work_options(parser)
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         parser.error("give two results files at least, and OUT behind them")

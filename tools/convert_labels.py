@@ -25,7 +25,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.datasets import labels  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
-from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,11 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         help="inline: copy images into the JSON; reference: store where each image is (in IN or in a file), which must "
         "not change afterwards",
     )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=int, default=physical_cores(), metavar="N",
-        help="processes for --verify decode (default: number of cores)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    cli.add_work_options(parser, "processes for --verify decode (default: number of cores)")
     return parser.parse_args()
 
 

@@ -36,15 +36,10 @@ def main() -> int:
     from paddlemix.models.mgen_vl.parameters import parameter_shapes
     from paddlemix.utils.log import logger
 
-    result = convert_qwen_vl(
-        args.source,
-        args.target,
-        dtype=args.dtype,
-        format=args.format,
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-        shapes_of=lambda values: parameter_shapes(MGenConfig.from_values(values, args.source)),
-    )
+    def shapes_of(values):
+        return parameter_shapes(MGenConfig.from_values(values, args.source))
+
+    result = convert_qwen_vl(args.source, args.target, shapes_of=shapes_of, **cli.weights_options(args))
     if "mgen.tiktoken" not in result.files:
         logger.warning(f"{args.source} has no qwen.tiktoken: put one into {args.target} as mgen.tiktoken")
     print(f"{result.tensors} tensors written to {args.target}")

@@ -26,7 +26,6 @@ from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.outputs import keep_apart  # noqa: E402
-from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 # Columns of the table: name, value, interval.
 _WIDTHS = (28, 11, 19)
@@ -62,10 +61,6 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample and of the bootstrap (default: 0)")
     parser.add_argument(
-        "--workers", type=int, default=physical_cores(), metavar="N",
-        help="worker processes; 0: score in this process (default: number of cores)",
-    )  # fmt: skip
-    parser.add_argument(
         "--json", type=cli.output_file, metavar="OUT",
         help="write everything that is printed as JSON, with more digits",
     )
@@ -87,7 +82,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "--thumbnail", type=cli.positive, default=160, metavar="PIXELS",
         help="size of the thumbnails on the page (default: 160)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    cli.add_work_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -25,7 +25,6 @@ from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.language import tr  # noqa: E402
 from paddlemix.utils.outputs import keep_apart  # noqa: E402
-from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,11 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         help="largest Hamming distance of the 64-bit hashes of near duplicates (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sample and the gallery (default: 0)")
-    parser.add_argument(
-        "--workers", type=int, default=physical_cores(), metavar="N",
-        help="worker processes; 0: work in this process (default: number of cores)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    cli.add_work_options(parser)
     return parser.parse_args()
 
 

@@ -9,8 +9,8 @@ import sys
 # Run as a script, the project's top folder is not on the path yet.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from paddlemix.inference.options import add_model_options  # noqa: E402
-from paddlemix.inference.row_shards import Shard  # noqa: E402
+from paddlemix.inference.options import add_model_argument, add_model_options  # noqa: E402
+from paddlemix.inference.row_shards import add_shard_options  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 
 MORE = """\
@@ -42,10 +42,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Write a model's loss on each caption, with its image and with a blank one.", epilog=MORE
     )
-    parser.add_argument(
-        "model", type=cli.path, metavar="MODEL",
-        help="a model folder, its parent folder, or the output folder of a tuning run",
-    )
+    add_model_argument(parser, "MODEL")
     parser.add_argument(
         "data", type=cli.path, metavar="DATA", help="rows of id, image and caption (TSV, CSV), or a train.json"
     )
@@ -64,11 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="rows per batch (default: by available memory, up to 32)",
     )
     add_model_options(parser, answers=False)
-    parser.add_argument("--restart", action="store_true", help="discard an unfinished run on OUT, or a finished shard")
-    parser.add_argument(
-        "--shard", metavar="i/n", type=Shard.parse,
-        help="score only rows i, i + n, i + 2n, … and write OUT.shard-i-of-n; tools/merge_results.py joins the shards",
-    )  # fmt: skip
+    add_shard_options(parser, "OUT")
     return parser.parse_args(argv)
 
 

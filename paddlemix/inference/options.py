@@ -15,6 +15,14 @@ FALLBACK = "一张广告图片。"
 CHOICES = ("first", "logprob", "consensus")
 
 
+def add_model_argument(parser: argparse.ArgumentParser, metavar: str) -> None:
+    """The positional argument `model`."""
+    parser.add_argument(
+        "model", type=path, metavar=metavar,
+        help="a model folder, its parent folder, or the output folder of a tuning run",
+    )  # fmt: skip
+
+
 def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
     """System prompt, tuned weights, dtype and device; with `answers`, also the maximum length of an answer."""
     parser.add_argument("--system", help="system prompt, instead of the one in the model's chat_template.json")

@@ -58,6 +58,18 @@ class Shard(NamedTuple):
         return (rows - self.index + self.of) // self.of
 
 
+def add_shard_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """--restart and --shard. output: the name of the output in the help text."""
+    parser.add_argument(
+        "--restart", action="store_true", help=f"discard an unfinished run on {output}, or a finished shard"
+    )
+    parser.add_argument(
+        "--shard", metavar="i/n", type=Shard.parse,
+        help=f"process only rows i, i + n, i + 2n, … and write {output}.shard-i-of-n; tools/merge_results.py joins the "
+        "shards",
+    )  # fmt: skip
+
+
 def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
     """Whether the shard at `path` is complete, unchanged, and of this run (see ResultsWriter)."""
     if os.path.exists(path + PARTIAL) or not os.path.isfile(path):

@@ -326,15 +326,15 @@ def _decide_order(run: Run) -> None:
         samples=len(dataset),
         batch=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
-        seed=training.seed,
         cards=run.data_parallel,
         drop_last=training.dataloader_drop_last,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
         packs=packs,
         lengths=None if data.mixtoken else run.lengths,
         draws=draws,
         mixing=tuple(entry.mixing for entry in entries),
+        seed=training.seed,
+        epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
     )
     for problem in order.problems():
         run.problem(problem)

@@ -7,11 +7,12 @@ import contextlib
 import os
 import re
 import sys
-from typing import IO, Callable, Optional
+from typing import IO, Any, Callable, Dict, Optional
 
 from paddlemix.utils import language
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.outputs import check_file, check_folder
+from paddlemix.utils.runtime import physical_cores
 from paddlemix.utils.surroundings import open_standard_streams
 
 
@@ -95,6 +96,20 @@ def add_weights_options(parser: argparse.ArgumentParser, folder: str, format: Op
         help="maximum size of a weights file (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help=f"replace {folder} if it exists and is not empty")
+
+
+def weights_options(args: argparse.Namespace) -> Dict[str, Any]:
+    """The values of add_weights_options."""
+    return {name: getattr(args, name) for name in ("dtype", "format", "max_shard_size", "overwrite")}
+
+
+_WORKERS = "worker processes; 0: work in this process (default: number of cores)"
+
+
+def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS) -> None:
+    """--workers and --quiet. workers: the help text of the former."""
+    parser.add_argument("--workers", type=int, default=physical_cores(), metavar="N", help=workers)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def one_line(text: str, limit: int = 4000) -> str:
