@@ -100,12 +100,12 @@ def test_what_was_packed_passes(submission, merged, tmp_path, monkeypatch, capfd
     assert status == 0, out + err
     for rule, text in RULES.values():
         assert f"pass  {rule:<6} {text}\n" in out or f"----  {rule:<6} {text}\n" in out
-    assert out.count("\n----") == 1 and "give --fresh_venv" in out
+    assert out.count("\n----") == 1 and "without --fresh_venv" in out
     assert "4 rows, 4 lines" in out and "different captions" not in out
-    assert "llm layers, LoRA's matrices: 1 of 8 tensors differ, by 0.5 at most" in out
-    assert "attn_pool: 1 of 11 tensors differ, by 0.25 at most" in out
+    assert "llm layers, LoRA's matrices: 1 of 8 tensors differ, by at most 0.5" in out
+    assert "attn_pool: 1 of 11 tensors differ, by at most 0.25" in out
     assert "lm_head: 0 of 1 tensors differ\n" in out
-    assert out.endswith("ready to be sent\n")
+    assert out.endswith("ready to submit\n")
     assert err.count("------predicting finished-----") == 2 and "values: 100%" in err and "copy: 100%" in err
     # Nothing is left behind, and the submission is as it was, modes too.
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
