@@ -174,12 +174,12 @@ def first_prompt(path: str) -> Optional[str]:
     """What the first record of a JSON file asks; None for any other file."""
     if not is_json(path):
         return None
-    record = next((record for _, _, record in _records(path) if isinstance(record, Record)), None)
+    record = next((record for _, _, _, record in _records(path) if isinstance(record, Record)), None)
     return None if record is None else record.turns[0][0]
 
 
 def _records(path: str, offset: int = 0, state: Optional[FileState] = None) -> Iterator:
-    """(begin, end, Record or None where it cannot be used) of a JSON file's records from `offset` on."""
+    """(begin, end, its text, Record or None where it cannot be used) of a JSON file's records from `offset` on."""
     # Not needed for --help, which would load numpy with it.
     from paddlemix.datasets.json_index import record_bounds
 
@@ -190,34 +190,39 @@ def _records(path: str, offset: int = 0, state: Optional[FileState] = None) -> I
             if begin < offset:
                 continue
             before.check(path, file.fileno())
-            record = None
+            text, record = b"", None
             if end - begin <= MAX_ROW_BYTES + 4096:
                 file.seek(begin)
+                text = file.read(end - begin)
                 try:
-                    record = parse_record(file.read(end - begin), folder)
+                    record = parse_record(text, folder)
                 except SampleError:
                     pass
-            yield begin, end, record
+            yield begin, end, text, record
 
 
 def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -> Iterator[TsvRow]:
     folder = os.path.dirname(os.path.realpath(path))
-    for number, (begin, end, record) in enumerate(_records(path, offset, state), first):
+    for number, (begin, end, text, record) in enumerate(_records(path, offset, state), first):
         if record is None:
             yield TsvRow(number, "", b"", begin, 0, None, BAD_RECORD, end)
             continue
         image: Union[bytes, memoryview] = b""
         place = error = None
+        at = -1
         if len(record.images) != 1:
             error = SEVERAL_IMAGES if record.images else NO_IMAGE
         elif isinstance(record.images[0], str):
             image = record.images[0].encode("utf-8", "replace")
+            # Not there if something in it is escaped.
+            at = text.find(b'"' + image + b'"') + 1 or -1
         elif isinstance(record.images[0], tuple):
             place = ImagePlace(record.images[0][1])
         else:
             place = ImagePlace.of_reference(record.images[0], folder)
         caption, turns = record.turns[0][1], tuple(record.turns)
-        yield TsvRow(number, record.id, image, -1, len(image), caption, error, end, place, turns=turns)
+        at = begin + at if at > 0 else -1
+        yield TsvRow(number, record.id, image, at, len(image), caption, error, end, place, turns=turns)
 
 
 def _file_lines(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:
