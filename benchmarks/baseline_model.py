@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, List
 
 import harness
@@ -113,6 +112,40 @@ def images(count: int, side: int = 512) -> List[bytes]:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         made.append(base64.b64encode(file.getvalue()))
     return made
+
+
+@contextlib.contextmanager
+def around(owner, name: str, measured: Callable[..., Any]):
+    """Within it owner.name(…) is measured(the original, …)."""
+    call, own = getattr(owner, name), vars(owner).get(name)
+    setattr(owner, name, lambda *args, **kwargs: measured(call, *args, **kwargs))
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+def products(call: Callable[[], Any], clock: Callable[[], float]) -> Dict[str, float]:
+    """Run `call`; what of it were matrix products and the convolution: their seconds and floating-point operations."""
+    import paddle
+
+    found = {"seconds": 0.0, "operations": 0.0}
+
+    def measured(product, *tensors, **kwargs):
+        start = clock()
+        out = product(*tensors, **kwargs)
+        found["seconds"] += clock() - start
+        # addmm has what it adds in front.
+        x, y = tensors[1:3] if tensors[0].ndim == 1 else tensors[:2]
+        found["operations"] += 2 * out.size * (x.shape[-1] if y.ndim < 4 or x.shape[-1] in y.shape[-2:] else y[0].size)
+        return out
+
+    owners = (paddle, "matmul"), (paddle, "addmm"), (paddle._C_ops, "linear"), (paddle._C_ops, "conv2d")
+    with contextlib.ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(around(*owner, measured))
+        call()
+    return found
 
 
 class Way:
@@ -280,30 +313,23 @@ class Ours(Way):
         spent = {"attention": 0.0, "matmul": 0.0, "lm_head": 0.0}
 
         def clock(owner, method, part, inside=None):
-            call = getattr(owner, method)
-
-            def measured(*args, **kwargs):
+            def measured(call, *args, **kwargs):
                 start, nested = time.perf_counter(), spent[inside] if inside else 0.0
                 result = call(*args, **kwargs)
                 # What its projections took counts as theirs.
                 spent[part] += time.perf_counter() - start - (spent[inside] - nested if inside else 0.0)
                 return result
 
-            patched.append((owner, method, vars(owner).get(method)))
-            setattr(owner, method, measured)
+            return around(owner, method, measured)
 
-        patched: List[Any] = []
-        clock(attention, "linear", "matmul")
-        for block in self.model.transformer.llm.h:
-            clock(block.attn, "forward", "attention", inside="matmul")
-        clock(self.model, "_logits", "lm_head")
         self.on_tick = lambda ticks: spent.update(dict.fromkeys(spent, 0.0)) if len(ticks) == 2 * B else None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "on_tick", None)
+            stack.enter_context(clock(attention, "linear", "matmul"))
+            for block in self.model.transformer.llm.h:
+                stack.enter_context(clock(block.attn, "forward", "attention", inside="matmul"))
+            stack.enter_context(clock(self.model, "_logits", "lm_head"))
             steps = self.decode(B, tokens)
-        finally:
-            self.on_tick = None
-            for owner, method, own in patched:
-                delattr(owner, method) if own is None else setattr(owner, method, own)
         return {"all": sum(steps) / tokens, **{part: seconds / tokens for part, seconds in spent.items()}}
 
     def step_bytes(self, B: int) -> int:
@@ -313,18 +339,7 @@ class Ours(Way):
         return 4 * int(cached + layers + self.model.lm_head.weight.size)
 
     def bandwidth(self) -> float:
-        """Bytes per second that this process reads at most: sums over half a gigabyte, by one thread and by two."""
-        import numpy as np
-
-        halves = np.split(np.ones((16 if self.size == "quick" else 512) << 18, np.float32), 2)
-        best = 0.0
-        with ThreadPoolExecutor(2) as pool:
-            for _ in range(5):
-                for run in (map, pool.map):
-                    start = time.perf_counter()
-                    list(run(np.sum, halves))
-                    best = max(best, 2 * halves[0].nbytes / (time.perf_counter() - start))
-        return best
+        return harness.memory_bandwidth((16 if self.size == "quick" else 512) << 20)
 
 
 class Dispatch(Ours):

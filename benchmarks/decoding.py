@@ -1,18 +1,21 @@
-"""Decoding in slots against static batches: `python benchmarks/decoding.py`
+"""Decoding in slots against static batches: `python benchmarks/decoding.py [--only longtail equal token calls single]`
 
 Config M, against commit c9537fc taken out of the repository: the same weights, images and settings, each side a process
-of its own, in turns. Captions per second of 96 images, 16 rows at a time on both sides, whose answers have lengths of a
-long-tailed distribution (log-normal: median 35 tokens, one in twenty above 150, cut at 256), and of 32 whose answers
-have 40 tokens each. Lengths are forced: a row ends with its last token, and a batch of c9537fc with its longest row. So
-are the steps that a row is decoded in, and how many slots had a row while others waited. Then a decoded token at
-batch 8, by the difference of a long answer and a short one; the CPU time of Python and Paddle's calls for one, with as
-many layers that have next to nothing to compute; and a single image up to its first token and through 40.
+of one thread, in turns. Seconds are the processes' CPU time, which says the same on a busy machine as on a quiet one.
+
+- longtail: 96 images, 16 rows at a time on both sides, whose answers have lengths of a long-tailed distribution
+  (log-normal: median 35 tokens, one in twenty above 150, cut at 256). Lengths are forced: a row ends with its last
+  token, and a batch of c9537fc with its longest row. Steps of a caption, and slots that had a row while others waited.
+- equal: 32 images whose answers have 40 tokens each; the captions are compared.
+- token: a decoded token at batch 8, by the difference of a long answer and a short one.
+- calls: what Python and Paddle's calls take of one, by as many layers that have next to nothing to compute.
+- single: one image from its file up to the first token and through 40; and how near the first token is to its matrix
+  products alone.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -25,8 +28,8 @@ import scratch
 
 SLOTS = 16
 EQUAL = 40
-# Long enough for a median over what a busy machine does.
 TOKENS = 32
+PARTS = ("longtail", "equal", "token", "calls", "single")
 
 
 def long_tailed(count: int, longest: int = 256, median: float = 35.0) -> List[int]:
@@ -45,6 +48,7 @@ class Decoding:
     def __init__(self, size: str = "normal"):
         self.way = baseline_model.Ours(size)
         self.few = launch.Model(self.way.config["num_hidden_layers"], 1, gpu=False)
+        self.picture = baseline_model.images(1, 512 if size != "quick" else 64)[0]
         # No id ends an answer.
         self.way.model.stop_ids = lambda *_: [1 << 20]
 
@@ -55,9 +59,9 @@ class Decoding:
         pictures = baseline_model.images(count, 512 if self.way.size != "quick" else 64)
         forced = Slots(lengths) if hasattr(captioner, "decoding") else Batches(captioner, lengths)
         with forced:
-            start = time.perf_counter()
+            start = time.process_time()
             answers = [answer.caption for answer in captioner.captions(pictures)]
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
         return {"seconds": seconds, "captions": answers, "peak": harness.peak_bytes(), **forced.counts}
 
     def token(self) -> float:
@@ -69,37 +73,58 @@ class Decoding:
             # The images cost much more than the tokens.
             features = self.way.model.visual(pixels[:1]).expand([8, -1, -1])
 
-        def took(tokens: int) -> float:
-            return self._took(time.perf_counter, self.way, ids, tokens, image_features=features, attention_mask=mask)
-
-        return (took(2 + TOKENS) - took(2)) / TOKENS
+        return self._token(self.way, ids, 1, image_features=features, attention_mask=mask)
 
     def calls(self) -> float:
-        """CPU seconds of this thread for a token of 8 rows that takes next to nothing to compute."""
+        """Seconds of a token of 8 rows that takes next to nothing to compute."""
         import numpy as np
         import paddle
 
-        ids, pixels = paddle.to_tensor(np.repeat(self.few.ids, 8, 0)), paddle.rand([8, 3, 14, 14])
-
-        def took(tokens: int) -> float:
-            return min(self._took(time.thread_time, self.few, ids, tokens, images=pixels) for _ in range(8))
-
-        return (took(2 + TOKENS) - took(2)) / TOKENS
+        ids = paddle.to_tensor(np.repeat(self.few.ids, 8, 0))
+        return self._token(self.few, ids, 8, images=paddle.rand([8, 3, 14, 14]))
 
     def single(self, tokens: int) -> float:
-        """Seconds from the pixels of one image to its last token."""
-        ids, mask, _, pixels = self.way.batch(1, self.way.lengths["row"])
-        return self._took(time.perf_counter, self.way, ids, tokens, images=pixels, attention_mask=mask)
+        """Seconds from an image's file to the last token of its answer."""
+        start = time.process_time()
+        self._single(tokens)
+        return time.process_time() - start
+
+    def single_parts(self) -> Dict[str, float]:
+        """Of the first token: all of it, its matrix products, and these at the speed of a large one; seconds."""
+        clock = time.process_time
+        start = clock()
+        found = baseline_model.products(lambda: self._single(1), clock)
+        whole = clock() - start
+        peak = harness.matmul_peak(clock, 64 if self.way.size == "quick" else 2048)
+        return {"all": whole, "products": found["seconds"], "limit": found["operations"] / peak}
+
+    def _single(self, tokens: int) -> None:
+        import paddle
+
+        from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
+
+        ids, mask, *_ = self.way.batch(1, self.way.lengths["row"])
+        pixels = MGenVLImageProcessor(self.way.config["visual"]["image_size"])(open_image(decode_base64(self.picture)))
+        self._generate(self.way, ids, tokens, images=paddle.to_tensor(pixels).unsqueeze(0), attention_mask=mask)
+
+    def _token(self, way, ids, repeats: int, **inputs) -> float:
+        """Seconds of one token, by a long answer and a short one."""
+
+        def took(tokens: int) -> float:
+            start = time.process_time()
+            self._generate(way, ids, tokens, **inputs)
+            return time.process_time() - start
+
+        few, many = (min(took(tokens) for _ in range(repeats)) for tokens in (2, 2 + TOKENS))
+        return (many - few) / TOKENS
 
     @staticmethod
-    def _took(clock, way, ids, tokens: int, **inputs) -> float:
-        start = clock()
+    def _generate(way, ids, tokens: int, **inputs) -> None:
         # As many stop ids as a caption has, none of which can be said.
         way.model.generate(
             ids, max_new_tokens=tokens, decode_strategy="greedy_search", eos_token_id=[1 << 20, 1 << 21, 1 << 22],
             **inputs,
         )  # fmt: skip
-        return clock() - start
 
 
 class Batches:
@@ -158,60 +183,66 @@ class Slots:
 
 
 def main(argv=None) -> None:
-    args = harness.parse(argv, __doc__)
+    args = harness.parse(argv, __doc__, PARTS)
     bench = harness.Bench(args, "decoding in slots, config M, against commit " + launch.BASELINE)
     if args.size == "quick":
         made = Decoding("quick")
-        lengths = long_tailed(5, 12, 4.0)
-        sides = [made, made]
-        measure(args, bench, [lambda method, *rest, side=side: getattr(side, method)(*rest) for side in sides], lengths)
+        sides = [lambda method, *rest: getattr(made, method)(*rest)] * 2
+        measure(args, bench, sides, long_tailed(5, 12, 4.0), [3] * 3)
         return
     with scratch.folder(64 << 20) as folder:
         launch.check_out(folder)
-        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-        sides = [launch.Side(where, __file__, threads) for where in (folder, harness.ROOT)]
-        measure(args, bench, sides, long_tailed(96))
+        sides = [launch.Side(where, __file__) for where in (folder, harness.ROOT)]
+        measure(args, bench, sides, long_tailed(96), [EQUAL] * 32)
         for side in sides:
             side.close()
 
 
-def measure(args, bench: harness.Bench, sides, lengths: List[int]) -> None:
+def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[int]) -> None:
     """sides: c9537fc's and ours, called with a method and its arguments."""
-    quick = args.size == "quick"
 
-    def both(*call) -> harness.Pairs:
+    def both(*call, repeats: int = 1) -> harness.Pairs:
         for side in sides:
             side(*call)
-        return harness.pairs(args, *(lambda side=side: side(*call) for side in sides))
+        return harness.pairs(args, *(lambda side=side: min(side(*call) for _ in range(repeats)) for side in sides))
 
     # The short ones first: memory that was used once stays with the process.
-    equal = [EQUAL if not quick else 3] * (32 if not quick else 3)
-    theirs, ours = ([], [])
-    for number in range(min(args.pairs, 3)):
-        for which, side in list(enumerate(sides))[:: 1 if number % 2 == 0 else -1]:
-            (theirs, ours)[which].append(side("captions", len(equal), equal))
-    if theirs[0]["captions"] != ours[0]["captions"]:
-        raise SystemExit("error: the two sides' captions differ")
-    seconds = harness.Pairs(*([done["seconds"] for done in side] for side in (theirs, ours)))
-    long = [side("captions", len(lengths), lengths) for side in sides]
-    tailed = harness.Pairs(*([done["seconds"]] for done in long))
-    bench.ratio("96 captions, long-tailed lengths: c9537fc ÷ ours", tailed, at_least=1.6)
-    for name, done in zip(("c9537fc", "ours"), long):
-        bench.value(f"captions per second, {name}", len(lengths) / done["seconds"], "")
-        bench.value(f"steps per caption, {name}", done["steps"] / len(lengths), "")
-    counts = long[1]
-    if counts.get("waited"):
-        bench.value(
-            "slots with a row while rows wait", 100 * counts["filled"] / (counts["waited"] * counts["slots"]), "%",
-            at_least=95,
-        )  # fmt: skip
-    bench.value("peak memory, ours ÷ c9537fc", long[1]["peak"] / long[0]["peak"], "×", at_most=1)
-    bench.ratio("32 captions of 40 tokens: ours ÷ c9537fc", seconds, at_most=1)
-    bench.ratio("a decoded token at batch 8", both("token"), at_most=0.9)
-    bench.ratio("Python and Paddle's calls of one", both("calls"), at_most=0.5)
-    bench.ratio("one image, first token", both("single", 1), at_most=0.9)
-    bench.ratio("one image, 40 tokens", both("single", EQUAL if not quick else 3), at_most=0.9)
+    if "single" in args.only:
+        bench.ratio("one image, first token", both("single", 1, repeats=4), at_most=0.9)
+        bench.ratio(f"one image, {equal[0]} tokens", both("single", equal[0]), at_most=0.9)
+        parts = [sides[1]("single_parts") for _ in range(args.pairs)]
+        for name in ("products", "limit"):
+            share = statistics.median(part[name] / part["all"] for part in parts)
+            bench.value(f"share of the first token: {SHARES[name]}", 100 * share, "%")
+    if "calls" in args.only:
+        bench.ratio("Python and Paddle's calls of a token", both("calls"), at_most=0.5)
+    if "token" in args.only:
+        bench.ratio("a decoded token at batch 8", both("token"), at_most=0.9)
+    for part, taken in (("equal", equal), ("longtail", lengths)):
+        if part in args.only:
+            done = [side("captions", len(taken), taken) for side in sides]
+            if part == "equal" and done[0]["captions"] != done[1]["captions"]:
+                raise SystemExit("error: the two sides' captions differ")
+            report(bench, part, taken, *done)
     bench.finish()
+
+
+SHARES = {"products": "its matrix products", "limit": "these at the speed of a large one"}
+
+
+def report(bench: harness.Bench, part: str, lengths: List[int], theirs: Dict, ours: Dict) -> None:
+    seconds = harness.Pairs([theirs["seconds"]], [ours["seconds"]])
+    if part == "equal":
+        bench.ratio(f"{len(lengths)} captions of {lengths[0]} tokens", seconds, at_most=1)
+    else:
+        bench.ratio(f"{len(lengths)} captions, long-tailed lengths", seconds, at_least=1.6)
+    for name, done in (("c9537fc", theirs), ("ours", ours)):
+        bench.value(f"of them a second, {name}", len(lengths) / done["seconds"], "")
+        bench.value(f"steps per caption, {name}", done["steps"] / len(lengths), "")
+    if ours.get("waited"):
+        share = 100 * ours["filled"] / (ours["waited"] * ours["slots"])
+        bench.value("slots with a row while rows wait", share, "%", at_least=95)
+    bench.value("peak memory, ours ÷ c9537fc", ours["peak"] / theirs["peak"], "×", at_most=1)
 
 
 if __name__ == "__main__":

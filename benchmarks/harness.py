@@ -29,6 +29,7 @@ import signal
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -40,14 +41,19 @@ PAIRS = 5
 MET = {True: "met", False: "**missed**", None: ""}
 
 
-def parse(argv: Optional[Sequence[str]], doc: str) -> argparse.Namespace:
-    """The options of a benchmark: size ("quick", "normal" or "large"), pairs, json; and its file's name, script."""
+def parse(argv: Optional[Sequence[str]], doc: str, parts: Sequence[str] = ()) -> argparse.Namespace:
+    """The options of a benchmark: size ("quick", "normal" or "large"), pairs, json; and its file's name, script.
+
+    parts: what `only` may name of the script; by default all of them.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="only see that it runs")
     size.add_argument("--large", dest="size", action="store_const", const="large", help="the issue's full size")
     parser.add_argument("--pairs", type=int, help=f"pairs of measurements (default: {PAIRS}; quick: 1)")
     parser.add_argument("--json", metavar="FILE", help="append the result there, as one line of JSON")
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="these parts (default: all)")
     parser.set_defaults(size="normal")
     args = parser.parse_args(argv)
     args.script = os.path.basename(inspect.stack()[1].filename)
@@ -94,6 +100,34 @@ def peak_bytes() -> int:
     """The most memory this process has held at once, mapped files included (VmHWM)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def matmul_peak(clock: Callable[[], float] = time.perf_counter, side: int = 2048) -> float:
+    """Floating-point operations per second of a large float32 matmul in Paddle, the best of ten."""
+    import paddle
+
+    a, b = paddle.rand([side, side]), paddle.rand([side, side])
+    seconds = []
+    for _ in range(10):
+        start = clock()
+        paddle.matmul(a, b)
+        seconds.append(clock() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def memory_bandwidth(size: int = 512 << 20) -> float:
+    """Bytes per second that this process reads at most: sums over `size` bytes, by one thread and by two."""
+    import numpy as np
+
+    halves = np.split(np.ones(size // 4, np.float32), 2)
+    best = 0.0
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for run in (map, pool.map):
+                start = time.perf_counter()
+                list(run(np.sum, halves))
+                best = max(best, 2 * halves[0].nbytes / (time.perf_counter() - start))
+    return best
 
 
 class Done(NamedTuple):

@@ -72,6 +72,10 @@ def linear(x, weight, bias=None):
     """x · weight + bias: [..., in] → [..., out]. F.linear, at once."""
     if bias is None:
         return paddle.matmul(x, weight)
+    if x.ndim == 3 and x.shape[1] > 1 and not paddle.is_grad_enabled() and x.place.is_cpu_place():
+        # Added by the matmul itself, for whose gradient Paddle would copy the output.
+        N, P, _ = x.shape
+        return paddle.addmm(bias, x.reshape([N * P, -1]), weight).reshape([N, P, -1])
     return _C_ops.linear_v2(x, weight, bias, False) if _FUSED_BIAS else _C_ops.linear(x, weight, bias)
 
 
@@ -96,8 +100,9 @@ def softmax_(scores):
 
 
 def norm_is_fused(x) -> bool:
-    """Whether fused_rms_norm may norm tensors like `x`: on a GPU, without a gradient, which 2.6 has no kernel for."""
-    return not paddle.is_grad_enabled() and x.place.is_gpu_place()
+    """Whether fused_rms_norm may norm tensors like `x`: without a gradient, which 2.6 has no kernel for, and on the CPU
+    as long as scaled_dot_product_attention."""
+    return not paddle.is_grad_enabled() and (FUSED_ATTENTION_ON_CPU or x.place.is_gpu_place())
 
 
 def fused_rms_norm(x, weight, epsilon, added=None):

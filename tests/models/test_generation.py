@@ -198,8 +198,8 @@ def test_generation_takes_fused_attention_where_the_card_has_it(model, monkeypat
     monkeypatch.setattr(model.config, "use_flash_attention", trained)
     monkeypatch.setattr(model.visual, "use_flash_attention", trained)
     model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=2, eos_token_id=NEVER)
-    # ViT, connector and prefill; not the one query of a step.
-    assert used == [(fused, False)] * 5 + [(False, True)] * 2
+    # ViT, connector and prefill, whose last layer has one query unless the kernel is fused; not the one of a step.
+    assert used == [(fused, False)] * 4 + [(fused, not fused)] + [(False, True)] * 2
     assert set(asked) == ({(True, "float32", "gpu:0")} if device == "gpu:0" else set())
     assert model.config.use_flash_attention is model.visual.use_flash_attention is trained
 

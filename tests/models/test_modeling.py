@@ -32,6 +32,22 @@ def test_visual_gives_a_feature_per_query(model):
         model.visual(paddle.zeros([1, 3, 64, 64]))
 
 
+def test_logits_of_the_last_position_alone_equal_those_of_all(model, monkeypatch):
+    ids, mask = batch(prompt_ids([1, 2, 3]), [0, 0, *prompt_ids([4])]), paddle.ones([2, 9], "int64")
+    mask[1, :2] = 0
+    given = dict(images=pixels(2), attention_mask=mask)
+    whole, caches = model(ids, **given).logits.numpy(), [model.new_cache(), model.new_cache()]
+    model(ids, **given, past_key_values=caches[0])
+    rows, mlp = [], type(model.transformer.llm.h[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: rows.append(x.shape[1]) or forward(self, x))
+    last = model(ids, **given, past_key_values=caches[1], last_logits_only=True).logits.numpy()
+    assert rows == [9, 1], "the last layer computes the last token"
+    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
+    for buffers in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
+        np.testing.assert_allclose(*(buffer.numpy() for buffer in buffers), atol=1e-6)
+
+
 def test_images_fill_their_spans_in_row_major_order(model):
     ids = batch(prompt_ids([1, 2, 3, 4, 5, 6]), prompt_ids([], images=2))
     embeds = model.embed(ids, pixels(3)).numpy()

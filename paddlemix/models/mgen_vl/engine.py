@@ -135,6 +135,7 @@ class Engine:
         self.stop_ids, self.ending = set(stop_ids), list(ending)
         self.slots, self.is_number, self.on_token = slots, is_number, on_token
         self.steps = self.busy = self.filled = self.waited = 0
+        self._ended = False
         self._tables: dict = {}
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
@@ -207,6 +208,7 @@ class Engine:
                 continue
             following = next(source, None)
             if following is None:
+                self._ended = True
                 break
             group.append((*following, range(self.decoding.samples)))
         if not group:
@@ -261,7 +263,7 @@ class Engine:
         cos, sin = self._factors(llm, embeds)
         hidden = llm.through(embeds, cos, sin, paddle.to_tensor(cache.bias()), cache)
         cache.advance(active)
-        waiting = bool(self._ready)
+        waiting = bool(self._ready) or not self._ended
         self.steps += 1
         self.busy += len(active)
         self.waited += waiting
@@ -273,7 +275,7 @@ class Engine:
                 cache.lengths[slot] = 0
 
     def _factors(self, llm, embeds):
-        """attention_factors of each slot's next position: two [3, A, 1, 1, d]."""
+        """attention_factors of each slot's next position: two [A, 3, H, 1, d]."""
         alphas = sorted({row.alpha for row in self._rows if row is not None})
         table = self._tables.get((tuple(alphas), self._cache.columns))
         if table is None:
@@ -281,9 +283,9 @@ class Engine:
             dtype = compute_dtype(embeds)
             with full_precision():
                 parts = [llm.factors(positions, [alpha], self._cache.columns, False, dtype) for alpha in alphas]
-            # [3, positions of the first alpha, of the second, …, 1 or H, 1, d]
+            # [positions of the first alpha, of the second, …, 3, 1 or H, 1, d]
             table = [paddle.concat(part, axis=3).astype(embeds.dtype) for part in zip(*parts)]
-            table = [part.transpose([0, 3, 1, 2, 4]).contiguous() for part in table]
+            table = [part.transpose([3, 0, 1, 2, 4]).contiguous() for part in table]
             table = [spread(part, [*part.shape[:2], llm.h[0].attn.num_heads, *part.shape[3:]]) for part in table]
             self._tables = {(tuple(alphas), self._cache.columns): table}
         where = self._cache.lengths.copy()
@@ -291,7 +293,7 @@ class Engine:
             if row is not None:
                 where[slot] += alphas.index(row.alpha) * self._cache.columns
         where = paddle.to_tensor(where)
-        return [paddle.index_select(part, where, axis=1) for part in table]
+        return [paddle.index_select(part, where) for part in table]
 
     def _take(self, logits, rows: Sequence[Optional[_Row]]) -> List[_Row]:
         """Choose a token for each row from logits [len(rows), V]; rows that end with it go to `_done`. Returns the

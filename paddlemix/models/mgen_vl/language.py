@@ -139,7 +139,7 @@ class KVCache:
         if self.window is not None:
             first, cos, sin, bias = self.window
             # Without a mask they are the same for all rows.
-            cos, sin = (t if t.shape[1] == 1 else paddle.index_select(t, rows, axis=1) for t in (cos, sin))
+            cos, sin = (t if t.shape[0] == 1 else paddle.index_select(t, rows) for t in (cos, sin))
             copy.window = first, cos, sin, bias if bias.shape[0] == 1 else paddle.index_select(bias, rows)
         return copy
 
@@ -153,19 +153,25 @@ class MGenAttention(QWenAttention):
         del self.rotary_emb, self.logn_tensor
 
     def forward(self, x, bias, cos, sin, cache=None, layer=0):
-        """x [B, T, D] → [B, T, D].
+        """x [B, T, D] → [B, T, D], or [B, 1, D] of the last token where bias has one row.
 
         bias: broadcast to [B, H, T, keys], or segments as attend_within takes them; cos, sin: of attention_factors,
-        broadcast to [3, B, H, T, d]; cache: a KVCache to read and extend at `layer`, or None.
+        broadcast to [3, B, H, T, d], of one token to [B, 3, H, 1, d]; cache: a KVCache to read and extend at `layer`,
+        or None.
         """
         B, T, _ = x.shape
         layers = self._sub_layers  # found five times as fast as attributes of a layer
-        mixed = call(layers["c_attn"], x).reshape([B, T, 3, self.num_heads, self.head_dim])
-        # Contiguous: both products would copy the strided view for themselves.
-        mixed = mixed.transpose([2, 0, 3, 1, 4]).contiguous()
-        query, key, value = rotate(mixed, cos, sin).unbind(0)  # each [B, H, T, d]
+        mixed = call(layers["c_attn"], x)
+        if T == 1:
+            mixed = mixed.reshape([B, 3, self.num_heads, 1, self.head_dim])
+        else:
+            # Contiguous: both products would copy the strided view for themselves.
+            mixed = mixed.reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4]).contiguous()
+        query, key, value = rotate(mixed, cos, sin).unbind(1 if T == 1 else 0)  # each [B, H, T, d]
         if cache is not None:
             key, value = cache.append(layer, key, value)
+        if not isinstance(bias, list) and bias.shape[2] < T:
+            query = query[:, :, -1:]
         out = (attend_within if isinstance(bias, list) else attend)(
             query,
             key,
@@ -207,7 +213,7 @@ class MGenRMSNorm(QWenRMSNorm):
 
 
 class MGenBlock(nn.Layer):
-    """Pre-norm decoder block: [B, T, D] → [B, T, D]."""
+    """Pre-norm decoder block: [B, T, D] → [B, T, D] (or the last token's, see MGenAttention)."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,6 +225,8 @@ class MGenBlock(nn.Layer):
     def forward(self, x, bias, cos, sin, cache=None, layer=0, fused_norm=False):
         layers = self._sub_layers
         attended = call(layers["attn"], call(layers["ln_1"], x, None, fused_norm), bias, cos, sin, cache, layer)
+        if attended.shape[1] < x.shape[1]:
+            x = x[:, -1:]
         normed, x = call(layers["ln_2"], x, attended, fused_norm)
         return x + call(layers["mlp"], normed)
 
@@ -338,7 +346,7 @@ class MGenDecoder(MGenPretrainedModel):
         with full_precision():
             factors = self.factors(positions, cache.alphas, cache.capacity, False, compute_dtype(inputs_embeds))
         bias = self._bias(self._whole_mask(cache, cache.capacity), len(positions), steps, past, cache.capacity)
-        return (past, *(t.astype(inputs_embeds.dtype) for t in factors), bias)
+        return (past, *(t.transpose([1, 0, 2, 3, 4]).astype(inputs_embeds.dtype) for t in factors), bias)
 
     @staticmethod
     def _whole_mask(cache, length):
@@ -357,8 +365,10 @@ class MGenDecoder(MGenPretrainedModel):
         now = slice(cache.length - first, cache.length - first + 1)
         return cos[:, :, :, now], sin[:, :, :, now], bias[:, :, now]
 
-    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None):
-        """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm.
+    def forward(
+        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None, last_only=False
+    ):
+        """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm; last_only: [B, 1, D].
 
         attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen but
         what the cache's prompt had masked. position_ids: int64 [B, T]; by default counted from the mask. cache: a
@@ -373,31 +383,35 @@ class MGenDecoder(MGenPretrainedModel):
             cos, sin, bias = self._step(cache, inputs_embeds)
         else:
             cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, sample_lengths)
-        hidden = self.through(inputs_embeds, cos, sin, bias, cache)
+        hidden = self.through(inputs_embeds, cos, sin, bias, cache, last_only)
         if cache is not None:
             cache.length = past + T
         return hidden
 
-    def through(self, inputs_embeds, cos, sin, bias, cache=None):
-        """Blocks and final norm: [B, T, D] → [B, T, D].
+    def through(self, inputs_embeds, cos, sin, bias, cache=None, last_only=False):
+        """Blocks and final norm: [B, T, D] → [B, T, D]; last_only: [B, 1, D].
 
-        cos, sin: of attention_factors, for [B, 1] or more general. bias: what attention adds to the scores, or segments
-        as attend_within takes them. cache: what `append`s keys and values of a layer, and returns what to attend over.
+        cos, sin: of attention_factors, of one token with the first two axes exchanged. bias: what attention adds to the
+        scores, or segments as attend_within takes them. cache: what `append`s keys and values of a layer, and returns
+        what to attend over.
         """
         B, T, _ = inputs_embeds.shape
         heads = self.h[0].attn.num_heads
-        cos, sin = (spread(t, [3, B, heads, *t.shape[3:]]) for t in (cos, sin))
+        cos, sin = (spread(t, [*([B, 3] if T == 1 else [3, B]), heads, *t.shape[3:]]) for t in (cos, sin))
         if not isinstance(bias, list):
             bias = spread(bias, [B, heads, T, bias.shape[-1]])
 
         x = self.drop(inputs_embeds)
         fused_norm = norm_is_fused(x)
         for i, block in enumerate(self.h):
+            if last_only and i == len(self.h) - 1 and not self.config.use_flash_attention:
+                # The last layer's keys and values are all that is needed of the other tokens.
+                bias = bias[:, :, -1:]
             if self.enable_recompute and self.training and not x.stop_gradient:
                 x = paddle.distributed.fleet.utils.recompute(block, x, bias, cos, sin)
             else:
                 x = block(x, bias, cos, sin, cache, i, fused_norm)
-        return self.ln_f(x, None, fused_norm)
+        return self.ln_f(x[:, -1:] if last_only else x, None, fused_norm)
 
     def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
         """(cos, sin, bias) of any forward; bias may be segments as attend_within takes them."""
@@ -429,4 +443,6 @@ class MGenDecoder(MGenPretrainedModel):
                 bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
                 # Once, not in every layer.
                 bias = fused_bias(bias, dtype) if fused else bias
+        if T == 1:
+            factors = [t.transpose([1, 0, 2, 3, 4]) for t in factors]
         return (*(t.astype(inputs_embeds.dtype) for t in factors), bias)

@@ -203,7 +203,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         cache = past_key_values
         if use_cache and cache is None:
             cache = self.new_cache()
-        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, sample_lengths)
+        last_only = last_logits_only and labels is None and return_dict
+        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, sample_lengths, last_only)
         loss = self._loss(hidden, labels, label_positions) if labels is not None else None
         if not return_dict:
             logits = self._logits(hidden)
