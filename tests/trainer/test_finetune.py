@@ -153,7 +153,7 @@ def test_benchmark_saves_nothing_and_says_so(run_keys, tmp_path, log):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
     said = [record.message for record in log.records if record.message.startswith("benchmark:")]
     assert "it saves nothing" in said[0]
-    assert re.match(r"benchmark: [\d.,]+ samples, [\d.,]+ tokens, [\d.,]+ steps a second", said[-1])
+    assert re.match(r"benchmark: [\d.,]+ samples, [\d.,]+ tokens, [\d.,]+ steps per second", said[-1])
     assert said[-1].endswith("nothing was saved")
 
 
