@@ -606,7 +606,7 @@ def test_the_captions_of_a_model_take_the_place_of_those_of_the_rows(run, tmp_pa
 
 def test_captions_of_other_rows_are_refused(run, tmp_path):
     for text, says in [
-        ("ad1\tx\nad0\tx\n", "ad0 is no id of a row, or not in the order"), ("ad0 x\n", "line 1 is neither"),
+        ("ad1\tx\nad0\tx\n", "ad0 is not the id of a row, or out of order"), ("ad0 x\n", "line 1 is neither"),
         ('{"id": "ad0", "chosen": 5, "candidates": []}\n', "line 1 is neither"),
     ]:  # fmt: skip
         (tmp_path / "results.txt").write_text(text)
