@@ -30,11 +30,12 @@ NO_PADDLE := tests/metrics tests/test_house.py tests/test_run_sh.py tests/test_m
 	tests/utils/test_files.py tests/inference/test_row_shards.py tests/inference/test_boxes.py tests/datasets/test_tsv.py \
 	tests/datasets/test_json_index.py tests/processors/test_postprocess.py tests/processors/test_metadata.py
 
-.PHONY: help venv venv-paddle26 demo test test-paddle26 test-all fuzz bench bench-large lint clean
+.PHONY: help venv venv-paddle26 demo demo-data test test-paddle26 test-all fuzz bench bench-large lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    draw ads, train a tiny model on them, caption held-out ones: the complete pipeline on the CPU"
+	@echo "make demo-data    after it: plant faults among the ads, find them, tune with and without them"
 	@echo "make test    run the tests, with coverage of paddlemix/; PYTEST_ARGS=tests/test_run_sh.py: only some"
 	@echo "make test-paddle26   those that involve Paddle, on the contest platform's Paddle 2.6.2 and PaddleNLP 2.8.1"
 	@echo "                     (CPU wheel; PADDLE26=paddlepaddle-gpu==2.6.2, as in .ci/run, also checks the GPU kernels)"
@@ -86,6 +87,9 @@ $(READY26): $(PINNED)
 
 demo: $(READY)
 	$(RUN) tools/demo.py
+
+demo-data: $(READY)
+	$(RUN) tools/demo_data.py
 
 test: $(READY)
 	rm -f .coverage .coverage.*
