@@ -281,7 +281,7 @@ def memory_lines(found: Forecast) -> List[str]:
         row(part, [column.held[part] for column in columns])
     for part in columns[0].stored:
         row(part, [column.stored[part] for column in columns])
-    row("working memory of the backward", [column.working for column in columns])
+    row("working memory (backward pass)", [column.working for column in columns])
     if any(column.clipped for column in columns):
         row("(then: clipping of the gradients)", [column.clipped for column in columns])
     if columns[0].allowance:
