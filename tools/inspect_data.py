@@ -40,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
         "nearly",
     )  # fmt: skip
     parser.add_argument(
-        "--model", type=cli.path, metavar="FOLDER", help="count tokens with this model's tokenizer (default: estimate)"
+        "--tokenizer", type=cli.path, metavar="MODEL",
+        help="model folder whose tokenizer counts tokens (default: estimate)",
     )
     parser.add_argument(
         "--images", type=cli.positive, metavar="N", default=20_000,
@@ -75,10 +76,10 @@ def main() -> None:
         check_input(path)
     keep_apart(inputs, [page, numbers_file])
     count_tokens, n_queries = None, 256
-    if args.model:
+    if args.tokenizer:
         from paddlemix.auto import AutoTokenizerMIX
 
-        tokenizer = AutoTokenizerMIX.from_pretrained(args.model)
+        tokenizer = AutoTokenizerMIX.from_pretrained(args.tokenizer)
         n_queries = tokenizer.n_queries
 
         def count_tokens(text: str) -> int:
@@ -92,7 +93,7 @@ def main() -> None:
         shared = overlap(found, other, options.near)
         numbers.update(other=summary(other, options.near), overlap=shared.to_json(found, other))
     numbers["advice"] = advice(found, numbers, n_queries)
-    numbers["settings"] = {**options._asdict(), "model": args.model}
+    numbers["settings"] = {**options._asdict(), "tokenizer": args.tokenizer}
     write_page(page, found, numbers, options.seed, other, shared)
     with atomic_write(numbers_file) as file:
         json.dump(numbers, file, ensure_ascii=False, indent=1)

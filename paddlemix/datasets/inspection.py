@@ -377,15 +377,16 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
         tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER
         longest, most = int(np.ceil(tokens.max())), int(np.ceil(np.percentile(tokens, 99.9)))
         around = n_queries + 2 + _TEMPLATE_TOKENS
-        how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --model counts them)"
+        how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --tokenizer counts them)"
         said.append(
             f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
             f"{n_queries + 2} of them for the image and {longest} for the caption{how}"
         )
-        said.append(
-            f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most {most} "
-            "tokens"
-        )
+        if _up(most + around, 64) < _up(longest + around, 64):
+            said.append(
+                f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most "
+                f"{most} tokens"
+            )
         said.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
         for rule, text, which in (
             (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),

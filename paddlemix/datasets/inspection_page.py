@@ -120,8 +120,8 @@ def _measures(parts: Sequence[Dict[str, Any]]) -> Tuple[str, str]:
                 values = [one["least"], *(one["percentiles"][percent] for percent in shown), one["most"]]
                 name = f'<span class="key key{number}"></span>' * (len(parts) > 1) + _say(title)
                 rows.append([name, *(f"{value * factor:,.{digits}f}" for value in values)])
-    head = ["", _say("least"), *(f"{percent} %" for percent in shown), _say("most")]
-    return _table(head, rows), f'<div class="charts">{"".join(plots)}</div>'
+    head = ["", _say("min"), *(f"{percent} %" for percent in shown), _say("max")]
+    return _table(head, rows), "".join(plots)
 
 
 def _lists(captions: Dict[str, Any]) -> str:
@@ -164,9 +164,9 @@ def _card(found: Inspection, index: int, note: str = "") -> str:
     )
 
 
-def _section(title: str, cards: Iterable[str]) -> str:
+def _section(title: str, cards: Iterable[str], columns: int = 1) -> str:
     body = "".join(cards)
-    return f"<h2>{_say(title)}</h2>{body}" if body else ""
+    return f'<h2>{_say(title)}</h2><div{" class=pair" * (columns == 2)}>{body}</div>' if body else ""
 
 
 def _ends(found: Inspection, field: str, most: bool) -> List[int]:
@@ -198,8 +198,8 @@ def _gallery(found: Inspection, seed: int) -> str:
     repeats = [i for i in _ends(found, "repetition", True) if found.rows[i]["repetition"] > 0]
     one_per_copy = np.where(found.exact == np.arange(len(found.exact)), found.group, np.arange(len(found.group)))
     return "".join([
-        _section("Copies", (_group(found, members) for members in groups_of(found.exact, GROUPS))),
-        _section("Near duplicates", (_group(found, members) for members in groups_of(one_per_copy, GROUPS))),
+        _section("Copies", (_group(found, members) for members in groups_of(found.exact, GROUPS)), 2),
+        _section("Near duplicates", (_group(found, members) for members in groups_of(one_per_copy, GROUPS)), 2),
         _section("Random rows", (_card(found, i) for i in drawn)),
         _section("Longest captions", (
             _card(found, i, tr(f"{found.rows[i]['chars']:,} characters")) for i in _ends(found, "chars", True)
@@ -247,7 +247,7 @@ def write_page(
     reasons = sorted({reason for one in both for reason in one["rejected"]})
     set_rows = [("rows", lambda one: one["rows"]), ("usable", lambda one: one["good rows"])]
     set_rows += [(reason, lambda one, reason=reason: one["rejected"].get(reason, 0)) for reason in reasons]
-    set_rows += [("ids doubled", lambda one: one["ids doubled"])]
+    set_rows += [("repeated ids", lambda one: one["ids doubled"])]
     caption_rows = [("captions", lambda one: one["captions"]["rows"])]
     caption_rows += [("different captions", lambda one: one["captions"]["distinct"])]
     caption_rows += [
@@ -272,12 +272,11 @@ def write_page(
     said = "".join(f"<li>{_say(text)}</li>" for text in numbers["advice"])
     panels = [
         _panel("What to do", f"<ul>{said}</ul>", wide=True),
-        _panel("Rows", counts(set_rows)),
-        _panel("Captions", counts(caption_rows)),
+        _panel("Rows and captions", counts(set_rows + caption_rows)),
         _panel("Images", counts(image_rows)),
         _panel("Lengths and shares of captions", caption_table, wide=True) if captions[0]["rows"] else "",
         _panel("Sizes and sharpness of images", image_table, wide=True),
-        _panel("Distribution over rows", caption_plots + image_plots, wide=True),
+        _panel("Distribution over rows", f'<div class="charts">{caption_plots}{image_plots}</div>', wide=True),
         *(_panel("Most frequent texts", _lists(part), wide=True) for part in captions if part["rows"]),
     ]
     pairs = _pairs(found, other, shared) if other is not None else ""

@@ -145,7 +145,8 @@ def test_leaks_into_another_set_are_found_exactly_and_nearly(run, table, tmp_pat
     assert found["other"]["rows"] == found["other"]["good rows"] == 12 and found["other"]["captions"]["rows"] == 0
     assert f"drop them with --not_in {tmp_path / 'val.tsv'}" in "\n".join(found["advice"])
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count('class="pair"') == 2 and "an exact copy" in page and "val.tsv:12" in page
+    assert page.count('<div class="pair"><article class="panel row">') == 2
+    assert "an exact copy" in page and "val.tsv:12" in page
 
 
 def test_a_sample_is_drawn_by_seed_and_hash_all_keeps_what_it_found(run, table, tmp_path):
@@ -172,7 +173,7 @@ def test_several_files_are_one_set_and_tokens_are_counted(run, table, tmp_path):
     more = write_rows(tmp_path / "more.tsv", [("m", encoded(scene(3), quality=85), "另外的一行")])
     (tmp_path / "model").mkdir()
     byte_vocab_tokenizer(str(tmp_path / "model"))
-    assert run(table, more, "--model", tmp_path / "model", "--out", tmp_path / "out")[0] == 0
+    assert run(table, more, "--tokenizer", tmp_path / "model", "--out", tmp_path / "out")[0] == 0
     found = report(tmp_path / "out")
     assert found["rows"] == 41 and found["images"]["copies"]["largest"] == 4
     # A tokenizer of single bytes.
