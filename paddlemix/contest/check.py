@@ -1,4 +1,4 @@
-"""Hold a submission folder against the contest's rules: sections (四), what is sent, and (六), what may change."""
+"""Check a submission folder against the contest's rules: sections (四), what to submit, and (六), what may change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from paddlemix.utils.errors import UserError
 from paddlemix.utils.language import tr
 from paddlemix.utils.texts import some
 
-# In the order of the report: (section and number of the rule, what it asks).
+# In the order of the report: (section and number of the rule, its text).
 RULES = {
     "names": ("(四)", "requirements.txt, run.sh, src/predict.py and weights/ with one model folder"),
     "config": ("(四) 3", "config.json is next to the weights, with valid values"),
@@ -50,20 +50,20 @@ RULES = {
 }
 PASS, FAIL, NOT_RUN = "pass", "FAIL", "----"
 
-# 10,000 NaN tensors are one finding.
+# Maximum names in a finding.
 _SHOWN = 5
 _FRAMEWORKS = {
     "torch", "torchvision", "tensorflow", "keras", "jax", "flax", "mxnet", "mindspore", "onnxruntime", "tensorrt",
     "vllm", "oneflow", "megengine",
 }  # fmt: skip
-# What may hold tensors, or be taken for them.
+# Extensions of weights files, or of files that may be taken for them.
 _WEIGHTS_LIKE = (".pdparams", ".safetensors", ".bin", ".pdopt", ".pkl", ".pth", ".pt")
 _OF_RUNS = ("runs", "read_only", "offline", "lines")
 TIME_LIMIT = 3600.0
 
 
 class Verdict(NamedTuple):
-    """status: PASS, FAIL or NOT_RUN. problems: why it failed, or was not run. notes: what else there is to know."""
+    """status: PASS, FAIL or NOT_RUN. problems: why it failed, or was not run. notes: further information."""
 
     status: str
     problems: List[str]
@@ -75,11 +75,11 @@ class Report(Dict[str, Verdict]):
 
     @property
     def passed(self) -> bool:
-        """No rule failed, and what was not run was not asked for."""
+        """No rule failed, and rules that were not run were not requested."""
         return all(verdict.status == PASS or not verdict.problems for verdict in self.values())
 
     def lines(self) -> List[str]:
-        """The report, a rule after the other, each with its section and number in the notebook."""
+        """The report: each rule with its section and number in the notebook."""
         lines = []
         for key, (rule, text) in RULES.items():
             verdict = self[key]
@@ -89,7 +89,7 @@ class Report(Dict[str, Verdict]):
 
 
 class _Findings:
-    """Problems and notes of one rule while it is looked at."""
+    """Problems and notes of a rule, filled while it is checked."""
 
     def __init__(self) -> None:
         self.problems: List[str] = []
@@ -97,7 +97,7 @@ class _Findings:
 
 
 class _Model(NamedTuple):
-    """A model folder that is open. config: see plain_config."""
+    """An opened model folder. config: see plain_config."""
 
     folder: str
     config: Any
@@ -258,7 +258,7 @@ def _lines(sample: str, runs: Dict[str, trial.Trial], found: _Findings) -> None:
             found.notes.append("the two runs gave different captions")
 
 
-# ---- all of them
+# ---- all rules
 
 
 class _Judge:
@@ -268,7 +268,7 @@ class _Judge:
         self.report = Report()
 
     def look(self, key: str, rule: Callable[..., None], *arguments: Any) -> None:
-        """Call rule(*arguments, findings); what it raises for a user is a problem, too."""
+        """Call rule(*arguments, findings); a UserError becomes a problem."""
         found = _Findings()
         try:
             rule(*arguments, found)
@@ -277,11 +277,11 @@ class _Judge:
         self.report[key] = Verdict(FAIL if found.problems else PASS, found.problems, found.notes)
 
     def waits(self, why: str, *keys: str) -> None:
-        """These rules cannot be looked at before another is kept."""
+        """These rules cannot be checked before another one passes."""
         self.report.update({key: Verdict(NOT_RUN, [why], []) for key in keys})
 
     def left_out(self, why: str, key: str) -> None:
-        """This one was not asked for."""
+        """This rule was not requested."""
         self.report[key] = Verdict(NOT_RUN, [], [why])
 
     def passed(self, *keys: str) -> bool:
@@ -300,17 +300,17 @@ def check_submission(
 ) -> Report:
     """A verdict for each of RULES.
 
-    base: the model folder that was tuned. sample: TSV to caption (default: a few rows made here). python: the
-    interpreter of the runs. fresh_venv: make an environment with the requirements only (needs a network), which then
-    is the fourth argument; paddle: its Paddle, as pip is asked for it. time_limit: seconds for a call of run.sh.
-    run.sh is tried only where its files and weights are in order.
+    base: the folder of the base model. sample: TSV to caption (default: a few generated rows). python: the interpreter
+    of the runs. fresh_venv: create an environment with only the requirements (needs a network) and use it as the fourth
+    argument; paddle: its Paddle, as a pip requirement. time_limit: seconds for a call of run.sh. run.sh is only run if
+    files and weights are in order.
 
     Raises:
         UserError: no such folder, base or sample. JobFailed: no room for a copy, or no fresh environment.
     """
     if not os.path.isdir(folder):
         command = f"python tools/pack_submission.py --weights MODEL --out {shlex.quote(folder)}"
-        raise UserError(f"no folder {folder}: make it with: {command}")
+        raise UserError(f"no folder {folder}: make it with: {command}", "no-folder")
     if sample is not None:
         check_input(sample)
     judge = _Judge()
@@ -353,7 +353,7 @@ def check_submission(
 
 
 def _static(judge: _Judge, folder: str) -> List[str]:
-    """The rules that need no more than the texts. Returns the files of src/ that predict.py imports."""
+    """The rules on source texts. Returns the files of src/ that predict.py imports."""
     judge.look("names", _names, folder)
     source = os.path.join(folder, SOURCE)
     try:
@@ -372,7 +372,7 @@ def _static(judge: _Judge, folder: str) -> List[str]:
 
 
 def _unused(source: str, files: List[str]) -> List[str]:
-    """A note on what lies in src/, from 0.1 MB on, without any of `files`; the largest first."""
+    """A note on entries of src/ above 0.1 MB without any of `files`, the largest first."""
     sizes = {}
     for name in set(os.listdir(source)) - {file.split(os.sep)[0] for file in files}:
         path = os.path.join(source, name)
@@ -386,7 +386,7 @@ def _unused(source: str, files: List[str]) -> List[str]:
 def _weights_rules(
     judge: _Judge, folder: str, base: Optional[_Model], stack: contextlib.ExitStack, progress: bool
 ) -> None:
-    """The rules about the model folder. What is opened stays so as long as `stack`."""
+    """The rules on the model folder, which stays open as long as `stack`."""
     models: List[_Model] = []
     configs: List[Any] = []
 
@@ -431,7 +431,7 @@ def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -
             continue
         ended = f"took more than {time_limit:.0f} s" if run.status is None else f"exited with status {run.status}"
         found.problems.append(f"{name}: {ended}; last output:")
-        found.problems += [f"    {line}" for line in run.said[-_SHOWN:]]
+        found.problems += [f"    {line}" for line in run.output[-_SHOWN:]]
 
 
 def _written(runs: Dict[str, trial.Trial], place: trial.TrialFolder, found: _Findings) -> None:

@@ -1,4 +1,4 @@
-"""A fresh virtual environment with Paddle and a submission's requirements: is anything missing from them?"""
+"""Checking a submission's requirements in a new virtual environment with Paddle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for name in json.loads(sys.argv[1]):
 
 
 class Fresh(NamedTuple):
-    """python: the environment's interpreter. paddle: the one in it. problems: what the requirements lack or break."""
+    """python: the environment's interpreter. paddle: its Paddle. problems: packages missing or broken."""
 
     python: str
     paddle: str
@@ -37,7 +37,7 @@ class Fresh(NamedTuple):
 
 
 def _run(command: List[str]) -> None:
-    # As newer pips do by themselves: PaddleNLP needs seqeval, whose older way to be built fails by now.
+    # The default of newer pips: PaddleNLP needs seqeval, whose legacy build fails.
     environment = dict(os.environ, PIP_USE_PEP517="1")
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
@@ -51,7 +51,7 @@ def _paddle_of(python: str) -> str:
 
 
 def module_name(file: str) -> str:
-    """The name by which a Python file, relative to the folder that is on the path, is imported."""
+    """The import name of a Python file, relative to a folder on the path."""
     parts = file[: -len(".py")].split(os.sep)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -59,13 +59,13 @@ def module_name(file: str) -> str:
 def try_requirements(
     python: str, submission: str, files: List[str], folder: str, paddle: Optional[str] = None
 ) -> Fresh:
-    """Make an environment in `folder` with the interpreter `python`, and import in it `files` of the submission's src/
-    (sources.files_reached) and what they import.
+    """Create an environment in `folder` with the interpreter `python`, and import in it `files` of the submission's
+    src/ (sources.files_reached) and their dependencies. Needs a network.
 
-    paddle: what pip is asked for (default: the package and version that `python` has). The network is needed.
+    paddle: requirement for pip (default: the package and version of `python`).
 
     Raises:
-        JobFailed: the environment cannot be made: no pip, no network, no such Paddle.
+        JobFailed: the environment cannot be created: no pip, no network, no such Paddle.
     """
     paddle = paddle or _paddle_of(python)
     if not paddle:
@@ -74,7 +74,7 @@ def try_requirements(
     pip = [python, "-m", "pip", "--python", fresh, "--disable-pip-version-check", "install", "--quiet"]
     logger.info("creating a fresh environment with %s; this takes minutes", paddle)
     _run([python, "-m", "venv", "--without-pip", folder])
-    # Some builds call the environment's own pip.
+    # Some package builds call the environment's own pip.
     _run([*pip, "pip", *paddle.split()])
     before = _paddle_of(fresh)
     problems = []
@@ -87,7 +87,7 @@ def try_requirements(
         problems.append(f"requirements.txt changes the platform's Paddle from {before} to {after or 'none'}")
     source = os.path.join(submission, "src")
     wanted = [name for name, one in foreign_imports(source, files).items() if not one.guarded]
-    # Our own package comes first: it sets what Paddle reads while it is imported.
+    # Our own package first: it makes settings that Paddle reads on import.
     own = sorted((module_name(file) for file in files), key=lambda name: name != "paddlemix")
     done = subprocess.run(
         [fresh, "-c", _IMPORT, json.dumps([*own, *wanted])], cwd=source, capture_output=True, text=True

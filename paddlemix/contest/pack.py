@@ -1,4 +1,4 @@
-"""Make the folder for the platform, and the archive of it.
+"""Creating the submission folder and its archive.
 
 submission/
   requirements.txt        what the platform lacks
@@ -29,7 +29,7 @@ from paddlemix.utils.progress import Progress
 
 SCRIPT, PACKAGE, RUN_SH, SOURCE, WEIGHTS = "predict.py", "paddlemix", "run.sh", "src", "weights"
 NAMES = (REQUIREMENTS_NAME, RUN_SH, SOURCE, WEIGHTS)
-# The project's own submission/ folder has one, which stays where it is and is not sent.
+# In the project's own submission/ folder; kept there, and not part of the submission.
 README = "README.md"
 SUMS_NAME = "SHA256SUMS"
 
@@ -37,8 +37,8 @@ _LOCAL = (RUN_SH, SCRIPT, PACKAGE)
 
 
 class Packed(NamedTuple):
-    """model: the model folder's name under weights/. large: names of its weights files. linked: whether these are hard
-    links. nbytes: of all files."""
+    """model: name of the model folder under weights/. large: names of its weights files. linked: whether these are hard
+    links. nbytes: total size of all files."""
 
     folder: str
     model: str
@@ -57,22 +57,22 @@ def _disk(path: str) -> Iterator[None]:
 
 
 def open_model(path: str) -> WeightsReader:
-    """The weights of a whole model folder with all its files, or of the only one inside `path`.
+    """The weights of a complete model folder, or of the only one inside `path`.
 
     Raises:
-        UserError: not a merged model: a LoRA or partial checkpoint, a file or tensor missing; says what to do.
+        UserError: not a merged model (a LoRA or partial checkpoint), or a file or tensor is missing.
     """
     if not os.path.isdir(path):
-        raise UserError(f"no folder {path}: give a merged model folder")
+        raise UserError(f"no folder {path}: give a merged model folder", "no-folder")
     if find_tuned_weights(path) is not None:
-        # The error says that it must be merged, unless whole weights stand there, too.
+        # Raises an error with the merge command, unless there are full weights too.
         find_weights(path)
     folder = find_model_folder(path)
     reader = open_weights(folder)
     try:
         check_weights(reader, parameter_shapes(plain_config(folder)), folder)
         if not any(os.path.isfile(inside(folder, name)) for name in VOCABULARIES):
-            raise WeightsError(f"{folder} has no vocabulary: put mgen.tiktoken into it")
+            raise WeightsError(f"{folder} has no vocabulary: put mgen.tiktoken into it", "no-vocabulary")
     except BaseException:
         reader.close()
         raise
@@ -80,38 +80,40 @@ def open_model(path: str) -> WeightsReader:
 
 
 def check_target(out: str, inputs: List[str], overwrite: bool) -> None:
-    """Refuse to write a submission over an input, over an older one without `overwrite`, or ever over anything else.
+    """Check that a submission can be written: not over an input or anything but a submission, and over an older one
+    only with `overwrite`.
 
     Raises:
-        UserError: says which, and what to do.
+        UserError: it cannot.
     """
     there = sorted(set(os.listdir(out)) - {README}) if os.path.isdir(out) else []
     model_folder.check_new_folder(out, inputs, overwrite or not there)
     strange = [name for name in there if name not in NAMES]
     if strange:
-        raise UserError(f"{out} holds {strange[0]}, which does not belong to a submission: give another folder")
+        text = f"{out} holds {strange[0]}, which does not belong to a submission: give another folder"
+        raise UserError(text, "other-files")
 
 
 def check_beside(folder: str) -> None:
-    """Refuse to replace a folder by split weights that holds anything else than those.
+    """Check that a folder to be replaced by split weights holds nothing else.
 
     Raises:
-        UserError: names what it holds.
+        UserError: it does.
     """
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         if name != SUMS_NAME and not name.endswith((".pdparams", ".safetensors", ".bin")):
-            raise UserError(f"{folder} holds {name}, which is not a weights file: move it away")
+            raise UserError(f"{folder} holds {name}, which is not a weights file: move it away", "other-files")
 
 
 def pack_submission(
     project: str, weights: str, out: str, requirements: str, overwrite: bool = False, progress: bool = True
 ) -> Packed:
-    """Make the submission folder `out` from the sources in `project` and the model folder `weights`.
+    """Write the submission folder `out` from the sources in `project` and the model folder `weights`, atomically.
 
-    It appears when it is whole. requirements: the file that names what the platform lacks.
+    requirements: the file that lists packages that the platform lacks.
 
     Raises:
-        UserError: the weights are no merged model (see open_model), or `out` cannot be written (check_target).
+        UserError: the weights are not a merged model (see open_model), or `out` cannot be written (check_target).
         JobFailed: the disk is full.
     """
     missing = [name for name in _LOCAL if not os.path.exists(os.path.join(project, name))]
@@ -158,7 +160,7 @@ def pack_submission(
 
 
 def packed_files(folder: str) -> List[tuple]:
-    """(path, name in the archive) of everything that is sent, in a fixed order; names start with the folder's own."""
+    """(path, name in the archive) of a submission's files, in a fixed order; names start with the folder's name."""
     top = os.path.basename(os.path.abspath(folder))
     found = []
     for name in NAMES:
@@ -174,9 +176,9 @@ def packed_files(folder: str) -> List[tuple]:
 
 
 def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progress: bool = True) -> int:
-    """Write a submission folder as an archive: stored, ZIP64 where a file or the whole needs it. Returns its bytes.
+    """Write a submission folder as an uncompressed archive, atomically, with ZIP64 if needed. Returns its size.
 
-    leave_out: paths of files that are not put into it. It appears when it is whole.
+    leave_out: paths of files to omit.
 
     Raises:
         JobFailed: the disk is full.
@@ -187,7 +189,7 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progres
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True, disable=not progress) as bar:
                 for file, name in files:
-                    # With the size known, zipfile chooses ZIP64 for the entries that need it.
+                    # With known sizes, zipfile uses ZIP64 only for entries that need it.
                     entry = zipfile.ZipInfo.from_file(file, name, strict_timestamps=False)
                     with archive.open(entry, "w") as out:
                         copy_file(file, out, bar.update)
@@ -195,8 +197,8 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progres
 
 
 def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
-    """Put the weights files beside the submission, in the folder `out`, with their SHA-256 sums, so that they can be
-    fetched one at a time. Returns their paths in the submission.
+    """Write the weights files to the folder `out`, with their SHA-256 sums, so that they can be downloaded one at a
+    time. Returns their paths in the submission.
 
     Raises:
         JobFailed: the disk is full.
@@ -215,7 +217,7 @@ def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
 
 
 class _Digest:
-    """SHA-256 in the place of a file that is written."""
+    """SHA-256 with the interface of a file that is written."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a program imports and what its requirements.txt names, read from the text: nothing is imported or run."""
+"""Imports of a program and packages in its requirements.txt, from the source text: nothing is imported or run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paddlemix.utils.errors import UserError
 
 REQUIREMENTS_NAME = "requirements.txt"
 
-# Package → module, where they differ and the package may not be installed here to be asked.
+# Package → module, where they differ and the package may not be installed here.
 _MODULES = {
     "pillow": "PIL",
     "opencv-python": "cv2",
@@ -32,8 +32,7 @@ _MISSING = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
 class Import(NamedTuple):
-    """An import of `name` (dotted) in `file`, relative to the folder that was searched. guarded: the program goes on
-    when it fails."""
+    """An import of `name` (dotted) in `file`, relative to the searched folder. guarded: a failure is caught."""
 
     name: str
     file: str
@@ -46,7 +45,7 @@ class Import(NamedTuple):
 
 
 class Requirement(NamedTuple):
-    """package: its name in pip's normal form. text: the whole line without its comment."""
+    """package: its normalised name. text: the line without its comment."""
 
     package: str
     text: str
@@ -61,19 +60,19 @@ def _guards(node: ast.Try) -> bool:
 
 
 def imports(folder: str, file: str) -> List[Import]:
-    """Everything that `file`, relative to `folder`, imports: at its top, or inside functions.
+    """All imports of `file`, relative to `folder`, including those inside functions.
 
     `from a import b` counts as a.b, which may be a module or a name in one; relative imports are resolved.
 
     Raises:
-        UserError: it cannot be read as Python.
+        UserError: it is not valid Python.
     """
     path = os.path.join(folder, file)
     try:
         with open(path, "rb") as source:
             tree = ast.parse(source.read(), filename=path)
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as Python: {error}") from None
+        raise UserError(f"{path} cannot be read as Python: {error}", "not-python") from None
     tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and _guards(node)]
     guarded = {inner for node in tries for child in node.body for inner in ast.walk(child)}
     found: List[Import] = []
@@ -91,7 +90,7 @@ def imports(folder: str, file: str) -> List[Import]:
 
 
 def _module_files(folder: str, name: str) -> Iterator[str]:
-    """Files under `folder` that `import name` runs: each package's __init__, then the module. The last parts of
+    """Files under `folder` that `import name` executes: each package's __init__, then the module. The last parts of
     `name` may be names in a module."""
     path = ""
     for part in name.split("."):
@@ -102,12 +101,12 @@ def _module_files(folder: str, name: str) -> Iterator[str]:
 
 
 def files_reached(folder: str, script: str) -> List[str]:
-    """Python files under `folder` that `script` imports, directly or not; relative and sorted, `script` among them.
+    """Python files under `folder` that `script` imports, directly or not, and itself; relative and sorted.
 
-    Imports by a computed name are not seen.
+    Imports by computed names are not found.
 
     Raises:
-        UserError: a file cannot be read as Python.
+        UserError: a file is not valid Python.
     """
     reached, waiting = {script}, [script]
     while waiting:
@@ -119,8 +118,8 @@ def files_reached(folder: str, script: str) -> List[str]:
 
 
 def is_standard(module: str) -> bool:
-    """Whether a top module comes with Python itself."""
-    # From Python 3.10 on; it also knows the modules of other systems.
+    """Whether a top-level module is part of the standard library."""
+    # From Python 3.10 on; also has the modules of other systems.
     if module in getattr(sys, "stdlib_module_names", ()):
         return True
     try:
@@ -137,9 +136,9 @@ def is_standard(module: str) -> bool:
 
 
 def foreign_imports(folder: str, files: List[str]) -> Dict[str, Import]:
-    """{top module: where it is first imported} of what `files` import that is neither Python's own nor under `folder`.
+    """{top-level module: its first import} for modules that are neither in the standard library nor under `folder`.
 
-    An import that may fail counts only if there is no other of the module.
+    Guarded imports count only if the module has no other.
     """
     found: Dict[str, Import] = {}
     standard: Dict[str, bool] = {}
@@ -156,27 +155,27 @@ def foreign_imports(folder: str, files: List[str]) -> Dict[str, Import]:
 
 
 def normal(package: str) -> str:
-    """A package's name as pip compares it."""
+    """A package's normalised name."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def parse_requirement(line: str) -> Optional[Requirement]:
-    """A line of requirements.txt, or None for a blank one, a comment or an option.
+    """A line of requirements.txt; None for a blank line, a comment or an option.
 
     Raises:
-        UserError: not a requirement that pip takes by name.
+        UserError: it does not name a package.
     """
     text = re.sub(r"(^|\s)#.*$", "", line).strip()
     if not text or text.startswith("-"):
         return None
     match = _REQUIREMENT.fullmatch(text)
     if match is None:
-        raise UserError(f"{text!r} does not name a package")
+        raise UserError(f"{text!r} does not name a package", "requirement")
     return Requirement(normal(match.group(1)), text)
 
 
 def modules_of(package: str) -> Set[str]:
-    """Top modules that a package brings, as its installed files say, else by its name."""
+    """Top-level modules of a package, from its installed files, else by its name."""
     modules = {_MODULES.get(package, package.replace("-", "_"))}
     try:
         files = metadata.distribution(package).files or []

@@ -1,8 +1,7 @@
-"""Run a submission as the platform would: a copy elsewhere, read-only, without a network.
+"""Run a submission as the platform would: a read-only copy in another place, without a network.
 
-`unshare` of util-linux takes the network away, with root's rights or in a user namespace where the system allows those;
-elsewhere the run keeps it. File modes keep their meaning in both; where root runs the check, `setpriv` drops its right
-to pass over them.
+`unshare` (util-linux) disables the network, as root or in a user namespace if the system allows that; elsewhere the run
+keeps it. File permissions apply in both cases; if root runs the check, `setpriv` drops its right to bypass them.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from paddlemix.utils.files import link_or_copy
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 
-# Smaller files are copied, so that the copy can be made read-only without touching the original.
+# Smaller files are copied instead of linked, so that making them read-only does not affect the original.
 _LINK_FROM = 1 << 20
 
 _NO_NETWORK = ("unshare", "--net")
 _NO_NETWORK_FOR_USERS = ("unshare", "--user", "--map-current-user", "--net")
 _MODES_BIND_ROOT = ("setpriv", "--bounding-set=-dac_override")
-# A new network has a loopback interface that is down; only root can bring it up.
+# In a new network namespace the loopback interface is down; only root can bring it up.
 _LOOPBACK = ("sh", "-c", '/sbin/ip link set lo up 2>/dev/null; exec "$@"', "sh")
 
 
 def _works(*command: str) -> bool:
-    """Whether this system lets us start a program through `command`."""
+    """Whether this system allows starting a program through `command`."""
     try:
         return subprocess.run([*command, "true"], capture_output=True).returncode == 0
     except OSError:
@@ -47,7 +46,7 @@ def _works(*command: str) -> bool:
 
 
 def write_sample(path: str) -> None:
-    """A few rows as the platform's: two pictures, one image that is cut off, one that is none."""
+    """Write rows like the platform's: two pictures, a truncated image, and one that is not an image."""
     from PIL import Image
 
     rows = []
@@ -64,24 +63,24 @@ def write_sample(path: str) -> None:
 
 
 class Trial(NamedTuple):
-    """One call of run.sh. status: its exit status, or None when it took too long. said: the last lines it printed.
-    lines: of the results, or None without any. written: paths in the submission that it made, changed or removed."""
+    """One call of run.sh. status: exit status, None after a timeout. output: the last lines printed. lines: of the
+    results file, None without one. written: paths in the submission that were created, changed or removed."""
 
     status: Optional[int]
     seconds: float
-    said: List[str]
+    output: List[str]
     lines: Optional[List[bytes]]
     written: List[str]
 
 
 class TrialFolder:
-    """A copy of a submission, laid out as in the notebook: submission/ beside dataset/test_samples.txt.
+    """A copy of a submission, laid out as in the notebook: submission/ next to dataset/test_samples.txt.
 
-    offline: whether the runs in it have no network.
+    offline: whether its runs have no network.
     """
 
     def __init__(self, folder: str, name: str):
-        # The notebook's relative paths, ../../dataset as seen from src/, end inside `folder` from submission/, too.
+        # The notebook's relative path ../../dataset stays inside `folder`, from submission/ and from src/.
         self.folder = os.path.join(folder, "work")
         self.submission = os.path.join(self.folder, name)
         self.input = os.path.join(self.folder, "dataset", "test_samples.txt")
@@ -97,7 +96,7 @@ class TrialFolder:
 
     @property
     def how_read_only(self) -> str:
-        """How it is known that nothing is written into the submission, for the report."""
+        """How writing into the submission is prevented or detected, for the report."""
         if os.geteuid() != 0:
             return "by file modes and by comparing files afterwards"
         if self._bind:
@@ -107,12 +106,12 @@ class TrialFolder:
     def _environment(self, path: str) -> Dict[str, str]:
         left_out = ("PYTHON", "HF_", "PPNLP_", "XDG_", "TRANSFORMERS_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-        # Nothing that an earlier run fetched into the home folder helps. Packages of the user do stay.
+        # Nothing from the home folder of earlier runs, except the user's packages.
         return dict(kept, PATH=path, HOME=self._home, PYTHONUSERBASE=site.getuserbase())
 
     def freeze(self) -> None:
-        """Make the copy read-only, and remember it. Linked weights are so, too, until `thaw`: their mode is the
-        original's, and what opens them to write would fail on the platform, and spoil the original here."""
+        """Make the copy read-only, and record its state. Hard-linked weights share the original's mode, which is
+        restored by `thaw`."""
         self._before = self._state()
         for parent, _, names in os.walk(self.submission, topdown=False):
             for name in names:
@@ -120,10 +119,10 @@ class TrialFolder:
                 found = os.stat(path)
                 if os.path.islink(path):
                     continue
-                # A linked file may be another user's, who alone can change its mode.
+                # A linked file may belong to another user.
                 with contextlib.suppress(PermissionError):
                     os.chmod(path, 0o444)
-                    # One file may have two names here; only the first still sees its mode.
+                    # A file may have two names here; only the first still shows its original mode.
                     if found.st_nlink > 1:
                         self._modes.setdefault((found.st_dev, found.st_ino), (path, stat.S_IMODE(found.st_mode)))
             os.chmod(parent, 0o555)
@@ -141,7 +140,7 @@ class TrialFolder:
     def _state(self) -> Dict[str, Tuple[int, int]]:
         state = {}
         for parent, folders, names in os.walk(self.submission):
-            # Python's own caches are no fault of the program: where it may not write them, it goes without.
+            # Ignore Python's caches: Python works without them if it cannot write them.
             folders[:] = [name for name in folders if name != "__pycache__"]
             for name in names:
                 path = os.path.join(parent, name)
@@ -150,8 +149,8 @@ class TrialFolder:
         return state
 
     def run(self, arguments: List[str], output: str, path: str, time_limit: float, echo: bool) -> Trial:
-        """`sh run.sh ARGUMENTS` from inside the submission. path: the run's PATH. output: file that it must write.
-        echo: pass on what it prints, to stderr."""
+        """Run `sh run.sh ARGUMENTS` inside the submission. path: the run's PATH. output: its results file. echo: print
+        its output to stderr."""
         start = time.perf_counter()
         tail: List[str] = []
         process = subprocess.Popen(
@@ -179,7 +178,7 @@ class TrialFolder:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(time_limit)
         finally:
-            # It leads a session of its own, so that nothing it started outlives it.
+            # End everything that it started: it leads its own session.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -197,10 +196,9 @@ class TrialFolder:
 
 @contextlib.contextmanager
 def copied(submission: str, sample: str, progress: bool = True) -> Iterator[TrialFolder]:
-    """A read-only copy of a submission at a path with blanks in it, with `sample` as its test file.
+    """A read-only copy of a submission at a path with spaces, with `sample` as its test file.
 
-    It is made beside the submission, where large files can be hard links, else in the system's folder for temporary
-    files.
+    It is created next to the submission, where large files can be hard links, or else in the temporary folder.
 
     Raises:
         JobFailed: the disk is full.
@@ -225,7 +223,7 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Tria
                 shutil.copytree(submission, place.submission, copy_function=copy)
                 shutil.copyfile(sample, place.input)
             except OSError as error:
-                raise JobFailed(f"could not copy {submission} to try it: {error}") from None
+                raise JobFailed(f"could not copy {submission} to run it: {error}", "disk") from None
         place.freeze()
         yield place
     finally:
@@ -234,7 +232,7 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Tria
 
 
 def both_calls(place: TrialFolder, python: str, fourth: str, time_limit: float, progress: bool) -> Dict[str, Trial]:
-    """Both calls: absolute paths without the fourth argument, and the notebook's own with it."""
+    """Two calls: with absolute paths and without the fourth argument, and with the notebook's paths and arguments."""
     folder, beside = os.path.dirname(place.input), os.path.dirname(os.path.abspath(python))
     calls = {
         "without the fourth argument": [place.input, os.path.join(folder, "results.txt"),
@@ -245,7 +243,7 @@ def both_calls(place: TrialFolder, python: str, fourth: str, time_limit: float, 
     for name, arguments in calls.items():
         logger.info("sh run.sh, %s", name)
         output = os.path.join(folder, os.path.basename(arguments[1]))
-        # With the fourth argument, nothing on the PATH shall help.
+        # With the fourth argument, the PATH must not matter.
         path = os.defpath if len(arguments) == 4 else os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
         runs[name] = place.run(arguments, output, path, time_limit, echo=progress)
     return runs

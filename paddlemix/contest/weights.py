@@ -1,4 +1,4 @@
-"""Weights of a submission, looked through once, a tensor at a time: finite values, and what differs from the base."""
+"""Checking the weights of a submission in one pass, a tensor at a time: finite values, and changes from the base."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.progress import Progress
 
-# Elements looked at a time, so that scratch arrays stay small beside the tensor.
+# Elements processed at a time, to keep scratch arrays small.
 _CHUNK = 1 << 20
-# Where the exponent's bits are all set, there is no finite number.
+# With all bits of the exponent set, a value is not finite.
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
-# The matrices that the contest's LoRA adapts, and into which it is merged.
+# The matrices adapted by the contest's LoRA.
 _ADAPTED = re.compile(r"transformer\.llm\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2)\.weight")
 
 
 @dataclass
 class Change:
-    """Tensors of a group: how many there are, how many hold another value than the base's, the largest difference of
-    two finite values; those of another shape; and names that only one side has."""
+    """Tensors of a group: their number, how many differ from the base, the largest difference of finite values; those
+    with another shape; and names that only one side has."""
 
     tensors: int = 0
     changed: int = 0
@@ -37,7 +37,7 @@ class Change:
 
 
 def change_group(name: str) -> str:
-    """The group that a tensor's change is reported under."""
+    """The group under which a tensor's change is reported."""
     if _ADAPTED.fullmatch(name):
         return "llm layers, LoRA's matrices"
     try:
@@ -62,7 +62,7 @@ def count_not_finite(array: np.ndarray, dtype: str) -> int:
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> Optional[float]:
-    """None when two arrays of `dtype` have equal bits, else the largest |difference| of finite values."""
+    """None if two arrays of `dtype` are bitwise equal, else the largest |difference| of finite values."""
     largest: Optional[float] = None
     ours, theirs = ours.reshape(-1), theirs.reshape(-1)
     for start in range(0, ours.size, _CHUNK):
@@ -85,12 +85,12 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> Opti
 def look_through(
     reader: WeightsReader, base: Optional[WeightsReader] = None, progress: bool = True
 ) -> Tuple[Dict[str, int], Dict[str, Change]]:
-    """({name: values that are not finite}, {group: Change}); without a base there are no changes.
+    """({name: number of non-finite values}, {group: Change}); without a base there are no changes.
 
-    A base in another dtype is first converted, so that only what was tuned counts as changed.
+    A base in another dtype is converted first, so that only tuned values count as changed.
 
     Raises:
-        WeightsError: the bytes of a tensor are broken.
+        WeightsError: a tensor is broken.
     """
     bad: Dict[str, int] = {}
     changes: Dict[str, Change] = {}
@@ -125,13 +125,13 @@ def _gap(array: np.ndarray, dtype: str, base: WeightsReader, name: str) -> Optio
     try:
         return largest_difference(array, base.read(name, dtype), dtype)
     except WeightsError:
-        # A value of the base is too large for our dtype, so it has changed.
+        # A value of the base overflows our dtype, so it has changed.
         wide = convert_dtype(array, dtype, "float32")
         return largest_difference(wide, base.read(name, "float32"), "float32") or 0.0
 
 
 def language_shapes(reader: WeightsReader) -> Dict[str, Tuple[int, ...]]:
-    """{name: shape} of the LLM's tensors, lm_head among them. Adapters count: they would be parameters more."""
+    """{name: shape} of the LLM's tensors, including lm_head and adapters, which would be additional parameters."""
     return {
         name: reader.info(name).shape
         for name in reader.keys()

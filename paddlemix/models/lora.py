@@ -1,8 +1,7 @@
-"""LoRA adapters (Hu et al. 2021) on PaddleNLP's LoRAModel: put on, read back, checked.
+"""LoRA adapters (Hu et al. 2021) on PaddleNLP's LoRAModel: adding, loading and checking them.
 
-A module `name` of weight W [in, out] gets `name.lora_A` [in, r] and `name.lora_B` [r, out]; its output
-becomes x·W + (alpha / r) · dropout(x)·A·B. Further parameters may train whole beside the adapters; they are
-saved with them.
+A module `name` of weight W [in, out] gets `name.lora_A` [in, r] and `name.lora_B` [r, out]; its output becomes x·W +
+(alpha / r) · dropout(x)·A·B. Other parameters may train in full; they are saved with the adapters.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from paddlemix.utils.errors import ConfigError, WeightsError
 
 
 def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence[str]) -> List[str]:
-    """Linear layers that get an adapter: those whose whole name matches one of the regular expressions, and all inside
-    a container whose name does (`.*attn` means its c_attn and c_proj).
+    """Linear layers that get an adapter: those whose full name matches one of the regular expressions, and all inside a
+    container whose name does (`.*attn` selects its c_attn and c_proj).
 
     shapes: of the model's parameters by name.
 
     Raises:
-        ConfigError: expressions are broken, match nothing, or match a layer that is not Linear (each is named).
+        ConfigError: lists expressions that are invalid, match nothing, or match a layer that is not Linear.
     """
-    # Two matrices are not a Linear layer's: the table of embeddings, and lm_head (PaddleNLP's QWenLMHead).
+    # Two matrices are not of Linear layers: the embeddings, and lm_head (PaddleNLP's QWenLMHead).
     linear = {
         name[: -len(".weight")]: len(shape) == 2 and not name.endswith(("wte.weight", "lm_head.weight"))
         for name, shape in shapes.items()
@@ -46,7 +45,7 @@ def adapted_modules(shapes: Dict[str, Tuple[int, ...]], target_modules: Sequence
         direct = {module for module in linear if matches(module)}
         found = {module for module in linear if linear[module] and (module in direct or module.startswith(around))}
         others = [module for module in linear if module in direct and not linear[module]]
-        # With a container, what is not Linear in it is left out.
+        # Within a container, other layers are skipped.
         others = [module for module in others if not module.startswith(around)]
         if others:
             weight = list(shapes[others[0] + ".weight"])
@@ -72,7 +71,7 @@ def adapter_shapes(
 
 
 def check_claims(adapters: Iterable[str], trainable: Iterable[str]) -> None:
-    """Raise ConfigError when a weight would both train whole and carry an adapter. adapters: their names."""
+    """Raise ConfigError if a weight would both train in full and have an adapter. adapters: their names."""
     weights = {name.rpartition(".")[0] + ".weight" for name in adapters}
     both = sorted(set(trainable) & weights)
     if both:
@@ -90,14 +89,13 @@ def apply_lora(
     trainable: Sequence[str] = (),
     base_model_name_or_path: Optional[str] = None,
 ):
-    """Put fresh adapters on `model` and return the LoRAModel around it: A random, B zero, so nothing
-    changes yet.
+    """Add new adapters to `model` and return the LoRAModel around it. A is random, B zero, so the output is unchanged.
 
-    trainable: names of base parameters that train whole beside the adapters. All others are frozen.
+    trainable: names of base parameters that train in full. All others are frozen.
 
     Raises:
-        ConfigError: a target matches nothing or is not a Linear layer, or a weight would both train and carry
-        an adapter.
+        ConfigError: a target matches nothing or is not a Linear layer, or a weight would both train and have an
+        adapter.
     """
     from paddlenlp.peft import LoRAConfig
 
@@ -110,7 +108,7 @@ def apply_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_targets(model, modules, target_modules),
-        # Expressions again, so each name is spelled out.
+        # PaddleNLP takes regular expressions.
         trainable_modules=[re.escape(name) for name in trainable] or None,
         tensor_parallel_degree=model.config.tensor_parallel_degree,
         dtype=str(model.config.dtype).replace("paddle.", ""),
@@ -120,14 +118,14 @@ def apply_lora(
 
 
 def _targets(model, modules: Sequence[str], target_modules: Sequence[str]) -> List[str]:
-    """The expressions as given, or the layers' names where PaddleNLP would take another layer, too, and refuse it."""
+    """The expressions as given, or the layers' names if PaddleNLP would match, and refuse, further layers."""
     matched = {name for name, _ in model.named_sublayers() if any(re.fullmatch(one, name) for one in target_modules)}
     return list(target_modules) if matched == set(modules) else list(modules)
 
 
 @contextlib.contextmanager
 def open_lora_weights(folder: str, trained: Dict[str, Tuple[int, ...]]) -> Iterator[WeightsReader]:
-    """The weights of a LoRA folder, which must be of these names and shapes: adapters and what trained beside them.
+    """The weights of a LoRA folder, which must have these names and shapes: adapters and fully trained parameters.
 
     Raises:
         WeightsError: there are none, or others; the message lists them.
@@ -141,7 +139,7 @@ def open_lora_weights(folder: str, trained: Dict[str, Tuple[int, ...]]) -> Itera
 
 
 def load_lora_weights(lora_model, folder: str) -> None:
-    """Set the adapters, and what trained beside them, of a LoRAModel from a LoRA folder, without executing anything.
+    """Load the adapters and fully trained parameters of a LoRAModel from a LoRA folder, without executing anything.
 
     Raises:
         WeightsError: as open_lora_weights.
@@ -154,10 +152,10 @@ def load_lora_weights(lora_model, folder: str) -> None:
 
 
 def load_lora(model, folder: str):
-    """Put the adapters of a LoRA folder on `model`; returns the LoRAModel, in eval mode.
+    """Add the adapters of a LoRA folder to `model`; returns the LoRAModel, in eval mode.
 
-    Parameters that trained whole beside the adapters take the place of the base's. What has an adapter follows from the
-    weights' names, as in merging: the patterns of a stranger's configuration are not tried on anything.
+    Fully trained parameters replace those of the base. The adapted layers follow from the weights' names, as in
+    merging: the regular expressions of an untrusted configuration are never evaluated.
 
     Raises:
         WeightsError: the configuration or the weights are broken or do not fit the model.
@@ -175,11 +173,11 @@ def load_lora(model, folder: str):
             weight = shapes.get(module + ".weight", ())
             if len(weight) == 2:
                 expected[module + ".lora_A"], expected[module + ".lora_B"] = (weight[0], rank), (rank, weight[1])
-        # Before anything of this rank is made.
+        # Before allocating anything of this rank.
         check_weights(reader, expected, path)
     from paddlenlp.utils.log import logger as paddlenlp_logger
 
-    # It would say that adapters are marked as trainable.
+    # It would log that adapters are marked as trainable.
     level = paddlenlp_logger.logger.level
     paddlenlp_logger.logger.setLevel("WARNING")
     try:

@@ -1,4 +1,4 @@
-"""Prompts with images to captions: the one way in which prediction and evaluation generate."""
+"""Generating captions for prompts with images, shared by prediction and evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from paddlemix.processors.postprocess import single_line, without_grounding
 
 
 class Candidate(NamedTuple):
-    """A caption, one line, "" where the model says nothing; its mean log-probability per token (nan unless asked for);
-    why it ended early, or None."""
+    """text: a caption in one line, possibly empty. score: its mean log-probability per token (nan unless computed).
+    note: why it ended early, or None."""
 
     text: str
     score: float = float("nan")
@@ -34,10 +34,10 @@ def generate_captions(
     keep_boxes: bool = False,
     scores: bool = False,
 ) -> Iterator[Tuple[int, List[Candidate]]]:
-    """(number of the prompt, its captions: decoding.samples of them), as each prompt's are done.
+    """(index of the prompt, its decoding.samples captions), as each prompt is finished.
 
-    A caption does not depend on the other prompts. slots: rows decoded at a time. template: the prompts', None for the
-    default. keep_boxes: `<ref>`, `<box>` and `<quad>` stay in captions, as text. scores: see Engine.
+    A caption does not depend on the other prompts. slots: rows decoded at a time. template: of the prompts, None for
+    the default. keep_boxes: keep `<ref>`, `<box>` and `<quad>` in captions, as text. scores: see Engine.
     """
     stop_ids = model.stop_ids(tokenizer, template)
     ending = () if template is None else template.ending(tokenizer)
@@ -64,15 +64,15 @@ def generate_captions(
 
 
 def caption(tokenizer: Any, ids: Sequence[int], stop_ids, ending=(), keep_boxes: bool = False) -> str:
-    """Generated ids as a caption: the answer in one line, without image tags and, unless asked for, without boxes."""
-    # Image tags as tokens are no words; where an answer spells them, they are ordinary ids.
+    """Generated ids as a caption: the answer in one line, without image tags and, by default, without boxes."""
+    # Only image tags that are tokens; spelled out, they are ordinary ids.
     ids = [i for i in ids if i not in (tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id)]
     text = decode_response(tokenizer, ids, stop_ids, ending)
     return single_line(text if keep_boxes else without_grounding(text))
 
 
 def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, rows: int) -> Iterator[Finished]:
-    """Beam search, by PaddleNLP's loop, `rows` prompts at a time."""
+    """Beam search with PaddleNLP's loop, `rows` prompts at a time."""
     source, index = iter(prompts), 0
     for batch in iter(lambda: list(islice(source, rows)), []):
         ids, mask = left_pad([prompt.ids for prompt in batch], model.config.pad_token_id or 0)
@@ -91,7 +91,7 @@ def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, ro
             repetition_penalty=decoding.repetition_penalty,
             no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
         )
-        # PaddleNLP's softmax makes numbers of them.
+        # PaddleNLP's softmax hides NaN logits.
         broken = paddle.stack(model.broken).any(axis=0).reshape([len(batch), -1]).any(axis=1).numpy()
         for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
             number, sample = divmod(at, decoding.samples)

@@ -1,4 +1,4 @@
-"""The values of a model folder's config.json, read and checked without Paddle."""
+"""Reading and checking a model folder's config.json, without Paddle."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ VISUAL_7B = {
     "n_queries": 256,
 }
 
-# A resampler head is always this wide (heads = output_dim // 128).
+# Head width of the resampler (heads = output_dim // 128).
 RESAMPLER_HEAD_DIM = 128
 
-# A configuration file comes with weights from strangers. Nothing real is near these; past them a typo or an attack
-# would ask for more memory than any machine has before the first clear error.
+# Upper bounds, far above real values: a configuration file may be untrusted, and beyond them it would allocate more
+# memory than any machine has.
 _LIMITS = {
     "hidden_size": 65536,
     "num_hidden_layers": 1024,
@@ -50,17 +50,17 @@ _VISUAL_LIMITS = {
     "image_start_id": 1 << 22,
 }
 
-# What PaddleNLP takes for the other keys that are checked where a config.json leaves them out.
+# PaddleNLP's defaults of other keys that are checked.
 _DEFAULTS = {"max_position_embeddings": 8192, "dtype": None, "use_long_sequence_strategies": False}
 
 
 def check_values(config: Any) -> None:
-    """Check what a configuration holds.
+    """Check the values of a configuration.
 
     config: a MGenConfig, or anything with its attributes.
 
     Raises:
-        ConfigError: a value is of the wrong kind, out of range, or does not fit another one.
+        ConfigError: a value has the wrong type, is out of range, or contradicts another one.
     """
 
     def positive(value, key: str, limit: int) -> None:
@@ -92,14 +92,14 @@ def check_values(config: Any) -> None:
     epsilon = config.layer_norm_epsilon
     must(type(epsilon) in (int, float) and 0 < epsilon < 1, "layer_norm_epsilon must be a number between 0 and 1")
     for key in ("no_bias", "use_dynamic_ntk", "use_logn_attn", "tie_word_embeddings"):
-        # Any text would count as true, "false" too.
+        # Any string would count as true, even "false".
         must(isinstance(getattr(config, key), bool), f"{key} must be true or false")
     must(config.seq_length > 1, "seq_length must be at least 2")
     must(
         config.dtype is None or str(config.dtype).replace("paddle.", "") in ("float32", "float16", "bfloat16"),
         "dtype must be float32, float16 or bfloat16",
     )
-    # PaddleNLP would import and call what the configuration names.
+    # PaddleNLP would import and call objects that the configuration names.
     must(not config.use_long_sequence_strategies, "use_long_sequence_strategies is not supported")
     must(config.kv_channels % 2 == 0, "kv_channels must be even")
     must(config.intermediate_size % 2 == 0, "intermediate_size must be even")
@@ -113,19 +113,19 @@ def check_values(config: Any) -> None:
 
 
 def read_values(folder: str) -> Dict[str, Any]:
-    """What config.json of a model folder holds.
+    """The values in config.json of a model folder.
 
     Raises:
-        ConfigError: no config.json, not a JSON object, or that of another kind of model.
+        ConfigError: no config.json, not a JSON object, or another kind of model.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        raise ConfigError(f"no config.json in {folder}: give the folder of a MGen-VL model")
+        raise ConfigError(f"no config.json in {folder}: give the folder of a MGen-VL model", "no-config")
     values = read_config_object(path)
     if values.get("model_type", "mgen") not in ("mgen", "qwen"):
-        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, not mgen (or qwen)")
+        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, not mgen (or qwen)", "model_type")
     if "visual" not in values:
-        raise ConfigError(f"{path} has no visual part: this is a text model, not MGen-VL")
+        raise ConfigError(f"{path} has no visual part: this is a text model, not MGen-VL", "visual")
     return values
 
 
@@ -137,7 +137,7 @@ def plain_config(folder: str) -> SimpleNamespace:
     """
     values = read_values(folder)
     if not isinstance(values["visual"], dict):
-        raise ConfigError("config.json: visual must be an object")
+        raise ConfigError("config.json: visual must be an object", "visual")
     config = SimpleNamespace(**{**LANGUAGE_KEYS, **_DEFAULTS, **values})
     config.visual = dict(VISUAL_7B, **values["visual"])
     check_values(config)

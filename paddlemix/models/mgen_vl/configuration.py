@@ -1,4 +1,4 @@
-"""MGenConfig: config.json of a model folder (docs/formats.md), checked when it is read."""
+"""MGenConfig: config.json of a model folder (docs/formats.md), validated on reading."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from paddlemix.models.mgen_vl.config_values import VISUAL_7B, check_values, read
 from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError
 
-# What a configuration says of the cards of the run that wrote it is nothing to another one.
+# Settings of the run that wrote a configuration, not of the model.
 _OF_A_RUN = ("tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output", "sequence_parallel")
 
 
 class MGenConfig(QWenConfig):
     """The configuration of MGen-VL. The defaults are the 7B's.
 
-    seq_length: trained context; dynamic NTK and log-n scaling set in beyond it.
-    visual: the ViT and connector (see VISUAL_7B); missing keys take the 7B's values.
-    llm_pretrained_model_name_or_path: a name that the baseline's files have. Nothing is fetched by it.
+    seq_length: trained context; dynamic NTK and log-n scaling apply beyond it.
+    visual: the ViT and connector (see VISUAL_7B); missing keys default to the 7B's values.
+    llm_pretrained_model_name_or_path: a name in the baseline's files, unused here.
 
     Raises:
-        ConfigError: a value is of the wrong kind, out of range, or does not fit another one.
+        ConfigError: a value has the wrong type, is out of range, or contradicts another one.
     """
 
     model_type = "mgen"
@@ -43,16 +43,16 @@ class MGenConfig(QWenConfig):
         self.seq_length = seq_length
         self.visual = dict(VISUAL_7B, **(visual or {}))
         self.llm_pretrained_model_name_or_path = llm_pretrained_model_name_or_path
-        # A file of another family may say so; everything below this class is MGen-VL.
+        # Files of related models may have another one.
         kwargs.pop("model_type", None)
         flash = kwargs.pop("use_flash_attention", False)
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
-        # PaddleNLP 2.8 sets it twice on the way, the second time to its default.
+        # PaddleNLP 2.8 resets it to its default.
         self.use_flash_attention = flash
         check_values(self)
 
     def save_pretrained(self, folder, **kwargs):
-        """Write config.json, without what is of a run and not of the model."""
+        """Write config.json, without settings of the run."""
         stored = copy.copy(self)
         stored.use_flash_attention, stored.tensor_parallel_degree = False, -1
         super(MGenConfig, stored).save_pretrained(folder, **kwargs)
@@ -72,7 +72,7 @@ class MGenConfig(QWenConfig):
         """Read config.json of a model folder. `kwargs` override its values. Nothing is ever downloaded.
 
         Raises:
-            ConfigError: no config.json, not a JSON object, of another model_type, or with values that cannot be.
+            ConfigError: no config.json, not a JSON object, another model_type, or invalid values.
         """
         values, path = read_values(folder), os.path.join(folder, "config.json")
         dtype = kwargs.pop("dtype", None)
@@ -83,13 +83,13 @@ class MGenConfig(QWenConfig):
 
     @classmethod
     def from_values(cls, values, path, **kwargs):
-        """The configuration of what a config.json at `path` holds; `kwargs` override its values.
+        """The configuration with the values of a config.json at `path`; `kwargs` override them.
 
         Raises:
-            ConfigError: a key or a value that cannot be.
+            ConfigError: an invalid key or value.
         """
         for key in values:
-            # They would take the place of a method.
+            # These would replace a method.
             if key == "self" or key.startswith("__") or callable(getattr(cls, key, None)):
                 raise ConfigError(f"{path}: {key[:80]!r} is not a configuration key")
         values = {key: value for key, value in values.items() if key not in _OF_A_RUN}
@@ -99,8 +99,8 @@ class MGenConfig(QWenConfig):
             del values["quantization_config"]
         try:
             config = cls(**{**values, **kwargs})
-            # As PaddleNLP does later, with values that it has taken as they are.
+            # PaddleNLP does this later, and only then checks some values.
             config.to_dict()
             return config
-        except (AssertionError, AttributeError, TypeError, ValueError) as error:  # PaddleNLP's, of keys that it knows
+        except (AssertionError, AttributeError, TypeError, ValueError) as error:  # from PaddleNLP
             raise ConfigError(f"{path}: {one_line(str(error), 200)}") from None

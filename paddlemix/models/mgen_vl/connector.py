@@ -17,14 +17,14 @@ from paddlemix.models.mgen_vl.attention import attend
 from paddlemix.models.mgen_vl.config_values import RESAMPLER_HEAD_DIM
 from paddlemix.utils.compat import full_precision, keep_from_decorate
 
-# Every LayerNorm of the visual part.
+# Epsilon of all LayerNorms in the visual part.
 EPSILON = 1e-6
 
 
 def resize_positions(table, count):
-    """Interpolate a square grid of position vectors bicubically to another one: [L, c] → [count, c].
+    """Interpolate a square grid of position vectors bicubically to another size: [L, c] → [count, c].
 
-    Computed in float32 and returned in the table's dtype. L and count are squares.
+    Computes in float32 and returns the table's dtype. L and count are squares.
     """
     length, channels = table.shape
     if length == count:
@@ -39,7 +39,7 @@ def resize_positions(table, count):
 def sincos_positions(channels: int, side: int) -> np.ndarray:
     """2-d sin-cos table of MAE (He et al. 2021): float32 [side², channels].
 
-    The first half of the channels holds the column's sines and cosines, the second half the row's.
+    The first half of the channels has the column's sines and cosines, the second half the row's.
     """
     omega = 10000.0 ** (-np.arange(channels // 4, dtype=np.float64) / (channels / 4))
 
@@ -52,7 +52,7 @@ def sincos_positions(channels: int, side: int) -> np.ndarray:
 
 
 class CrossAttention(nn.Layer):
-    """Multi-head attention with one [q; k; v] projection, named as the public checkpoints name it."""
+    """Multi-head attention with a joint [q; k; v] projection, with the names of the public checkpoints."""
 
     def __init__(self, dim):
         super().__init__()
@@ -71,16 +71,16 @@ class CrossAttention(nn.Layer):
             return rearrange(x, "n p (h d) -> n h p d", h=self.heads)
 
         query, key, value = (project(x, *wb) for x, wb in zip((query, key, value), zip(weights, biases)))
-        # The queries are the same for every image; only now do they meet the batch.
+        # The queries are shared by all images, so they are projected once.
         query = query.expand([key.shape[0], -1, -1, -1])
         return self.out_proj(attend(query, key, value, use_flash=use_flash))
 
 
 class AttentionPool(nn.Layer):
-    """Q learned queries look at P patch features: [N, P, w] → [N, Q, D].
+    """Q learned queries attend to P patch features: [N, P, w] → [N, Q, D].
 
-    `pos_embed` is a constant, kept in checkpoints and never trained. It is added to the queries as it is and to the
-    keys interpolated to the patch grid, not to the values.
+    `pos_embed` is a constant, stored in checkpoints and never trained. It is added to the queries and, interpolated to
+    the patch grid, to the keys, not to the values.
     """
 
     def __init__(self, output_dim, width, n_queries):
@@ -88,7 +88,7 @@ class AttentionPool(nn.Layer):
         self.register_buffer(
             "pos_embed", paddle.to_tensor(sincos_positions(output_dim, math.isqrt(n_queries))), persistable=True
         )
-        # The table stays float32 in a bfloat16 model; the query parameter is made in the dtype it trains in.
+        # The table stays float32 in a bfloat16 model; the query parameter has the dtype it trains in.
         keep_from_decorate(self)
         self.query = self.create_parameter([n_queries, output_dim], default_initializer=nn.initializer.Normal(std=0.02))
         self.kv_proj = nn.Linear(width, output_dim, bias_attr=False) if width != output_dim else nn.Identity()

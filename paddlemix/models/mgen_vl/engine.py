@@ -1,11 +1,11 @@
-"""Greedy decoding and sampling in slots: a row that ends makes room for the next, so that none waits for the longest of
-its batch (continuous batching: Yu et al. 2022, "Orca", OSDI; here with plain Paddle operators).
+"""Greedy decoding and sampling with continuous batching (Yu et al. 2022, "Orca", OSDI) in plain Paddle operators: a
+finished row frees its slot for the next, so that no row waits for the longest of a batch.
 
-The cache is a ring. A step writes one column for all slots, wherever their rows began, and a row of n tokens owns the n
-columns before the next one to be written: keys carry their rotary positions, so where one lies makes no difference.
-Prompts are computed in groups, and rows that find no slot wait with their keys and values.
+The cache is a ring buffer. A step writes one column for all slots, wherever their rows started, and a row of n tokens
+owns the n columns before the next one to write: keys contain their rotary positions, so their columns do not matter.
+Prompts are computed in groups; rows without a free slot wait with their keys and values.
 
-A row is decoded as if it were alone: its positions, limits, stop ids and random numbers are its own.
+A row is decoded as if it were alone, with its own positions, limits, stop ids and random numbers.
 
 Shapes: A slots, B rows of a group, T prompt tokens, S columns of the ring, H heads, d head width, V vocabulary.
 """
@@ -26,30 +26,29 @@ from paddlemix.processors.mgen_vl_processing import image_positions
 from paddlemix.utils.compat import full_precision
 from paddlemix.utils.log import logger
 
-# Rows whose prompts are computed together, at most.
+# Maximum prompts computed together.
 GROUP = 4
-# Cycles of up to so many tokens are looked for; of digits, only where no price or phone number is as long.
+# Maximum tokens of detected cycles; cycles of digits count only beyond the length of prices and phone numbers.
 _LONGEST_CYCLE, _LONGEST_NUMBER = 16, 24
 # Decoding.stop_repeating of captions.
 STOP_REPEATING = 4
-# What a row ended with, beside a stop id or its limit.
+# Notes of rows that ended neither by a stop id nor by their limit.
 STUCK, NOT_FINITE = "repeats itself", "not a number"
 
 
-# Paddle's own allocator raises a MemoryError; what CUDA and its libraries say comes as an OSError.
+# Paddle's allocator raises a MemoryError; errors of CUDA and its libraries are OSErrors.
 OUT_OF_MEMORY_TYPES = (MemoryError, OSError, RuntimeError, SystemError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Paddle or Python ran out of memory; but for MemoryError, an error's text alone says so."""
+    """Whether Paddle or Python ran out of memory; except for MemoryError, only an error's text tells."""
     signs = ("out of memory", "resourceexhausted", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 class Prompt(NamedTuple):
-    """One row. ids [T] up to where the answer begins; images of its spans, float32 [n, 3, S, S], arrays or tensors, or
-    their features [n, Q, D], tensors. key: what its random numbers come from beside the seed (default: its place among
-    the rows)."""
+    """One row. ids [T] before the answer; images of its spans, float32 [n, 3, S, S] (arrays or tensors), or their
+    features [n, Q, D] (tensors). key: with the seed, it determines the random numbers (default: the row's index)."""
 
     ids: Sequence[int]
     images: Any = ()
@@ -58,13 +57,13 @@ class Prompt(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """How tokens are chosen: the most probable one, or with `sample` by chance, from the `top_k` most probable (0: all)
-    and of those from the fewest whose probabilities sum to `top_p`, with logits divided by `temperature`.
+    """How tokens are chosen: the most probable one, or with `sample` at random from the `top_k` most probable (0: all)
+    and among those from the smallest set with total probability `top_p`, with logits divided by `temperature`.
 
     repetition_penalty: divides positive logits of the row's tokens so far, prompt included, and multiplies negative
-    ones (Keskar et al. 2019). no_repeat_ngram_size: no n-gram of the row comes twice. samples: answers to each prompt.
-    stop_repeating: an answer ends when its last tokens are so many repeats of a cycle, which is cut to one (0: never).
-    num_beams, length_penalty: of beam search, which is PaddleNLP's; above one beam, nothing is sampled.
+    ones (Keskar et al. 2019). no_repeat_ngram_size: no n-gram of the row occurs twice. samples: answers to each prompt.
+    stop_repeating: end an answer whose last tokens are this many repeats of a cycle, and keep one of them (0: never).
+    num_beams, length_penalty: of PaddleNLP's beam search, which excludes sampling.
     """
 
     max_new_tokens: int = 512
@@ -83,8 +82,8 @@ class Decoding(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The answer to prompt `index`. ids: without the stop id, which is `stop` (None where the answer was cut off).
-    score: mean log-probability of its tokens, the stop id included (nan unless asked for). note: why it ended early."""
+    """The answer to prompt `index`. ids: without the stop id; stop: that id, None if the answer was cut off. score:
+    mean log-probability of its tokens, including the stop id (nan unless computed). note: why it ended early."""
 
     index: int
     sample: int
@@ -95,7 +94,7 @@ class Finished(NamedTuple):
 
 
 class _Row:
-    """One answer while it is decoded."""
+    """An answer being decoded."""
 
     def __init__(self, index: int, sample: int, prompt: Prompt, seed: int):
         self.index, self.sample, self.prompt = index, sample, prompt
@@ -111,12 +110,11 @@ class _Row:
 class Engine:
     """Decodes any number of prompts, `slots` rows at a time.
 
-    model: a MGenLMHeadModel in evaluation mode. stop_ids end an answer, and so do the ids `ending`, one after the
-    other. scores: compute log-probabilities. is_number: whether ids spell a number (for
-    stop_repeating). on_token: called with each token of each row, the stop id too. When memory runs out, the unfinished
-    rows begin anew in half the slots.
+    model: a MGenLMHeadModel in eval mode. stop_ids: each of them ends an answer, and so does the sequence `ending`.
+    scores: compute log-probabilities. is_number: whether ids spell a number (for stop_repeating). on_token: called with
+    each token of each row, including the stop id. When memory runs out, unfinished rows restart in half the slots.
 
-    steps, busy, filled, waited: steps made; rows decoded in them; of the steps with rows still waiting for a slot, the
+    steps, busy, filled, waited: number of steps; rows decoded in them; of the steps with rows waiting for a slot, the
     rows decoded and the number of steps.
     """
 
@@ -139,7 +137,7 @@ class Engine:
         self._tables: dict = {}
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
-        """The answers, as each ends. Prompts are taken as slots become free.
+        """The answers, as each is finished. Prompts are read as slots become free.
 
         Raises:
             UserError: the spans in a prompt do not match its images.
@@ -147,7 +145,7 @@ class Engine:
         source = enumerate(prompts)
         again: Deque[Tuple[int, Prompt, List[int]]] = deque()
         while True:
-            # Rows in their slots, and those that wait for one with their keys and values.
+            # Rows in slots, and rows waiting for one with their keys and values.
             self._rows: List[Optional[_Row]] = [None] * self.slots
             self._ready: Deque[Tuple[_Row, PromptCache, int, int]] = deque()
             self._cache, self._done = SlotCache(self.slots), deque()
@@ -159,7 +157,7 @@ class Engine:
             except OUT_OF_MEMORY_TYPES as error:
                 if not is_out_of_memory(error) or self.slots == 1:
                     raise
-            # Outside the except block, whose traceback would hold on to the tensors of the failed try.
+            # Outside the except block, whose traceback would keep the tensors of the failed attempt alive.
             while self._done:
                 yield self._done.popleft()
             rows = [row for row in self._rows if row is not None] + [entry[0] for entry in self._ready]
@@ -176,13 +174,13 @@ class Engine:
 
     @paddle.no_grad()
     def _advance(self, source, again) -> bool:
-        """Fill free slots and make one step. Returns False when all is done."""
+        """Fill free slots and make one step. Returns False when everything is done."""
         self._starting: List[_Row] = []
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         while free:
             while free and self._ready:
                 row, prompts, place, length = self._ready.popleft()
-                # Before its keys are copied: if memory runs out there, the row begins anew like the others.
+                # Before its keys are copied: if memory runs out there, the row restarts like the others.
                 self._rows[free[0]] = row
                 self._cache.put(free.pop(0), prompts, place, length)
             if not free or not self._prefill(source, again):
@@ -191,7 +189,7 @@ class Engine:
         if not active:
             return bool(self._done)
         if len(active) <= len(self._rows) // 2 and not self._ready:
-            # Nothing is left to fill the others with.
+            # No rows are left for the other slots.
             self._cache.keep(active)
             self._rows = [self._rows[slot] for slot in active]
             active = list(range(len(active)))
@@ -199,7 +197,7 @@ class Engine:
         return True
 
     def _prefill(self, source, again) -> bool:
-        """Compute the prompts of the next group. Returns False when there is none."""
+        """Compute the prompts of the next group. Returns False if there is none."""
         group: List[Tuple[int, Prompt, Sequence[int]]] = []
         most = max(1, min(GROUP, self.slots) // self.decoding.samples)
         while len(group) < most:
@@ -312,7 +310,7 @@ class Engine:
         columns = [chosen.astype("float32"), paddle.index_sample(logits, chosen)]
         if self.scores:
             columns.append(F.cross_entropy(logits, chosen, reduction="none"))
-        # The one place where the host waits for the device. float32 holds ids up to 16 million.
+        # The only synchronisation with the device. float32 represents ids up to 16 million.
         values, taken, *losses = paddle.concat(columns, axis=1).numpy().T
         broken = np.logical_not(np.isfinite(taken))
         scores = -losses[0] if losses else [float("nan")] * len(rows)
@@ -323,7 +321,7 @@ class Engine:
         return going_on
 
     def _ends(self, row: _Row, token: int, broken: bool, score: float) -> bool:
-        """Give a row its token; whether that is its last."""
+        """Add a token to a row. Returns whether it is the last one."""
         if broken:
             self._finish(row, row.tokens, None, NOT_FINITE)
             return True
@@ -353,7 +351,7 @@ class Engine:
         self._done.append(Finished(row.index, row.sample, list(ids), stop, score, note))
 
     def _forbidden(self, row: _Row) -> List[int]:
-        """Ids that the row's next token must not be."""
+        """Ids excluded as the row's next token."""
         found = list(self.stop_ids) if len(row.tokens) < self.decoding.min_new_tokens else []
         n = self.decoding.no_repeat_ngram_size
         if n:
@@ -367,7 +365,7 @@ class Engine:
     def _penalised(self, logits, rows: Sequence[Optional[_Row]]):
         seen = [sorted({*row.prompt.ids, *row.tokens}) if row else [0] for row in rows]
         longest = max(map(len, seen))
-        # An id that comes twice gets the same value twice.
+        # Padded with duplicate ids, which get the same value.
         where = paddle.to_tensor(np.array([ids + ids[-1:] * (longest - len(ids)) for ids in seen], dtype=np.int64))
         values = paddle.take_along_axis(logits, where, 1)
         penalty = self.decoding.repetition_penalty
@@ -380,20 +378,20 @@ class Engine:
         probabilities = F.softmax(values, axis=-1)
         sums = probabilities.cumsum(-1)
         if decoding.top_p < 1.0:
-            # Those before which less than top_p has been seen.
+            # Keep tokens before which the cumulative probability is below top_p.
             probabilities = paddle.where(
                 sums - probabilities < decoding.top_p, probabilities, paddle.zeros_like(probabilities)
             )
             sums = probabilities.cumsum(-1)
         chance = np.array([[row.random.random() if row else 0.0] for row in rows], dtype=np.float32)
         place = (sums <= paddle.to_tensor(chance) * sums[:, -1:]).astype("int64").sum(-1, keepdim=True)
-        # Rounding may carry the product to the sum itself: never behind the last one that may be chosen.
+        # Rounding may reach the full sum: clip to the last possible token.
         last = (probabilities > 0).astype("int64").sum(-1, keepdim=True) - 1
         return paddle.take_along_axis(ids, paddle.minimum(place, last), 1)
 
 
 def _cycle(tokens: List[int], repeats: int, is_number: Callable[[Sequence[int]], bool]) -> int:
-    """The length of the cycle that the last tokens repeat so many times, 0 if they do not."""
+    """The length of the cycle that the last tokens repeat `repeats` times; 0 if there is none."""
     for period in range(1, min(_LONGEST_CYCLE, len(tokens) // repeats) + 1):
         if tokens[-period * (repeats - 1) :] == tokens[-period * repeats : -period]:
             if not is_number(tokens[-period:]):
@@ -404,7 +402,7 @@ def _cycle(tokens: List[int], repeats: int, is_number: Callable[[Sequence[int]],
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:
-    """(ids int64 [B, T], mask int64 [B, T], 0 on the padding) of rows of different lengths."""
+    """(ids int64 [B, T], mask int64 [B, T], 0 for padding) of rows of different lengths, padded on the left."""
     longest = max(len(row) for row in rows)
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)

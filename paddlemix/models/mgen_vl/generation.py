@@ -1,6 +1,6 @@
 """generate and chat: greedy search and sampling by the engine, beam search by PaddleNLP's loop over our cache.
 
-Of the latter, the parts that it asks a model for are here: the inputs of each step, the cache and its reordering.
+For the latter, this module has the model's part: the inputs of each step, the cache and its reordering.
 
 Shapes: B rows, T prompt tokens, N images, Q queries, D hidden.
 """
@@ -23,7 +23,7 @@ from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import resolve_flash
 
-# What generation_config.json may set; other keys of public files (transformers_version, …) do not concern decoding.
+# Keys of generation_config.json with type and range; other keys of public files (transformers_version, …) are ignored.
 _NUMBERS = {
     "max_new_tokens": (int, 1, 1 << 16),
     "min_new_tokens": (int, 0, 1 << 16),
@@ -40,17 +40,17 @@ _NUMBERS = {
     "bos_token_id": (int, 0, 1 << 22),
     "max_window_size": (int, 1, 1 << 22),
 }
-# Kept for a caller who asks for sampling or beams; PaddleNLP warns of them when a greedy configuration is made.
+# Only for sampling or beams; PaddleNLP warns about them in a greedy configuration.
 _NOT_GREEDY = ("top_k", "top_p", "temperature", "num_beams", "num_return_sequences", "length_penalty")
 
 
 def load_generation_config(folder, config) -> GenerationConfig:
     """generation_config.json of a folder over this model's defaults: greedy, 512 new tokens, the config's ids.
 
-    Sampling or beams are used only if the file names a decode_strategy. A value of null counts as not set.
+    Sampling or beams are used only if the file sets decode_strategy. null counts as not set.
 
     Raises:
-        ConfigError: the file is not JSON, or a value is of the wrong kind or out of range.
+        ConfigError: the file is not JSON, or a value has the wrong type or is out of range.
     """
     values = {
         "decode_strategy": "greedy_search",
@@ -81,20 +81,20 @@ def load_generation_config(folder, config) -> GenerationConfig:
     made = GenerationConfig(**values)
     for key, value in extra.items():
         setattr(made, key, value)
-    # Not derived from the model's configuration, so PaddleNLP must not derive it anew.
+    # Keep PaddleNLP from deriving it from the model's configuration again.
     made._from_model_config = False
     return made
 
 
 def generation_values(generation_config: GenerationConfig) -> dict:
-    """What generation_config.json holds of a configuration: the keys that load_generation_config reads."""
+    """The values of a configuration for generation_config.json: the keys that load_generation_config reads."""
     keys = ["chat_format", "decode_strategy", *_NUMBERS]
     values = {key: getattr(generation_config, key, None) for key in keys}
     return {key: value for key, value in values.items() if value is not None}
 
 
 class CaptionGeneration:
-    """Mixed into the model in front of PaddleNLP's GenerationMixin."""
+    """Mixin of the model, before PaddleNLP's GenerationMixin."""
 
     def new_cache(self) -> KVCache:
         return KVCache()
@@ -111,17 +111,17 @@ class CaptionGeneration:
         is_number=lambda ids: False,
         **kwargs,
     ):
-        """Continue each row; PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, …) in kwargs go
-        before those of generation_config.json. Greedy search and sampling are the engine's, beam search is PaddleNLP's.
+        """Continue each row. kwargs: PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, …), which
+        override generation_config.json. Greedy search and sampling use the engine, beam search PaddleNLP's loop.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: 0/1 [B, T], all ones by default; images
-        [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row alone gives the same ids
-        as in a batch. eos_token_id may be a list. streamer: gets each token of a single row (`put`, `end`). seed: of
-        sampling; by default paddle.seed decides. stop_repeating, is_number: see Decoding and Engine; not of beams.
+        [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row gives the same ids alone as
+        in a batch. eos_token_id may be a list. streamer: receives each token of a single row (`put`, `end`). seed: of
+        sampling, by default from paddle.seed. stop_repeating, is_number: see Decoding and Engine; not for beams.
 
         Returns:
-            (new ids int64 [B, new], scores [B, 1]): a finished row is filled with pad_token_id; a score is the mean
-            log-probability of the row's new tokens (of beams, what PaddleNLP gives).
+            (new ids int64 [B, new], scores [B, 1]): finished rows are padded with pad_token_id; a score is the mean
+            log-probability of the row's new tokens (for beams, PaddleNLP's score).
 
         Raises:
             UserError: the spans in the text do not match the images.
@@ -132,7 +132,7 @@ class CaptionGeneration:
             if kwargs.get("decode_strategy", self.generation_config.decode_strategy) == "beam_search":
                 given = images if image_features is None else image_features
                 n_images = 0 if given is None else given.shape[0]
-                # In front of the ViT: to read the ids, the host would wait for it.
+                # Before the ViT: reading the ids on the host would wait for it.
                 places = image_positions(
                     input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries
                 )
@@ -147,7 +147,7 @@ class CaptionGeneration:
             return self._decode(ids, mask, images, image_features, streamer, repeats, kwargs)
 
     def _decode(self, ids, mask, images, features, streamer, repeats, kwargs):
-        """generate by the engine. ids, mask: numpy [B, T]."""
+        """generate with the engine. ids, mask: numpy [B, T]."""
         known = {*_NUMBERS, "decode_strategy", "seed"}
         if set(kwargs) - known:
             raise TypeError(f"generate takes no {', '.join(sorted(set(kwargs) - known))}")
@@ -194,7 +194,7 @@ class CaptionGeneration:
 
     @contextlib.contextmanager
     def generating(self):
-        """Within it the model evaluates, and takes fused attention where it can."""
+        """Context for generation: eval mode, and fused attention where possible."""
         was_training, was_fused = self.training, self.config.use_flash_attention
         self.eval()
         self.fuse(self.generates_fused())
@@ -206,10 +206,7 @@ class CaptionGeneration:
                 self.train()
 
     def generates_fused(self) -> bool:
-        """Whether prompts and images go through Paddle's fused attention: where card and weights allow it.
-
-        Training has a key for it, generation needs none. On the CPU as the configuration has it.
-        """
+        """Whether generation uses Paddle's fused attention: if card and weights allow it; on the CPU as configured."""
         device = paddle.get_device()
         if not device.startswith("gpu"):
             return self.config.use_flash_attention
@@ -219,7 +216,7 @@ class CaptionGeneration:
         self.config.use_flash_attention = self.visual.use_flash_attention = fused
 
     def get_logits_processor(self, min_length=None, eos_token_id=None, **kwargs):
-        """PaddleNLP's, whose minimum length knows a single stop id: here one for each."""
+        """PaddleNLP's processors, with a minimum length for each stop id instead of a single one."""
         processors = super().get_logits_processor(**kwargs)
         if min_length is not None:
             for stop in eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]:
@@ -227,7 +224,7 @@ class CaptionGeneration:
         return processors
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask, past_key_values=None, **kwargs):
-        """Inputs of one step: the whole prompt first, then the newest token with the cache, which knows all else."""
+        """Inputs of one step: the full prompt first, then the newest token with the cache."""
         inputs = {"past_key_values": past_key_values, "use_cache": True, "last_logits_only": True, "return_dict": True}
         if past_key_values is None:
             images = {name: kwargs.get(name) for name in ("image_features", "image_positions")}
@@ -235,7 +232,8 @@ class CaptionGeneration:
         return dict(inputs, input_ids=input_ids[:, -1:])
 
     def adjust_logits_during_generation(self, logits):
-        """Note in `broken`, for each step of a beam search, in which rows logits are not numbers: bool [B × beams]."""
+        """Record in `broken`, for each step of a beam search, which rows have logits that are not finite: bool [B ×
+        beams]."""
         self.broken.append(paddle.logical_not(paddle.isfinite(logits.astype("float32").sum(-1))))
         return logits
 
@@ -246,7 +244,7 @@ class CaptionGeneration:
 
     @staticmethod
     def update_scores_for_generation(scores, next_scores, length, unfinished_flag):
-        """The running mean of unfinished rows. PaddleNLP makes two tensors of `length`, a copy to the card each."""
+        """The running mean of unfinished rows. PaddleNLP's version copies `length` to the card twice."""
         return paddle.where(unfinished_flag, (scores * length + next_scores) / (length + 1), scores)
 
     def reorder_cache(self, cache, beam_idx):
@@ -259,7 +257,7 @@ class CaptionGeneration:
         if features is not None:
             places = places.reshape(features.shape[:2])
             row, order = places[:, 0] // T, np.arange(B * expand_size)[:, None]
-            # For each new row the images of the one it repeats.
+            # For each new row, the images of the row that it repeats.
             new_row, image = np.nonzero(order // expand_size == row)
             features = paddle.gather(features, paddle.to_tensor(image))
             places = (places[image] + ((new_row - row[image]) * T)[:, None]).reshape(-1)
@@ -282,23 +280,22 @@ class CaptionGeneration:
     ):
         """One turn of a conversation, as in the baseline's chat.py.
 
-        query: text, images as `<img>…</img>` (tokenizer.from_list_format makes it), or Content (processors). history:
+        query: text with images as `<img>…</img>` (from tokenizer.from_list_format), or Content (processors). history:
         earlier (query, response) pairs. images [N, 3, S, S] or image_features [N, Q, D]: for all spans of history and
-        query in order. template: the model's ChatTemplate, None for the default; system: in place of its system text.
-        choose: which of the answers to take, by their texts and scores, where num_return_sequences asks for several.
-        kwargs: see generate.
+        query, in order. template: the model's ChatTemplate, None for the default; system: overrides its system text.
+        choose: (texts, scores) → index of the answer to take, with num_return_sequences above 1. kwargs: see generate.
 
         Returns:
             (response, history with this turn appended).
 
         Raises:
-            UserError: the prompt is longer than the model's positions, or images and spans are not as many.
+            UserError: the prompt is longer than the model's positions, or the numbers of images and spans differ.
         """
         history = list(history or [])
         window = self.generation_config.max_window_size
         _, ids = encode_prompt(tokenizer, query, history, system, window, template)
         check_positions(self.config, ids)
-        # Turns that fell out of the window took their images with them.
+        # Turns that were dropped from the window took their images with them.
         spans = ids.count(tokenizer.img_start_id)
         asked = [query, *(earlier for earlier, _ in history)]
         given = sum(count_images(named_images(one, tokenizer.n_queries)) for one in asked)
@@ -319,7 +316,7 @@ class CaptionGeneration:
 
     @staticmethod
     def stop_ids(tokenizer, template=None):
-        """Ids that end an answer: those of chatml, and the one that the template puts behind an answer."""
+        """Ids that end an answer: those of chatml, and the template's own if it is a single id."""
         ids = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
         ending = [] if template is None else template.ending(tokenizer)
         return ids + [i for i in ending if len(ending) == 1 and i not in ids]
@@ -355,7 +352,7 @@ def decode_response(tokenizer, ids, stop_ids, ending=()) -> str:
 
 
 def _answer(ids, stop_ids, ending):
-    """The ids of an answer without what ends it."""
+    """The ids of an answer up to its end."""
     stop, n = set(stop_ids), len(ending)
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     if n > 1:
@@ -364,11 +361,11 @@ def _answer(ids, stop_ids, ending):
 
 
 class TextStreamer:
-    """generate's `streamer` for one row: an answer's text, in pieces, as soon as they are certain.
+    """generate's `streamer` for one row: the text of an answer, in pieces, as soon as they are final.
 
-    tokenizer, stop_ids, ending: as for decode_response, whose result the pieces add up to. write: called with each
-    piece, a str. Held back until more is known: bytes of an unfinished character, blanks that may be the last, an
-    image span, what may be the beginning of `ending`.
+    tokenizer, stop_ids, ending: as for decode_response, whose result is the concatenation of the pieces. write: called
+    with each piece, a str. Held back: bytes of an incomplete character, trailing spaces, an image span, a possible
+    start of `ending`.
     """
 
     def __init__(self, tokenizer, stop_ids, write, ending=()):

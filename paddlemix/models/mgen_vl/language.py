@@ -1,8 +1,8 @@
-"""The decoder: PaddleNLP's QWen parts carry the parameters and their tensor-parallel layout, the forward is ours.
+"""The decoder: parameters and tensor-parallel layout come from PaddleNLP's QWen layers, the forward is our own.
 
-PaddleNLP's own forward attends over a strided cache that it copies at every step, takes rotary positions from the
-cache length, and holds a log-n table per layer. Here the cache is contiguous and preallocated, positions are explicit,
-and rotary and log-n factors are computed once per forward.
+PaddleNLP's forward attends over a strided cache that it copies at every step, derives rotary positions from the cache
+length, and stores a log-n table per layer. Here the cache is contiguous and preallocated, positions are explicit, and
+rotary and log-n factors are computed once per forward.
 
 Shapes: B batch, T new tokens, L tokens before them in the cache, S cache capacity, D hidden, H heads, d head width.
 """
@@ -28,19 +28,19 @@ from paddlemix.models.mgen_vl.attention import (
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.utils.compat import cast, full_precision, fused_rms_norm, norm_is_fused, swiglu
 
-# A masked score. Finite, so that a row that may see nothing (padding) gives numbers, not NaN.
+# A masked score. Finite, so that fully masked rows (padding) give numbers instead of NaN.
 MASKED = -1e30
 
 
 def position_ids_from_mask(attention_mask):
-    """Positions count the real tokens: int64 [B, T] from a 0/1 mask [B, T], padding at 0."""
+    """Positions that count only real tokens: int64 [B, T] from a 0/1 mask [B, T]; padding is at 0."""
     return (attention_mask.astype("int64").cumsum(-1) - 1).clip(min=0)
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
     """The factor on the rotary base for a context of `length` tokens: 1 up to seq_length, then 3, 7, …
 
-    Dynamic NTK scaling as the public Qwen code has it.
+    Dynamic NTK scaling as in the public Qwen code.
     """
     if length <= seq_length:
         return 1
@@ -50,8 +50,8 @@ def ntk_alpha(length: int, seq_length: int) -> int:
 def rotary_factors(position_ids, dim: int, base: float, alphas):
     """cos and sin of RoFormer's angles (Su et al. 2021), in float32.
 
-    position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim], as
-    rotate takes them: the sine of the second half is negative.
+    position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim], for
+    rotate: the sine of the second half is negated.
     """
     bases = [base * alpha ** (dim / (dim - 2)) for alpha in alphas]
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -62,14 +62,14 @@ def rotary_factors(position_ids, dim: int, base: float, alphas):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + d/2]) by its angle (neox halves): x […, d]; cos and sin of rotary_factors."""
+    """Rotate each pair (x[i], x[i + d/2]) by its angle (NeoX style): x […, d]; cos, sin: from rotary_factors."""
     return x * cos + paddle.roll(x * sin, x.shape[-1] // 2, axis=-1)
 
 
 def attention_factors(cos, sin, query_scale):
-    """Factors that rotate queries and keys, scale queries and leave values, all in one: two [3, B, 1, T, dim].
+    """Combined factors that rotate queries and keys, scale queries and keep values: two [3, B, 1, T, dim].
 
-    cos, sin: of rotary_factors. query_scale: a number, or [B, 1, T, 1].
+    cos, sin: from rotary_factors. query_scale: a number, or [B, 1, T, 1].
     """
     return (
         paddle.stack([cos * query_scale, cos, paddle.ones_like(cos)]),
@@ -78,13 +78,13 @@ def attention_factors(cos, sin, query_scale):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, one contiguous [B, H, S, d] buffer each per layer.
+    """Keys and values of the tokens so far: a contiguous [B, H, S, d] buffer of each per layer.
 
-    Capacity grows in blocks, so that a step writes one position in place and copies nothing else.
+    Capacity grows in blocks, so that a step only writes one position in place.
 
-    length: positions written. alphas: the NTK factors that the cached keys were turned with (frozen at prefill).
-    mask: the prompt's, 0/1 [B, T], None where all is seen; what follows is always seen. window: what the steps up to
-    the capacity need (see MGenDecoder._window): its first position, and tensors of which a step takes a slice.
+    length: positions written. alphas: the NTK factors of the cached keys (fixed at prefill). mask: the prompt's, 0/1
+    [B, T], None if nothing is masked; later tokens are never masked. window: precomputed tensors for the steps up to
+    the capacity (see MGenDecoder._window): the first position, and tensors of which a step takes a slice.
     """
 
     BLOCK = 128
@@ -99,7 +99,7 @@ class KVCache:
         return self.keys[0].shape[2] if self.keys else 0
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions in all."""
+        """Grow the capacity to at least `length` positions."""
         missing = length - self.capacity
         if self.keys and missing > 0:
             missing += -missing % self.BLOCK
@@ -110,9 +110,9 @@ class KVCache:
             self.window = None
 
     def append(self, layer: int, key, value):
-        """Write [B, H, T, d] behind the cached positions of `layer` and return what to attend over.
+        """Append [B, H, T, d] to the cached positions of `layer` and return the keys and values to attend over.
 
-        Returns the fresh tensors at prefill, the whole buffers afterwards (positions past the end are masked).
+        These are the arguments themselves at prefill, the full buffers afterwards (unused positions are masked).
         """
         T = key.shape[2]
         if layer == len(self.keys):
@@ -138,34 +138,33 @@ class KVCache:
             copy.mask = paddle.index_select(self.mask, rows)
         if self.window is not None:
             first, cos, sin, bias = self.window
-            # Without a mask they are the same for all rows.
+            # Without a mask they are shared by all rows.
             cos, sin = (t if t.shape[0] == 1 else paddle.index_select(t, rows) for t in (cos, sin))
             copy.window = first, cos, sin, bias if bias.shape[0] == 1 else paddle.index_select(bias, rows)
         return copy
 
 
 class MGenAttention(QWenAttention):
-    """Self-attention of the decoder; parameters and parallel layout of QWenAttention."""
+    """Self-attention of the decoder, with the parameters and parallel layout of QWenAttention."""
 
     def __init__(self, config):
         super().__init__(config)
-        # Tables of the stock forward; ours are computed once per forward in the decoder.
+        # Tables of the stock forward; the decoder computes ours once per forward.
         del self.rotary_emb, self.logn_tensor
 
     def forward(self, x, bias, cos, sin, cache=None, layer=0):
         """x [B, T, D] → [B, T, D], or [B, 1, D] of the last token where bias has one row.
 
-        bias: broadcast to [B, H, T, keys], or segments as attend_within takes them; cos, sin: of attention_factors,
-        broadcast to [3, B, H, T, d], of one token to [B, 3, H, 1, d]; cache: a KVCache to read and extend at `layer`,
-        or None.
+        bias: broadcast to [B, H, T, keys], or segments for attend_within; cos, sin: from attention_factors, broadcast
+        to [3, B, H, T, d], for one token to [B, 3, H, 1, d]; cache: a KVCache to read and extend at `layer`, or None.
         """
         B, T, _ = x.shape
-        layers = self._sub_layers  # found five times as fast as attributes of a layer
+        layers = self._sub_layers  # lookup is five times as fast as by attribute
         mixed = call(layers["c_attn"], x)
         if T == 1:
             mixed = mixed.reshape([B, 3, self.num_heads, 1, self.head_dim])
         else:
-            # Contiguous: both products would copy the strided view for themselves.
+            # Contiguous: otherwise both products would copy the strided view.
             mixed = mixed.reshape([B, T, 3, self.num_heads, self.head_dim]).transpose([2, 0, 3, 1, 4]).contiguous()
         query, key, value = rotate(mixed, cos, sin).unbind(1 if T == 1 else 0)  # each [B, H, T, d]
         if cache is not None:
@@ -179,7 +178,7 @@ class MGenAttention(QWenAttention):
             bias,
             dropout=self.config.attn_dropout_prob,
             training=self.training,
-            # One query reads each key once, fused or not, and the kernel would have the cache in another layout.
+            # A single query reads each key once in any case, and the kernel needs another cache layout.
             use_flash=self.config.use_flash_attention and T > 1,
             scaled=True,
         )
@@ -198,7 +197,7 @@ class MGenRMSNorm(QWenRMSNorm):
     """x / rms(x) · weight, the mean square in float32 (Zhang & Sennrich 2019)."""
 
     def forward(self, x, added=None, fused=False):
-        """The norm of x, or (that of x + added, x + added). fused: see norm_is_fused."""
+        """The norm of x; with `added`, (the norm of x + added, x + added). fused: see norm_is_fused."""
         if fused:
             normed, x = fused_rms_norm(x, self._parameters["weight"], self.eps, added)
             return normed if added is None else (normed, x)
@@ -206,7 +205,7 @@ class MGenRMSNorm(QWenRMSNorm):
             x = x + added
         wide = x.astype("float32")
         with full_precision():
-            # Not pow(2), as the stock forward has it: on the CPU that takes ten times as long as a product.
+            # Not pow(2) as in the stock forward: on the CPU it takes ten times as long as a product.
             wide = wide * paddle.rsqrt((wide * wide).mean(-1, keepdim=True) + self.eps)
         normed = cast(wide, x.dtype) * self._parameters["weight"]
         return normed if added is None else (normed, x)
@@ -232,19 +231,19 @@ class MGenBlock(nn.Layer):
 
 
 class MGenPretrainedModel(QWenPretrainedModel):
-    """What the decoder and the whole model share: configuration class, initialisation, tensor-parallel layout."""
+    """Base of the decoder and of the full model: configuration class, initialisation, tensor-parallel layout."""
 
     config_class = MGenConfig
     base_model_prefix = "transformer"
 
     def init_weights(self):
-        """Parameters are initialised where they are made; the stock second pass would only undo a lazy model."""
+        """Parameters are initialised on creation; the stock second pass would allocate a lazy model."""
 
     @classmethod
     def _get_tensor_parallel_mappings(cls, config, is_split=True):
         """PaddleNLP's split and merge actions of each decoder parameter, under this model's names, and of its adapters.
 
-        An adapter is cut as its weight is: lora_B by columns, lora_A by rows. (PaddleNLP's LoRAModel cuts lora_B in
+        An adapter is split like its weight: lora_B by columns, lora_A by rows. (PaddleNLP's LoRAModel splits lora_B in
         equal columns, so a card's part of the fused c_attn would get columns of other heads than its weight has.)
         """
         stock = super()._get_tensor_parallel_mappings(config, is_split)
@@ -276,10 +275,9 @@ class MGenDecoder(MGenPretrainedModel):
         return self.wte
 
     def _packed(self, lengths, T):
-        """Attention and positions within each of the samples of a row.
+        """Segments for attend_within, and positions, int64 [B, T], of packed samples.
 
-        lengths: int64 numpy [B, K], 0 where a row has fewer samples. Returns segments as attend_within takes them, and
-        positions, int64 [B, T].
+        lengths: int64 numpy [B, K], 0 where a row has fewer samples.
         """
         longest, scaled = int(lengths.max()), self.config.use_dynamic_ntk and not self.training
         if lengths.sum(axis=1).max() > T:
@@ -298,9 +296,10 @@ class MGenDecoder(MGenPretrainedModel):
         return segments, paddle.to_tensor(positions)
 
     def _bias(self, attention_mask, B, T, past, capacity):
-        """Scores to add: 0 where token t may see key s, MASKED elsewhere. float32, broadcast to [B, 1, T, keys]."""
+        """Attention bias: 0 where token t may attend to key s, MASKED elsewhere. float32, broadcast to [B, 1, T, keys].
+        """
         if attention_mask is not None and attention_mask.ndim == 4:
-            # The caller's own pattern, [B, 1, T, T].
+            # A custom pattern, [B, 1, T, T].
             allowed = attention_mask.astype("bool")
         else:
             keys = capacity if past else T
@@ -316,9 +315,9 @@ class MGenDecoder(MGenPretrainedModel):
         )
 
     def factors(self, position_ids, alphas, end, fused, dtype):
-        """attention_factors of these positions, which end before `end`, with log-n scaling beyond the trained context.
+        """attention_factors of these positions, all below `end`, with log-n scaling beyond the trained context.
 
-        It is off while training, as NTK scaling is. fused: the kernel scales queries itself.
+        Log-n and NTK scaling are off in training. fused: the kernel scales queries itself.
         """
         config = self.config
         cos, sin = rotary_factors(position_ids, config.kv_channels, config.rotary_emb_base, alphas)
@@ -329,14 +328,14 @@ class MGenDecoder(MGenPretrainedModel):
         return attention_factors(cos, sin, scale)
 
     def _alphas(self, position_ids, T):
-        """NTK factors of a prompt of T tokens, padding included."""
+        """NTK factors of prompts of T tokens including padding."""
         if not self.config.use_dynamic_ntk or self.training or T <= self.config.seq_length:
             return [1]
         lengths = (position_ids.max(axis=1) + 1).numpy().tolist()
         return [ntk_alpha(length, self.config.seq_length) for length in lengths]
 
     def _window(self, cache, inputs_embeds):
-        """Factors and biases of the steps from here to the cache's capacity, made once for all of them."""
+        """Factors and biases of all steps from here to the cache's capacity."""
         past, steps = cache.length, cache.capacity - cache.length
         if cache.mask is None:
             start = paddle.full([1, 1], past, "int64")
@@ -350,14 +349,14 @@ class MGenDecoder(MGenPretrainedModel):
 
     @staticmethod
     def _whole_mask(cache, length):
-        """The prompt's mask and ones behind it, or None."""
+        """The prompt's mask followed by ones, or None."""
         if cache.mask is None:
             return None
         B, T = cache.mask.shape
         return paddle.concat([cache.mask, paddle.ones([B, length - T], cache.mask.dtype)], axis=1)
 
     def _step(self, cache, inputs_embeds):
-        """(cos, sin, bias) of the one next token."""
+        """(cos, sin, bias) of the next token."""
         cache.reserve(cache.length + 1)
         if cache.window is None:
             cache.window = self._window(cache, inputs_embeds)
@@ -370,12 +369,11 @@ class MGenDecoder(MGenPretrainedModel):
     ):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm; last_only: [B, 1, D].
 
-        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T], or None: all seen but
-        what the cache's prompt had masked. position_ids: int64 [B, T]; by default counted from the mask. cache: a
-        KVCache, empty at prefill; extended.
-        sample_lengths: lists or an array [B, K] on the host (a tensor is waited for): the tokens of the samples that
-        lie one behind the other in each row (0 where a row has fewer). Each is then computed as if it were alone; mask
-        and positions follow from it.
+        attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T]; None masks only what
+        the cache's prompt masked. position_ids: int64 [B, T]; by default derived from the mask. cache: a KVCache, empty
+        at prefill; extended. sample_lengths: lists or a host array [B, K] (a tensor would synchronise): lengths of the
+        samples packed in each row (0 where a row has fewer). Each is then computed as if it were alone; mask and
+        positions follow from them.
         """
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
@@ -391,9 +389,9 @@ class MGenDecoder(MGenPretrainedModel):
     def through(self, inputs_embeds, cos, sin, bias, cache=None, last_only=False):
         """Blocks and final norm: [B, T, D] → [B, T, D]; last_only: [B, 1, D].
 
-        cos, sin: of attention_factors, of one token with the first two axes exchanged. bias: what attention adds to the
-        scores, or segments as attend_within takes them. cache: what `append`s keys and values of a layer, and returns
-        what to attend over.
+        cos, sin: from attention_factors; for one token with the first two axes swapped. bias: added to the attention
+        scores, or segments for attend_within. cache: an object whose `append` stores the keys and values of a layer and
+        returns those to attend over.
         """
         B, T, _ = inputs_embeds.shape
         heads = self.h[0].attn.num_heads
@@ -414,7 +412,7 @@ class MGenDecoder(MGenPretrainedModel):
         return self.ln_f(x[:, -1:] if last_only else x, None, fused_norm)
 
     def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
-        """(cos, sin, bias) of any forward; bias may be segments as attend_within takes them."""
+        """(cos, sin, bias) of any forward; bias may be segments for attend_within."""
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
         bias = None
@@ -441,7 +439,7 @@ class MGenDecoder(MGenPretrainedModel):
                 cache.alphas = alphas
             if bias is None:
                 bias = self._bias(attention_mask, B, T, past, cache.capacity if past else T)
-                # Once, not in every layer.
+                # Once for all layers.
                 bias = fused_bias(bias, dtype) if fused else bias
         if T == 1:
             factors = [t.transpose([1, 0, 2, 3, 4]) for t in factors]

@@ -1,4 +1,4 @@
-"""MGenLMHeadModel: vision and language joined, the loss, and weights in and out.
+"""MGenLMHeadModel: vision and language combined, the loss, loading and saving.
 
 Shapes: B batch, T tokens, N images in the whole batch, S image side, Q queries, D hidden, V vocabulary.
 """
@@ -34,18 +34,18 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import resolve_dtype
 
-# Weights of fewer bytes are read in a moment.
+# Smaller weights are loaded without a progress bar.
 _BAR_BYTES = 256 << 20
 
 
 @dataclass
 class MGenOutput(ModelOutput):
-    """What a forward returns.
+    """The output of a forward.
 
     loss: float32 scalar, the mean over labelled positions, or None without labels.
-    past_key_values: the KVCache when `use_cache`.
-    logits: [B, T, V] (the last position only with `last_logits_only`). With labels they are computed when first
-    read: training needs the labelled positions only, and a 7B's full logits cost gigabytes.
+    past_key_values: the KVCache with `use_cache`.
+    logits: [B, T, V] (only the last position with `last_logits_only`). With labels they are computed on first access:
+    training needs only labelled positions, and a 7B's full logits take gigabytes.
     """
 
     loss: Optional[paddle.Tensor] = None
@@ -53,7 +53,7 @@ class MGenOutput(ModelOutput):
 
     def __post_init__(self):
         super().__post_init__()
-        # Plain attributes: a ModelOutput would count them among its items.
+        # Plain attributes, which ModelOutput does not count among its items.
         object.__setattr__(self, "_logits", None)
         object.__setattr__(self, "_compute", None)
 
@@ -64,14 +64,14 @@ class MGenOutput(ModelOutput):
         return self._logits
 
     def set_logits(self, logits=None, compute=None):
-        """Attach logits, or a function that gives them when they are first read. Returns self."""
+        """Attach logits, or a function that computes them on first access. Returns self."""
         object.__setattr__(self, "_logits", logits)
         object.__setattr__(self, "_compute", compute)
         return self
 
 
 class MGen(nn.Layer):
-    """A level that the parameter names have: transformer.llm."""
+    """Exists only so that parameters are named transformer.llm.*."""
 
     def __init__(self, config):
         super().__init__()
@@ -79,10 +79,10 @@ class MGen(nn.Layer):
 
 
 class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
-    """MGen-VL (the Qwen-VL architecture, arXiv 2308.12966): image features take the place of the embeddings between
-    `<img>` and `</img>`.
+    """MGen-VL (the Qwen-VL architecture, arXiv 2308.12966): image features replace the embeddings between `<img>` and
+    `</img>`.
 
-    `MGenLMHeadModel(config)` makes random weights; `from_pretrained` reads a folder without making any first.
+    `MGenLMHeadModel(config)` initialises random weights; `from_pretrained` reads a folder without doing so.
     """
 
     def __init__(self, config):
@@ -112,14 +112,14 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
     # ---- forward
 
     def embed(self, input_ids, images=None, image_features=None, places=None):
-        """Token embeddings with image features in their places: [B, T, D].
+        """Token embeddings with image features inserted: [B, T, D].
 
-        input_ids: int64 [B, T]; images: [N, 3, S, S] pixel values, or image_features: [N, Q, D] computed before;
-        places: an array or tensor as processors' image_positions gives it.
+        input_ids: int64 [B, T]; images: [N, 3, S, S] pixel values, or image_features: [N, Q, D]; places: an array or
+        tensor from processors' image_positions.
         """
         given = images if image_features is None else image_features
         n_images = 0 if given is None else given.shape[0]
-        # In front of the ViT: reading the ids on the host would wait for it.
+        # Before the ViT: reading the ids on the host would wait for it.
         if places is None:
             places = image_positions(input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries)
         embeds = self.transformer.llm.wte(input_ids)
@@ -130,7 +130,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         B, T, D = embeds.shape
         places = places if isinstance(places, paddle.Tensor) else paddle.to_tensor(places)
         features = image_features.reshape([-1, D]).astype(embeds.dtype)
-        # Autocast would run this in float32, and everything that meets its result, down to the last block, with it.
+        # Autocast would run this in float32, and with it the residual stream of all blocks.
         with full_precision():
             filled = paddle.scatter(embeds.reshape([B * T, D]), places, features)
         return filled.reshape([B, T, D])
@@ -142,8 +142,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
     def _loss(self, hidden, labels, chosen=None):
         """Mean cross-entropy over labelled positions; position t predicts label t + 1. float32 scalar.
 
-        Only the labelled positions go through lm_head: chosen, as label_positions gives them. Without it they are
-        looked up here, which waits for the device. A batch without any label has loss 0.
+        Only the labelled positions go through lm_head: `chosen`, from label_positions; None computes them here, which
+        synchronises with the device. A batch without labels has loss 0.
         """
         if chosen is None:
             chosen = paddle.nonzero((labels[:, 1:] != IGNORE_INDEX).reshape([-1])).flatten()
@@ -157,13 +157,13 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         states = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), chosen)
         targets = paddle.gather(labels.flatten(), chosen + 1)
         if self.config.tensor_parallel_degree > 1:
-            # Each card keeps its columns of the vocabulary.
+            # Each card has its columns of the vocabulary.
             logits = parallel_matmul(states, self.lm_head.weight, tensor_parallel_output=True).astype("float32")
             with full_precision():
                 return fleet.meta_parallel.ParallelCrossEntropy()(logits, targets.unsqueeze(-1)).flatten()
         logits = self._logits(states).astype("float32")
         with full_precision():
-            # Not its own mean, for which it would ask the device whether a label is to be ignored.
+            # Its own mean would synchronise to check for ignored labels.
             return F.cross_entropy(logits, targets, reduction="none")
 
     def forward(
@@ -182,15 +182,12 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         image_positions=None,
         label_positions=None,
     ):
-        """One pass.
-
-        input_ids: int64 [B, T], image spans included. images: [N, 3, S, S], in row-major order of their spans
-        (image_features [N, Q, D] in their place skip the vision tower). attention_mask: 0/1 [B, T] (with a cache
-        [B, past + T]), or [B, 1, T, T] as a pattern of one's own. position_ids: int64 [B, T]. labels: int64 [B, T],
-        -100 where nothing is learned, not shifted. sample_lengths: [B, K] for rows of packed samples, see
-        MGenDecoder.forward; a sample's first label must be -100 then. image_positions, label_positions: int64, flat, as
-        the processors' functions of these names give them; found here if left out, for which the host waits for the
-        device. Returns MGenOutput, or (loss, logits) / (logits,) as a tuple.
+        """input_ids: int64 [B, T], including image spans. images: [N, 3, S, S], in row-major order of their spans
+        (image_features [N, Q, D] skip the vision tower). attention_mask: 0/1 [B, T] (with a cache [B, past + T]), or a
+        custom pattern [B, 1, T, T]. position_ids: int64 [B, T]. labels: int64 [B, T], not shifted, -100 without a loss.
+        sample_lengths: [B, K] for packed samples, see MGenDecoder.forward; the first label of a sample must be -100
+        then. image_positions, label_positions: int64, flat, from the processors' functions of these names; computing
+        them here synchronises with the device. Returns MGenOutput, or a tuple (loss, logits) / (logits,).
 
         Raises:
             UserError: the spans in the text do not match the images.
@@ -216,19 +213,19 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             return output.set_logits(compute=lambda: self._logits(hidden))
         return output.set_logits(self._logits(hidden))
 
-    # ---- weights in and out
+    # ---- loading and saving
 
     @classmethod
     def from_pretrained(cls, folder, config=None, dtype=None):
         """Read a model folder (docs/formats.md: .pdparams or safetensors, single or sharded).
 
-        config: an MGenConfig to use in place of the folder's. dtype: "float32", "float16" or "bfloat16"; by default
-        the configuration's, else what most tensors are stored in, changed to what the device can compute in. Tensors
-        are converted one at a time; nothing is initialised first.
+        config: an MGenConfig to use instead of the folder's. dtype: "float32", "float16" or "bfloat16"; by default the
+        configuration's, else that of most tensors; replaced if the device does not support it. Tensors are converted
+        one at a time, without initialising any first.
 
         Raises:
-            ConfigError: config.json cannot be used. WeightsError: the files are broken, or their keys or shapes are
-            not the model's; the message lists them.
+            ConfigError: config.json is invalid. WeightsError: the files are broken, or their keys or shapes are not the
+            model's; the message lists them.
         """
         config = config if config is not None else cls.config_class.from_pretrained(folder)
         with open_weights(folder) as reader:
@@ -245,11 +242,10 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         return model
 
     def fill(self, reader, names=None) -> None:
-        """Set parameters, all or those in `names`, from an open_weights reader that has been checked.
+        """Load parameters, all or those in `names`, from an open_weights reader that has been checked.
 
-        Tensors are read one at a time, converted to the parameter's dtype and cut to this card's part. On the CPU, what
-        has been read becomes the storage of a parameter that has none yet. Large weights have a bar; what was read is
-        logged.
+        Tensors are read one at a time, converted to the parameter's dtype and split for this card. On the CPU, the
+        loaded array becomes the storage of a parameter that has none yet.
         """
         began = time.monotonic()
         split, parameters = self._cuts(), self.state_dict()
@@ -261,7 +257,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
                 tensor = parameters[name]
                 dtype = str(tensor.dtype).replace("paddle.", "")
                 if name in split:
-                    # A copy: a part may be a view of the file, which cannot be written to.
+                    # A copy: a part may be a read-only view of the file.
                     array = np.array(split[name](reader.read(name, dtype)), order="C")
                 else:
                     array = reader.load(name, dtype)
@@ -280,13 +276,13 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         )
 
     def _cuts(self, is_split=True):
-        """Split or merge action of each parameter that tensor parallelism cuts; none without it."""
+        """Split or merge action of each parameter that tensor parallelism splits."""
         if self.config.tensor_parallel_degree <= 1:
             return {}
         return self._get_tensor_parallel_mappings(self.config, is_split)
 
     def whole_shapes(self):
-        """Shapes of state_dict()'s tensors, put together where cards hold parts of them."""
+        """Full shapes of state_dict()'s tensors, also where cards hold parts of them."""
         shapes, cuts = {}, self._cuts()
         for name, tensor in self.state_dict().items():
             shape = list(tensor.shape)
@@ -296,9 +292,9 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         return shapes
 
     def whole_items(self, names):
-        """(name, dtype, shape, read) of whole tensors, as write_sharded takes them; read() gives a numpy array.
+        """(name, dtype, shape, read) of full tensors, for write_sharded; read() returns a numpy array.
 
-        Where cards share matrices, all of them must read all items in this order: a part goes from each to the others.
+        With tensor parallelism, read() is a collective call: all cards must read all items in this order.
         """
         tensors, shapes, merge = self.state_dict(), self.whole_shapes(), self._cuts(is_split=False)
 
@@ -316,7 +312,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
 
     @classmethod
     def build_lazily(cls, config, dtype="float32"):
-        """The model with names, shapes and dtypes but no storage. Each parameter gets it with its first value."""
+        """The model with names, shapes and dtypes but no storage, which each parameter gets with its first value."""
         previous = paddle.get_default_dtype()
         paddle.set_default_dtype(dtype)
         try:
@@ -330,8 +326,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
     def save_pretrained(self, folder, max_shard_size="10GB", format="pdparams", is_main_process=True):
         """Write config.json, generation_config.json and the weights, a tensor at a time.
 
-        format: "pdparams" or "safetensors". is_main_process: whether this process writes; the others help it to put
-        its tensors together.
+        format: "pdparams" or "safetensors". is_main_process: whether this process writes; the others only take part in
+        gathering tensors.
         """
         items = self.whole_items(parameter_shapes(self.config))
         if not is_main_process:

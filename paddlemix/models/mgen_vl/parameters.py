@@ -1,7 +1,7 @@
-"""Names, shapes and groups of the parameters, worked out from a configuration alone.
+"""Names, shapes and groups of the parameters, computed from a configuration alone.
 
-Nothing is allocated and Paddle is not imported, so a 7B plan or a weights check costs milliseconds. The tests hold
-this table against the built model and against the public list of 853 names.
+Nothing is allocated and Paddle is not imported, so that checking a 7B's weights takes milliseconds. Tests compare this
+table with the built model and with the public list of 853 names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from paddlemix.utils.texts import some
 
 Shape = Tuple[int, ...]
 
-# Stored in checkpoints like a parameter, but a fixed sin-cos table that no run may train.
+# Stored in checkpoints like a parameter, but a constant sin-cos table that is never trained.
 CONSTANTS = frozenset({"visual.attn_pool.pos_embed"})
 
-# Parameter groups in the order of the data flow; the first prefix that fits names the group.
+# Parameter groups in data-flow order; the first matching prefix names the group.
 GROUPS = (
     ("vit", "visual.vit."),
     ("attn_pool", "visual.attn_pool."),
@@ -46,9 +46,9 @@ def _read(config: Any, key: str, default: Any = None) -> Any:
 
 
 def parameter_shapes(config: Any) -> Dict[str, Shape]:
-    """Every parameter's name and shape, in the model's own order.
+    """Names and shapes of all parameters, in the model's order.
 
-    config: an MGenConfig, or the dict that config.json holds. Linear weights are [in, out].
+    config: an MGenConfig, or the dict in config.json. Linear weights are [in, out].
     """
     visual = dict(_read(config, "visual"))
     width, layers, output_dim = visual["width"], visual["layers"], visual["output_dim"]
@@ -58,7 +58,7 @@ def parameter_shapes(config: Any) -> Dict[str, Shape]:
 
     shapes: Dict[str, Shape] = {
         "visual.proj": (output_dim, output_dim),
-        # A 16 × 16 table at every image size: it is interpolated to the patch grid.
+        # A 16 × 16 grid for every image size: it is interpolated to the patch grid.
         "visual.vit.positional_embedding": (256, width),
         "visual.vit.conv1.weight": (width, 3, patch, patch),
         "visual.vit.ln_pre.weight": (width,),
@@ -115,7 +115,7 @@ def parameter_shapes(config: Any) -> Dict[str, Shape]:
 
 
 def cut_problems(config: Any, cards: int) -> List[str]:
-    """Why the matrices of a model with this MGenConfig cannot be shared by so many cards; empty when they can."""
+    """Problems that prevent tensor parallelism of a model with this MGenConfig over so many cards."""
     if cards == 1:
         return []
     key = f"tensor_parallel_degree={cards}"
@@ -131,10 +131,10 @@ def cut_problems(config: Any, cards: int) -> List[str]:
 
 
 def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, others: bool = False) -> None:
-    """Compare stored keys and shapes with the model's. others: whether there may be more than these.
+    """Compare stored keys and shapes with the model's. others: whether further keys are allowed.
 
     Raises:
-        WeightsError: names every missing, unexpected and misshapen key (the first ten of each).
+        WeightsError: lists missing, unexpected and misshapen keys (the first ten of each).
     """
     stored = set(reader.keys())
     problems = []
@@ -151,9 +151,9 @@ def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, o
             wrong.append(f"{name} is {list(reader.info(name).shape)}, the model has {list(shape)}")
     report("of another shape", wrong)
     if problems:
-        raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems))
+        raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems), "keys")
 
 
 def count(shapes: Dict[str, Shape]) -> int:
-    """Elements in all tensors together."""
+    """Total elements of all tensors."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -1,4 +1,4 @@
-"""The cache of the decoding engine: a ring of columns that the rows of all slots share.
+"""The cache of the decoding engine: a ring buffer of columns shared by the rows of all slots.
 
 Shapes: A slots, B rows of a group, T prompt tokens, S columns of the ring, H heads, d head width.
 """
@@ -14,7 +14,7 @@ from paddlemix.models.mgen_vl.language import MASKED, KVCache
 
 
 class PromptCache(KVCache):
-    """Keys and values of a group's prompts, as they come: one [B, H, T, d] each per layer."""
+    """Keys and values of a group's prompts: one [B, H, T, d] each per layer."""
 
     def append(self, layer, key, value):
         self.keys.append(key)
@@ -23,9 +23,9 @@ class PromptCache(KVCache):
 
 
 class SlotCache:
-    """The ring: one [A, H, S, d] buffer for keys and one for values per layer.
+    """The ring: one [A, H, S, d] buffer each for keys and values per layer.
 
-    columns: S. cursor: the next column to be written. lengths: int64 [A], the columns that each slot's row owns.
+    columns: S. cursor: the next column to write. lengths: int64 [A], the columns owned by each slot's row.
     """
 
     BLOCK = 64
@@ -36,7 +36,7 @@ class SlotCache:
         self.columns = self.cursor = 0
 
     def put(self, slot: int, prompts: PromptCache, row: int, length: int) -> None:
-        """A prompt into a slot: the last `length` columns of a row of its group."""
+        """Copy a prompt into a slot: the last `length` columns of a row of its group."""
         self.lengths[slot] = length
         self.fit()
         if not self.keys:
@@ -44,10 +44,10 @@ class SlotCache:
                 for tensor in group:
                     _, H, _, d = tensor.shape
                     kept.append(paddle.zeros([len(self.lengths), H, self.columns, d], tensor.dtype))
-            # The first row begins at the first column: the ring then grows without a turn.
+            # The first row starts at the first column, so that the ring can grow without rotation.
             self.cursor = length
         T = prompts.keys[0].shape[2]
-        # In two parts where it goes round the end.
+        # In two parts if it wraps around.
         first = min(self.cursor, length)
         for kept, group in ((self.keys, prompts.keys), (self.values, prompts.values)):
             for buffer, tensor in zip(kept, group):
@@ -57,17 +57,17 @@ class SlotCache:
                     buffer[slot, :, self.columns - (length - first) :] = tensor[row, :, T - length : T - first]
 
     def fit(self) -> None:
-        """Room for the longest row and a token more; columns are given back when a quarter is not needed."""
+        """Resize for the longest row and one more token; shrinks when a quarter of the columns is unused."""
         needed = int(self.lengths.max()) + 1
         needed += -needed % self.BLOCK
         if self.columns < needed or self.columns - needed >= max(2 * self.BLOCK, self.columns // 4):
             self._lay_out(needed)
 
     def _lay_out(self, columns: int) -> None:
-        """A ring of `columns` with the newest of the old one, which then begin at its first column."""
+        """Resize the ring to `columns`, keeping the newest ones, which then start at the first column."""
         kept = min(columns, self.columns)
         begin = self.cursor - kept
-        # From its begin to the cursor, round the end where that lies behind it.
+        # From `begin` to the cursor, possibly wrapped around.
         ranges = [(begin, self.cursor)] if begin >= 0 else [(begin + self.columns, self.columns), (0, self.cursor)]
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
@@ -86,17 +86,17 @@ class SlotCache:
         return self.keys[layer], self.values[layer]
 
     def bias(self) -> np.ndarray:
-        """Scores to add in a step: float32 [A, 1, 1, S], MASKED where a slot's row does not own the column."""
+        """Attention bias of a step: float32 [A, 1, 1, S], MASKED where a slot's row does not own the column."""
         age = (self.cursor - np.arange(self.columns)) % self.columns
         return np.where(age <= self.lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]
 
     def advance(self, slots: Sequence[int]) -> None:
-        """The column was written; the rows in `slots` own it."""
+        """Move to the next column after a step; the rows in `slots` own the one just written."""
         self.lengths[slots] += 1
         self.cursor = (self.cursor + 1) % self.columns
 
     def keep(self, slots: Sequence[int]) -> None:
-        """Only these slots, in this order."""
+        """Keep only these slots, in this order."""
         chosen = paddle.to_tensor(np.array(slots, dtype=np.int64))
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):

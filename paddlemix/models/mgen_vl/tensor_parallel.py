@@ -1,8 +1,8 @@
-"""Adapters on a model whose matrices are split over cards (Megatron-LM, Shoeybi et al. 2019).
+"""LoRA adapters under tensor parallelism (Megatron-LM, Shoeybi et al. 2019).
 
 fleet's layers split the decoder: columns of c_attn (by heads: a third of a card's columns are queries), w1, w2 and
-lm_head, rows of c_proj and of the embeddings. Norms and the vision part are whole on every card. The layers of the
-adapters are PaddleNLP's; here their first values and their dropout are corrected.
+lm_head, rows of c_proj and of the embeddings. Norms and the vision part are replicated. The adapters are PaddleNLP's
+layers, with corrected initial values and dropout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paddlemix.utils.compat import dropout, linear
 
 
 class PartDropout(nn.Dropout):
-    """Dropout on the columns that only this card holds: the other cards draw other numbers for theirs."""
+    """Dropout on columns that only this card holds, with random numbers of its own."""
 
     def forward(self, x):
         if not self.training:
@@ -29,33 +29,33 @@ class PartDropout(nn.Dropout):
 
 
 class DirectLoRALinear(LoRALinear):
-    """PaddleNLP's layer in fewer calls: launching the adapter takes longer than its small products do."""
+    """PaddleNLP's layer with fewer operator calls, whose launches take longer than the small products."""
 
     def forward(self, x):
         parameters = self._parameters
         out = linear(x, parameters["weight"], parameters.get("bias"))
-        # PaddleNLP 2.8 merges for evaluation; 3 can switch adapters off.
+        # PaddleNLP 2.8 merges for evaluation; 3 can disable adapters.
         if self.merged or self.__dict__.get("disable_lora"):
             return out
         drop = self._sub_layers.get("lora_dropout")
         if self.training and drop is not None:
             x = dropout(x, drop.p)
-        # Scaled while it is r wide.
+        # Scaling the narrow product is cheaper.
         low = paddle.matmul(x, parameters["lora_A"]) * self.scaling
         return out + paddle.matmul(low, parameters["lora_B"])
 
 
 class MGenLoRAModel(LoRAModel):
-    """PaddleNLP's LoRAModel around a MGenLMHeadModel, on one card or on several that share its matrices."""
+    """PaddleNLP's LoRAModel around a MGenLMHeadModel, with or without tensor parallelism."""
 
     def __init__(self, model, lora_config):
         super().__init__(model, lora_config)
         for name, layer in model.named_sublayers():
             if type(layer) is LoRALinear:
-                # None of apply_lora's options takes another branch of its forward.
+                # apply_lora's options use no other branch of its forward.
                 layer.__class__ = DirectLoRALinear
             if isinstance(layer, RowParallelLinear) and hasattr(layer, "lora_A"):
-                # PaddleNLP draws a card's rows as if they were a matrix of their own, in too wide a range.
+                # PaddleNLP initialises a card's rows like a separate matrix, with too wide a range.
                 bound = 1 / math.sqrt(layer.in_features)
                 drawn = paddle.uniform([layer.in_features, layer.r], "float32", -bound, bound)
                 part = model._cuts()[name + ".lora_A"](drawn.numpy())
@@ -64,5 +64,5 @@ class MGenLoRAModel(LoRAModel):
                     layer.lora_dropout = PartDropout(lora_config.lora_dropout)
 
     def _merge_trainable_tensor_parallel(self, trainable_state_dict):
-        """Whole tensors by name, as numpy arrays."""
+        """Full tensors by name, as numpy arrays."""
         return {name: read() for name, _, _, read in self.model.whole_items(trainable_state_dict)}

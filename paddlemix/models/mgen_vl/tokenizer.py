@@ -1,7 +1,7 @@
 """MGenVLTokenizer: tiktoken's byte-pair encoding with the chatml and image tokens of docs/formats.md.
 
 An image span is `<img>`, n_queries ids, `</img>`. The ids between the tags are the bytes of a short name (a path), then
-`<imgpad>`; the model puts image features in their place, whatever they are. Image data never goes through BPE.
+`<imgpad>`; the model replaces them by image features. Image data never goes through BPE.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SPECIAL_TOKENS = _CONTROL_NAMES + _GROUNDING_NAMES + (IMG_START, IMG_END, IMG_PA
 _IN_CONTENT = set(_GROUNDING_NAMES)
 _IN_TEMPLATES = set(_CONTROL_NAMES + _GROUNDING_NAMES)
 
-# The real file is 2.6 MB; a stranger's may not eat the memory.
+# The real file has 2.6 MB.
 _MAX_VOCABULARY_BYTES = 16 << 20
-# tiktoken's regular expressions run out of stack on some 10⁶ spaces in a row. No caption is this long.
+# tiktoken's regular expressions overflow the stack on some 10⁶ consecutive spaces.
 _MAX_STRETCH = 50_000
 
 
@@ -43,16 +43,16 @@ def read_vocabulary(path: str) -> Dict[bytes, int]:
     """Ranks of a .tiktoken file: a line per token, base64 and rank.
 
     Raises:
-        UserError: the file is missing or too large, a line is not of that form, ranks are not 0 … n - 1, or one of
-        the 256 single bytes is missing.
+        UserError: the file is missing or too large, a line is malformed, ranks are not 0 … n - 1, or one of the 256
+        single bytes is missing.
     """
     try:
         if os.path.getsize(path) > _MAX_VOCABULARY_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_VOCABULARY_BYTES >> 20} MB: not a vocabulary")
+            raise UserError(f"{path} is larger than {_MAX_VOCABULARY_BYTES >> 20} MB: not a vocabulary", "size")
         with open(path, "rb") as file:
             lines = file.read().splitlines()
     except OSError as error:
-        raise UserError(f"cannot read the vocabulary {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the vocabulary {path}: {error.strerror}", "unreadable") from None
     ranks: Dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         if not line:
@@ -61,14 +61,14 @@ def read_vocabulary(path: str) -> Dict[bytes, int]:
         try:
             token, rank = base64.b64decode(parts[0], validate=True), short_int(parts[1])
         except (IndexError, ValueError, binascii.Error):
-            raise UserError(f"{path}, line {number}: not a base64 token and its rank") from None
+            raise UserError(f"{path}, line {number}: not a base64 token and its rank", "line") from None
         if len(parts) != 2 or not token or token in ranks:
-            raise UserError(f"{path}, line {number}: an empty or doubled token, or more than two columns")
+            raise UserError(f"{path}, line {number}: an empty or duplicate token, or more than two columns", "line")
         ranks[token] = rank
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"{path}: ranks must be 0 to {len(ranks) - 1}, each once")
+        raise UserError(f"{path}: ranks must be 0 to {len(ranks) - 1}, each once", "ranks")
     if any(bytes([value]) not in ranks for value in range(256)):
-        raise UserError(f"{path}: each of the 256 single bytes needs a rank")
+        raise UserError(f"{path}: each of the 256 single bytes needs a rank", "bytes")
     return ranks
 
 
@@ -85,7 +85,8 @@ class MGenVLTokenizer(PretrainedTokenizer):
 
     def __init__(self, vocab_file, n_queries=256, padding_side="left", **kwargs):
         if not isinstance(n_queries, int) or isinstance(n_queries, bool) or not 0 < n_queries <= 65536:
-            raise ConfigError(f"tokenizer_config.json: n_queries must be an integer above 0, not {n_queries!r}")
+            text = f"tokenizer_config.json: n_queries must be an integer above 0, not {n_queries!r}"
+            raise ConfigError(text, "n_queries")
         self.ranks = read_vocabulary(vocab_file)
         self.n_queries = n_queries
         self._build()
@@ -108,7 +109,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
         self.img_pad_id = self.special_ids[IMG_PAD]
 
     def __getstate__(self):
-        # tiktoken's encoder cannot be pickled; it is built anew from the ranks.
+        # tiktoken's encoder cannot be pickled; it is rebuilt from the ranks.
         return {key: value for key, value in self.__dict__.items() if key not in ("_encoding", "_bytes")}
 
     def __setstate__(self, state):
@@ -128,9 +129,9 @@ class MGenVLTokenizer(PretrainedTokenizer):
     # ---- text to ids
 
     def text_to_ids(self, text: str) -> List[int]:
-        """Encode a text, NFC-normalised, in which every tag counts: control tokens, and image spans.
+        """Encode a text, NFC-normalised, with all tags as tokens: control tokens and image spans.
 
-        For texts of one's own. What users and data say goes through plain_ids.
+        Only for trusted texts; those of users and data go through plain_ids.
 
         Raises:
             ImageTagError: `<img>` without its `</img>`, one inside another, a special token between them, or more
@@ -153,10 +154,10 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return ids + self._encode(text[position:], allowed)
 
     def plain_ids(self, text: str, control_tokens: bool = False) -> List[int]:
-        """Encode a text, NFC-normalised, in which image tags are plain characters. Never raises.
+        """Encode a text, NFC-normalised, with image tags as plain characters. Never raises.
 
-        control_tokens: whether `<|im_start|>` and its like are tokens, as in a chat template; from users and data they
-        are plain characters, too. Grounding tags are tokens.
+        control_tokens: whether `<|im_start|>` and the like are tokens, as in a chat template, or plain characters too.
+        Grounding tags are tokens.
         """
         return self._encode(unicodedata.normalize("NFC", text), _IN_TEMPLATES if control_tokens else _IN_CONTENT)
 
@@ -174,10 +175,10 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return self.image_span(name)
 
     def image_span(self, name: str = "") -> List[int]:
-        """Ids of one image: `<img>`, the bytes of its name, `<imgpad>` up to n_queries ids, `</img>`.
+        """Ids of one image: `<img>`, the bytes of its name padded by `<imgpad>` to n_queries ids, `</img>`.
 
         Raises:
-            ImageTagError: the name is longer than that.
+            ImageTagError: the name is longer than n_queries bytes.
         """
         content = list(name.encode("utf-8", "replace"))
         if len(content) > self.n_queries:
@@ -186,7 +187,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return [self.img_start_id] + content + padding + [self.img_end_id]
 
     def tokenize(self, text, **kwargs):
-        """Tokens as PaddleNLP's base class passes them on: bytes, str for special ones; see text_to_ids."""
+        """Tokens as in PaddleNLP's base class: bytes, or str for special ones; see text_to_ids."""
         return self.convert_ids_to_tokens(self.text_to_ids(text))
 
     def convert_tokens_to_ids(self, tokens):
@@ -195,13 +196,13 @@ class MGenVLTokenizer(PretrainedTokenizer):
         return [self._id_of(token) for token in tokens]
 
     def _id_of(self, token) -> int:
-        if isinstance(token, int):  # a byte of an image's name, which is not a token of the vocabulary
+        if isinstance(token, int):  # a byte of an image's name
             return token
         found = self.special_ids.get(token)
         return self.ranks[token] if found is None else found
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens=False):
-        """Ids to bytes or str. Inside an image span the ids of the name's bytes stay numbers."""
+        """Ids to bytes or str. Inside an image span the bytes of the name stay numbers."""
         single = isinstance(ids, int)
         inside, tokens = False, []
         for i in [ids] if single else [int(i) for i in ids]:
@@ -221,9 +222,9 @@ class MGenVLTokenizer(PretrainedTokenizer):
     # ---- ids to text
 
     def decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
-        """Text of ids. Bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing.
+        """Text of ids. Invalid UTF-8 becomes U+FFFD; ids beyond the vocabulary are dropped.
 
-        An image span gives back its name; one that is not whole, as a model may generate it, is read as plain tokens.
+        An image span becomes its name; an incomplete one, which a model may generate, is decoded as plain tokens.
         """
         if hasattr(token_ids, "tolist"):
             token_ids = token_ids.tolist()
@@ -254,12 +255,12 @@ class MGenVLTokenizer(PretrainedTokenizer):
         An image whose source is longer than n_queries bytes (base64, a long path) is written as `<img></img>`.
 
         Raises:
-            UserError: a part of another kind.
+            UserError: an unknown part.
         """
         return as_text(list_parts(parts, self.n_queries))
 
     def to_list_format(self, text: str) -> List[Dict[str, str]]:
-        """The parts of a text: the inverse of from_list_format, as strings."""
+        """The parts of a text: the inverse of from_list_format, with strings as values."""
         parts = []
         for piece in re.split(r"(<(img|ref|box|quad)>.*?</\2>)", text, flags=re.DOTALL):
             if piece in ("img", "ref", "box", "quad") or not piece:
@@ -287,7 +288,7 @@ class MGenVLTokenizer(PretrainedTokenizer):
             if os.path.isfile(path):
                 break
         else:
-            raise UserError(f"no {VOCABULARIES[0]} in {folder}: give the folder of a model")
+            raise UserError(f"no {VOCABULARIES[0]} in {folder}: give the folder of a model", "no-vocabulary")
         if "n_queries" not in kwargs:
             n_queries = _read_json(folder, "tokenizer_config.json").get("n_queries")
             if n_queries is None:
@@ -321,10 +322,10 @@ def _read_json(folder: str, name: str) -> Dict:
 
 
 def check_vocabulary(tokenizer, config) -> None:
-    """Whether every id of the tokenizer has its row in the embeddings, and the image tags are the model's.
+    """Check that the tokenizer belongs to the model: ids within the embeddings, and the same image tags.
 
     Raises:
-        ConfigError: the tokenizer has more ids (the embeddings would have to grow), or other ids for images.
+        ConfigError: the tokenizer has more ids (the embeddings would have to grow), or other image ids.
     """
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(

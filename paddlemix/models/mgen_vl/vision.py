@@ -13,12 +13,12 @@ from paddle import nn
 from paddlemix.models.mgen_vl.attention import attend, call
 from paddlemix.models.mgen_vl.connector import EPSILON, AttentionPool, resize_positions
 
-# Rows of the position table: a 16 × 16 grid, whatever the image size.
+# Rows of the position table: a 16 × 16 grid for every image size.
 POSITIONS = 256
 
 
 class VisualAttention(nn.Layer):
-    """Self-attention whose fused projection is laid out head by head: [head][q, k, v][head width]."""
+    """Self-attention with a fused projection, laid out by head: [head][q, k, v][head width]."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -62,7 +62,7 @@ class VisualBlock(nn.Layer):
 
 
 class VisualTransformer(nn.Layer):
-    """The stack of blocks. `recompute_enable()` on the model trades their activations for a second forward."""
+    """The stack of blocks. With `recompute_enable()` on the model, activations are recomputed in the backward."""
 
     def __init__(self, width, layers, heads, mlp_width):
         super().__init__()
@@ -101,10 +101,9 @@ class VisionTransformer(nn.Layer):
 
 
 class Vision(nn.Layer):
-    """The whole visual part: ViT, attn_pool, ln_post, proj.
+    """The visual part: ViT, attn_pool, ln_post, proj.
 
-    visual: config.json's `visual` object. Frozen parts build no gradient graph: nothing in front of the first
-    trained parameter requires a gradient.
+    visual: config.json's `visual` object. Everything before the first trained parameter builds no gradient graph.
     """
 
     def __init__(self, visual, use_flash_attention=False):
