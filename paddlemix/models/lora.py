@@ -132,7 +132,7 @@ def open_lora_weights(folder: str, trained: Dict[str, Tuple[int, ...]]) -> Itera
     """
     path = inside(folder, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
-        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
+        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}", "no-tuned-weights")
     with open_weights(path) as reader:
         check_weights(reader, trained, path)
         yield reader
@@ -164,7 +164,7 @@ def load_lora(model, folder: str):
     shapes, rank = model.whole_shapes(), config["r"]
     path = inside(folder, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
-        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}")
+        raise WeightsError(f"no {LORA_WEIGHTS_NAME} in {folder}", "no-tuned-weights")
     with open_weights(path) as reader:
         keys = reader.keys()
         modules = dict.fromkeys(key[: -len(".lora_A")] for key in keys if key.endswith((".lora_A", ".lora_B")))

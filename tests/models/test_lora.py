@@ -117,35 +117,35 @@ def test_weights_that_do_not_fit_are_named(saved, tmp_path, change):
     else:
         stored[name] = paddle.ones([2, 4])
     paddle.save(stored, str(folder / "lora_model_state.pdparams"))
-    with pytest.raises(WeightsError, match=name):
+    with refused(WeightsError, "keys", match=name):
         load_lora(make_tiny_model(), str(folder))
 
 
 def test_missing_files_are_named(tmp_path, saved):
-    with pytest.raises(WeightsError, match="no lora_config.json"):
+    with refused(WeightsError, "no-lora-config"):
         load_lora(make_tiny_model(), str(tmp_path))
     (tmp_path / "lora_config.json").write_text(open(os.path.join(saved[0], "lora_config.json")).read())
-    with pytest.raises(WeightsError, match="no lora_model_state.pdparams"):
+    with refused(WeightsError, "no-tuned-weights"):
         load_lora(make_tiny_model(), str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, code",
     [
-        ("{", "not JSON"),
-        ("[]", "a JSON object"),
-        ({"r": 0}, "r must be a number above 0"),
-        ({"lora_alpha": "8"}, "lora_alpha must be"),
-        ({"target_modules": None}, "target_modules must be"),
-        ({"rslora": True}, "rslora is a variant"),
-        ({"lora_use_mixer": True}, "lora_use_mixer is a variant"),
+        ("{", "json"),
+        ("[]", "json"),
+        ({"r": 0}, "r"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"target_modules": None}, "target_modules"),
+        ({"rslora": True}, "rslora"),
+        ({"lora_use_mixer": True}, "lora_use_mixer"),
     ],
 )
-def test_broken_configurations(tmp_path, text, says):
+def test_broken_configurations(tmp_path, text, code):
     good = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
     path = tmp_path / "lora_config.json"
     path.write_text(text if isinstance(text, str) else json.dumps(dict(good, **text)))
-    with pytest.raises(WeightsError, match=says):
+    with refused(WeightsError, code):
         read_lora_config(str(tmp_path))
     path.write_text(json.dumps(dict(good, target_modules=".*c_attn")))
     assert read_lora_config(str(tmp_path))["target_modules"] == [".*c_attn"]

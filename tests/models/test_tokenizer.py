@@ -11,7 +11,7 @@ import pytest
 
 from paddlemix.models.mgen_vl.tokenizer import SPECIAL_TOKENS, MGenVLTokenizer
 from paddlemix.utils.errors import ConfigError, ImageTagError, UserError
-from tests.helpers import byte_vocab_tokenizer, write_byte_vocabulary
+from tests.helpers import byte_vocab_tokenizer, refused, write_byte_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -241,23 +241,23 @@ def test_names_and_query_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, code",
     [
-        (lambda lines: lines[:-1] + [b"??? 255"], "line 256: not a base64"),
-        (lambda lines: lines[:-1] + [b"/w=="], "line 256"),
-        (lambda lines: lines[:-1] + [b"/w== 255 1"], "more than two"),
-        (lambda lines: lines + [b"/w== 256"], "doubled"),
-        (lambda lines: lines[:-1] + [b"/w== 300"], "ranks must be 0 to 255"),
-        (lambda lines: lines[:-1] + [b"YWI= 255"], "single bytes"),
-        (lambda lines: lines[:-1] + [b"/w== -1"], "ranks must be"),
-        (lambda lines: lines[:-1] + [b"/w== " + b"1" * 4000], "line 256: not a base64"),
+        (lambda lines: lines[:-1] + [b"??? 255"], "line"),
+        (lambda lines: lines[:-1] + [b"/w=="], "line"),
+        (lambda lines: lines[:-1] + [b"/w== 255 1"], "line"),
+        (lambda lines: lines + [b"/w== 256"], "line"),
+        (lambda lines: lines[:-1] + [b"/w== 300"], "ranks"),
+        (lambda lines: lines[:-1] + [b"YWI= 255"], "bytes"),
+        (lambda lines: lines[:-1] + [b"/w== -1"], "ranks"),
+        (lambda lines: lines[:-1] + [b"/w== " + b"1" * 4000], "line"),
     ],
 )
-def test_hostile_vocabularies(tmp_path, change, message):
+def test_hostile_vocabularies(tmp_path, change, code):
     path = write_byte_vocabulary(str(tmp_path))
     lines = open(path, "rb").read().splitlines()
     open(path, "wb").write(b"\n".join(change(lines)))
-    with pytest.raises(UserError, match=message):
+    with refused(UserError, code):
         MGenVLTokenizer(path)
 
 
