@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import stat
+import sys
 import zlib
 from queue import SimpleQueue
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -375,6 +376,7 @@ def read_blocks(
     # Not a pool: rows that are not read to their end may be collected as garbage at any moment, such as while a thread
     # of the `threading` module is being started or stopped, and would then wait for a lock of that module.
     reader = _thread.start_new_thread(answer, ())
+    get_ident, at_exit = _thread.get_ident, sys.is_finalizing  # the modules may be gone at Python's exit
     try:
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
@@ -391,9 +393,9 @@ def read_blocks(
             asked.put(True)
             yield block
     finally:
-        # The thread ends before the file is closed.
+        # The thread ends before the file is closed. At Python's exit it has stopped already.
         asked.put(False)
-        if _thread.get_ident() != reader:
+        if get_ident() != reader and not at_exit():
             ended.acquire()
 
 

@@ -1,6 +1,8 @@
 """Rows of a TSV, whatever bytes it holds."""
 
 import base64
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -271,3 +273,14 @@ def test_rows_may_be_let_go_while_python_starts_or_stops_a_thread(tmp_path):
     with lock:
         begin.set()
         assert let_go.wait(60)
+
+
+@pytest.mark.parametrize("kept", ["here", "os"])
+def test_rows_that_python_holds_at_its_exit_do_not_keep_it(tmp_path, kept):
+    (tmp_path / "in.tsv").write_bytes(b"a\tQQ==\tx\n" * 10)
+    code = "import sys; from paddlemix.datasets import tsv; rows = tsv.read_rows(sys.argv[1], True); next(rows)"
+    code += "; sys.modules['os'].rows = rows; del rows" * (kept == "os")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "in.tsv")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
