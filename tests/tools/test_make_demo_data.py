@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from paddlemix.utils.errors import UserError
-from tools import make_demo_data
+from tools import make_demo_data, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,21 @@ def test_the_picture_shows_what_the_ad_says(font):
     for field, values in make_demo_data._words().items():
         other = next(value for value in values if value != getattr(ad, field))
         assert np.abs(draw(ad._replace(**{field: other})) - picture).max() > 60, field
+
+
+def test_a_character_of_the_slogan_fills_a_patch_of_the_tiny_model(font):
+    """Cut by two patches each, they were learned with some seeds only."""
+    sizes, _ = make_tiny_model.parse_arguments(["out", "--captions", "a.tsv"])
+    patches, size = sizes.image_size // sizes.patch_size, 160
+    for slogan in make_demo_data.SLOGANS:
+        ad = make_demo_data.Ad("手机", "红色", "左侧", "浅蓝色", "纯色", "72", slogan, "上方")
+        picture = np.asarray(make_demo_data.draw_ad(ad, random.Random(1), size, font)).astype(int)
+        ink = picture[: size // patches].min(axis=2) > 200
+        # One white character to a patch: from margin to margin of the band, and none in the row of patches below it.
+        columns = np.nonzero(ink.any(axis=0))[0]
+        assert len(slogan) == patches and columns.max() - columns.min() > 0.85 * size
+        paper = picture[size // patches - 2, 1], picture[size // patches + 1, 1]
+        assert np.abs(paper[0] - picture[1, 1]).max() < 12 < np.abs(paper[1] - picture[1, 1]).max()
 
 
 def test_characters_are_drawn_not_boxes(font):
