@@ -91,7 +91,7 @@ def test_what_is_printed(demo):
     with open(out / "results.json", encoding="utf-8") as file:
         results = json.load(file)
     assert set(results["scores"]) == {"base", "tuned", "blank"}
-    assert len(results["verdicts"]) == 5 and set(results["seconds"]) == {path.stem for path in out.glob("logs/*.json")}
+    assert len(results["verdicts"]) == 4 and set(results["seconds"]) == {path.stem for path in out.glob("logs/*.json")}
     for values in results["scores"].values():
         assert 0 <= values["attribute accuracy"] <= 1 and values["CIDEr"] >= 0
 

@@ -26,6 +26,7 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
@@ -44,7 +45,7 @@ TITLE_WIDTH = 50
 SHOWN, PICTURED = 3, 12
 CAPTION_SCORES = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
 COLUMNS = {"base": "pretrained", "tuned": "tuned", "blank": "tuned, blank images"}
-# No attribute may be more than this below the pretrained model's: two of 200 ads.
+# By so much an attribute, and all of them at once, may be below the pretrained model's: two of 200 ads.
 TOLERANCE = 0.01
 
 
@@ -224,6 +225,14 @@ class _StageLine:
             leave=False,
             bar_format="{desc}{percentage:4.0f}% |{bar:24}| {elapsed}, left: {remaining}{postfix}",
         )
+        # The clock goes on while a command says nothing.
+        self._ended = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
+        self._clock.start()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1):
+            self._bar.refresh()
 
     def show(self, done: float, loss: Optional[str]) -> None:
         """done: share of the stage, from 0 to 1."""
@@ -232,6 +241,8 @@ class _StageLine:
         self._bar.update(max(0.0, done - self._bar.n))
 
     def end(self, text: str) -> None:
+        self._ended.set()
+        self._clock.join()
         self._bar.close()
         print(f"{self._head} {text}", flush=True)
 
@@ -276,6 +287,7 @@ def run_stage(out: str, stage: Stage, head: str) -> float:
                 # The stage and whatever it started: none of it may train on alone.
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
+                line_of_stage.end("stopped")
                 raise
             if status:
                 break
@@ -355,13 +367,12 @@ def evaluate(out: str) -> Outcome:
 def verdicts(scores: Mapping[str, Mapping[str, float]], target: float) -> Dict[str, bool]:
     """What the demo is to show, and whether it did. The first decides the exit status."""
     base, tuned, blank = (scores[name] for name in COLUMNS)
-    attributes = [name for name in tuned if name.startswith("  ")]
+    kept = [name for name in tuned if name.startswith("  ") or name == "all attributes right"]
     return {
         f"tuned: at least {target:.0%} of the attributes right": tuned["attribute accuracy"] >= target,
-        f"no attribute more than {TOLERANCE:.0%} below the pretrained model": all(
-            tuned[name] >= base[name] - TOLERANCE - 1e-9 for name in attributes
+        f"each attribute, and all at once: at most {100 * TOLERANCE:.0f} point below the pretrained model": all(
+            tuned[name] >= base[name] - TOLERANCE - 1e-9 for name in kept
         ),
-        "all attributes right at least as often": tuned["all attributes right"] >= base["all attributes right"],
         "the new style: CIDEr at least doubled": tuned["CIDEr"] >= 2 * base["CIDEr"],
         "blank images: less than half of that": blank["attribute accuracy"] < tuned["attribute accuracy"] / 2,
     }
@@ -389,13 +400,13 @@ def count_right(caption: str, reference: str) -> str:
     return f"{sum(found[field] == truth[field] for field in truth)} of {len(truth)}"
 
 
-def choose_examples(outcome: Outcome) -> List[str]:
+def choose_examples(outcome: Outcome, count: int) -> List[str]:
     """The first ads; the last of them gives way to the first one that the tuned model has wrong, if none is yet."""
     keys = list(outcome.references)
     wrong = [key for key in keys if outcome.captions["tuned"][key] != outcome.references[key]]
-    if not wrong or wrong[0] in keys[:SHOWN]:
-        return keys[:SHOWN]
-    return [*keys[: SHOWN - 1], wrong[0]]
+    if not wrong or wrong[0] in keys[:count]:
+        return keys[:count]
+    return [*keys[: count - 1], wrong[0]]
 
 
 def score_lines(scores: Mapping[str, Mapping[str, float]]) -> List[Tuple[str, List[str]]]:
@@ -412,7 +423,7 @@ def report(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, float]
         lines.append(_pad(name, 24) + "".join(f"{value:>21}" for value in values))
     lines += ["(The pretrained model writes the other style of captions, hence its CIDEr.)", ""]
     lines.append("✓ right, ✗ wrong (and what is true):")
-    for number, key in enumerate(choose_examples(outcome)):
+    for number, key in enumerate(choose_examples(outcome, SHOWN)):
         for name, title in COLUMNS.items():
             if name != "blank" or not number:
                 caption, reference = outcome.captions[name][key], outcome.references[key]
@@ -458,7 +469,7 @@ def write_page(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, fl
     """Write OUT/index.html: one file that asks for nothing from elsewhere. Returns its path."""
     from paddlemix.datasets.thumbnails import read_thumbnails
 
-    keys = list(outcome.references)[:PICTURED]
+    keys = choose_examples(outcome, PICTURED)
     pictures = read_thumbnails(os.path.join(args.out, "data", "held_out.tsv"), keys, 160)
 
     def shown(name: str, key: str) -> str:
@@ -479,13 +490,15 @@ def write_page(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, fl
     names = {"base": "pretrained 预训练", "tuned": "tuned 微调后", "blank": "blank image 空白图"}
     ads = []
     for key in keys:
-        captions = "".join(f"<dt>{names[name]}</dt><dd>{shown(name, key)}</dd>" for name in COLUMNS)
+        captions = "".join(
+            f"<dt>{names[name]}</dt><dd>{shown(name, key)}</dd>" for name in COLUMNS if name != "blank" or not ads
+        )
         ads.append(
             f"<figure>{_picture(pictures[key].webp, 'webp', key)}<figcaption><dl>"
             f"<dt>reference 参考</dt><dd>{html.escape(outcome.references[key])}</dd>{captions}"
             "</dl></figcaption></figure>"
         )
-    table = [row("td", [name.replace("  ", "· "), *cells]) for name, cells in score_lines(outcome.scores)]
+    table = [row("td", [name.replace("  ", "·\u00a0"), *cells]) for name, cells in score_lines(outcome.scores)]
     values: Dict[str, Any] = {
         "count": len(outcome.references),
         "head": row("th", ["", *names.values()]),
