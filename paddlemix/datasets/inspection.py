@@ -107,13 +107,19 @@ class Inspection:
         self.sampled_captions = 0
 
     @property
+    def readable(self) -> np.ndarray:
+        """bool [n]: rows with an image."""
+        return self.facts["problem"] == 0
+
+    @property
     def good(self) -> np.ndarray:
         """bool [n]: rows whose image, and caption where there should be one, can be used."""
-        return ~self.rows["error"] & (self.facts["problem"] == 0)
+        return self.readable & ~self.rows["error"]
 
     @property
     def decoded(self) -> np.ndarray:
-        return (self.facts["problem"] == 0) & ~np.isnan(self.facts["sharpness"])
+        """bool [n]: rows whose image was decoded."""
+        return self.readable & ~np.isnan(self.facts["sharpness"])
 
     def row(self, index: int) -> TsvRow:
         """A row, read again."""
@@ -152,9 +158,9 @@ def _look(chunk: List[Tuple], count_tokens: Optional[Callable[[str], int]]) -> T
         if caption is None:
             continue
         one: CaptionFacts = caption_facts(caption, count_tokens)
-        for field in ("chars", "chinese", "latin", "digits", "repetition"):
-            rows[at][field] = getattr(one, field)
-        rows[at]["tokens"], rows[at]["caption"] = one.tokens or 0, _hash(caption)
+        for field in ("chars", "tokens", "chinese", "latin", "digits", "repetition"):
+            rows[at][field] = getattr(one, field) or 0
+        rows[at]["caption"] = _hash(caption)
         for kind in ("opening", "style", "price"):
             if getattr(one, kind):
                 texts.setdefault(kind, Counter())[getattr(one, kind)] += 1
@@ -233,17 +239,9 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
             found.facts[found.rows["file"] == file] = facts
     broken = found.facts["problem"][~found.rows["error"]]
     found.rejected.update({PROBLEMS[code]: int((broken == code).sum()) for code in np.unique(broken) if code})
-    _find_groups(found, options.near)
+    found.exact = near_groups(found.facts["content"], 0, found.readable)
+    found.group = near_groups(found.facts["perceptual"], options.near, usable(found.facts))
     return found
-
-
-def _find_groups(found: Inspection, near: int) -> None:
-    facts = found.facts
-    readable = np.flatnonzero(facts["problem"] == 0)
-    found.exact = np.arange(len(facts))
-    _, first, number = np.unique(facts["content"][readable], return_index=True, return_inverse=True)
-    found.exact[readable] = readable[first[number]]
-    found.group = near_groups(facts["perceptual"], near, usable(facts))
 
 
 def groups_of(group: np.ndarray, most: int) -> List[np.ndarray]:
@@ -280,7 +278,7 @@ def summary(found: Inspection, near: int) -> Dict[str, Any]:
     """Everything that was counted, as report.json holds it."""
     rows, facts = found.rows, found.facts
     with_caption = rows["caption"] != 0
-    captions, readable, decoded = rows[with_caption], facts[facts["problem"] == 0], facts[found.decoded]
+    captions, readable, decoded = rows[with_caption], facts[found.readable], facts[found.decoded]
     values, place, times = np.unique(captions["caption"], return_index=True, return_counts=True)
     often = np.lexsort((place, -times))[:LISTED]
     places = np.flatnonzero(with_caption)[place]
@@ -342,16 +340,13 @@ class Overlap(NamedTuple):
 def overlap(found: Inspection, other: Inspection, near: int) -> Overlap:
     """The images of a set that occur in another, exactly or nearly: near ones among those that were decoded."""
     place = np.full(len(found.rows), -1)
-    apart = np.full(len(found.rows), -1)
-    mine, theirs = np.flatnonzero(usable(found.facts)), np.flatnonzero(usable(other.facts))
-    nearest, bits = nearest_in(found.facts["perceptual"][mine], other.facts["perceptual"][theirs], near)
-    place[mine[nearest >= 0]], apart[mine] = theirs[nearest[nearest >= 0]], bits
-    readable = np.flatnonzero(other.facts["problem"] == 0)
-    values, first = np.unique(other.facts["content"][readable], return_index=True)
-    at = np.searchsorted(values, found.facts["content"]).clip(max=max(len(values) - 1, 0))
-    if len(values):
-        same = (values[at] == found.facts["content"]) & (found.facts["problem"] == 0)
-        place[same], apart[same] = readable[first[at[same]]], -1
+    apart = place.copy()
+    mine, theirs = (np.flatnonzero(usable(one.facts)) for one in (found, other))
+    at, apart[mine] = nearest_in(found.facts["perceptual"][mine], other.facts["perceptual"][theirs], near)
+    place[mine[at >= 0]] = theirs[at[at >= 0]]
+    mine, theirs = (np.flatnonzero(one.readable) for one in (found, other))
+    at, _ = nearest_in(found.facts["content"][mine], other.facts["content"][theirs], 0)
+    place[mine[at >= 0]], apart[mine[at >= 0]] = theirs[at[at >= 0]], -1
     rows = np.flatnonzero(place >= 0)
     return Overlap(rows, place[rows], apart[rows])
 
@@ -405,7 +400,7 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             if count:
                 mend = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
                 said.append(f"{share(count)} {text}: {mend}")
-    readable = found.facts[found.facts["problem"] == 0]
+    readable = found.facts[found.readable]
     sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
     for rule, text, count in (
         ("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"]),
