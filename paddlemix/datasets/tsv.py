@@ -376,7 +376,8 @@ def read_blocks(
     # Not a pool: rows that are not read to their end may be collected as garbage at any moment, such as while a thread
     # of the `threading` module is being started or stopped, and would then wait for a lock of that module.
     reader = _thread.start_new_thread(answer, ())
-    get_ident, at_exit = _thread.get_ident, sys.is_finalizing  # the modules may be gone at Python's exit
+    # The modules may be gone at Python's exit.
+    get_ident, getpid, pid, at_exit = _thread.get_ident, os.getpid, os.getpid(), sys.is_finalizing
     try:
         # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
         # it would have to wait for Python's lock.
@@ -393,9 +394,9 @@ def read_blocks(
             asked.put(True)
             yield block
     finally:
-        # The thread ends before the file is closed. At Python's exit it has stopped already.
+        # The thread ends before the file is closed. At Python's exit it has stopped; a forked process has none.
         asked.put(False)
-        if get_ident() != reader and not at_exit():
+        if get_ident() != reader and getpid() == pid and not at_exit():
             ended.acquire()
 
 

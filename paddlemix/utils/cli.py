@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -168,18 +169,34 @@ def _print_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "replace")
 
 
+def _has_working_folder() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
+
+
+# What a disk or a folder refuses is not for us to mend.
+_OF_THE_SYSTEM = {
+    errno.EACCES, errno.EDQUOT, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
+}  # fmt: skip
+
+
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
     0 or what `main` returns; 2 (or the error's own `exit_code`) after a UserError, shown as one line; 130 after
-    Ctrl-C. A reader that went away (`| head`) ends the program quietly with 1. Anything else is a bug of ours and
-    keeps its traceback.
+    Ctrl-C. What a disk or a folder refuses is one line and 1. A reader that went away (`| head`) ends the program
+    quietly with 1. Anything else is a bug of ours and keeps its traceback.
     """
     _start_again_if_needed(main)
     open_standard_streams()
     _print_utf8()
     try:
         sys.argv[1:] = language.take(sys.argv[1:])
+        if not _has_working_folder():
+            raise UserError("the working folder was removed: change to another one")
         return main() or 0
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
@@ -190,4 +207,10 @@ def run(main: Callable[[], Optional[int]]) -> int:
     except BrokenPipeError:
         # Python flushes stdout again at exit; point it somewhere that takes the bytes.
         let_go(sys.stdout)
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        print(f"error: {one_line(where)}{error.strerror}", file=sys.stderr)
         return 1

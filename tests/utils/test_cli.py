@@ -60,6 +60,27 @@ def test_a_closed_pipe_is_quiet(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
+    def write(path):
+        with open(path, "wb", buffering=0) as file:
+            file.write(b"x")
+
+    assert cli.run(lambda: write(b"/dev/full")) == 1
+    assert cli.run(lambda: write(str(tmp_path / ("x" * 300)))) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: No space left on device" and second.endswith("xxx: File name too long")
+    with pytest.raises(FileNotFoundError):
+        cli.run(lambda: open(tmp_path / "none"))
+
+
+def test_a_working_folder_that_was_removed_is_said(capsys, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.run(lambda: 0) == 2
+    assert capsys.readouterr().err == "error: the working folder was removed: change to another one\n"
+
+
 def test_image_errors_keep_their_reason_between_processes():
     error = pickle.loads(pickle.dumps(errors.ImageError("too large", "1 × 1e9 pixels")))
     assert error.reason == "too large" and str(error) == "1 × 1e9 pixels"
