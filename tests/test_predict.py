@@ -603,7 +603,20 @@ def test_samples_go_by_the_rows_place_in_the_input(call, tmp_path, monkeypatch):
     partial.write_bytes(kept.replace(b'"1"', b'"9"', 1))
     status, _, _, err = call(tsv(*rows), *flags, output="k.tsv")
     assert status == 2 and "does not hold the candidates of row 2" in err
+    # A power cut lost the last lines, or left zeros in their place.
+    journal = (tmp_path / "k.tsv.partial").read_bytes()
+    for lost in (b"", b"\0" * 300, b"\0" * 300 + b"\n"):
+        partial.write_bytes(b"".join(kept.splitlines(keepends=True)[:2]) + lost)
+        status, lines, _, err = call(tsv(*rows), *flags, output="k.tsv")
+        assert status == 0 and lines == whole and "candidates of 2 rows of 4" in err and "after the 2 rows" in err
+        assert without_scores(tmp_path / "k.jsonl") == without_scores(tmp_path / "n.jsonl")
+        for done in ("k.jsonl", "k.tsv", "k.tsv.run.json"):
+            (tmp_path / done).unlink()
+        (tmp_path / "k.tsv.partial").write_bytes(journal)
+    status, _, _, err = call(tsv(*rows), *flags, output="k.tsv")
+    assert status == 2 and "does not hold the candidates of row 1" in err
     # As if the kill had come between the two files' ends.
+    partial.touch()
     partial.rename(tmp_path / "k.jsonl")
     (tmp_path / "k.jsonl").write_bytes(kept)
     status, lines, _, err = call(tsv(*rows), *flags, output="k.tsv")

@@ -7,35 +7,37 @@ a note with the reason. A row without an image has no candidates; `chosen` is nu
 are those of the model, before post-processing.
 
 During a run, the lines are in FILE.partial. A row's line is written before its line of results, so a resumed run finds
-at most some extra lines here.
+at most some extra lines here, but for a power cut, which may lose lines of either file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
-from typing import Iterator, Optional
+from typing import Optional, Tuple
 
 from paddlemix.datasets.tsv import clean_id
-from paddlemix.inference.results import PARTIAL
+from paddlemix.inference.results import PARTIAL, ResultsWriter
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import sync_folder
+from paddlemix.utils.log import logger
 
 
 class NBestWriter:
     """Writes the candidates of one run; does nothing if `path` is None.
 
-    ids: of the rows that an earlier run has answered, whose lines are kept. As a context manager it closes the file;
-    an unfinished one stays.
+    results: of the same run. The lines of the rows that an earlier run has answered are kept; if a power cut lost the
+    last of them, `results` drops those rows, too. As a context manager it closes the file; an unfinished one stays.
 
     Raises:
-        UserError: the file cannot be written, or lacks lines of the earlier run.
+        UserError: the file cannot be written, is missing, or has other rows than the earlier run.
     """
 
-    def __init__(self, path: Optional[str], ids: Iterator[str]):
+    def __init__(self, path: Optional[str], results: ResultsWriter):
         self._path, self._file = path, None
         if path is None:
             return
@@ -44,7 +46,7 @@ class NBestWriter:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             # The run may have been killed after this file was finished and before the results were.
             there = path if os.path.exists(path) and not os.path.exists(self._partial) else self._partial
-            whole = _length(there, ids)
+            rows, whole = _kept(there, results)
             if whole and there == path:
                 os.replace(path, self._partial)
             self._file = open(self._partial, "ab", buffering=0)
@@ -55,6 +57,10 @@ class NBestWriter:
             except OSError:  # no locks on some network file systems
                 pass
             self._file.truncate(whole)
+        if rows < results.done:
+            text = "%s has the candidates of %d rows of %d; the others are captioned again"
+            logger.warning(text, there, rows, results.done)
+            results.keep(rows)
 
     @contextlib.contextmanager
     def _explained(self, kind: type):
@@ -101,21 +107,23 @@ class NBestWriter:
         self._file.close()
 
 
-def _length(path: str, ids: Iterator[str]) -> int:
-    """Total bytes of the first lines of a file, which must belong to the rows `ids`."""
-    length = number = 0
-    with contextlib.ExitStack() as opened:
-        for number, name in enumerate(ids, 1):
-            if number == 1:
-                file = opened.enter_context(open(path, "rb")) if os.path.exists(path) else iter(())
-            line = next(file, b"")
-            if not line.endswith(b"\n") or line_id(line) != name:
+def _kept(path: str, results: ResultsWriter) -> Tuple[int, int]:
+    """Rows and bytes of a file's first complete lines, which must belong to the rows of `results`."""
+    rows = length = 0
+    if not results.done:
+        return 0, 0
+    with open(path, "rb") if os.path.exists(path) else io.BytesIO(b"\n") as file:
+        for (name, _), line in zip(results.done_rows(), file):
+            # A power cut can leave blocks of zeros in place of the last lines.
+            if not line.endswith(b"\n") or b"\0" in line:
+                break
+            if line_id(line) != name:
                 raise UserError(
-                    f"{path} lacks the candidates of row {number}, which an earlier run has captioned: restore "
-                    "the file, or start over with --restart"
+                    f"{path} does not hold the candidates of row {rows + 1}, which an earlier run has captioned: "
+                    "restore the file, or start over with --restart"
                 )
-            length += len(line)
-    return length
+            rows, length = rows + 1, length + len(line)
+    return rows, length
 
 
 def line_id(line: bytes) -> Optional[str]:

@@ -301,7 +301,7 @@ def predict_file(
 
     with contextlib.ExitStack() as outputs:
         results = outputs.enter_context(ResultsWriter(job.output, job.run, restart))
-        listed = outputs.enter_context(NBestWriter(n_best, (name for name, _ in results.done_rows())))
+        listed = outputs.enter_context(NBestWriter(n_best, results))
         rows = job.rows(results)
         first = next(rows, None)
         captioner = None

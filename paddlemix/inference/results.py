@@ -204,7 +204,13 @@ class ResultsWriter:
     def _foreign(self) -> UserError:
         return UserError(f"{self.journal} was not written by this program: move it away", "foreign-journal")
 
-    def _open_journal(self, restart: bool) -> None:
+    def keep(self, rows: int) -> None:
+        """Drop all lines but the first `rows`, as if the other rows had not been answered."""
+        self.done, self.place, self.has_files, self.notes = 0, None, False, Counter()
+        with self._explained():
+            self._open_journal(False, rows)
+
+    def _open_journal(self, restart: bool, most: Optional[int] = None) -> None:
         with self._reading() as journal:
             header = journal.readline(_MAX_HEADER)
             # A power cut may leave zeros.
@@ -223,7 +229,7 @@ class ResultsWriter:
             fields = None
             for line in journal:
                 parsed = _parse_line(line, self._columns)
-                if parsed is None:
+                if parsed is None or self.done == most:
                     break
                 fields = parsed
                 whole += len(line)
