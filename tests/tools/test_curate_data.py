@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import re
 import sys
 
 import numpy as np
@@ -112,7 +113,10 @@ def test_a_dry_run_says_what_each_rule_drops_alone_and_together_and_writes_nothi
     wanted = {"--must": ["-3", "-3"], "--min_chars": ["-1", "0"], "--not_in": ["-1", "-1"]}
     assert {name: counts for name, *counts in table} == {**wanted, "--near_duplicates": ["-1", "-1"]}
     assert said.splitlines()[-1].split() == ["kept", "4"]
+    facts = os.stat(data / ".in.tsv.facts")
     assert call(data / "in.tsv", data / "out.tsv", *rules)[1].splitlines()[:-1] == said.splitlines()
+    # Nothing of the images is computed again.
+    assert os.stat(data / ".in.tsv.facts").st_mtime_ns == facts.st_mtime_ns
 
 
 @pytest.mark.parametrize("rule", [rule.name for rule in curation.SET_RULES])
@@ -258,7 +262,7 @@ def test_near_duplicates_name_the_row_that_stays(call, data):
         (["--images", "reference"], "an OUT.json"), (["--limit", 0], "number from 1"),
         (["--drop_scores", "IN:5%"], "not a file that tools/score_rows.py has written"),
         (["--not_in", "gone"], "cannot read gone"), (["--must", "狗"], "no row of"),
-        (["--prefer", "IN"], "is no id of a row"),
+        (["--prefer", "IN"], "not the id of a row"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -269,3 +273,12 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(call, data, arguments, s
     assert not [name for name in os.listdir(data) if name.startswith("out.")]
     status, _, errors = call(data / "in.tsv", data / "in.tsv")
     assert status == 2 and "would be overwritten" in errors
+
+
+def test_the_page_on_data_lists_every_rule_and_its_reason(root):
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    for rule in curation.RULES:
+        (line,) = [line for line in page.splitlines() if re.match(rf"\| [^|]*`--{rule.name} ", line)]
+        assert rule.reason in line, rule.name
+    order = [page.index(f"`--{rule.name} ", page.index("| rule |")) for rule in curation.RULES]
+    assert order == sorted(order)
