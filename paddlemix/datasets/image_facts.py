@@ -7,9 +7,11 @@ been computed when a process ends stays in `.train.tsv.facts.partial`, and the n
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 import struct
 from contextlib import suppress
 from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -20,7 +22,8 @@ from paddlemix.datasets import labels, rows, tsv
 from paddlemix.datasets.rows import image_text, read_rows
 from paddlemix.datasets.tsv import FileState, ImagePlace, TsvRow, check_input
 from paddlemix.processors.images import FORMATS, decode_base64, open_image, read_header
-from paddlemix.utils.errors import ImageError
+from paddlemix.utils.errors import ImageError, JobFailed
+from paddlemix.utils.files import open_plain
 from paddlemix.utils.log import logger
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
@@ -237,7 +240,7 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
 
     Raises:
         UserError: the file cannot be read.
-        JobFailed: it changed meanwhile, or a worker was killed.
+        JobFailed: it changed meanwhile, a worker was killed, or the disk is full.
     """
     path = os.path.realpath(path)
     size, state = check_input(path), FileState.of(path)
@@ -247,7 +250,7 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
         return stored
     partial = final + ".partial"
     try:
-        file = open(partial, "a+b")
+        file = _open_partial(partial)
     except OSError as error:
         logger.info(f"the facts of {path} are kept in memory only: cannot write next to it ({error.strerror})")
         return np.frombuffer(b"".join(_compute(path, size, state, 0, 1, workers, quiet)), FACTS)
@@ -260,8 +263,11 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
             return stored
         offset, line = _resume(file, header)
         for piece in _compute(path, size, state, offset, line, workers, quiet):
-            file.write(piece)
-        file.flush()
+            try:
+                if file.write(piece) != len(piece):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise JobFailed(f"cannot write {partial}: {error.strerror}") from error
         os.fsync(file.fileno())
         os.replace(partial, final)
     return _load(final, header)
@@ -272,22 +278,43 @@ def _header(path: str) -> bytes:
     return _HEADER.pack(_MAGIC, state.size, state.mtime_ns)
 
 
+def _open_partial(path: str) -> IO[bytes]:
+    """Open to read and append, unbuffered; nothing but a plain file that is no link, as it may be in a stranger's
+    folder."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = open(os.open(path, flags, 0o666), "a+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
 def _load(final: str, header: bytes) -> Optional[np.ndarray]:
     try:
-        with open(final, "rb") as file:
-            return np.fromfile(file, FACTS) if file.read(_HEADER.size) == header else None
+        with open_plain(final) as file:
+            return _records(file, header)
     except OSError:
         return None
 
 
-def _resume(file: IO[bytes], header: bytes) -> Tuple[int, int]:
-    """Where to go on, (offset, number of that line), with an open partial file, of which whole records are kept."""
+def _records(file: IO[bytes], header: bytes) -> Optional[np.ndarray]:
+    """The whole records of an open file; None if they are not those of `header`, or no such records."""
     file.seek(0)
     if file.read(_HEADER.size) != header:
+        return None
+    data = file.read()
+    records = np.frombuffer(data[: len(data) // FACTS.itemsize * FACTS.itemsize], FACTS)
+    good = (records["format"] < len(FORMATS)) & (records["problem"] < len(PROBLEMS))
+    return records if good.all() and (np.diff(records["next"].astype(np.int64)) > 0).all() else None
+
+
+def _resume(file: IO[bytes], header: bytes) -> Tuple[int, int]:
+    """Where to go on, (offset, number of that line), with an open partial file, of which whole records are kept."""
+    records = _records(file, header)
+    if records is None:
         file.truncate(0)
         file.write(header)
         return 0, 1
-    records = np.fromfile(file, FACTS)
     file.truncate(_HEADER.size + records.nbytes)
     return (int(records[-1]["next"]), int(records[-1]["line"]) + 1) if len(records) else (0, 1)
 

@@ -23,6 +23,7 @@ from paddlemix.datasets.image_facts import (
     PROBLEMS,
     all_image_facts,
     chunks_of,
+    facts_path,
     facts_record,
     find_image_of,
     has_captions,
@@ -34,7 +35,7 @@ from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import is_json, read_rows
 from paddlemix.datasets.tsv import TsvRow, check_input, unquoted
 from paddlemix.processors.images import FORMATS
-from paddlemix.utils.errors import UserError
+from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
@@ -193,7 +194,7 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
 
     Raises:
         UserError: a file cannot be read, or there are no rows.
-        JobFailed: a file changed meanwhile, or a worker was killed.
+        JobFailed: a file changed meanwhile, a worker was killed, or stored facts are those of another file.
     """
     found = Inspection(paths)
     size = sum(map(check_input, paths))
@@ -236,7 +237,10 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
     del pieces
     for file, facts in enumerate(known):
         if facts is not None:
-            found.facts[found.rows["file"] == file] = facts
+            mine = found.rows["file"] == file
+            if len(facts) != mine.sum():
+                raise JobFailed(f"{facts_path(paths[file])} is not that of {paths[file]}: delete it")
+            found.facts[mine] = facts
     broken = found.facts["problem"][~found.rows["error"]]
     found.rejected.update({PROBLEMS[code]: int((broken == code).sum()) for code in np.unique(broken) if code})
     found.exact = near_groups(found.facts["content"], 0, found.readable)

@@ -184,12 +184,10 @@ def test_a_folder_that_takes_no_file_is_enough(table, monkeypatch):
     expected = all_image_facts(table, quiet=True)
     os.unlink(facts_path(table))
 
-    def refuses(path, *given, **named):
-        if str(path).endswith(".partial"):
-            raise PermissionError(13, "Permission denied", path)
-        return open(path, *given, **named)
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(module, "open", refuses, raising=False)
+    monkeypatch.setattr(module, "_open_partial", refuses)
     assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
     assert not os.path.exists(facts_path(table))
 
@@ -206,4 +204,56 @@ def test_data_that_change_meanwhile_end_it(table, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
     monkeypatch.setattr("paddlemix.datasets.tsv.BUFFER_BYTES", 1 << 12)
     with pytest.raises(JobFailed, match="changed while it was read"):
+        all_image_facts(table, quiet=True)
+
+
+def test_a_strangers_folder_leads_to_no_other_file_and_cannot_stop_it(table, tmp_path):
+    expected = all_image_facts(table, quiet=True)
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    partial = facts_path(table) + ".partial"
+    os.unlink(facts_path(table))
+    os.symlink(precious, partial)
+    assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
+    assert precious.read_text() == "mine" and not os.path.exists(facts_path(table))
+    os.unlink(partial)
+    for path in (partial, facts_path(table)):
+        os.mkfifo(path)
+        assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+def test_records_that_cannot_be_are_made_anew(table):
+    expected = all_image_facts(table, quiet=True)
+    for field, value in (("format", 200), ("problem", 200), ("next", 1)):
+        wrong = expected.copy()
+        wrong[3][field] = value
+        with open(facts_path(table), "r+b") as file:
+            file.seek(module._HEADER.size)
+            file.write(wrong.tobytes())
+        assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
+
+
+def test_a_full_disk_is_one_line(table, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            # What the disk still takes of it.
+            return self.file.write(data[: module._HEADER.size])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    plain = module._open_partial
+    monkeypatch.setattr(module, "_open_partial", lambda path: Full(plain(path)))
+    with pytest.raises(JobFailed, match="No space left on device"):
         all_image_facts(table, quiet=True)
