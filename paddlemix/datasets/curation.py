@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from paddlemix.datasets.caption_facts import CaptionFacts, caption_facts
+from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of, usable
 from paddlemix.datasets.labels import Checked, check_row
@@ -42,44 +42,6 @@ KEEP = ("first", "longest", "best")
 ROW = np.dtype([
     ("bits", "<u2"), ("chars", "<u4"), ("opening", "<u8"), ("problem", "u1"), ("gain", "<f4"), ("line", "<u4"),
 ])  # fmt: skip
-
-
-class Rule(NamedTuple):
-    """What the option `name` drops, and the reason that rejected rows get."""
-
-    name: str
-    reason: str
-    drops: Callable
-
-
-# drops: (caption, CaptionFacts, the option's value) → bool.
-CAPTION_RULES = (
-    Rule("must", "caption lacks --must", lambda text, facts, value: not value.search(text)),
-    Rule("must_not", "caption has --must_not", lambda text, facts, value: bool(value.search(text))),
-    Rule("min_chars", "caption too short", lambda text, facts, value: facts.chars < value),
-    Rule("max_chars", "caption too long", lambda text, facts, value: facts.chars > value),
-    Rule("min_tokens", "too few tokens", lambda text, facts, value: facts.tokens < value),
-    Rule("max_tokens", "too many tokens", lambda text, facts, value: facts.tokens > value),
-    Rule("max_repetition", "caption repeats itself", lambda text, facts, value: facts.repetition > value),
-    Rule("min_chinese", "too little Chinese", lambda text, facts, value: facts.chinese < value),
-)
-# drops: (FACTS [n], the option's value) → bool [n].
-IMAGE_RULES = (
-    Rule("min_side", "image too small", lambda facts, value: np.minimum(facts["width"], facts["height"]) < value),
-    Rule("max_aspect", "image too narrow", lambda facts, value: _aspect(facts) > value),
-    Rule("min_sharpness", "image not sharp", lambda facts, value: facts["sharpness"] < value),
-)
-# drops: (Survey, Settings, which rows are left: bool [n]) → bool [n].
-SET_RULES = (
-    Rule("not_in", "image is in --not_in", lambda survey, settings, left: left & survey.leaks),
-    Rule("drop_scores", "low gain", lambda survey, settings, left: _lowest(survey, settings, left)),
-    Rule("near_duplicates", "near duplicate", lambda survey, settings, left: _duplicates(survey, settings, left)),
-    Rule("per_opening", "opening too frequent", lambda survey, settings, left: _openings(survey, settings, left)),
-    Rule("limit", "over --limit", lambda survey, settings, left: _beyond_limit(survey, settings, left)),
-)
-RULES = CAPTION_RULES + IMAGE_RULES + SET_RULES
-_OF_IMAGES = {rule.name for rule in IMAGE_RULES} | {"not_in", "near_duplicates"}
-_OF_TOKENS = {"min_tokens", "max_tokens"}
 
 
 class Settings(NamedTuple):
@@ -119,7 +81,7 @@ class Survey(NamedTuple):
     draw: np.ndarray
 
 
-# ---- rules of the set
+# ---- rules
 
 
 def _aspect(facts: np.ndarray) -> np.ndarray:
@@ -151,12 +113,43 @@ def _duplicates(survey: Survey, settings: Settings, left: np.ndarray) -> np.ndar
     return _beyond(survey.groups, settings.per_group, first[settings.keep], left)
 
 
-def _openings(survey: Survey, settings: Settings, left: np.ndarray) -> np.ndarray:
-    return _beyond(survey.rows["opening"], settings.rules["per_opening"], survey.draw, left)
+class Rule(NamedTuple):
+    """What the option `name` drops, and the reason that rejected rows get."""
+
+    name: str
+    reason: str
+    drops: Callable
 
 
-def _beyond_limit(survey: Survey, settings: Settings, left: np.ndarray) -> np.ndarray:
-    return _beyond(np.zeros(len(left)), settings.rules["limit"], survey.draw, left)
+# drops: (caption, CaptionFacts, the option's value) → bool.
+CAPTION_RULES = (
+    Rule("must", "caption lacks --must", lambda text, facts, value: not value.search(text)),
+    Rule("must_not", "caption has --must_not", lambda text, facts, value: bool(value.search(text))),
+    Rule("min_chars", "caption too short", lambda text, facts, value: facts.chars < value),
+    Rule("max_chars", "caption too long", lambda text, facts, value: facts.chars > value),
+    Rule("min_tokens", "too few tokens", lambda text, facts, value: facts.tokens < value),
+    Rule("max_tokens", "too many tokens", lambda text, facts, value: facts.tokens > value),
+    Rule("max_repetition", "caption repeats itself", lambda text, facts, value: facts.repetition > value),
+    Rule("min_chinese", "too little Chinese", lambda text, facts, value: facts.chinese < value),
+)
+# drops: (FACTS [n], the option's value) → bool [n].
+IMAGE_RULES = (
+    Rule("min_side", "image too small", lambda facts, value: np.minimum(facts["width"], facts["height"]) < value),
+    Rule("max_aspect", "image too narrow", lambda facts, value: _aspect(facts) > value),
+    Rule("min_sharpness", "image not sharp", lambda facts, value: facts["sharpness"] < value),
+)
+# drops: (Survey, Settings, which rows are left: bool [n]) → bool [n].
+SET_RULES = (
+    Rule("not_in", "image is in --not_in", lambda survey, settings, left: left & survey.leaks),
+    Rule("drop_scores", "low gain", _lowest),
+    Rule("near_duplicates", "near duplicate", _duplicates),
+    Rule("per_opening", "opening too frequent", lambda survey, settings, left: _beyond(
+        survey.rows["opening"], settings.rules["per_opening"], survey.draw, left)),
+    Rule("limit", "over --limit", lambda survey, settings, left: _beyond(
+        np.zeros(len(left)), settings.rules["limit"], survey.draw, left)),
+)  # fmt: skip
+RULES = CAPTION_RULES + IMAGE_RULES + SET_RULES
+_OF_IMAGES = {rule.name for rule in IMAGE_RULES} | {"not_in", "near_duplicates"}
 
 
 # ---- the rows
@@ -220,7 +213,7 @@ def survey_rows(
     def look(chunk: Sequence[Tuple[str, int, float, int]]) -> np.ndarray:
         rows = np.zeros(len(chunk), ROW)
         for at, (text, problem, gain, line) in enumerate(chunk):
-            one: CaptionFacts = caption_facts(text, count_tokens)
+            one = caption_facts(text, count_tokens)
             bits = sum(bit for bit, rule in used if rule.drops(text, one, settings.rules[rule.name]))
             opening = hashlib.blake2b(one.opening.encode("utf-8", "replace"), digest_size=8).digest()
             rows[at] = bits, one.chars, int.from_bytes(opening, "little"), problem, gain, line
@@ -349,10 +342,10 @@ def curate(
 
 def _write(path: str, output: str, settings: Settings, state: FileState, survey: Survey, found: Decision) -> None:
     duplicate = found.reasons.index("near duplicate") if "near_duplicates" in settings.rules else -1
-    kept_line: Dict[int, int] = {}
+    # The line of the first row that stays of each group.
+    stays, kept_line = np.flatnonzero(found.reason == 0)[::-1], np.zeros(len(survey.rows), np.int64)
     if duplicate > 0:
-        for row in np.flatnonzero(found.reason == 0)[::-1].tolist():
-            kept_line[int(survey.groups[row])] = int(survey.rows[row]["line"])
+        kept_line[survey.groups[stays]] = survey.rows["line"][stays]
     with atomic_write(output_names(output)[1]) as rejected, output_rows(
         output, path, settings.images == "reference", settings.prompt
     ) as add:
@@ -362,6 +355,6 @@ def _write(path: str, output: str, settings: Settings, state: FileState, survey:
             if not reason:
                 add(checked.row, checked.image, checked.caption)
                 continue
-            if code == duplicate and int(survey.groups[number]) in kept_line:
-                reason += f" of line {kept_line[int(survey.groups[number])]}"
+            if code == duplicate and kept_line[survey.groups[number]]:
+                reason += f" of line {kept_line[survey.groups[number]]}"
             rejected.write(f"{checked.row.line}\t{row_id(checked.row)}\t{reason}\n")
