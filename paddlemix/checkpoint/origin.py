@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
-from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, inside
+from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, VOCABULARIES, inside
 from paddlemix.checkpoint.shards import open_weights
 from paddlemix.checkpoint.structure import structure
 from paddlemix.checkpoint.tensors import printable
@@ -75,8 +75,10 @@ class Origin(NamedTuple):
         A missing fingerprint is only a warning, passed to `warn`; with `force`, so is another model.
 
         Raises:
-            WeightsError: it started from another model.
+            WeightsError: it started from another model, or the two vocabularies differ.
         """
+        if not force:
+            check_same_vocabulary(tuned, base)
         if self.base_fingerprint is None:
             warn(
                 f"{tuned} does not record which weights it was tuned from (an older version wrote it): "
@@ -107,6 +109,26 @@ class Origin(NamedTuple):
         """
         pairs = ((self.base, self.base_fingerprint), (self.text, self.text_fingerprint))
         return tuple(folder if folder is not None and _is_model(folder, noted) else None for folder, noted in pairs)
+
+
+def check_same_vocabulary(tuned: str, base: str) -> None:
+    """Check that a tuned folder and its base have the same tokens, where both have a vocabulary: a run changes none.
+
+    Raises:
+        WeightsError: they have not.
+    """
+    both = [tokens for tokens in map(_tokens, (tuned, base)) if tokens is not None]
+    if len(both) == 2 and both[0] != both[1]:
+        text = f"{tuned} and its base {base} have different vocabularies: copy the base's into {tuned}"
+        raise WeightsError(text, "other-vocabulary")
+
+
+def _tokens(folder: str) -> Optional[List[bytes]]:
+    for path in (inside(folder, name) for name in VOCABULARIES):
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return sorted(filter(None, file.read().splitlines()))
+    return None
 
 
 def _is_model(folder: str, fingerprint: Optional[str]) -> bool:

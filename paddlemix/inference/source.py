@@ -17,7 +17,7 @@ from paddlemix.checkpoint.model_folder import (
     find_tuned_weights,
     merge_command,
 )
-from paddlemix.checkpoint.origin import Origin
+from paddlemix.checkpoint.origin import Origin, check_same_vocabulary
 from paddlemix.checkpoint.tensors import printable
 from paddlemix.inference.facts import fingerprint_folder
 from paddlemix.utils.errors import UserError
@@ -118,5 +118,6 @@ def _with_its_base(tuned: str) -> Source:
             f"or merge them: {merge_command(tuned, named, origin.text)}",
             "lora_path",
         )
+    check_same_vocabulary(tuned, base)
     logger.info("%s was tuned from %s, which has the fingerprint in tuned_from.json", tuned, base)
     return Source(base, tuned, text)

@@ -11,6 +11,7 @@ from paddlemix.checkpoint import convert_dtype, open_weights, write_pdparams, wr
 from paddlemix.checkpoint.lora_merge import merge
 from paddlemix.checkpoint.origin import Origin, model_fingerprint
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS
+from paddlemix.inference.source import find_source
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.checkpoint.files import pickled, torch_file
 from tests.helpers import refused
@@ -141,6 +142,23 @@ def test_another_base_of_equal_shapes_is_refused(world, capfd):
     assert "other is another model" in capfd.readouterr().err
     merged(base, lora, out, overwrite=True)
     assert "another model" not in capfd.readouterr().err
+
+
+def test_a_vocabulary_of_another_model_is_refused(world):
+    """As many tokens, but others: every number of them would fit."""
+    base, _, lora, out = world
+    for folder, tokens in ((base, "QQ== 0\nQg== 1\n"), (lora, "QQ== 0\nQw== 1\n")):
+        with open(os.path.join(folder, "mgen.tiktoken"), "w") as file:
+            file.write(tokens)
+    for call in (lambda: merged(base, lora, out), lambda: find_source(lora), lambda: find_source(base, lora)):
+        with refused(WeightsError, "other-vocabulary"):
+            call()
+    # The same ones in another order of lines, under the other name.
+    os.unlink(os.path.join(lora, "mgen.tiktoken"))
+    with open(os.path.join(lora, "qwen.tiktoken"), "w") as file:
+        file.write("Qg== 1\nQQ== 0\n")
+    assert find_source(lora).base == base
+    merged(base, lora, out)
 
 
 def test_merging_twice_is_refused(world):
