@@ -62,8 +62,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _count(value: int) -> str:
-    return f"{value:,}"
+def _number(summary: Dict[str, Any], keys: str) -> int:
+    """A number of a summary, by its keys with / between them; 0 if it has none."""
+    found: Any = summary
+    for key in keys.split("/"):
+        found = found.get(key, {})
+    return found or 0
 
 
 def _plot(key: str, series: Sequence[Optional[Dict[str, Any]]]) -> str:
@@ -240,40 +244,33 @@ def write_page(
     captions, images = ([one[part] for one in both] for part in ("captions", "images"))
     keys = [f'<span class="key key{i}"></span>{_text(", ".join(one["files"]))}' for i, one in enumerate(both)]
 
-    def counts(rows: Sequence[Tuple[str, Any]]) -> str:
+    def counts(rows: Sequence[Tuple[str, str]]) -> str:
+        """rows: (title, keys of the number in a summary)."""
         head = ["", *(key if len(both) > 1 else "" for key in keys)]
-        return _table(head, ([_say(title), *(_count(value(one)) for one in both)] for title, value in rows))
+        return _table(head, ([_say(title), *(f"{_number(one, keys_of):,}" for one in both)] for title, keys_of in rows))
 
     reasons = sorted({reason for one in both for reason in one["rejected"]})
-    set_rows = [("rows", lambda one: one["rows"]), ("usable", lambda one: one["good rows"])]
-    set_rows += [(reason, lambda one, reason=reason: one["rejected"].get(reason, 0)) for reason in reasons]
-    set_rows += [("repeated ids", lambda one: one["ids doubled"])]
-    caption_rows = [("captions", lambda one: one["captions"]["rows"])]
-    caption_rows += [("different captions", lambda one: one["captions"]["distinct"])]
-    caption_rows += [
-        (title, lambda one, key=key: one["captions"]["with"][key])
-        for key, title in (
-            ("price", "with a price"), ("style", "with a style"), ("control", "with control characters"),
-            ("tags", "with tags"),
-        )
-    ]  # fmt: skip
     formats = sorted({name for part in images for name in part["formats"]})
-    image_rows = [("readable images", lambda one: one["images"]["readable"])]
-    image_rows += [(name, lambda one, name=name: one["images"]["formats"].get(name, 0)) for name in formats]
-    image_rows += [
-        ("decoded", lambda one: one["images"]["decoded"]),
-        ("of one colour", lambda one: one["images"]["one colour"]),
-        ("copies of earlier ones", lambda one: one["images"]["copies"]["rows beyond the first"]),
-        ("near duplicates of earlier ones", lambda one: one["images"]["near duplicates"]["rows beyond the first"]),
-        ("largest group", lambda one: one["images"]["near duplicates"]["largest"]),
-    ]
+    row_counts = [
+        ("rows", "rows"), ("usable", "good rows"), *((reason, f"rejected/{reason}") for reason in reasons),
+        ("repeated ids", "ids doubled"), ("captions", "captions/rows"), ("different captions", "captions/distinct"),
+        ("with a price", "captions/with/price"), ("with a style", "captions/with/style"),
+        ("with control characters", "captions/with/control"), ("with tags", "captions/with/tags"),
+    ]  # fmt: skip
+    image_counts = [
+        ("readable images", "images/readable"), *((name, f"images/formats/{name}") for name in formats),
+        ("decoded", "images/decoded"), ("of one colour", "images/one colour"),
+        ("copies of earlier ones", "images/copies/rows beyond the first"),
+        ("near duplicates of earlier ones", "images/near duplicates/rows beyond the first"),
+        ("largest group", "images/near duplicates/largest"),
+    ]  # fmt: skip
     caption_table, caption_plots = _measures(captions)
     image_table, image_plots = _measures(images)
     said = "".join(f"<li>{_say(text)}</li>" for text in numbers["advice"])
     panels = [
         _panel("What to do", f"<ul>{said}</ul>", wide=True),
-        _panel("Rows and captions", counts(set_rows + caption_rows)),
-        _panel("Images", counts(image_rows)),
+        _panel("Rows and captions", counts(row_counts)),
+        _panel("Images", counts(image_counts)),
         _panel("Lengths and shares of captions", caption_table, wide=True) if captions[0]["rows"] else "",
         _panel("Sizes and sharpness of images", image_table, wide=True),
         _panel("Distribution over rows", f'<div class="charts">{caption_plots}{image_plots}</div>', wide=True),
