@@ -195,8 +195,8 @@ def test_changed_copies_are_found_and_other_pictures_are_not(kind, request):
         print(f"| {name} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
     print(f"| others, of {len(others)} pairs | " + " | ".join(f"{100 * share:.3f} %" for share in alarms) + " |")
     for name, (*_, at_6, _, at_10) in recall.items():
-        # A crop at one corner moves everything.
-        least = (0.75, 0.9) if "corner" in name else (0.95, 0.99)
-        assert at_6 >= least[0] and at_10 >= least[1], name
+        # The more is cut off, the more of the banners' edges move.
+        least = {"cropped, 1 % a side": 0.9, "cropped, 2 % a side": 0.8, "cropped, 3 % of one corner": 0.65}.get(name)
+        assert at_6 >= (least or 0.98) and at_10 >= (0.9 if least else 1), name
     # Drawn ads of the same layout and nearly the same colours come near each other.
     assert alarms[2] <= 0.002 and alarms[0] == 0
