@@ -30,7 +30,7 @@ def main(argv=None) -> None:
         calls = statistics.median(statistics.median(dispatch("decode", BATCH, steps)) for _ in range(args.pairs))
         needed, bandwidth = ours("step_bytes", BATCH), ours("bandwidth")
     token = statistics.median(taken.ours)
-    bench.value("one token for 8 rows", token * 1e3, "ms", at_most=60)
+    bench.value("one token for 8 rows", token * 1e3, "ms")
     bench.ratio("PaddleNLP's layers ÷ ours", taken)
     split = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
     rest = split["all"] - split["attention"] - split["matmul"] - split["lm_head"]
@@ -42,7 +42,7 @@ def main(argv=None) -> None:
     bench.value("memory bandwidth", bandwidth / 1e9, "GB/s")
     bench.value("weights and cache that a step reads", needed / 1e6, "MB")
     bench.value("time to read them", needed / bandwidth * 1e3, "ms")
-    bench.value("a token ÷ the time to read them", token * bandwidth / needed, "×")
+    bench.value("a token ÷ the time to read them", token * bandwidth / needed, "×", at_most=2.5)
     bench.finish()
 
 

@@ -91,12 +91,7 @@ class Decoding:
 
     def single_parts(self) -> Dict[str, float]:
         """Of the first token: all of it, its matrix products, and these at the speed of a large one; seconds."""
-        clock = time.process_time
-        start = clock()
-        found = baseline_model.products(lambda: self._single(1), clock)
-        whole = clock() - start
-        peak = harness.matmul_peak(clock, 64 if self.way.size == "quick" else 2048)
-        return {"all": whole, "products": found["seconds"], "limit": found["operations"] / peak}
+        return baseline_model.products(lambda: self._single(1), time.process_time, self.way.size)
 
     def _single(self, tokens: int) -> None:
         import paddle

@@ -12,10 +12,12 @@ import os
 import random
 import statistics
 import sys
+import types
 from typing import Any, Dict, List, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from paddlemix.inference.captioner import rows_that_fit  # noqa: E402
 from paddlemix.models.lora import adapter_shapes  # noqa: E402
 from paddlemix.models.mgen_vl.parameters import count, parameter_shapes  # noqa: E402
 from paddlemix.trainer import freeze, machine, memory, work  # noqa: E402
@@ -164,8 +166,12 @@ def slots(model: Model) -> List[str]:
     """Captions whose answers differ in length: batches that wait for their longest row, and slots."""
     rows, lengths = [], answer_lengths(4096)
     mean = sum(lengths) / len(lengths)
+    config = types.SimpleNamespace(**model.config)
     for name, card in CARDS.items():
-        for batch in (8, 32):
+        # As free_memory and generates_fused have it, for answers of up to 512 tokens.
+        free = int(0.9 * (card.memory * GIB - 2 * model.parameters))
+        held = rows_that_fit(config, 300, 512, "float16", free, card.capability >= (8, 0))
+        for batch in (8, min(32, held)):
             longest = [max(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
             static = sum(longest)
             # A slot takes the next answer when it is free.
@@ -179,11 +185,12 @@ def slots(model: Model) -> List[str]:
             step = max(read / card.bandwidth / BANDWIDTH_SHARE, compute)
             took = [prefill / FLOPS_SHARE + step * steps / len(lengths) for steps in (static, filled)]
             rows.append(
-                (name, str(batch), seconds(step), f"{static / len(lengths):.2f}", f"{filled / len(lengths):.2f}",
-                 f"{mean * len(lengths) / batch / static:.0%}", f"{1 / took[0]:.1f}", f"{1 / took[1]:.1f}",
+                (name, f"{batch} of {held}", seconds(step), f"{static / len(lengths):.2f}",
+                 f"{filled / len(lengths):.2f}", f"{mean * len(lengths) / batch / static:.0%}",
+                 f"{mean * len(lengths) / batch / filled:.0%}", f"{1 / took[0]:.1f}", f"{1 / took[1]:.1f}",
                  f"{took[0] / took[1]:.2f} ×")
             )  # fmt: skip
-    head = ("card", "rows at a time", "a step", "steps a caption, batches", "slots", "batches are busy",
+    head = ("card", "rows at a time", "a step", "steps a caption, batches", "slots", "batches are busy", "slots",
             "captions/s, batches", "slots", "slots ÷ batches")  # fmt: skip
     return table(head, rows)
 
