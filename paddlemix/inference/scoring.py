@@ -178,8 +178,10 @@ class Scorer:
             batch = self.collate([pairs[i].sample(pairs[i].begin, _NO_IMAGE) for i in members])
             # The fused kernel does not help few queries with many keys. Padding comes last and is not attended to.
             self.model.fuse(False)
-            hidden = llm(llm.wte(paddle.to_tensor(batch["input_ids"])), cache=cache)
-            self.model.fuse(fused)
+            try:
+                hidden = llm(llm.wte(paddle.to_tensor(batch["input_ids"])), cache=cache)
+            finally:
+                self.model.fuse(fused)
             found.update(zip(members, self._by_row(hidden, batch)))
         return [found[number] for number in range(len(pairs))]
 

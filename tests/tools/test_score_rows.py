@@ -85,9 +85,17 @@ def test_records_are_asked_what_they_ask(call, model, tmp_path):
     asked = call(table(), "--prompt", "这是什么？", output="asked.tsv")[1]
     assert [line[1:] for line in records] == [line[1:] for line in asked]
     assert asked[0][1] != call(table(), output="plain.tsv")[1][0][1]
+    # Rows with prompts of their own share a batch.
+    lines = (tmp_path / "set" / "train.json").read_text("utf-8").splitlines()
+    mixed = [line.replace("这是什么？", "写一句广告语") if number % 2 else line for number, line in enumerate(lines)]
+    (tmp_path / "set" / "mixed.json").write_text("\n".join(mixed), "utf-8")
+    found = call(tmp_path / "set" / "mixed.json", output="mixed.tsv")[1]
     loaded = load_model(model)
-    pixels = loaded.image_processor(open_image(image_bytes(1)))
-    assert float(asked[1][1]) == pytest.approx(naive(loaded, "这是什么？", CAPTIONS[1], pixels), abs=2e-5)
+    for i, line in enumerate(found):
+        seen = loaded.image_processor(open_image(image_bytes(i))), loaded.image_processor.blank()
+        for column, pixels in enumerate(seen, 1):
+            single = naive(loaded, ["写一句广告语", "这是什么？"][i % 2], CAPTIONS[i], pixels)
+            assert float(line[column]) == pytest.approx(single, abs=2e-5)
 
 
 def test_bad_rows_keep_their_lines(call, tmp_path):
