@@ -1,12 +1,12 @@
-"""The four front doors that PaddleMIX users know. Each takes a model folder and fetches nothing.
+"""The four Auto classes known from PaddleMIX. Each loads from a local model folder; nothing is downloaded.
 
     tokenizer = AutoTokenizerMIX.from_pretrained(folder)
     processor, image_processor = AutoProcessorMIX.from_pretrained(folder)
     config = AutoConfigMIX.from_pretrained(folder, dtype="float32")
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype="float32")
 
-MGen-VL is the one model there is; MGenConfig refuses a folder of another `model_type`. Importing this package loads
-nothing heavy, calling it does.
+MGen-VL is the only model; MGenConfig refuses folders with another `model_type`. Importing this package is light; heavy
+imports happen in the calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class AutoConfigMIX:
         """config.json as an MGenConfig; `overrides` replace its values.
 
         Raises:
-            ConfigError: the file is missing, or its values cannot be used.
+            ConfigError: the file is missing, or has invalid values.
         """
         from paddlemix.models.mgen_vl.configuration import MGenConfig
 

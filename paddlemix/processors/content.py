@@ -1,7 +1,7 @@
-"""What a user says: texts with images in their places, and the forms that these come in.
+"""User content: texts with images, and the forms of input it comes in.
 
-Tags in a text are characters. Only an Image makes a span; it comes from an image given beside a text, or from a whole
-`<img>path or base64</img>` in the prompt of a record or in a query of the notebook's list form.
+Tags in a text are plain characters. Only an Image makes a span; it stands for an image given with a text, or for a
+complete `<img>path or base64</img>` in a record's prompt or in a query of the notebook's list form.
 """
 
 from __future__ import annotations
@@ -11,33 +11,32 @@ from typing import Dict, List, NamedTuple, Sequence, Union
 
 from paddlemix.utils.errors import UserError
 
-# An image that a text names: a path, or base64 of any length.
+# An image named in a text: a path, or base64 of any length.
 NAMED_IMAGE = re.compile(r"<img>([^<]*)</img>")
 
 
 class Image(NamedTuple):
-    """The place of an image in a prompt. name: what the ids of its span spell, at most n_queries bytes; the model sees
-    the image's features in their place."""
+    """An image in a prompt. name: the text that the ids of its span encode, at most n_queries bytes; the model replaces
+    them by the image's features."""
 
     name: str = ""
 
 
-# What a user says: a text, or texts and images in order.
+# A text, or texts and images in order.
 Content = Union[str, Sequence[Union[str, Image]]]
 
 
 def split_images(text: str, n_queries: int) -> List[Union[str, Image]]:
-    """The texts and images of a text that names images as `<img>path or base64</img>`.
+    """The parts of a text that names images as `<img>path or base64</img>`.
 
-    A name of more than n_queries bytes is dropped, so that base64 never reaches the tokenizer. Tags that do not pair up
-    are text.
+    Names of more than n_queries bytes are dropped, so that base64 never reaches the tokenizer. Unpaired tags are text.
     """
     parts = NAMED_IMAGE.split(text)
     return [_image(part, n_queries) if number % 2 else part for number, part in enumerate(parts)]
 
 
 def named_images(given: Content, n_queries: int) -> Content:
-    """Content, with the images that a text names in their places."""
+    """Content, with images named in a text resolved."""
     return split_images(given, n_queries) if isinstance(given, str) else given
 
 
@@ -66,12 +65,12 @@ def count_images(content: Content) -> int:
 
 
 def picture(number: int, name: str = "") -> List[Union[str, Image]]:
-    """How a prompt shows its image of this number."""
+    """Image number `number` in a prompt."""
     return [f"Picture {number}: ", Image(name), "\n"]
 
 
 def with_images(prompt: Content, n_images: int, first: int = 1) -> List[Union[str, Image]]:
-    """A prompt with n_images images in front of it, numbered from `first`."""
+    """A prompt preceded by n_images images, numbered from `first`."""
     shown = [part for number in range(first, first + n_images) for part in picture(number)]
     return shown + parts_of(prompt)
 
@@ -81,7 +80,7 @@ def list_parts(query: Sequence[Dict], n_queries: int) -> List[Union[str, Image]]
     or several}.
 
     Raises:
-        UserError: a part of another kind.
+        UserError: an unknown part.
     """
     parts: List[Union[str, Image]] = []
     images = 0
@@ -99,5 +98,5 @@ def list_parts(query: Sequence[Dict], n_queries: int) -> List[Union[str, Image]]
             for box in boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes] if boxes else []:
                 parts.append("<box>({:d},{:d}),({:d},{:d})</box>".format(*box))
         else:
-            raise UserError(f"a part of a query is an image, a text or a box, not {sorted(part)}")
+            raise UserError(f"a part of a query is an image, a text or a box, not {sorted(part)}", "query")
     return parts

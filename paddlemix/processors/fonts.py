@@ -1,4 +1,4 @@
-"""A font with Chinese characters, for words on pictures."""
+"""A font with Chinese characters, for drawing on pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 from paddlemix.utils.log import logger
 
-# Where Debian puts fonts with Chinese characters: noto-cjk, wqy, arphic, droid-fallback.
+# Debian's fonts with Chinese characters: noto-cjk, wqy, arphic, droid-fallback.
 _FONTS = "/usr/share/fonts/"
 _FONT_FILES = (
     "opentype/noto/NotoSansCJK-Regular.ttc",
@@ -20,8 +20,8 @@ _MAX_FONT_BYTES = 64 << 20
 
 
 def find_font(folder: str, size: int):
-    """A Pillow font with Chinese characters in `size` pixels: of the model folder (Qwen-VL ships SimSun.ttf), else of
-    Debian's packages; None if there is none that opens."""
+    """A Pillow font with Chinese characters at `size` pixels, from the model folder (Qwen-VL ships SimSun.ttf) or
+    Debian's packages; None if none opens."""
     from PIL import ImageFont
 
     own = [path for ending in ("ttf", "ttc", "otf") for path in glob.glob(f"{glob.escape(folder)}/*.{ending}")]
@@ -29,7 +29,7 @@ def find_font(folder: str, size: int):
     debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
     for path in own + debian:
         try:
-            # No pipe, which would be waited for.
+            # Not a pipe, which would block.
             if os.path.isfile(path) and os.path.getsize(path) <= _MAX_FONT_BYTES:
                 return ImageFont.truetype(path, size)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Images that a person names: a path, an http(s) URL, a data URI or base64 text, to the bytes of the image file."""
+"""Image files by path, http(s) URL, data URI or base64 text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paddlemix.processors import images
 from paddlemix.processors.images import decode_base64, read_header
 from paddlemix.utils.errors import ImageError
 
-# For all of a download, redirects included.
+# For the entire download, redirects included.
 URL_TIMEOUT_SECONDS = 20
 MAX_REDIRECTS = 5
 _CHUNK = 1 << 16
@@ -22,7 +22,7 @@ def load_image_source(source: Union[str, bytes]) -> bytes:
     """Bytes of an image given as bytes, path, http(s) URL, data URI or base64 text.
 
     Raises:
-        ImageError: not found, not fetched, or none of these.
+        ImageError: "no such file", "cannot fetch", "not an image", or a reason of decode_base64.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -49,7 +49,7 @@ def load_image_source(source: Union[str, bytes]) -> bytes:
 
 
 def fetch(url: str) -> bytes:
-    """GET an http(s) URL within limits of size, time and redirects. Proxies are those of the environment.
+    """GET an http(s) URL, with limits on size, time and redirects; proxies come from the environment.
 
     Raises:
         ImageError: "cannot fetch" or "image too large".
@@ -65,7 +65,7 @@ def fetch(url: str) -> bytes:
         except ImageError as error:
             result.append(error)
 
-    # The timeout of requests counts for each read by itself; a thread of its own can be left behind.
+    # The timeout of requests applies to each read; a thread can be abandoned.
     thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(URL_TIMEOUT_SECONDS)
@@ -82,7 +82,7 @@ def _too_slow(url: str) -> ImageError:
 def _download(url: str, deadline: float) -> bytes:
     try:
         import requests
-    except ImportError:  # what a submission installs need not have it
+    except ImportError:  # not among a submission's requirements
         raise ImageError("cannot fetch", f"cannot fetch {url}: pip install requests") from None
     data = bytearray()
     try:
@@ -99,7 +99,7 @@ def _download(url: str, deadline: float) -> bytes:
                     if time.monotonic() > deadline:
                         raise _too_slow(url)
     except (requests.RequestException, OSError, ValueError) as error:
-        # The reason alone, where urllib3 adds what it tried.
+        # Without the details of the request that urllib3 adds.
         reason = getattr(error.args[0], "reason", None) if error.args else None
         raise ImageError("cannot fetch", f"cannot fetch {url}: {reason or error}") from None
     return bytes(data)

@@ -1,4 +1,4 @@
-"""Images from strangers to pixel values: every decision on decoding, and every limit but those of metadata.py.
+"""Untrusted images to pixel values: decoding, and all limits except those on metadata (metadata.py).
 
 Shapes: S image side in pixels; pixel values are float32 [3, S, S].
 
@@ -27,23 +27,23 @@ from paddlemix.utils.errors import ImageError
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Decoded pixels cost up to 4 bytes each, and twice that while they become RGB and upright: 100 megapixels are 400 MB
-# in a worker, for a moment 900; a WebP's 1.4 GB, as its decoder keeps two. Cameras make up to 60.
+# Decoded pixels take up to 4 bytes each, and twice that during conversion and rotation: 100 megapixels are 400 MB in a
+# worker, 900 at the peak; a WebP 1.4 GB, since its decoder keeps two copies. Cameras make up to 60 megapixels.
 MAX_PIXELS = 100_000_000
-# Pillow's resizing takes 32 bytes for each pixel of a side, and its table of rows 8. No JPEG or GIF is longer.
+# Pillow's resizing takes 32 bytes per pixel of a side, and its row table 8. No JPEG or GIF is larger.
 MAX_SIDE = 65_535
-# Pillow decodes a run-length encoded BMP in Python, a run or a jump of no pixels at a time.
+# Pillow decodes run-length encoded BMPs in Python.
 MAX_RLE_PIXELS = 4_000_000
-# Pixels that are changed at a time, where that takes further copies of them.
+# Pixels converted at a time, where the conversion copies them.
 _BAND = 1 << 22
 # Bytes of an encoded image; a JPEG at the pixel cap needs less.
 MAX_BYTES = 64 << 20
 
-# What ad images come in (the JPEG plugin opens MPO too). Pillow knows many more, whose decoders are rarely tried.
+# The formats of ad images (the JPEG plugin opens MPO too). Pillow's decoders of other formats are less tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-# Held around the few things in which Pillow and warnings are global: its switch for files cut short and its bomb
-# warning. A fork waits for it, so that no child starts with the switch on or the lock taken.
+# Guards global state of Pillow and warnings: the switch for truncated files and the bomb warning. A fork waits for it,
+# so that no child inherits the switch or the lock.
 _PILLOW_LOCK = threading.RLock()
 os.register_at_fork(
     before=_PILLOW_LOCK.acquire, after_in_parent=_PILLOW_LOCK.release, after_in_child=_PILLOW_LOCK.release
@@ -53,7 +53,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
-    """Bytes of base64 text: wrapped lines, the url-safe alphabet, missing padding and a data-URI prefix are fine.
+    """Bytes of base64 text; accepts line breaks, the URL-safe alphabet, missing padding and a data-URI prefix.
 
     Raises:
         ImageError: "empty image", "bad base64" or "image too large".
@@ -78,7 +78,7 @@ def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
 
 
 def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
-    """A PIL image of which only the header has been read; see open_image."""
+    """A PIL image with only its header read; see open_image."""
     from PIL import Image, UnidentifiedImageError
 
     _check_bytes(data)
@@ -86,14 +86,14 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
     plain = bounded(data)
     try:
         with _PILLOW_LOCK, warnings.catch_warnings():
-            # Pillow's own bomb warning comes at a size of its choice; ours follows.
+            # Pillow warns at a size of its own; our limit is checked below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(plain), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError("not an image", "not a JPEG, PNG, WebP, GIF or BMP image") from None
     except Image.DecompressionBombError:
         raise ImageError("too many pixels", f"the image has more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow's parsers raise nearly anything on a broken header.
+    except Exception as error:  # Pillow's parsers raise almost any exception on a broken header.
         raise ImageError("broken image", f"the image header is broken: {error}") from None
     if min(image.size) < 1:
         raise ImageError("broken image", f"the image is {image.width} × {image.height} pixels")
@@ -109,12 +109,12 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Tuple[str, Tuple[int, int]]:
-    """(format, (width, height)) from the first bytes of an image, nothing decoded.
+    """(format, (width, height)) from the header of an image; nothing is decoded.
 
-    Of an ordinary JPEG these two are all that is looked at: Pillow, which reads its tables, takes five times as long.
+    Ordinary JPEGs are parsed here: Pillow reads their tables too and takes five times as long.
 
     Raises:
-        ImageError: no image, or one of more than max_pixels.
+        ImageError: not an image, or more than max_pixels.
     """
     _check_bytes(data)
     size = jpeg_size(data)
@@ -141,16 +141,16 @@ def _check_size(size: Tuple[int, int], max_pixels: int) -> None:
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
-    """Decode an image to RGB, upright as its EXIF says, transparency over white, the first frame of several.
+    """Decode an image to RGB: rotated by its EXIF orientation, transparency over white, the first frame only.
 
-    A file cut short is decoded as far as it goes; its `info["truncated"]` is then True. enough: a JPEG is reduced while
-    it is decoded, to 1/2, 1/4 or 1/8, as long as both sides keep so many pixels.
+    A truncated file is decoded as far as possible; `info["truncated"]` is then True. enough: a JPEG is decoded at 1/2,
+    1/4 or 1/8 of its size as long as both sides keep that many pixels.
 
     Returns:
         a PIL image in mode RGB.
 
     Raises:
-        ImageError: see the module's reasons. The pixel cap is checked on the header, before anything is decoded.
+        ImageError: see the module's reasons. The pixel limit is checked on the header, before decoding.
     """
     image = _open(data, max_pixels, enough)
     try:
@@ -158,16 +158,16 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
         image = _upright_rgb(image)
     except ImageError:
         raise
-    except Exception as error:  # as above: decoders raise nearly anything
+    except Exception as error:  # as above: decoders raise almost any exception
         raise ImageError("broken image", f"the image cannot be decoded: {error}") from None
     image.info["truncated"] = truncated
     return image
 
 
 class _TruncatedSwitch:
-    """Pillow's switch for decoding files cut short, which is global: thrown for one file at a time.
+    """Pillow's global switch for decoding truncated files, on for one file at a time.
 
-    uses: how often it has been thrown; `on` while it is. Another thread sees by them that it decoded meanwhile.
+    uses: how often it was on; on: whether it is. By these another thread detects that it decoded while it was on.
     """
 
     def __init__(self):
@@ -193,12 +193,12 @@ _SWITCH = _TruncatedSwitch()
 
 
 def _load(image, data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
-    """Decode an opened image, as far as it goes where that is not all. Returns (image, whether it was cut short)."""
+    """Decode an opened image, as far as possible. Returns (image, whether it is truncated)."""
     try:
         uses, on = _SWITCH.uses, _SWITCH.on
         image.load()
         if on or _SWITCH.uses != uses:
-            # Another thread had the switch on, so a cut file may have passed as whole.
+            # Another thread had the switch on, so a truncated file may have passed as complete.
             with _PILLOW_LOCK:
                 image = _open(data, max_pixels, enough)
                 image.load()
@@ -210,20 +210,8 @@ def _load(image, data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
         return image, True
 
 
-# EXIF orientation → what makes the picture upright.
-_TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
-
-
 def _exif_bytes(image) -> int:
-    """Bytes of EXIF that Pillow would read: every field of it takes memory of its own, whatever it points at."""
+    """Bytes of EXIF that Pillow would parse."""
     # ImageMagick writes it into a PNG as hexadecimal text.
     return max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)
 
@@ -231,9 +219,14 @@ def _exif_bytes(image) -> int:
 def _upright_rgb(image):
     from PIL import Image
 
+    # By EXIF orientation, from 2 on.
+    turns = (
+        Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_270,
+        Image.TRANSVERSE, Image.ROTATE_90,
+    )  # fmt: skip
     try:
-        turn = _TURNS.get(image.getexif().get(0x0112)) if _exif_bytes(image) <= MAX_EXIF else None
-    except Exception:  # a broken EXIF block raises nearly anything, and the picture is still good
+        turn = dict(enumerate(turns, 2)).get(image.getexif().get(0x0112)) if _exif_bytes(image) <= MAX_EXIF else None
+    except Exception:  # a broken EXIF block raises almost any exception, and the picture is still good
         turn = None
     see_through = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     if image.mode.startswith("I"):
@@ -242,18 +235,18 @@ def _upright_rgb(image):
         image = _over_white(image)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return image.transpose(getattr(Image, turn)) if turn else image
+    return image if turn is None else image.transpose(turn)
 
 
 def _bands(image) -> Iterator[Tuple[Tuple[int, int], object]]:
-    """((left, top), part) of an image, some rows at a time."""
+    """((left, top), part) of an image, in bands of rows."""
     rows = max(1, _BAND // image.width)
     for top in range(0, image.height, rows):
         yield (0, top), image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _over_white(image):
-    """A picture with transparency as RGB over white."""
+    """An image with transparency as RGB over white."""
     from PIL import Image
 
     result = Image.new("RGB", image.size)
@@ -264,7 +257,7 @@ def _over_white(image):
 
 
 def _high_bytes(image):
-    """Grey of 16 bits as 8: Pillow's own conversion cuts at 255. Older ones hold it in 32 bits (mode I)."""
+    """16-bit grey as 8-bit: Pillow's own conversion clips at 255. Older versions use 32 bits (mode I)."""
     from PIL import Image
 
     result = Image.new("L", image.size)
@@ -274,7 +267,7 @@ def _high_bytes(image):
 
 
 class MGenVLImageProcessor:
-    """A picture to pixel values: bicubic resize to S × S, /255, minus mean, over std.
+    """An image to pixel values: bicubic resize to S × S, / 255, - mean, / std.
 
     image_size: S. mean, std: per channel, in 0 … 1.
     """
@@ -301,7 +294,7 @@ class MGenVLImageProcessor:
         size = (self.image_size, self.image_size)
         if image.size != size:
             image = image.resize(size, Image.BICUBIC)
-        # Channels first while they are bytes, by Pillow, which does it faster than numpy turns an array.
+        # Split into channels by Pillow, which is faster than transposing the array.
         planes = b"".join(channel.tobytes() for channel in image.split())
         pixels = np.frombuffer(planes, np.uint8).reshape(3, *size).astype(np.float32)
         pixels *= self._scale
@@ -313,6 +306,6 @@ class MGenVLImageProcessor:
         return self(np.full((self.image_size, self.image_size, 3), 128, dtype=np.uint8))
 
     def picture(self, pixels: np.ndarray) -> np.ndarray:
-        """The way back: float32 [3, S, S] → uint8 [S, S, 3]."""
+        """The inverse: float32 [3, S, S] → uint8 [S, S, 3]."""
         values = (pixels + self._shift) / self._scale
         return values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)

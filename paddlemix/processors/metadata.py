@@ -1,10 +1,9 @@
-"""Limits on what comes with an image's pixels, checked before Pillow parses it.
+"""Limits on image metadata, checked before Pillow parses it.
 
-Pillow joins comments and EXIF blocks piece by piece, in time that grows with the square of their size, and looks at
-each chunk of a PNG; a progressive JPEG may pass over its whole picture as often as it likes. A file of some hundred KB
-could so keep a program busy for minutes. Here such a file loses what its picture does not need; a PNG of too many
-chunks is refused. A WebP takes the memory of its whole picture when it is opened, so its size is read beforehand.
-Ordinary files are passed on unchanged, unread beyond their block headers.
+Pillow joins comments and EXIF blocks in quadratic time and visits each chunk of a PNG; a progressive JPEG may have any
+number of scans. So a file of some hundred KB could keep a program busy for minutes. Here such a file loses whatever its
+picture does not need; a PNG with too many chunks is refused. Opening a WebP takes the memory of its picture, so its
+size is read first. Ordinary files pass unchanged; only their block headers are read.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from typing import Iterator, List, Tuple
 
 from paddlemix.utils.errors import ImageError
 
-# An EXIF block is at most this long by its standard. Larger ones are not read.
+# The largest EXIF block by the standard. Larger ones are not read.
 MAX_EXIF = 65_536 + 6
-# In front of the picture: markers of a JPEG, bytes of a GIF's extensions. Phones and Photoshop stay well below.
+# Before the picture: markers of a JPEG, bytes of a GIF's extensions. Phones and Photoshop stay well below.
 MAX_MARKERS = 1000
 MAX_EXTENSIONS = 1 << 20
-# Passes over a progressive JPEG; encoders make ten, 18 with four colours. One takes up to 0.5 s at 100 megapixels.
+# Scans of a progressive JPEG; encoders make ten, 18 with four colours. One takes up to 0.5 s at 100 megapixels.
 MAX_SCANS = 24
-# Chunks of a PNG. libpng writes 8 KB in each.
+# Chunks of a PNG. libpng writes 8 KB chunks.
 MAX_CHUNKS = 50_000
 
 _SCAN = b"\xff\xda"
 
 
 def bounded(data: bytes) -> bytes:
-    """The image file without what could take time or memory out of proportion.
+    """The image file without metadata that would take disproportionate time or memory.
 
     Raises:
         ImageError: a PNG of more than MAX_CHUNKS chunks.
@@ -44,7 +43,7 @@ def bounded(data: bytes) -> bytes:
 
 
 def webp_size(data: bytes) -> Tuple[int, int]:
-    """(width, height) that a WebP says of itself; (0, 0) of anything else."""
+    """(width, height) from the header of a WebP; (0, 0) for anything else."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return 0, 0
     kind = data[12:16]
@@ -62,7 +61,7 @@ def webp_size(data: bytes) -> Tuple[int, int]:
 
 
 def _markers(data: bytes) -> Iterator[Tuple[int, int, int]]:
-    """(marker, begin, end) of each block in front of the first scan, which comes last and has no end of its own."""
+    """(marker, begin, end) of each block up to the first scan, which comes last and extends to the end of the data."""
     at = 2
     while True:
         begin = data.find(b"\xff", at)
@@ -84,7 +83,7 @@ def _markers(data: bytes) -> Iterator[Tuple[int, int, int]]:
 
 
 def jpeg_size(data: bytes) -> Tuple[int, int]:
-    """(width, height) of a JPEG that Pillow would open, from its frame header; (0, 0) of anything else."""
+    """(width, height) of a JPEG that Pillow would open, from its frame header; (0, 0) for anything else."""
     if data[:3] != b"\xff\xd8\xff":
         return 0, 0
     for marker, begin, end in islice(_markers(data), MAX_MARKERS):
@@ -99,7 +98,7 @@ def jpeg_size(data: bytes) -> Tuple[int, int]:
 
 
 def _is_metadata(marker: int) -> bool:
-    # APP0 and APP14 say how colours are stored.
+    # APP0 and APP14 define the colour encoding.
     return marker == 0xFE or (0xE1 <= marker <= 0xEF and marker != 0xEE)
 
 
@@ -135,7 +134,7 @@ def _bounded_jpeg(data: bytes) -> bytes:
 
 
 def _bounded_gif(data: bytes) -> bytes:
-    """Without the extensions in front of the first picture, if they are long; what they say of transparency stays."""
+    """Without the extensions before the first picture, if they are long; the transparency setting stays."""
     if len(data) < 13:
         return data
     start = at = 13 + (3 * (2 << (data[10] & 7)) if data[10] & 0x80 else 0)

@@ -1,5 +1,4 @@
-"""Conversations to token ids: the one place where prompts and labels are made, for training, evaluation, prediction
-and chat.
+"""Conversations to token ids: prompts and labels for training, evaluation, prediction and chat.
 
 The default template gives chatml (docs/formats.md, "Training sequence"):
 
@@ -7,10 +6,10 @@ The default template gives chatml (docs/formats.md, "Training sequence"):
     <|im_start|>user\\nPicture 1: <img>⟨n_queries ids⟩</img>\\n{prompt}<|im_end|>\\n
     <|im_start|>assistant\\n{caption}<|im_end|>\\n
 
-A prompt for the model is a training sequence that ends where its last answer would begin.
+A prompt is a training sequence that ends where its last answer would begin.
 
-Texts are plain characters, whatever tags they hold: only an Image makes a span (content.py), and only a template's own
-text makes control tokens. Grounding tags (`<ref>`, `<box>`, `<quad>`) are tokens everywhere.
+Tags in texts are plain characters: only an Image makes an image span (content.py), and only a template's own text makes
+control tokens. Grounding tags (`<ref>`, `<box>`, `<quad>`) are tokens everywhere.
 
 Shapes: T tokens, N images, S image side.
 """
@@ -41,9 +40,9 @@ from paddlemix.utils.json_files import read_config_object
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"
 CHAT_TEMPLATE_NAME = "chat_template.json"
-# Labels that do not count in the loss.
+# Label of positions without a loss.
 IGNORE_INDEX = -100
-# Letters of a template's texts. They come in front of every answer, and a window holds 6144 tokens.
+# Maximum characters of a template's texts, which are part of every prompt; a window holds 6144 tokens.
 _MAX_TEMPLATE = 1 << 14
 
 _USER = "<|im_start|>user\n{{user}}<|im_end|>\n"
@@ -55,7 +54,7 @@ _SYSTEM = ("<|im_start|>system\n", "<|im_end|>\n")
 
 
 class Segment(NamedTuple):
-    """A stretch of a sequence. kind: "open", "close" or "end" (the template's text before a content, after it, after an
+    """Part of a sequence. kind: "open", "close" or "end" (the template's text before a content, after it, after an
     answer), "system", "prompt", "image" or "answer"."""
 
     kind: str
@@ -63,10 +62,8 @@ class Segment(NamedTuple):
 
 
 class ChatTemplate(NamedTuple):
-    """chat_template.json (docs/formats.md). user and assistant: the text before and after the turn's content.
-
-    In its own text `<|im_start|>` and its like are tokens; image tags are plain characters.
-    """
+    """chat_template.json (docs/formats.md). user, assistant: the text before and after the turn's content, in which
+    `<|im_start|>` and the like are tokens and image tags plain characters."""
 
     user: Tuple[str, str]
     assistant: Tuple[str, str]
@@ -87,23 +84,24 @@ class ChatTemplate(NamedTuple):
         """Read a chat_template.json.
 
         Raises:
-            ConfigError: missing, not JSON, not two templates with {{user}} and {{bot}} once each, or longer texts than
-                any model's window.
+            ConfigError: missing, not JSON, not two templates with {{user}} and {{bot}} once each, or texts longer than
+            any model's window.
         """
         values = read_config_object(path)
         conversation = values.get("conversation")
         if not isinstance(conversation, list) or len(conversation) != 2:
-            raise ConfigError(f"{path}: \"conversation\" must hold two templates, the user's and the assistant's")
+            text = f"{path}: \"conversation\" must hold two templates, the user's and the assistant's"
+            raise ConfigError(text, "conversation")
         parts: List[Tuple[str, ...]] = []
         for template, slot in zip(conversation, ("{{user}}", "{{bot}}")):
             if not isinstance(template, str) or template.count(slot) != 1:
-                raise ConfigError(f"{path}: each template is a text with {slot} in it once, not {template!r}")
+                raise ConfigError(f"{path}: a template must contain {slot} once, not {template!r}", "conversation")
             parts.append(tuple(template.split(slot)))
         system = values.get("system", DEFAULT_SYSTEM)
         if not isinstance(system, str):
-            raise ConfigError(f'{path}: "system" must be a text')
+            raise ConfigError(f'{path}: "system" must be a text', "system")
         if sum(map(len, (system, *parts[0], *parts[1]))) > _MAX_TEMPLATE:
-            raise ConfigError(f"{path}: the texts have more than {_MAX_TEMPLATE:,} letters together")
+            raise ConfigError(f"{path}: the texts have more than {_MAX_TEMPLATE:,} characters together", "size")
         return cls(parts[0], parts[1], system)
 
     def save(self, folder: str) -> None:
@@ -116,7 +114,7 @@ class ChatTemplate(NamedTuple):
             file.write("\n")
 
     def head(self, tokenizer) -> List[Segment]:
-        """What every sequence begins with."""
+        """The start of every sequence."""
         return [
             Segment("open", tokenizer.plain_ids(_SYSTEM[0], control_tokens=True)),
             Segment("system", tokenizer.plain_ids(self.system)),
@@ -124,7 +122,7 @@ class ChatTemplate(NamedTuple):
         ]
 
     def turn(self, tokenizer, prompt: Content, answer: Optional[str]) -> List[Segment]:
-        """A question and its answer; up to where the answer begins if that is None."""
+        """A question and its answer; with an answer of None, only up to where it begins."""
 
         def own(kind: str, text: str) -> Segment:
             return Segment(kind, tokenizer.plain_ids(text, control_tokens=True))
@@ -147,16 +145,16 @@ class ChatTemplate(NamedTuple):
         max_length: int,
         label_all_turn_markers: bool = True,
     ) -> Dict[str, Any]:
-        """The sequence of a conversation; the last answer may be None, for a model to give.
+        """The sequence of a conversation; the last answer may be None, for the model to generate.
 
-        A sequence above max_length loses text from its end: the last answer first, then earlier ones, then prompts;
-        never a part of an image's span. label_all_turn_markers: see encode_example.
+        A sequence above max_length is truncated: the last answer first, then earlier ones, then prompts; never an image
+        span. label_all_turn_markers: see encode_example.
 
         Returns:
-            {"input_ids": int64 [T], "labels": int64 [T], "cut": tokens lost}, labels -100 where nothing is learned.
+            {"input_ids": int64 [T], "labels": int64 [T], "cut": tokens lost}; labels are -100 without a loss.
 
         Raises:
-            UserError: not even a sequence without text fits max_length.
+            UserError: even without texts the sequence exceeds max_length.
         """
         segments = self.head(tokenizer)
         for prompt, answer in turns:
@@ -177,31 +175,32 @@ class ChatTemplate(NamedTuple):
         return {"input_ids": np.array(ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64), "cut": cut}
 
     def ending(self, tokenizer) -> List[int]:
-        """The ids by which an answer is known to have ended: those behind it, up to the first control token."""
+        """The ids that mark the end of an answer: those after it, up to the first control token."""
         ids = tokenizer.plain_ids(self.assistant[1], control_tokens=True)
         first = next((place for place, i in enumerate(ids) if i >= tokenizer.eod_id), len(ids))
         return ids[: first + 1]
 
 
 def kept_lengths(segments: Sequence[Tuple[str, int]], max_length: int) -> List[int]:
-    """How many ids of each segment stay so that all are at most max_length.
+    """How many ids of each segment to keep for a total of at most max_length.
 
-    segments: (kind, length) in order. Answers give first, from the last on, each but for its first token, or the sample
-    would teach an empty caption; then the texts of prompts.
+    segments: (kind, length) in order. Answers are cut first, from the last on, down to one token each (or the sample
+    would teach an empty caption); then the texts of prompts.
 
     Raises:
         UserError: the rest alone is longer.
     """
     kept = [length for _, length in segments]
     surplus = sum(kept) - max_length
-    for giving, least in (("answer", 1), ("prompt", 0)):
-        for place in reversed(range(len(kept))):
-            if surplus > 0 and segments[place][0] == giving:
-                gone = min(surplus, max(0, kept[place] - least))
-                kept[place] -= gone
-                surplus -= gone
+    for kind, least in (("answer", 1), ("prompt", 0)):
+        for index in reversed(range(len(kept))):
+            if surplus > 0 and segments[index][0] == kind:
+                cut = min(surplus, max(0, kept[index] - least))
+                kept[index] -= cut
+                surplus -= cut
     if surplus > 0:
-        raise UserError(f"max_length {max_length} is too small: the image spans and turn markers alone need more")
+        text = f"max_length {max_length} is too small: the image spans and turn markers alone need more"
+        raise UserError(text, "max_length")
     return kept
 
 
@@ -209,21 +208,21 @@ def kept_lengths(segments: Sequence[Tuple[str, int]], max_length: int) -> List[i
 
 
 def place_images(conversations: Sequence[Sequence[str]], n_images: int, n_queries: int) -> List[Tuple[Content, str]]:
-    """The turns of a record. Images are where prompts have `<img>…</img>`, else in front of the first prompt.
+    """The turns of a record. Images are where prompts have `<img>…</img>`, else before the first prompt.
 
     Raises:
-        UserError: the prompts show another number of images, or a turn is not a pair of texts.
+        UserError: the prompts have another number of images, or a turn is not a pair of texts.
     """
     if not conversations or not all(
         len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in conversations
     ):
-        raise UserError("a conversation is a list of [prompt, answer] pairs of texts")
+        raise UserError("a conversation is a list of [prompt, answer] pairs of texts", "conversation")
     turns = [(split_images(prompt, n_queries), answer) for prompt, answer in conversations]
     spans = sum(count_images(prompt) for prompt, _ in turns)
     if not spans:
         turns[0] = (with_images(turns[0][0], n_images), turns[0][1])
     elif spans != n_images:
-        raise UserError(f"the conversation has {spans} image spans, but {n_images} images")
+        raise UserError(f"the conversation has {spans} image spans, but {n_images} images", "images")
     return turns
 
 
@@ -238,12 +237,12 @@ def encode_example(
 ) -> Dict[str, Any]:
     """A conversation as a training sequence; see ChatTemplate.encode.
 
-    conversations: [[prompt, answer], …] of a record. n_images: spans to hold; see place_images.
-    label_all_turn_markers: learn `<|im_start|>`, `<|im_end|>` and the newline after it in every turn (label scheme b
-    of docs/formats.md), not in the answers alone.
+    conversations: [[prompt, answer], …] of a record. n_images: number of image spans; see place_images.
+    label_all_turn_markers: also learn `<|im_start|>`, `<|im_end|>` and the newline after it in every turn (label scheme
+    b of docs/formats.md).
 
     Raises:
-        UserError: what place_images and ChatTemplate.encode raise.
+        UserError: see place_images and ChatTemplate.encode.
     """
     turns = place_images(conversations, n_images, tokenizer.n_queries)
     return (template or ChatTemplate.default()).encode(tokenizer, turns, max_length, label_all_turn_markers)
@@ -257,17 +256,14 @@ def example_length(
     template: Optional[ChatTemplate] = None,
     max_length: int = 2048,
 ) -> int:
-    """How many ids encode_example gives for the same arguments; raises what it raises. For planning batches."""
+    """The number of ids that encode_example returns for the same arguments; raises the same errors."""
     return len(encode_example(tokenizer, conversations, n_images, template=template, max_length=max_length)["labels"])
 
 
 class LengthCounter:
-    """example_length for a million conversations: what they have in common is counted once.
+    """example_length, for a million conversations: the parts they have in common are counted once."""
 
-    Calling it with pairs of texts gives what example_length gives, and raises what that raises.
-    """
-
-    # Prompts repeat themselves; these many are remembered.
+    # Maximum prompts cached.
     _REMEMBERED = 10_000
 
     def __init__(self, tokenizer, template: Optional[ChatTemplate], max_length: int):
@@ -301,25 +297,25 @@ class LengthCounter:
 
 def image_positions(ids: np.ndarray, n_images: int, image_start_id: int, n_queries: int) -> np.ndarray:
     """Flat indices, int64 [n_images × n_queries] into B × T, of the positions that image features fill, in row-major
-    order. ids: int64 [B, T]; image_start_id: of `<img>`, in front of that of `</img>`.
+    order. ids: int64 [B, T]; image_start_id: of `<img>`; that of `</img>` is one more.
 
     Raises:
         UserError: a span is not exactly `<img>`, n_queries ids, `</img>`, or there are more or fewer than n_images.
     """
     rows, columns = np.nonzero(ids == image_start_id)
     if len(rows) != n_images:
-        raise UserError(f"the text has {len(rows)} image spans, but {n_images} images were given")
+        raise UserError(f"the text has {len(rows)} image spans, but {n_images} images were given", "images")
     ends = columns + n_queries + 1
     end_id = image_start_id + 1
     if (ends >= ids.shape[1]).any() or (ids[rows, np.minimum(ends, ids.shape[1] - 1)] != end_id).any():
-        raise UserError(f"an image span must be <img>, {n_queries} ids and </img>")
+        raise UserError(f"an image span must be <img>, {n_queries} ids and </img>", "image-span")
     if (ids == end_id).sum() != n_images:
-        raise UserError("the text has a </img> without its <img>")
+        raise UserError("the text has a </img> without its <img>", "image-span")
     return ((rows * ids.shape[1] + columns + 1)[:, None] + np.arange(n_queries)).reshape(-1)
 
 
 def label_positions(labels: np.ndarray) -> np.ndarray:
-    """Flat indices, int64 [M] into B × T, of the positions whose next one has a label. labels: int64 [B, T]."""
+    """Flat indices, int64 [M] into B × T, of the positions whose next position has a label. labels: int64 [B, T]."""
     rows, columns = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
     return rows * labels.shape[1] + columns
 
@@ -332,11 +328,11 @@ def encode_prompt(
     max_window_size: int = 6144,
     template: Optional[ChatTemplate] = None,
 ) -> Tuple[str, List[int]]:
-    """The context that the model continues with an answer to `query`.
+    """The prompt that the model continues with an answer to `query`.
 
-    query: Content, or a text as tokenizer.from_list_format makes it, with images as `<img>…</img>`. history: earlier
-    (query, answer) pairs; the oldest are left out so that system and history take at most max_window_size tokens.
-    system: in place of the template's.
+    query: Content, or a text from tokenizer.from_list_format, with images as `<img>…</img>`. history: earlier (query,
+    answer) pairs; the oldest are dropped so that system and history take at most max_window_size tokens. system:
+    overrides the template's.
 
     Returns:
         (text, ids).
@@ -380,13 +376,13 @@ class MGenVLProcessor:
             Paddle tensors, or numpy arrays with return_tensors="np".
 
         Raises:
-            ImageError: an image cannot be read. UserError: a part of another kind.
+            ImageError: an image cannot be read. UserError: an unknown part, or return_tensors.
         """
         from paddlemix.processors.image_sources import load_image_source
         from paddlemix.processors.images import open_image
 
         if return_tensors not in ("pd", "np"):
-            raise UserError(f'return_tensors is "pd" or "np", not {return_tensors!r}')
+            raise UserError(f'return_tensors is "pd" or "np", not {return_tensors!r}', "return_tensors")
         if isinstance(query, str):
             query = [{"text": query}]
         sources = [part["image"] for part in query if "image" in part]

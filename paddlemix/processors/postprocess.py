@@ -1,9 +1,7 @@
-"""Captions as text: one line, without boxes; and optional post-processing, of which every step is off by default.
+"""Captions as text: one line, without boxes; and optional post-processing, every step of which is off by default.
 
-All of it sees text only, never the model, so a file of captions can be repaired as well. Imports nothing heavy.
-
-A repair that would leave nothing is left out. The result is one line, empty only for an empty text, and repairing it
-once more changes nothing.
+It works on text only, so it also applies to files of captions. Imports nothing heavy. A step that would leave nothing
+is skipped. The result is one line, empty only for an empty text, and post-processing is idempotent.
 """
 
 from __future__ import annotations
@@ -12,27 +10,27 @@ import re
 import unicodedata
 from typing import Dict, List, NamedTuple, Optional
 
-# Insides of a regular expression's [ ]: Han, kana and hangul; and with them the marks that Chinese text has.
+# Contents of a regular expression's [ ]: Han, kana and hangul; the same and Chinese punctuation.
 _HAN = (
     "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WIDE = _HAN + "\u3001-\u3003\u3008-\u301f\uff01-\uff65“”‘’…—"
 _SENTENCE_MARKS = "。！？!?…"
 _CLOSERS = "”’\"'）)》」』】〉]"
-# A comma or full stop inside a number ends nothing.
+# Not a comma or full stop inside a number.
 _CLAUSE_MARK = re.compile(r"[，。；！？、…]+|(?:(?<!\d)[,;!?]|[,;!?](?!\d)|\.(?=\s|$))+")
 _SENTENCE_END = re.compile(rf"(?:[{_SENTENCE_MARKS}]+|\.(?=\s|$))[{re.escape(_CLOSERS)}]*")
 _TRAILING_CLAUSE_MARKS = " ,;:.，；：、—-"
 
-# What a chat model says before it comes to the point, in front of a colon.
+# Lead-ins of a chat model, before a colon.
 _LEAD_INS = ("图片内容描述", "图片内容", "图片描述", "图像描述", "描述", "回答", "答", "assistant", "user")
 _LEAD_IN = re.compile(rf"(?:{'|'.join(_LEAD_INS)})\s*[:：]", re.IGNORECASE)
 _PICTURE = re.compile(r"Picture \d+:|<img>.*?</img>", re.IGNORECASE)
 _AFTER_ECHO = " :：,，。.、;；!！?？-"
 
-# A repeat is the fault of a loop, not a turn of phrase, from this length of a clause on, or at once behind the first.
+# Clauses from this length on count as repeated anywhere in the text, shorter ones only directly after each other.
 _CLAUSE_LENGTH = 4
-# 非常非常非常, 大大大大: a unit with a Han character in it, so that no price loses its noughts.
+# 非常非常非常, 大大大大: a unit contains a Han character, so that prices keep their zeros.
 _UNIT = rf"(?:[{_HAN}][^\n]|[^{_HAN}\n]{{1,19}}[{_HAN}])[^\n]{{0,18}}?"
 _STUTTER = re.compile(rf"({_UNIT})\1{{2,}}|([{_HAN}])\2{{3,}}")
 
@@ -41,30 +39,30 @@ _MARK_RUN = re.compile(r" *[,;:!?.](?: *[,;:!?.])* *")
 
 _GROUNDING = re.compile(r"<(box|quad)>(?:[^<]*</\1>|[\d\s(),]*)|</?(?:ref|box|quad)>")
 
-# Each pass makes a text shorter or leaves it, so two or three are all that is ever seen.
+# A bound; two or three passes are enough in practice.
 _MAX_PASSES = 16
 
 
 def single_line(text: str) -> str:
-    """A text as one line of a results file: line breaks, tabs and other control characters become spaces, runs of
-    spaces one."""
+    """A text as one line of a results file: control characters become spaces, and runs of spaces a single one."""
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
     return " ".join(text.split())
 
 
 def without_grounding(text: str) -> str:
-    """A text without boxes; of `<ref>a cup</ref>` the words stay."""
+    """A text without boxes; `<ref>a cup</ref>` becomes its words."""
     return _GROUNDING.sub("", text)
 
 
 class PostProcessing(NamedTuple):
-    """The repairs in the order in which they are made.
+    """The steps, in the order in which they are applied.
 
-    strip_echo: drop the prompt, `Picture 1:` and openings like 图片描述： from the front.
-    full_width: ASCII , ; : ! ? . and brackets become full-width beside Chinese text (not inside numbers, names, URLs).
-    cut_repeats: keep only the first occurrence of a repeated clause, and of a word that is stuttered.
-    max_chars: at most this many characters, cut behind a clause where one ends in the second half.
-    end_mark: end at a sentence mark: what follows the last one is dropped if it is the smaller half, else 。 is added.
+    strip_echo: drop the prompt, `Picture 1:` and lead-ins like 图片描述： from the start.
+    full_width: ASCII , ; : ! ? . and brackets become full-width next to Chinese text (not inside numbers, names, URLs).
+    cut_repeats: keep only the first of repeated clauses and of stuttered words.
+    max_chars: at most this many characters, cut after a clause if one ends in the second half.
+    end_mark: end with a sentence mark: the text after the last one is dropped if it is the smaller half, else 。 is
+    added.
     """
 
     strip_echo: bool = False
@@ -74,11 +72,11 @@ class PostProcessing(NamedTuple):
     end_mark: bool = False
 
     def settings(self) -> Optional[Dict]:
-        """What a results' sidecar holds of it: the repairs that are on, or None."""
+        """The enabled steps, for the sidecar of results; None without any."""
         return {name: value for name, value in self._asdict().items() if value} or None
 
     def __call__(self, text: str, prompt: str = "") -> str:
-        """The repaired text of one caption. prompt: the question that the model was asked."""
+        """Post-process one caption. prompt: the question it answers."""
         text = " ".join(text.split())
         for _ in range(_MAX_PASSES):
             before, text = text, self._once(text, " ".join(prompt.split()))
@@ -101,7 +99,7 @@ class PostProcessing(NamedTuple):
 
 
 def strip_echo(text: str, prompt: str) -> str:
-    """Without the question and the openings that a chat model puts before its answer, however often."""
+    """Without the question and lead-ins before the answer, however many."""
     while True:
         found = _LEAD_IN.match(text) or _PICTURE.match(text)
         if found:
@@ -114,13 +112,13 @@ def strip_echo(text: str, prompt: str) -> str:
 
 
 def full_width(text: str) -> str:
-    """ASCII punctuation as Chinese text has it; the blanks around a mark go with it."""
+    """ASCII punctuation as full-width marks, without the spaces around them."""
     text = _wide_brackets(text)
 
     def widen(found):
         before, after = text[: found.start()][-1:], text[found.end() :][:1]
         marks = found.group().replace(" ", "")
-        # 好.com, 红色.5: a name or a number goes on.
+        # 好.com, 红色.5: not a full stop.
         goes_on = marks == "." and after.isascii() and after.isalnum() and not found.group().endswith(" ")
         if goes_on or not (_is_wide(before) or _is_wide(after)):
             return found.group()
@@ -134,7 +132,7 @@ def _is_wide(character: str) -> bool:
 
 
 def _wide_brackets(text: str) -> str:
-    """Pairs of brackets that hold Chinese text, or stand directly beside it."""
+    """Full-width brackets around or directly next to Chinese text."""
     characters, opened = list(text), []
     for i, character in enumerate(text):
         if character == "(":
@@ -148,27 +146,27 @@ def _wide_brackets(text: str) -> str:
 
 
 def cut_repeats(text: str) -> str:
-    """The first of each clause that comes again, and of each stuttered word."""
+    """Only the first of repeated clauses and of stuttered words."""
     text = _STUTTER.sub(lambda found: found.group(1) or found.group(2), text)
     kept: List[List[str]] = []
-    said, dropped = set(), False
+    seen, dropped = set(), False
     for clause, mark in _clauses(text):
         name = "".join(clause.split())
-        again = name in said if len(name) >= _CLAUSE_LENGTH else bool(kept) and name == "".join(kept[-1][0].split())
+        again = name in seen if len(name) >= _CLAUSE_LENGTH else bool(kept) and name == "".join(kept[-1][0].split())
         # A loop that the length limit has cut: 一只猫，一只猫，一只
-        begun = dropped and not mark and any(other != name and other.startswith(name) for other in said)
+        begun = dropped and not mark and any(other != name and other.startswith(name) for other in seen)
         if kept and (again or begun):
             dropped = True
             if mark.strip() and mark.strip()[0] in _SENTENCE_MARKS + ".":
                 kept[-1][1] = mark
             continue
-        said.add(name)
+        seen.add(name)
         kept.append([clause, mark])
     return "".join(clause + mark for clause, mark in kept).strip()
 
 
 def _clauses(text: str) -> List[List[str]]:
-    """[clause, the marks behind it] in order; the last may have none."""
+    """[clause, the marks after it] in order; the last may have none."""
     clauses, position = [], 0
     for found in _CLAUSE_MARK.finditer(text):
         clauses.append([text[position : found.start()], found.group()])
@@ -179,8 +177,8 @@ def _clauses(text: str) -> List[List[str]]:
 
 
 def limit(text: str, max_chars: int) -> str:
-    """At most `max_chars` characters: up to a sentence or clause if one ends in the second half of that, never inside
-    a number or a Latin word if it can be helped."""
+    """At most `max_chars` characters: up to a sentence or clause if one ends in the second half, and if possible not
+    inside a number or a Latin word."""
     if len(text) <= max_chars:
         return text
     cut = text[:max_chars]
@@ -194,8 +192,8 @@ def limit(text: str, max_chars: int) -> str:
 
 
 def end_at_sentence(text: str, max_chars: Optional[int] = None) -> str:
-    """Up to the last sentence mark if most of the text is left so; else as it is, with 。 behind it (or . behind text
-    without Chinese characters). max_chars: holds with that mark, too."""
+    """Up to the last sentence mark if that keeps most of the text; else with 。 appended (or . without Chinese
+    characters). max_chars: includes that mark."""
     ends = [found.end() for found in _SENTENCE_END.finditer(text)]
     if ends and ends[-1] == len(text):
         return text

@@ -1,4 +1,4 @@
-"""How every script reads its arguments and ends: status 0 when the job is complete, one clear line otherwise."""
+"""Argument parsing and exit statuses of all scripts: 0 when the job is complete, else one line of error."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from paddlemix.utils.surroundings import open_standard_streams
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with bad usage as one line in place of the whole usage text, and help in the language in use.
+    """argparse with one-line usage errors and help in the chosen language.
 
-    `run` has taken --lang out of the command line before a parser sees it; it is an option here for the help.
+    `run` removes --lang from the command line before parsing; it is declared here for the help text.
     """
 
     def __init__(self, **options):
-        # Texts of several lines keep them.
+        # Keep the line breaks of texts that have any.
         if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
             options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def _get_formatter(self) -> argparse.HelpFormatter:
         formatter = super()._get_formatter()
         if language.chosen() == "zh":
-            # argparse counts characters, not columns; the paragraphs of the table have their line breaks.
+            # argparse counts characters, not columns; the table's paragraphs have their own line breaks.
             formatter._split_lines = language.wrap
             formatter._fill_text = lambda text, width, indent: "\n".join(indent + line for line in text.splitlines())
         return formatter
@@ -56,24 +56,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """An argument's type: a path. A leading ~ is the home; a shell leaves it in `--out=~/x` and behind quotes."""
+    """Argument type: a path. Expands a leading ~, which shells leave in `--out=~/x` and within quotes."""
     return os.path.expanduser(text)
 
 
 def output_file(text: str) -> str:
-    """An argument's type: a path that a file can be written to."""
+    """Argument type: a path that a file can be written to."""
     check_file(path(text))
     return path(text)
 
 
 def output_folder(text: str) -> str:
-    """An argument's type: a path that a folder can be written to."""
+    """Argument type: a path that a folder can be written to."""
     check_folder(path(text))
     return path(text)
 
 
 def positive(text: str) -> int:
-    """An argument's type: a whole number from 1 on."""
+    """Argument type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
     return int(text)
@@ -114,13 +114,13 @@ def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS) -
 
 
 def one_line(text: str, limit: int = 4000) -> str:
-    """`text` without line breaks and without what steers a terminal: names and values in it may be a stranger's."""
+    """`text` with unprintable characters escaped: names and values in it may be untrusted."""
     shown = text if len(text) <= limit else text[:limit] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 def let_go(stream: IO) -> None:
-    """Point a stream that takes no more (a reader that went away, a full disk) to nowhere, with what it still holds."""
+    """Redirect a broken stream (closed by its reader, a full disk) to /dev/null, including its buffer."""
     with contextlib.suppress(OSError):
         number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -132,39 +132,36 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """`text` with the characters that steer a terminal as escapes: what a model says may be a stranger's, too. Line
-    breaks and tabs stay."""
+    """`text` with control characters other than line breaks and tabs escaped: a model's output may be untrusted."""
     return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def _start_again_if_needed(main: Callable[[], Optional[int]]) -> None:
-    """Start a script's process anew where Python was started in a way that it cannot work in: with a locale other than
-    UTF-8, which arguments, file names and all that is printed would be taken for, or with -O, which takes away what
-    PaddleNLP needs."""
+    """Restart a script's process if Python runs with a locale other than UTF-8, or with -O, which breaks PaddleNLP."""
     if sys.getfilesystemencoding() == "utf-8" and not sys.flags.optimize:
         return
-    words = [os.fsencode(word) for word in sys.argv]
+    args = [os.fsencode(arg) for arg in sys.argv]
     try:
         with open("/proc/self/cmdline", "rb") as file:
             command = file.read().split(b"\0")[:-1]
     except OSError:
         return
-    # Only where this process is the script's own: in a notebook or a test it is not.
-    if main.__module__ != "__main__" or command[-len(words) :] != words or not sys.executable:
+    # Only a script's own process, not a notebook's or a test's.
+    if main.__module__ != "__main__" or command[-len(args) :] != args or not sys.executable:
         return
     import subprocess
 
-    options = [word for word in subprocess._args_from_interpreter_flags() if not word.startswith("-O")]
+    options = [option for option in subprocess._args_from_interpreter_flags() if not option.startswith("-O")]
     environment = dict(os.environ, PYTHONUTF8="1")
     environment.pop("PYTHONOPTIMIZE", None)
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *options, "-Xutf8", *words], environment)
+    os.execve(sys.executable, [sys.executable, *options, "-Xutf8", *args], environment)
 
 
 def _print_utf8() -> None:
-    """Captions are Chinese, whatever a locale says."""
+    """Use UTF-8 whatever the locale: captions are Chinese."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # Another stream than Python's has no such thing, and one that was read from cannot change.
+        # Replaced streams have no `reconfigure`, and streams already read from cannot change.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace" if stream is sys.stderr else "replace")
 
@@ -186,9 +183,9 @@ _OF_THE_SYSTEM = {
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
-    0 or what `main` returns; 2 (or the error's own `exit_code`) after a UserError, shown as one line; 130 after
-    Ctrl-C. What a disk or a folder refuses is one line and 1. A reader that went away (`| head`) ends the program
-    quietly with 1. Anything else is a bug of ours and keeps its traceback.
+    0 or the return value of `main`; the `exit_code` of a UserError, shown as one line; 130 after Ctrl-C; 1 with one line
+    for what a disk or folder refuses; 1, silently, if the reader of stdout went away (`| head`). Any other exception is a
+    bug and keeps its traceback.
     """
     _start_again_if_needed(main)
     open_standard_streams()
@@ -205,7 +202,7 @@ def run(main: Callable[[], Optional[int]]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes stdout again at exit; point it somewhere that takes the bytes.
+        # Python flushes stdout again at exit.
         let_go(sys.stdout)
         return 1
     except OSError as error:

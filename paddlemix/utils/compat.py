@@ -1,6 +1,6 @@
-"""What differs between the versions we run on (Paddle 2.6 with PaddleNLP 2.8; Paddle 3 with PaddleNLP 3.0.0b4).
+"""Differences between the supported versions (Paddle 2.6 with PaddleNLP 2.8; Paddle 3 with PaddleNLP 3.0.0b4).
 
-No other module asks for a version. What works on both needs no entry here:
+No other module checks versions. Differences that are handled elsewhere by code that works on both:
 
 - zlib must have been used before Paddle 2.6 is imported, whose own zlib symbols break it: utils/runtime.py, at import.
 - `paddle.where(condition)` has shape [n, 1] on 2.6 and [n] on 3: models use `nonzero(…).flatten()`.
@@ -13,7 +13,7 @@ No other module asks for a version. What works on both needs no entry here:
   merges files.
 - Tensors made in a loader's worker crash Paddle 2.6: datasets/collator.py makes numpy arrays.
 - PaddleNLP 2.8 appends logs to `state.log_history`, 3 empties it: trainer/trainer.py sets it to a copy of its own.
-- PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/trainer.py sets it in any case.
+- PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/trainer.py always sets it.
 - PaddleNLP 2.8 sets `use_flash_attention` back to its default: models' configuration sets it last.
 - The current place has no `is_cpu_place()` on 2.6: loading asks for the device by name.
 - The peak of host memory cannot be reset on 2.6: benchmarks/memory_estimate.py measures in a fresh process.
@@ -33,13 +33,13 @@ from paddle.incubate.nn.functional import fused_rms_norm as _fused_rms_norm
 
 PADDLE_VERSION = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
 
-# A development build calls itself 0.0.
+# Development builds have version 0.0.
 PADDLE_3 = PADDLE_VERSION >= (3, 0) or PADDLE_VERSION == (0, 0)
 
-# scaled_dot_product_attention: on the CPU Paddle 2.6 has no kernel at all, and 3.2 only one that takes a mask.
+# scaled_dot_product_attention: on the CPU Paddle 2.6 has no kernel, and 3.2 only one with a mask.
 FUSED_ATTENTION_ON_CPU = PADDLE_VERSION >= (3, 3) or PADDLE_VERSION == (0, 0)
 
-# The fused kernel: Paddle 3.3 moved it out of `incubate` and warns at the old place; 2.6 has none.
+# Paddle 3.3 moved the fused kernel out of `incubate` and warns at the old place; 2.6 has none.
 if hasattr(F, "swiglu"):
     _fused_swiglu = F.swiglu
 else:
@@ -50,26 +50,26 @@ else:
 
 
 def swiglu(gate, up):
-    """silu(gate) × up. The fused kernel is for GPUs: on the CPU it takes twice to three times as long, both ways."""
+    """silu(gate) × up. The fused kernel is used on GPUs; on the CPU it is two to three times slower."""
     if _fused_swiglu is None or gate.place.is_cpu_place():
         return F.silu(gate) * up
     return _fused_swiglu(gate, up)
 
 
 def versions() -> str:
-    """What a report names: Paddle's version and PaddleNLP's."""
+    """The versions of Paddle and PaddleNLP, for reports."""
     import paddlenlp
 
     return f"Paddle {paddle.__version__}, PaddleNLP {paddlenlp.__version__}"
 
 
-# F.linear of Paddle 3 asks for two flags at every call and PaddleNLP wraps it once more: 5 µs before the operator. On a
-# GPU that is one which adds the bias in the same kernel.
+# F.linear of Paddle 3 checks two flags at every call, and PaddleNLP wraps it: 5 µs before the operator. On a GPU the
+# operator adds the bias in the same kernel.
 _FUSED_BIAS = hasattr(_C_ops, "linear_v2") and paddle.is_compiled_with_cuda()
 
 
 def linear(x, weight, bias=None):
-    """x · weight + bias: [..., in] → [..., out]. F.linear, at once."""
+    """x · weight + bias: [..., in] → [..., out]. F.linear without its overhead."""
     if bias is None:
         return paddle.matmul(x, weight)
     if x.ndim == 3 and x.shape[1] > 1 and not paddle.is_grad_enabled() and x.place.is_cpu_place():
@@ -80,17 +80,17 @@ def linear(x, weight, bias=None):
 
 
 def layer_norm(x, weight, bias, epsilon):
-    """F.layer_norm over the last axis, at once."""
+    """F.layer_norm over the last axis, without its overhead."""
     return _C_ops.layer_norm(x, weight, bias, epsilon, x.ndim - 1)
 
 
 def cast(x, dtype):
-    """x in `dtype`: itself if it is, of which 2.6's astype makes a copy, and another for the gradient."""
+    """x in `dtype`; x itself if it is already, where 2.6's astype makes a copy, and another for the gradient."""
     return x if x.dtype == dtype else x.astype(dtype)
 
 
 def dropout(x, p):
-    """F.dropout while training, at once: zero with probability p, else x / (1 - p)."""
+    """F.dropout in training, without its overhead: zero with probability p, else x / (1 - p)."""
     return _C_ops.dropout(x, None, p, False, "upscale_in_train", 0, False)
 
 
@@ -100,8 +100,8 @@ def softmax_(scores):
 
 
 def norm_is_fused(x) -> bool:
-    """Whether fused_rms_norm may norm tensors like `x`: without a gradient, which 2.6 has no kernel for, and on the CPU
-    as long as scaled_dot_product_attention."""
+    """Whether fused_rms_norm applies to tensors like `x`: without gradients, for which 2.6 has no kernel, and on the CPU
+    if scaled_dot_product_attention is fused there."""
     return not paddle.is_grad_enabled() and (FUSED_ATTENTION_ON_CPU or x.place.is_gpu_place())
 
 
@@ -112,45 +112,45 @@ def fused_rms_norm(x, weight, epsilon, added=None):
 
 
 def autocast_dtype():
-    """The half dtype that automatic mixed precision casts to ("float16" or "bfloat16"), None while it is off.
+    """The half dtype that automatic mixed precision casts to ("float16" or "bfloat16"); None while it is off.
 
-    Paddle 2.6 has no public question for it.
+    Paddle 2.6 has no public function for it.
     """
     tracer = framework._dygraph_tracer()
-    # Its level says so as well, an enumeration that takes three times as long to compare.
+    # Comparing its level, an enumeration, would take three times as long.
     dtype = "float32" if tracer is None else tracer._amp_dtype
     return None if dtype == "float32" else dtype
 
 
-# Entered hundreds of times a step and a hundred per token. A context of Paddle's takes 36 µs, one made anew 0.5.
+# Entered hundreds of times a step and a hundred times a token. Paddle's context takes 36 µs, a new nullcontext 0.5.
 _AS_IT_IS = contextlib.nullcontext()
 
 
 def full_precision():
-    """A context in which every operator computes in the dtype of its inputs, whatever autocast would make of them.
+    """A context without autocast: every operator computes in the dtype of its inputs.
 
-    Autocast decides operator by operator. At O2 those on its half list (matmul, convolution) compute in half, those on
-    its float32 list (scatter, interpolation) in float32, and the others in float32 where an input is (promotion); at O1
-    the float32 list is longer. A Paddle without promotion makes all others half at O2. So what must be float32
-    (softmax, the mean square of a norm, the loss) or half (embeddings, and with them the residual stream) is computed
-    in here.
+    Autocast decides by operator. At O2 those on its half list (matmul, convolution) compute in half precision, those on
+    its float32 list (scatter, interpolation) in float32, and the others in float32 if an input is (promotion); at O1
+    the float32 list is longer. A Paddle without promotion casts all others to half at O2. So operators that must be
+    float32 (softmax, the mean square of a norm, the loss) or half (embeddings, and with them the residual stream) run
+    in this context.
     """
     return _AS_IT_IS if autocast_dtype() is None else paddle.amp.auto_cast(False)
 
 
 def keep_from_decorate(layer) -> None:
-    """Let paddle.amp.decorate leave this layer's own parameters and buffers in their dtypes. 2.6 misspells the flag."""
+    """Exempt a layer's own parameters and buffers from the casts of paddle.amp.decorate. 2.6 misspells the flag."""
     layer._cast_to_low_precision = layer._cast_to_low_precison = False
 
 
 def overflowed(scaler) -> bool:
-    """Whether a GradScaler skipped its last step. Paddle 2.6 spells the attribute otherwise."""
+    """Whether a GradScaler skipped its last step. Paddle 2.6 misspells the attribute."""
     found = scaler._cache_founf_inf if hasattr(scaler, "_cache_founf_inf") else scaler._cache_found_inf
     return bool(found)
 
 
 def trainer_state(values: dict):
-    """PaddleNLP's TrainerState of these. 2.8 has no `consumed_samples`, which 3 writes; nothing here reads it."""
+    """PaddleNLP's TrainerState with these values. 2.8 lacks `consumed_samples`, which 3 writes and nothing reads."""
     from paddlenlp.trainer import TrainerState
 
     known = {field.name for field in dataclasses.fields(TrainerState)}
@@ -159,7 +159,7 @@ def trainer_state(values: dict):
 
 @contextlib.contextmanager
 def handed_over(state):
-    """Within it PaddleNLP's trainer gets this TrainerState, and reads no file, of which 2.8 cannot read 3's."""
+    """Let PaddleNLP's trainer use this TrainerState instead of reading a file; 2.8 cannot read those of 3."""
     from paddlenlp.trainer import TrainerState
 
     read = vars(TrainerState)["load_from_json"]
@@ -171,6 +171,6 @@ def handed_over(state):
 
 
 def name_the_epoch(logs: dict) -> None:
-    """Call the epoch `epoch`, as PaddleNLP 2.8 does; 3 calls it `progress_or_epoch`."""
+    """Rename `progress_or_epoch` of PaddleNLP 3 to `epoch`, as in 2.8."""
     if "progress_or_epoch" in logs:
         logs["epoch"] = logs.pop("progress_or_epoch")

@@ -9,8 +9,8 @@ from typing import Iterable, Tuple
 class UserError(Exception):
     """Something in the command, the configuration or the input must be changed; the message says what.
 
-    about: what it concerns, by names that do not change with the wording: keys of a configuration, or a short code
-    such as "other-model". Where none is given, the options of the command that the message names.
+    about: what it concerns, independent of the wording: keys of a configuration, or short codes such as "other-model".
+    By default the command-line options that the message names.
     """
 
     exit_code = 2
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class Problem(str):
-    """What is wrong, in a sentence that will be one of several in an error, and what it is about (see UserError)."""
+    """A message that becomes part of an error, with what it is about (see UserError)."""
 
     about: Tuple[str, ...]
 
@@ -39,38 +39,38 @@ class Problem(str):
 
     @classmethod
     def of(cls, error: UserError, where: str = "") -> Problem:
-        """The problem that an error tells of, with `where` in front."""
+        """The problem behind an error, with `where` as a prefix."""
         return cls(f"{where}{error}", *error.about)
 
 
 class JobFailed(UserError):
-    """The request was fine, but the job could not be wholly done."""
+    """The request was valid, but the job could not be completed."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """A key or value of a configuration is unknown, of the wrong kind, or cannot work here."""
+    """A key or value of a configuration is unknown, has the wrong type, or cannot work here."""
 
 
 class WeightsError(UserError):
-    """A weights file or folder is broken, incomplete, or not what the model needs."""
+    """A weights file or folder is broken, incomplete, or does not fit the model."""
 
 
 class ImageTagError(UserError, ValueError):
-    """`<img>` and `</img>` in a text do not pair up, nest, or hold what they may not."""
+    """`<img>` and `</img>` in a text are unpaired, nested, or have invalid contents."""
 
 
 class ImageError(UserError):
     """An image cannot be used.
 
-    `reason` is one short word group from a fixed set (see processors.images), so that rows can be counted by it.
+    `reason` is one of a fixed set (see processors.images), so that rows can be counted by it.
     """
 
     def __init__(self, reason: str, message: str = ""):
-        super().__init__(message or reason)
+        super().__init__(message or reason, reason)
         self.reason = reason
 
     def __reduce__(self):
-        # Loader workers hand errors to the parent by pickle, which would otherwise lose `reason`.
+        # For pickling between loader workers and the parent.
         return type(self), (self.reason, str(self))

@@ -1,5 +1,5 @@
-"""How files and folders are written: beside their final name, flushed to disk, then renamed, so that a reader never
-sees half of them. A link is followed. What cannot be renamed is written in place: a device, a FIFO, a mount.
+"""Atomic writing of files and folders: under a temporary name, flushed to disk, then renamed. Links are followed.
+Devices, FIFOs and mounts, which cannot be renamed, are written in place.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BLOCK = 1 << 20
 
 
 def open_plain(path: str) -> IO[bytes]:
-    """A plain file, for reading, whatever a stranger has put in its place.
+    """Open a regular file for reading.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device.
     """
-    # Opening a pipe would wait for its writer.
+    # Opening a pipe would block until it has a writer.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -38,10 +38,10 @@ def open_plain(path: str) -> IO[bytes]:
     return open(handle, "rb")
 
 
-# ---- where something is to be written, asked before the work is done
+# ---- locks of output folders
 
 
-# Handles of folders that only this process writes into. Its children, which may outlive it, let go of them.
+# Handles of folders that only this process may write into. Children, which may outlive it, close them.
 _WRITING: List[int] = []
 
 
@@ -55,10 +55,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def only_writer(folder: str) -> Iterator[None]:
-    """Be the only process that writes into a folder, which is made if need be. (Where locks are known.)
+    """Lock a folder for writing, where the file system supports locks; creates it if needed.
 
     Raises:
-        UserError: another process is writing there, or it cannot be written to.
+        UserError: another process is writing there, or it is not writable.
     """
     check_folder(folder)
     made = not os.path.isdir(folder)
@@ -81,7 +81,7 @@ def only_writer(folder: str) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
         if made:
-            # Only if nothing was written.
+            # Only succeeds if nothing was written.
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
@@ -90,7 +90,7 @@ def only_writer(folder: str) -> Iterator[None]:
 
 
 def sync_folder(folder: str) -> None:
-    """Make a rename inside `folder` survive a power cut, where the file system can."""
+    """Make renames inside `folder` durable, where the file system can."""
     _sync(folder)
 
 
@@ -108,15 +108,15 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-# What is written to NAME is called .NAME.xxxxxxxx.partial until it is whole, and locked for as long as its process
-# lives. One that is not locked was left by a killed process. (Where the file system knows no locks, none is removed.)
+# Until NAME is complete it is called .NAME.xxxxxxxx.partial and locked by its process. One without a lock was left by a
+# killed process. (On a file system without locks, none is removed.)
 
 
 def _lock(path: str) -> Optional[int]:
-    """A handle of a file or folder of ours, with its lock; None if it is not ours, or gone.
+    """A locked handle of a file or folder of this user; None if it is another user's, or gone.
 
     Raises:
-        BlockingIOError: another process has the lock.
+        BlockingIOError: another process holds the lock.
     """
     handle = None
     try:
@@ -137,11 +137,11 @@ def _lock(path: str) -> Optional[int]:
 
 
 def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str, int]:
-    """A fresh file or folder beside `path`, and an open handle with its lock."""
+    """A new file or folder next to `path`, and its locked handle."""
     parent, name = os.path.split(path)
     while True:
         partial = os.path.join(parent, f".{name}.{secrets.token_hex(4)}{suffix}")
-        # With the rights that it keeps: not every file system can change them.
+        # With its final mode: not every file system can change it.
         try:
             if folder:
                 os.mkdir(partial)
@@ -157,22 +157,22 @@ def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str
             taken = True
         except OSError:
             return partial, handle
-        # Before it was locked, another process may have taken it for a leftover.
+        # Another process may have taken it for a leftover before it was locked.
         if not taken and os.path.lexists(partial):
             return partial, handle
         os.close(handle)
 
 
 def remove_leftovers(path: str) -> bool:
-    """Remove what killed processes left of writing `path`; a folder that one of them had moved aside is put back.
+    """Remove leftovers of killed processes that were writing `path`; restores a folder that one had moved aside.
 
-    Returns whether a process that lives is writing it now.
+    Returns whether a live process is writing it.
     """
     path = os.path.realpath(path)
     parent, name = os.path.split(path)
     pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}\.(partial|old)")
     left = []
-    # A folder that cannot be renamed has them inside.
+    # For a folder that cannot be renamed they are inside.
     for place in (parent, path):
         with contextlib.suppress(OSError):
             left += [os.path.join(place, one) for one in os.listdir(place) if pattern.fullmatch(one)]
@@ -189,12 +189,12 @@ def remove_leftovers(path: str) -> bool:
             aside = os.path.join(partial, _ASIDE)
             if partial.endswith(".old") and os.path.isdir(aside) and not os.path.lexists(path):
                 os.rename(aside, path)
-                logger.warning(f"Restored {path}, which a killed process had moved aside to replace it")
+                logger.warning(f"restored {path}, which a killed process had moved aside to replace it")
             if os.path.isdir(partial):
                 shutil.rmtree(partial)
             else:
                 os.unlink(partial)
-            logger.info(f"Removed {partial}, left by a killed process")
+            logger.info(f"removed {partial}, left by a killed process")
         except OSError as error:
             logger.warning(f"{partial}, left by a killed process, cannot be removed: {error.strerror}")
         finally:
@@ -204,11 +204,11 @@ def remove_leftovers(path: str) -> bool:
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
-    """Open a file that appears at `path` only when the block ends without an error.
+    """Open a file that is renamed to `path` when the block ends without an error.
 
-    `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and whatever
-    was at `path` stays. So is what killed processes left of the same file. A link at `path` stays, and leads to the new
-    file; a device or FIFO is written into.
+    `mode` is "w" (UTF-8 unless `encoding` is given) or "wb". On an error the partial file is removed and `path` is
+    unchanged. Leftovers of killed processes are removed too. A link at `path` stays and leads to the new file; devices
+    and FIFOs are written directly.
     """
     if "b" not in mode:
         open_kwargs.setdefault("encoding", "utf-8")
@@ -217,7 +217,6 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
         with open(path, mode, **open_kwargs) as file:
             yield file
         return
-    # Where a link leads to.
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
@@ -238,12 +237,12 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
             os.unlink(partial)
 
 
-# What renaming says of a mount, of another file system, and of a file system that cannot.
+# Errors of renaming a mount, across file systems, or where it is not supported.
 _NO_RENAME = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def _give_name(partial: str, path: str) -> None:
-    """Rename a whole file to `path`; copy it into the file that is there where that cannot be replaced."""
+    """Rename a complete file to `path`; where `path` cannot be replaced, copy into it."""
     try:
         os.replace(partial, path)
     except OSError as error:
@@ -256,12 +255,12 @@ def _give_name(partial: str, path: str) -> None:
 
 
 class _Ended(BaseException):
-    """A signal that ends the process, as an exception."""
+    """A terminating signal as an exception."""
 
 
 @contextlib.contextmanager
 def _cleaning_up() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP leave the block by an exception, as Ctrl-C does, and end the process then."""
+    """On SIGTERM or SIGHUP, leave the block by an exception, as on Ctrl-C, and then end the process."""
     numbers = []
     if threading.current_thread() is threading.main_thread():
         numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
@@ -286,14 +285,14 @@ def _cleaning_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str) -> Iterator[str]:
-    """Give a fresh folder beside `path` that takes its name, flushed to disk, when the block ends without an error.
+    """A new folder next to `path` that is flushed to disk and renamed to it when the block ends without an error.
 
-    An older folder at `path` is replaced only then, in one step where the system can. On an error, and on SIGTERM, the
-    fresh folder is removed. A link at `path` stays, and leads to the new folder. So does a mount, and gets the files
-    one by one when all are whole.
+    An existing folder at `path` is replaced only then, in one step where the system can. On an error or SIGTERM the new
+    folder is removed. A link at `path` stays and leads to the new folder. A mount stays and gets the complete files one
+    by one.
 
     Raises:
-        UserError: `path` is a file, cannot be written to, or another process is writing it.
+        UserError: `path` is a file, is not writable, or another process is writing it.
     """
     given, path = path, os.path.realpath(path)
     check_folder(path)
@@ -315,24 +314,24 @@ def atomic_folder(path: str) -> Iterator[str]:
                 _fill(path, partial)
             sync_folder(parent)
         finally:
-            # After an exchange it is the older folder.
+            # After an exchange this is the older folder.
             shutil.rmtree(partial, ignore_errors=True)
             os.close(handle)
 
 
-# What tells readers that a folder is whole: moved last.
+# Files by which readers recognise a complete folder: moved last.
 _LAST = ("config.json", "checkpoint.json")
-# What a new file system has in its top folder.
+# In the top folder of a new file system.
 _OF_THE_SYSTEM = "lost+found"
 
 
 def is_empty(folder: str) -> bool:
-    """Whether a folder holds nothing of anybody's."""
+    """Whether a folder holds no user files."""
     return not set(os.listdir(folder)) - {_OF_THE_SYSTEM}
 
 
 def _take_name(partial: str, path: str) -> bool:
-    """Put a whole folder in the place of `path`; False where folders cannot be renamed."""
+    """Rename a complete folder to `path`, replacing it; False where folders cannot be renamed."""
     try:
         if not os.path.isdir(path):
             os.rename(partial, path)
@@ -346,7 +345,7 @@ def _take_name(partial: str, path: str) -> bool:
 
 
 def _fill(path: str, partial: str) -> None:
-    """Put the files of a whole folder, one by one, in the place of those of a folder that keeps its name."""
+    """Replace the files of the folder `path`, which cannot be renamed, by those of a complete folder."""
     os.makedirs(path, exist_ok=True)
     for name in set(os.listdir(path)) - {_OF_THE_SYSTEM, os.path.basename(partial)}:
         old = os.path.join(path, name)
@@ -358,7 +357,7 @@ def _fill(path: str, partial: str) -> None:
 
 
 def rename_folder(folder: str, path: str) -> None:
-    """Give a whole folder the name `path`, which is free; entry by entry where folders cannot be renamed."""
+    """Rename a complete folder to the unused name `path`; entry by entry where folders cannot be renamed."""
     if not _take_name(folder, path):
         os.makedirs(path, exist_ok=True)
         move_entries(folder, path)
@@ -366,18 +365,18 @@ def rename_folder(folder: str, path: str) -> None:
 
 
 def move_entries(folder: str, target: str) -> None:
-    """Move all that a folder holds into another one, what tells that it is whole last."""
+    """Move all entries of a folder into another one, those of _LAST last."""
     for name in sorted(os.listdir(folder), key=lambda name: name in _LAST):
         shutil.move(os.path.join(folder, name), os.path.join(target, name))
     _sync(target)
 
 
-# Name of an older folder in the one that it is moved into.
+# Name of a folder moved aside, inside its temporary parent.
 _ASIDE = "old"
 
 
 def _replace(path: str, partial: str) -> None:
-    """Where two folders cannot be exchanged: between the two renames there is none, see remove_leftovers."""
+    """Replace a folder by two renames, between which `path` does not exist; see remove_leftovers."""
     old, handle = _new_partial(path, folder=True, suffix=".old")
     try:
         os.rename(path, os.path.join(old, _ASIDE))
@@ -392,7 +391,7 @@ def _replace(path: str, partial: str) -> None:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Give two folders each other's names, in one step; False where the system or the file system cannot."""
+    """Exchange two folders atomically; False where this is not supported."""
     import ctypes
 
     try:
@@ -404,7 +403,7 @@ def _exchange(one: str, other: str) -> bool:
 
 
 def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int], None]] = None) -> None:
-    """Copy the bytes of a file into an open one. progress: called with the bytes copied, as it goes."""
+    """Copy the bytes of a file into an open one. progress: called with the number of bytes copied."""
     with open(source, "rb") as file:
         while True:
             block = file.read(_BLOCK)
@@ -416,9 +415,9 @@ def copy_file(source: str, target: IO[bytes], progress: Optional[Callable[[int],
 
 
 def link_or_copy(source: str, target: str, progress: Optional[Callable[[int], None]] = None) -> bool:
-    """Hard-link `source` to `target`, or copy it where links cannot be made (another disk, a file system without).
+    """Hard-link `source` to `target`, or copy it where hard links are not possible. Returns whether it is a link.
 
-    A symbolic link at `source` is followed. progress: called with the bytes of the file. Returns whether it is a link.
+    A symbolic link at `source` is followed. progress: called with the number of bytes linked or copied.
     """
     # os.link would link the symbolic link itself.
     source = os.path.realpath(source)

@@ -1,5 +1,4 @@
-"""JSON files of a model, a run or a program, which may come from anywhere: bounded, and strict where a reader could be
-misled."""
+"""Strict reading of JSON files of a model or a run, which may be untrusted: bounded size, no duplicate keys."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
 from paddlemix.utils.files import open_plain
 
-# A configuration has a few KB; the index of a 7B has 80 KB, the log of a million steps some MB.
+# A configuration has a few KB, the index of a 7B 80 KB, the log of a million steps some MB.
 MAX_CONFIG_BYTES = 4 << 20
 MAX_JSON_BYTES = 64 << 20
-# Lists and objects take fifty times their two letters in memory.
+# Lists and objects take fifty times their two characters in memory.
 MAX_CONTAINERS = 1 << 20
 MAX_DIGITS = 20
 
 
 def short_int(digits: Union[str, bytes]) -> int:
-    """int() of what a file holds; ValueError over 20 digits, for which older Pythons take time with their square."""
+    """int() with at most 20 digits, else ValueError: older Pythons take quadratic time."""
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer of more than {MAX_DIGITS} digits")
     return int(digits)
@@ -42,12 +41,12 @@ def _refuse_constant(text: str) -> None:
 def strict_json(
     data: bytes, path: str, constants: bool = False, error: Type[UserError] = WeightsError
 ) -> Dict[str, Any]:
-    """A JSON object without doubled keys, integers of more than 20 digits, or more than MAX_CONTAINERS.
+    """Parse a JSON object without duplicate keys, integers of more than 20 digits, or more than MAX_CONTAINERS.
 
-    constants: take NaN and Infinity, as a log of losses may hold them.
+    constants: accept NaN and Infinity, which logs of losses may hold.
 
     Raises:
-        `error`: it is not that; the message starts with `path`.
+        `error`: anything else; the message starts with `path`.
     """
     if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS:
         raise error(f"{path}: refused: more than {MAX_CONTAINERS:,} lists and objects", "json")
@@ -75,13 +74,13 @@ def _read(path: str, limit: int, constants: bool, error: Type[UserError]) -> Dic
         raise error(f"cannot read {path}: {reason.strerror}", "unreadable") from None
     if len(data) > limit:
         raise error(f"{path} is larger than {limit >> 20} MB, too large for such a file", "size")
-    # Notepad and PowerShell put a mark in front.
+    # Notepad and PowerShell write a BOM.
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     return strict_json(data[start:], path, constants, error)
 
 
 def read_config_object(path: str) -> Dict[str, Any]:
-    """The JSON object in a configuration file, as strict_json takes it.
+    """The JSON object in a configuration file, parsed by strict_json.
 
     Raises:
         ConfigError: missing, not a regular file, over MAX_CONFIG_BYTES, or not such an object.
@@ -90,7 +89,7 @@ def read_config_object(path: str) -> Dict[str, Any]:
 
 
 def read_json_object(path: str, constants: bool = False) -> Dict[str, Any]:
-    """The JSON object in a file beside weights, as strict_json takes it.
+    """The JSON object in a file of a model or run folder, parsed by strict_json.
 
     Raises:
         WeightsError: missing, not a regular file, over MAX_JSON_BYTES, or not such an object.
@@ -99,7 +98,7 @@ def read_json_object(path: str, constants: bool = False) -> Dict[str, Any]:
 
 
 def write_json(path: str, value: Dict[str, Any]) -> None:
-    """Write into a folder that is itself not in place yet."""
+    """Write a JSON file, not atomically: for folders that are renamed as a whole."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
         file.write("\n")

@@ -1,8 +1,8 @@
-"""The language of help and reports: English as the code has it, or Chinese by the table zh.json.
+"""The language of help and reports: English as in the code, or Chinese from the table zh.json.
 
-The table maps an English text, or a template with {} for what varies, to the Chinese one, where {} or {0}, {1}, … take
-the same values: as they are, which may be names; translated in turn with {:t}; a list of names with {:l}. A text that
-is not in the table stays English.
+The table maps an English text, or a template with {} for values, to the Chinese one, where {} or {0}, {1}, … insert the
+same values: unchanged by default, translated with {:t}, as a list of names with {:l}. Texts that are not in the table
+stay English.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _given: Optional[str] = None
 
 
 def choose(name: Optional[str]) -> None:
-    """Set the language: one of LANGUAGES, or None for that of the locale."""
+    """Set the language: one of LANGUAGES, or None for the locale's."""
     global _given
     if name is not None and name not in LANGUAGES:
         raise UserError(f"--lang: choose from {', '.join(LANGUAGES)}, not {name!r}")
@@ -29,26 +29,26 @@ def choose(name: Optional[str]) -> None:
 
 
 def chosen() -> str:
-    """The language in use. A locale is that of LC_ALL, LC_MESSAGES or LANG, the first that is set."""
+    """The chosen language; by default that of LC_ALL, LC_MESSAGES or LANG, whichever is set first."""
     if _given is not None:
         return _given
     values = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
     return "zh" if next(filter(None, values), "").lower().startswith("zh") else "en"
 
 
-def take(words: Sequence[str]) -> List[str]:
-    """Arguments of a command without `--lang NAME` or `--lang=NAME`, which sets the language."""
+def take(args: Sequence[str]) -> List[str]:
+    """The command-line arguments without `--lang NAME` or `--lang=NAME`, which sets the language."""
     left: List[str] = []
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            return [*left, word, *words]
-        name, equals, value = word.partition("=")
+    args = list(args)
+    while args:
+        arg = args.pop(0)
+        if arg == "--":
+            return [*left, arg, *args]
+        name, equals, value = arg.partition("=")
         if name != "--lang":
-            left.append(word)
-        elif equals or words:
-            choose(value if equals else words.pop(0))
+            left.append(arg)
+        elif equals or args:
+            choose(value if equals else args.pop(0))
         else:
             raise UserError(f"--lang: give one of {', '.join(LANGUAGES)} behind it")
     return left
@@ -63,14 +63,14 @@ def table() -> Dict[str, str]:
 
 @functools.lru_cache(maxsize=None)
 def _templates() -> List[Tuple[Pattern[str], str]]:
-    """The templates as patterns, those with the most text of their own first."""
+    """The templates as patterns, those with the most fixed text first."""
     found = sorted((key for key in table() if "{}" in key), key=lambda key: len(key) - 2 * key.count("{}"))
     patterns = ["(.+?)".join(map(re.escape, key.split("{}"))) for key in found]
     return [(re.compile(pattern, re.DOTALL), table()[key]) for pattern, key in zip(reversed(patterns), reversed(found))]
 
 
 class _Value(str):
-    """What stands for a template's {}."""
+    """The value of a template's {}."""
 
     def __format__(self, how: str) -> str:
         if how == "l":
@@ -79,7 +79,7 @@ class _Value(str):
 
 
 def tr(text: str) -> str:
-    """`text` in the language in use. Of a text with empty lines, each paragraph is looked up by itself."""
+    """`text` in the chosen language. Paragraphs are looked up one by one."""
     if chosen() == "en" or not text:
         return text
     if "\n\n" in text.strip():
@@ -96,16 +96,16 @@ def tr(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """Columns that `text` takes on a terminal, where Chinese characters take two."""
+    """Width of `text` on a terminal, where Chinese characters take two columns."""
     return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
 
 
 def tr_row(line: str) -> str:
-    """A line of a report, which may be a table's row: if not the whole of it, its cells (two blanks or more lie between
-    them) are translated, and the second and further ones end in the columns where they ended."""
-    whole = tr(line)
-    if chosen() == "en" or whole != line:
-        return whole
+    """A line of a report, translated as a whole or, for a table row, by cells, which are separated by two or more
+    spaces. Cells after the first keep their right edge."""
+    translated = tr(line)
+    if chosen() == "en" or translated != line:
+        return translated
     row = ""
     for cell in re.finditer(r"\S+(?: \S+)*", line):
         text = tr(cell.group())
@@ -115,8 +115,7 @@ def tr_row(line: str) -> str:
 
 
 def wrap(text: str, width: int) -> List[str]:
-    """`text` in lines of at most `width` columns. Between Chinese characters a line may end anywhere, except before
-    marks."""
+    """`text` in lines of at most `width` columns. Lines may break between Chinese characters, except before marks."""
     lines = [""]
     for word in re.findall(r"[!-~]+[，。；：、）]*|[^，。；：、）][，。；：、）]*", " ".join(text.split())):
         if columns(lines[-1] + word.rstrip()) > width and lines[-1]:

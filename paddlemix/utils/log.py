@@ -15,7 +15,7 @@ FORMAT = "[%(asctime)s] [%(levelname)8s] - %(message)s"
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to whatever sys.stderr is now, so that redirection and pytest's capture both see the lines; over a bar."""
+    """Writes to the current sys.stderr, so that redirection and pytest's capture work; above progress bars."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -42,8 +42,7 @@ def _make_logger() -> logging.Logger:
 
 logger = _make_logger()
 
-# Lines of PaddleNLP that do not hold here: samples are skipped by index, which takes no time; what is saved has another
-# name for a moment.
+# Lines of PaddleNLP that are wrong here: samples are skipped by index, which takes no time; temporary names of saves.
 _LEFT_OUT = re.compile(r"--ignore_data_skip|consumed_samples to|[/\\]\.partial-")
 
 
@@ -53,8 +52,7 @@ def _holds(record: logging.LogRecord) -> bool:
 
 
 def print_like_ours(other: logging.Logger) -> None:
-    """One form of line for a whole run: a library's logger without its colours, lines below our level, and those that
-    do not hold."""
+    """Let another logger use our format and level, without colours and _LEFT_OUT."""
     other.handlers = logger.handlers[:1]
     other.setLevel(logger.level)
     if _holds not in other.filters:

@@ -1,4 +1,4 @@
-"""Whether an output can be written, asked before any work: a file or folder, and apart from the inputs."""
+"""Checks before any work that an output file or folder can be written and is not an input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paddlemix.utils.errors import UserError
 
 
 def nearest_folder(path: str) -> str:
-    """The path, or what is nearest above it that there is. Links are followed, also those that lead to nothing."""
+    """The path or its nearest existing parent. Links are followed, dangling ones too."""
     path = os.path.realpath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
@@ -29,25 +29,25 @@ def _check_above(path: str) -> None:
 
 
 def check_file(path: str, plain: bool = False) -> None:
-    """Refuse a path that no file can be written to. plain: neither to devices and FIFOs, which hold nothing.
+    """Check that a file can be written. plain: not to a device or FIFO.
 
     Raises:
-        UserError: it is a folder, or the folder cannot be written to.
+        UserError: the path is a folder, or its folder is not writable.
     """
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; the output must be a file", "is-a-folder")
     if plain and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is a device or a pipe; the output must be a file", "not-regular")
-    # A file that can be written is enough where the folder takes no other.
+    # A writable file is enough in a read-only folder.
     if not (os.path.exists(path) and os.access(path, os.W_OK)):
         _check_above(path)
 
 
 def check_folder(path: str) -> None:
-    """Refuse a path that no folder can be written to.
+    """Check that a folder can be written.
 
     Raises:
-        UserError: it is a file, or cannot be written to.
+        UserError: the path is a file, or is not writable.
     """
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path} is a file: give a folder", "is-a-file")
@@ -55,10 +55,10 @@ def check_folder(path: str) -> None:
 
 
 def keep_apart(inputs: Iterable[Optional[str]], outputs: Iterable[Optional[str]]) -> None:
-    """Refuse to write over what is read, under whatever name. None: a file that was not given.
+    """Check that no output is an input, under whatever name. None: a file that was not given.
 
     Raises:
-        UserError: an output is an input.
+        UserError: one is.
     """
     outputs = [path for path in outputs if path is not None and os.path.exists(path)]
     for path in inputs:

@@ -7,15 +7,15 @@ import os
 import sys
 from typing import Any, Iterator, List, Optional
 
-# In a log file each drawing is a line of its own, so it is drawn rarely there. tools/demo.py reads them as they come.
+# In a log file each update is a line, so updates are rare there. tools/demo.py reads these lines.
 LOG_SECONDS = float(os.environ.get("PROGRESS_SECONDS", 10))
 
-# tqdm's bars that stand on the terminal now.
-_STANDING: List[Any] = []
+# tqdm's bars on the terminal.
+_SHOWN: List[Any] = []
 
 
 class _Lines:
-    """A log file, as tqdm writes to it: no carriage returns and no padding, a line for each drawing."""
+    """A log file for tqdm to write to: a line per update, without carriage returns and padding."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -31,26 +31,25 @@ class _Lines:
 
 @contextlib.contextmanager
 def bars_aside() -> Iterator[None]:
-    """Take the bars off the terminal while a line is printed, and put them below it."""
-    # Without tqdm's lock, which a forked process may have inherited locked.
-    for bar in _STANDING:
+    """Clear the bars while a line is printed, and redraw them below it."""
+    # Without tqdm's lock, which a forked process may have inherited in the locked state.
+    for bar in _SHOWN:
         with contextlib.suppress(OSError):
             bar.clear(nolock=True)
     try:
         yield
     finally:
-        for bar in _STANDING:
-            # A loader worker knows its parent's bar as it was long ago.
+        for bar in _SHOWN:
+            # A loader worker has an outdated copy of its parent's bar.
             if bar.drawn_by == os.getpid():
                 with contextlib.suppress(OSError):
                     bar.refresh(nolock=True)
 
 
 class Progress:
-    """Counts work done. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
+    """A progress bar. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
 
-    total: units of work, or None when unknown (then no time left is shown). disable: draw nothing.
-    unit_scale: show 12.3M in place of 12345678, for bytes.
+    total: units of work; None if unknown. disable: show nothing. unit_scale: show 12345678 as 12.3M, for bytes.
     """
 
     def __init__(
@@ -74,29 +73,29 @@ class Progress:
             disable=disable,
             initial=initial,
             mininterval=0.1 if terminal else LOG_SECONDS,
-            # A log has no width, and no line that can be redrawn.
+            # A log has no width.
             ncols=None if terminal else 100,
             ascii=not terminal,
             file=sys.stderr if terminal else _Lines(sys.stderr),
         )
         if terminal and not disable:
             self._bar.drawn_by = os.getpid()
-            _STANDING.append(self._bar)
+            _SHOWN.append(self._bar)
 
     def update(self, n: int = 1) -> None:
-        # A bar that can no longer be drawn ends no job.
+        # A bar that cannot be drawn must not end the job.
         with contextlib.suppress(OSError):
             self._bar.update(n)
 
     def note(self, text: str) -> None:
-        """Show a few words behind the bar (a loss, a count of failures)."""
+        """Show a short text after the bar (a loss, a count of failures)."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.close()
-        if self._bar in _STANDING:
-            _STANDING.remove(self._bar)
+        if self._bar in _SHOWN:
+            _SHOWN.remove(self._bar)
 
     def __enter__(self) -> Progress:
         return self

@@ -1,6 +1,6 @@
-"""Device, dtype, threads and seeds: every decision about the machine is made here.
+"""Device, dtype, threads and seeds: all decisions that depend on the machine.
 
-Paddle reads its thread settings once, while it is imported, so `set_cpu_defaults` runs when `paddlemix` is.
+Paddle reads its thread settings on import, so `set_cpu_defaults` runs when `paddlemix` is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SET_BY_US: List[str] = []
 
 
 def physical_cores() -> int:
-    """Cores this process may use, hyper-threads of one core counted once."""
+    """Physical cores that this process may use."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # not Linux
@@ -46,8 +46,8 @@ def _is_amd() -> bool:
 def set_cpu_defaults() -> None:
     """Set OMP_NUM_THREADS, and MKL_DEBUG_CPU_TYPE=5 on AMD, unless the user has set them.
 
-    Together they make Paddle's float32 matmul about five times faster on AMD machines: MKL takes its slow path
-    there by default. They have no effect after Paddle has been imported.
+    Together they make Paddle's float32 matmul about five times faster on AMD machines, where MKL takes its slow path by
+    default. They have no effect once Paddle is imported.
     """
     defaults = {"OMP_NUM_THREADS": str(physical_cores())}
     if _is_amd():
@@ -57,21 +57,21 @@ def set_cpu_defaults() -> None:
             os.environ[name] = value
             _SET_BY_US.append(name)
     _keep_freed_memory()
-    # Paddle 2.6 exports zlib symbols of its own: whoever uses zlib for the first time after it is imported fails.
+    # Paddle 2.6 exports zlib symbols of its own, with which a first use of zlib after its import fails.
     zlib.compress(b"")
-    # resolve_device says which device is used, and why.
+    # resolve_device reports the device.
     warnings.filterwarnings("ignore", message="You are using GPU version Paddle, but")
-    # Two notices that Paddle's import prints at every start and that concern nobody who runs this.
+    # Notices of Paddle's import that do not concern users of this program.
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="Setuptools is replacing distutils")
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors in place of handing it back to the kernel.
+    """Let glibc reuse the memory of freed tensors instead of returning it to the kernel.
 
-    By default every tensor above 32 MB, and many below, is mapped anew: the kernel zeroes each page again, which
-    costs several times what an elementwise operation does (a softmax over 16 MB: 19 ms against 8).
-    A MALLOC_… or GLIBC_TUNABLES setting of the user is kept. Elsewhere than on glibc nothing happens.
+    By default every tensor above 32 MB, and many below, is a new mapping whose pages the kernel zeroes, which costs
+    several times as much as an elementwise operation (a softmax over 16 MB: 19 ms instead of 8). A MALLOC_… or
+    GLIBC_TUNABLES setting of the user is kept. Does nothing without glibc.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -85,12 +85,12 @@ def _keep_freed_memory() -> None:
 
 
 def decode_threads() -> int:
-    """Threads that decode the next images while the model answers: one per core, eight at most. PIL uses one each."""
+    """Threads that decode the next images during generation: one per core, at most eight."""
     return min(8, physical_cores())
 
 
 def describe_threads() -> str:
-    """One line for the log: the CPU settings and who chose them."""
+    """One line for the log: the CPU settings and where they come from."""
     parts = []
     for name in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE"):
         if name in os.environ:
@@ -101,26 +101,26 @@ def describe_threads() -> str:
 
 
 def world_size() -> int:
-    """Processes of this run, as paddle.distributed.launch set them; 1 without it."""
+    """Number of processes of this run, from paddle.distributed.launch; 1 without it."""
     return max(int(os.environ.get("PADDLE_TRAINERS_NUM", "1") or "1"), 1)
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """This process's rank, from 0."""
     return int(os.environ.get("PADDLE_TRAINER_ID", "0") or "0")
 
 
 class Choice(NamedTuple):
-    """A setting that was decided here, and why it differs from what was asked (None when it does not)."""
+    """A setting, and why it differs from the request (None if it does not)."""
 
     value: str
     reason: Optional[str] = None
 
 
 def decide_device(requested: Optional[str], cuda_build: bool, cards: int, selected: str = "0") -> Choice:
-    """The rule behind resolve_device, without asking the machine.
+    """The rule of resolve_device.
 
-    cuda_build: whether the Paddle wheel has CUDA. cards: GPUs it sees. selected: this process's own card.
+    cuda_build: whether the Paddle wheel has CUDA. cards: number of visible GPUs. selected: this process's own card.
 
     | requested | no card | a card |
     |---|---|---|
@@ -130,10 +130,10 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     | gpu:N | cpu, with a reason | gpu:N, or an error if there is no such card |
 
     Raises:
-        UserError: there are cards, but not this one; or not the name of a device.
+        UserError: there is no such card, though there are others; or not a device name.
     """
     if requested is not None and not re.fullmatch(r"cpu|gpu(:\d{1,3})?", requested):
-        raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}")
+        raise UserError(f"the device is cpu, gpu or gpu:N, not {requested!r}", "device")
     if requested == "cpu" or (requested is None and not cards and not cuda_build):
         return Choice("cpu")
     if not cards:
@@ -142,37 +142,35 @@ def decide_device(requested: Optional[str], cuda_build: bool, cards: int, select
     if requested in (None, "gpu"):
         return Choice(f"gpu:{selected}")
     if int(requested.split(":")[1]) >= cards:
-        raise UserError(f"there is no {requested}: Paddle sees {cards} GPU{'s' if cards > 1 else ''}, from gpu:0 on")
+        text = f"there is no {requested}: Paddle sees {cards} GPU{'s' if cards > 1 else ''}, from gpu:0 on"
+        raise UserError(text, "device")
     return Choice(requested)
 
 
 def resolve_device(requested: Optional[str] = None) -> Choice:
-    """The device to run on: "gpu:0" style where Paddle was built with CUDA and sees a card, else "cpu".
+    """The device to run on, which becomes Paddle's current one: "gpu:N" if Paddle sees a card, else "cpu".
 
-    requested: None (choose), "cpu", "gpu" or "gpu:N". The choice is also made Paddle's current device.
+    requested: None (choose), "cpu", "gpu" or "gpu:N".
     """
     import paddle
 
     cuda_build = paddle.is_compiled_with_cuda()
     cards = paddle.device.cuda.device_count() if cuda_build else 0
-    # A launcher gives each process one card of its own.
+    # A launcher assigns one card to each process.
     selected = os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or "0"
     choice = decide_device(requested, cuda_build, cards, selected)
     paddle.set_device(choice.value)
     if choice.value == "cpu" and cuda_build:
         _look_for_cudnn_in_silence()
     if choice.value == "cpu" and "FLAGS_use_stride_kernel" not in os.environ:
-        # A transpose that only relabels strides makes every kernel behind it walk memory in jumps: splitting c_attn's
-        # output into heads, with its gradient, takes 11 ms so and 1.2 ms copied; a training step a sixth longer.
+        # After a transpose that only changes strides, all following kernels access memory with gaps: splitting c_attn's
+        # output into heads, with its gradient, takes 11 ms instead of 1.2 ms, a training step a sixth longer.
         paddle.set_flags({"FLAGS_use_stride_kernel": False})
     return choice
 
 
 def _look_for_cudnn_in_silence() -> None:
-    """Paddle's GPU wheel looks for cuDNN once, at the first convolution, and warns in seven lines when it finds none.
-
-    On the CPU that says nothing: here it looks while stderr points elsewhere.
-    """
+    """Suppress the seven-line warning that Paddle's GPU wheel prints at the first convolution without cuDNN."""
     import paddle
 
     stderr = os.dup(2)
@@ -186,7 +184,7 @@ def _look_for_cudnn_in_silence() -> None:
 
 
 def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:
-    """The rule behind resolve_dtype, without asking the machine.
+    """The rule of resolve_dtype.
 
     | requested | cpu | gpu with bf16 (A100) | gpu without (V100) |
     |---|---|---|---|
@@ -206,10 +204,7 @@ def decide_dtype(requested: str, device: str, bf16_supported: bool) -> Choice:
 
 
 def resolve_dtype(requested: str, device: Optional[str] = None) -> Choice:
-    """The dtype that `requested` ("float32", "float16" or "bfloat16") becomes on `device` (default: Paddle's current).
-
-    The reason is set when it had to change; the caller logs it once.
-    """
+    """The dtype to use on `device` (default: Paddle's current) for `requested`: "float32", "float16" or "bfloat16"."""
     import paddle
 
     device = device or paddle.get_device()
@@ -219,12 +214,9 @@ def resolve_dtype(requested: str, device: Optional[str] = None) -> Choice:
 
 
 class Precision(NamedTuple):
-    """How a training run computes.
-
-    compute: dtype of the matmuls. weights: dtype of the parameters. master_weights: whether the optimizer keeps
-    float32 copies of them. loss_scaling: whether gradients need a loss scale (float16 alone: its smallest number is
-    6e-8; bfloat16 has float32's range).
-    """
+    """compute: dtype of the matmuls. weights: dtype of the parameters. master_weights: whether the optimizer keeps
+    float32 copies of them. loss_scaling: whether gradients need a loss scale (float16 only, whose smallest number is
+    6e-8; bfloat16 has the range of float32)."""
 
     compute: str
     weights: str
@@ -233,7 +225,7 @@ class Precision(NamedTuple):
 
 
 def decide_precision(compute: str, opt_level: str) -> Precision:
-    """What training in `compute` means (the value of resolve_dtype) at fp16_opt_level "O1" or "O2".
+    """The precision of training in `compute` (from resolve_dtype) at fp16_opt_level "O1" or "O2".
 
     | compute | level | weights | master weights | loss scale |
     |---|---|---|---|---|
@@ -250,10 +242,10 @@ def decide_precision(compute: str, opt_level: str) -> Precision:
 def decide_flash(
     requested: bool, compute: str, device: str, capability: Tuple[int, int], on_cpu: bool
 ) -> Tuple[bool, Optional[str]]:
-    """(whether to use Paddle's fused attention, why not although it was requested).
+    """(whether to use Paddle's fused attention, why not if it was requested).
 
-    Its kernel takes float16 and bfloat16, and cards of compute capability 8.0 on (A100, not V100: 7.0). On the CPU
-    Paddle answers the call with plain matmuls, if this version does (`on_cpu`).
+    Its kernel needs float16 or bfloat16 and compute capability 8.0 (A100; a V100 has 7.0). On the CPU some versions
+    (`on_cpu`) fall back to plain matmuls.
     """
     if requested and device == "cpu" and not on_cpu:
         return False, "use_flash_attention: this Paddle has no such kernel for the CPU; running without it"
@@ -278,10 +270,10 @@ def resolve_flash(requested: bool, compute: str, device: str) -> Tuple[bool, Opt
 
 
 def peak_memory() -> Dict[str, int]:
-    """Most bytes that this process's tensors took on its card so far, under PaddleNLP's name; empty on the CPU.
+    """Peak memory of this process's tensors on its card in bytes, under PaddleNLP's name; empty on the CPU.
 
-    Paddle counts them by itself. PaddleNLP would read them with skip_memory_metrics off alone, which starts a thread
-    without a pause beside the one that launches the kernels.
+    PaddleNLP reports it only with skip_memory_metrics off, which starts a busy thread next to the one that launches
+    kernels.
     """
     import paddle
 
@@ -303,13 +295,13 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, dataset_rank: int = 0, tensor_rank: int = 0) -> None:
-    """Seed Paddle for one training step: its dropout depends on seed, step and card alone.
+    """Seed Paddle for one training step, so that dropout depends only on seed, step and card.
 
-    So a resumed run repeats what the uninterrupted one drew without any stored generator state, which Paddle 2.6
-    cannot restore on the CPU, and an evaluation in between changes nothing.
+    A resumed run then repeats the uninterrupted one without stored generator states, which Paddle 2.6 cannot restore on
+    the CPU, and evaluations change nothing.
 
-    dataset_rank: differs between cards that see other samples; tensor_rank: between cards that share matrices, which
-    must draw the same outside of them and differently inside (fleet's "local_seed").
+    dataset_rank: differs between cards with different samples; tensor_rank: between cards that share matrices, which
+    must draw the same numbers outside of them and different ones inside (fleet's "local_seed").
     """
     import numpy as np
     import paddle

@@ -1,4 +1,4 @@
-"""What a process may lack where it runs: standard streams, a home that can be written, room in /dev/shm.
+"""Working around what a process's environment may lack: standard streams, a writable home, room in /dev/shm.
 
 `prepare` runs when paddlemix is imported, before Paddle and PaddleNLP are.
 """
@@ -16,22 +16,20 @@ from paddlemix.utils.errors import UserError
 
 
 def prepare() -> None:
-    """Make Paddle and PaddleNLP importable here, without what they say about settings of ours."""
+    """Make Paddle and PaddleNLP importable here, without warnings about our settings."""
     open_standard_streams()
     _find_homes()
     sys.meta_path.insert(0, _Around())
 
 
 def open_standard_streams() -> None:
-    """Open to nowhere what was closed (cron, daemons, `>&-`): else the next file gets its number, and is printed into.
-
-    A stream that is None or was closed becomes a file that takes everything.
-    """
+    """Open closed standard streams (cron, daemons, `>&-`) to /dev/null: else the next file gets their descriptor, and
+    output is written into it."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free: this one.
+            # Gets the lowest free descriptor: this one.
             os.open(os.devnull, os.O_RDWR)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -39,12 +37,12 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="replace"))
 
 
-# What writes into the home while it is imported, and the variable that names another place.
+# Libraries that write into the home on import, by the variable that names another folder.
 _HOMES = {"PPNLP_HOME": ".paddlenlp", "MPLCONFIGDIR": os.path.join(".config", "matplotlib")}
 
 
 def _find_homes() -> None:
-    """Name a temporary folder to the libraries that would write into a home that takes nothing."""
+    """Point the libraries that write into the home to a temporary folder if the home is not writable."""
     if all(name in os.environ for name in _HOMES):
         return
     home = os.path.expanduser("~")
@@ -58,7 +56,7 @@ def _find_homes() -> None:
 
 
 def _takes_files(folder: str) -> bool:
-    """Whether a folder can be written to, or can be made."""
+    """Whether a folder is writable, or can be created."""
     if not os.path.isabs(folder):
         return False
     nearest = folder
@@ -66,7 +64,7 @@ def _takes_files(folder: str) -> bool:
         nearest = os.path.dirname(nearest)
     if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         return False
-    # To root, everything is writable by its rights, also where nothing can be made.
+    # For root the modes say nothing.
     probe = os.path.join(nearest, f".mgen-vl-{os.getpid()}")
     try:
         os.mkdir(probe)
@@ -77,13 +75,13 @@ def _takes_files(folder: str) -> bool:
 
 
 def temporary_folder() -> Optional[str]:
-    """This user's folder for what may be lost, in the system's temporary folder; None where none can be had."""
+    """This user's folder for disposable files in the system's temporary folder; None if unavailable."""
     import tempfile
 
     try:
         folder = os.path.join(tempfile.gettempdir(), f"mgen-vl-{os.getuid()}")
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        # Another user may have made it first.
+        # Another user may have created it first.
         return folder if os.lstat(folder).st_uid == os.getuid() else None
     except OSError:
         return None
@@ -91,20 +89,20 @@ def temporary_folder() -> Optional[str]:
 
 @contextlib.contextmanager
 def _without_thread_lines() -> Iterator[None]:
-    """Keep back Paddle's two lines about an OMP_NUM_THREADS above 1: they are meant for processes that share the cores,
-    and set_cpu_defaults sets it for one that has them."""
-    said = io.StringIO()
+    """Suppress Paddle's two lines about an OMP_NUM_THREADS above 1: they are meant for processes that share the cores,
+    but set_cpu_defaults sets it for a single process."""
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             yield
     finally:
-        kept = [line for line in said.getvalue().splitlines(True) if "OMP_NUM_THREADS" not in line]
+        kept = [line for line in stderr.getvalue().splitlines(True) if "OMP_NUM_THREADS" not in line]
         sys.stderr.write("".join(kept))
 
 
 @contextlib.contextmanager
 def _with_a_home() -> Iterator[None]:
-    """For a library that knows no variable but HOME."""
+    """A writable HOME, for a library without a variable of its own."""
     home = os.environ.get("HOME")
     folder = None if _takes_files(os.path.expanduser(os.path.join("~", ".visualdl"))) else temporary_folder()
     try:
@@ -118,7 +116,7 @@ def _with_a_home() -> Iterator[None]:
 
 
 class _Around:
-    """Finds modules that are imported within a context."""
+    """A finder that imports some modules within a context."""
 
     contexts = {"paddle.base": _without_thread_lines, "visualdl": _with_a_home}
 
@@ -137,14 +135,12 @@ class _Around:
         return spec
 
 
-# Files that a process has open beside those that it asks for.
+# Files that a process has open anyway.
 _OPEN_BESIDE = 64
 
 
 def allow_open_files(count: int, instead: str) -> None:
-    """Let this process have so many more files open at once.
-
-    instead: what to do where that is not allowed.
+    """Raise this process's limit of open files to allow `count` more. instead: advice where that is not allowed.
 
     Raises:
         UserError: the system's hard limit is lower.
@@ -156,14 +152,13 @@ def allow_open_files(count: int, instead: str) -> None:
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(f"{count} files at once are too many here, where a process may open {hard}: {instead}")
+        text = f"{count} open files are too many here, where a process may open {hard}: {instead}"
+        raise UserError(text, "open-files")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check_shared_memory(workers: int, instead: str) -> None:
-    """Refuse to start processes where they cannot be given their locks, which lie in /dev/shm.
-
-    instead: the option, with its value, that does without them.
+    """Check that /dev/shm has room for the locks of worker processes. instead: the option that avoids them.
 
     Raises:
         UserError: there is no room, or no /dev/shm.
@@ -175,7 +170,5 @@ def check_shared_memory(workers: int, instead: str) -> None:
         [multiprocessing.Lock() for _ in range(8 + 4 * workers)]
     except (OSError, ImportError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"/dev/shm takes nothing ({reason}), and processes that work together need it: enlarge it "
-            f"(docker run --shm-size=1g), or give {instead}"
-        ) from None
+        advice = f"enlarge it (docker run --shm-size=1g), or give {instead}"
+        raise UserError(f"/dev/shm has no room ({reason}) for worker processes: {advice}", "shared-memory") from None

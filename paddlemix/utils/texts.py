@@ -1,4 +1,4 @@
-"""Small things that messages are made of."""
+"""Helpers for messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> Optional[str]:
-    """The known name that this one is most like, None when it is like none of them."""
+    """The most similar known name, or None."""
     near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
     return near[0] if near else None
 
 
 def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     names = list(names)
     return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

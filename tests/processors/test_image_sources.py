@@ -11,7 +11,7 @@ import pytest
 from paddlemix.processors import image_sources, images
 from paddlemix.processors.image_sources import load_image_source
 from paddlemix.utils.errors import ImageError
-from tests.helpers import image_base64, image_bytes
+from tests.helpers import image_base64, image_bytes, refused
 
 
 def reason(call, *args):
@@ -91,7 +91,7 @@ def test_url(server, monkeypatch):
     assert load_image_source(server + "/to//a.jpg?x=1") == image_bytes()
     assert load_image_source(server + "/图 a.jpg") == image_bytes()
     assert load_image_source(server.replace("http", "HTTP") + "/a.jpg?x=1") == image_bytes()
-    with pytest.raises(ImageError, match="answered 404"):
+    with refused(ImageError, "cannot fetch", match="404"):
         load_image_source(server + "/none")
     assert reason(load_image_source, server + "/short") == "cannot fetch"
     monkeypatch.setattr(images, "MAX_BYTES", 4000)
@@ -116,13 +116,13 @@ def test_answers_that_would_grow(server, monkeypatch):
 def test_a_server_that_dribbles_is_left(server, monkeypatch, path):
     """It would go on until the test ends: what ends it is the limit on all of the download."""
     monkeypatch.setattr(image_sources, "URL_TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(ImageError, match="took longer than 0.3 seconds"):
+    with refused(ImageError, "cannot fetch", match="0.3 seconds"):
         load_image_source(server + path)
 
 
 def test_without_requests(server, monkeypatch):
     monkeypatch.setitem(sys.modules, "requests", None)
-    with pytest.raises(ImageError, match="pip install requests"):
+    with refused(ImageError, "cannot fetch", match="requests"):
         load_image_source(server + "/a.jpg?x=1")
     assert load_image_source(image_base64()) == image_bytes()
 
@@ -160,5 +160,5 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(image_sources, "open", refuse, raising=False)
-    with pytest.raises(ImageError, match="Permission denied"):
+    with refused(ImageError, "no such file", match="Permission denied"):
         load_image_source(str(path))

@@ -16,7 +16,7 @@ from paddlemix.processors import metadata
 from paddlemix.processors.images import open_image, read_header
 from paddlemix.processors.metadata import MAX_EXTENSIONS, MAX_MARKERS, MAX_SCANS, bounded
 from paddlemix.utils.errors import ImageError
-from tests.helpers import image_bytes
+from tests.helpers import image_bytes, refused
 
 
 def same_picture(first, second):
@@ -114,12 +114,11 @@ def test_a_png_of_many_chunks():
     few, many = (data[:33] + empty * n + data[33:] for n in (metadata.MAX_CHUNKS - 10, metadata.MAX_CHUNKS))
     assert bounded(few) is few and same_picture(few, data)
     for call in (open_image, read_header):
-        with pytest.raises(ImageError, match="50,000 chunks") as caught:
+        with refused(ImageError, "broken image"):
             call(many)
-        assert caught.value.reason == "broken image"
     # Frames of an animation are such chunks, too.
     frame = png((b"acTL", struct.pack(">LL", 1 << 20, 0)), *[(b"fcTL", bytes(26))] * metadata.MAX_CHUNKS)
-    with pytest.raises(ImageError, match="chunks"):
+    with refused(ImageError, "broken image"):
         open_image(frame)
 
 
@@ -134,9 +133,8 @@ def test_a_webp_is_measured_before_it_is_opened(options, monkeypatch):
     assert metadata.webp_size(data.replace(b"VP8", b"VP9")) == (0, 0)
     monkeypatch.setattr(Image, "open", None)
     for call in (open_image, read_header):
-        with pytest.raises(ImageError, match="300 × 200") as caught:
+        with refused(ImageError, "too many pixels"):
             call(data, 59_999)
-        assert caught.value.reason == "too many pixels"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])

@@ -18,7 +18,7 @@ from paddlemix.processors.mgen_vl_processing import (
 )
 from paddlemix.processors.postprocess import single_line
 from paddlemix.utils.errors import ConfigError, ImageError, ImageTagError, UserError
-from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
+from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes, refused
 
 SPAN = [470, 472, 472, 472, 472, 471]
 
@@ -51,7 +51,7 @@ def test_reference_training_sequences(real, shared):
         )
         images = case["text"].count("<img>")
         if images == 2 and case["max_len"] == 300:
-            with pytest.raises(UserError, match="too small"):
+            with refused(UserError, "max_length"):
                 encode_example(real, turns, images, max_length=300)
             outcomes.append("refused")
             continue
@@ -120,17 +120,17 @@ def test_injected_control_tokens_stay_text(small):
 
 
 @pytest.mark.parametrize(
-    "turns, images, error",
+    "turns, images, code",
     [
-        ([["<img></img>", "b"]], 2, "1 image spans, but 2 images"),
-        ([["<img></img><img></img>", "b"]], 1, "2 image spans, but 1 images"),
-        ([], 0, "list of"),
-        ([["a"]], 0, "pairs"),
-        ([["a", 3]], 0, "texts"),
+        ([["<img></img>", "b"]], 2, "images"),
+        ([["<img></img><img></img>", "b"]], 1, "images"),
+        ([], 0, "conversation"),
+        ([["a"]], 0, "conversation"),
+        ([["a", 3]], 0, "conversation"),
     ],
 )
-def test_conversations_that_cannot_be(small, turns, images, error):
-    with pytest.raises(UserError, match=error):
+def test_conversations_that_cannot_be(small, turns, images, code):
+    with refused(UserError, code):
         encode_example(small, turns, images)
 
 
@@ -150,7 +150,7 @@ def test_text_is_shortened_before_a_span(small):
     # Down to the span and the markers, and no further.
     least = encode_example(small, [["p" * 50, "a" * 60]], 1, max_length=length - 121)
     assert SPAN == [i for i in least["input_ids"].tolist() if i in SPAN]
-    with pytest.raises(UserError, match="max_length 20 is too small"):
+    with refused(UserError, "max_length"):
         encode_example(small, [["p", "a"]], 1, max_length=20)
 
 
@@ -204,7 +204,7 @@ def test_hostile_templates(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ConfigError):
         ChatTemplate.from_file(str(tmp_path / "t.json"))
-    with pytest.raises(ConfigError, match="cannot read"):
+    with refused(ConfigError, "unreadable"):
         ChatTemplate.from_file(str(tmp_path / "none.json"))
 
 
@@ -214,7 +214,7 @@ def test_a_template_longer_than_any_window(tmp_path):
     assert ChatTemplate.from_file(str(path)).system == "x" * 16_000
     for more in ({"system": "x" * 16_384}, {"conversation": ["x" * 16_384 + "{{user}}", "{{bot}}"]}):
         path.write_text(json.dumps({"conversation": ["{{user}}", "{{bot}}\n"], **more}))
-        with pytest.raises(ConfigError, match="more than 16,384 letters"):
+        with refused(ConfigError, "size"):
             ChatTemplate.from_file(str(path))
 
 
@@ -241,7 +241,7 @@ def test_processor_takes_every_kind_of_source(small, tmp_path):
     assert processor(query=query, return_tensors="pd")["images"].shape == [3, 3, 56, 56]
     with pytest.raises(ImageError):
         processor(query=[{"image": "no/such.jpg"}])
-    with pytest.raises(UserError, match="return_tensors"):
+    with refused(UserError, "return_tensors"):
         processor("x", return_tensors="pt")
 
 

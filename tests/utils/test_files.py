@@ -271,7 +271,7 @@ def test_a_pipe_is_written_into(tmp_path):
     os.close(reader)
     assert os.listdir(tmp_path) == ["pipe"]
     outputs.check_file(str(pipe))
-    with pytest.raises(UserError, match="is a device or a pipe; the output must be a file"):
+    with refused(UserError, "not-regular"):
         outputs.check_file(str(pipe), plain=True)
 
 
@@ -327,7 +327,7 @@ def test_a_file_in_a_folder_that_takes_no_other(tmp_path, monkeypatch):
         file.write("new")
         assert (tmp_path / "a.txt").read_text() == "old"
     assert (tmp_path / "a.txt").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["a.txt", "t"]
-    with pytest.raises(UserError, match="cannot write .*b.txt: .* cannot be written to"):
+    with refused(UserError, "not-writable"):
         outputs.check_file(str(tmp_path / "b.txt"))
 
 
@@ -338,13 +338,13 @@ def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     for path in ("file/a", "file/a/b"):
         for check in (outputs.check_file, outputs.check_folder):
-            with pytest.raises(UserError, match=r"cannot write .*: .*file is a file"):
+            with refused(UserError, "not-writable"):
                 check(str(tmp_path / path))
-    with pytest.raises(UserError, match="is a folder; the output must be a file"):
+    with refused(UserError, "is-a-folder"):
         outputs.check_file(str(tmp_path))
-    with pytest.raises(UserError, match="is a file: give a folder"):
+    with refused(UserError, "is-a-file"):
         outputs.check_folder(str(tmp_path / "file"))
-    with pytest.raises(UserError, match="is a file: give a folder"):
+    with refused(UserError, "is-a-file"):
         with files.atomic_folder(str(tmp_path / "file")):
             pass
     for path in ("file", "new", "new/a/b"):
@@ -360,7 +360,7 @@ def test_an_input_is_not_written_over(tmp_path):
     given, missing = str(tmp_path / "in"), str(tmp_path / "missing")
     outputs.keep_apart([given, None, missing], [str(tmp_path / "other"), None, missing])
     for name in ("in", "link", "hard"):
-        with pytest.raises(UserError, match="in would be overwritten by .*: give another output"):
+        with refused(UserError, "overlap"):
             outputs.keep_apart([missing, given], [str(tmp_path / "other"), str(tmp_path / name)])
 
 
@@ -370,7 +370,7 @@ def test_one_process_writes_into_a_folder(tmp_path, root):
     command = [sys.executable, "-c", code, str(folder)]
     process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "1\n"
-    with pytest.raises(UserError, match="another process is writing into .*out"):
+    with refused(UserError, "busy"):
         with files.only_writer(str(folder)):
             pass
     process.communicate("\n")

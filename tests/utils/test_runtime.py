@@ -9,6 +9,7 @@ import pytest
 
 from paddlemix.utils import runtime
 from paddlemix.utils.errors import UserError
+from tests.helpers import refused
 
 # requested, device, bf16 supported → dtype, whether a reason is given
 DTYPES = [
@@ -58,10 +59,10 @@ def test_device_table(requested, cuda, cards, selected, expected, reason):
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(UserError, match="there is no gpu:2: Paddle sees 2 GPUs, from gpu:0 on"):
+    with refused(UserError, "device"):
         runtime.decide_device("gpu:2", True, 2)
     for name in ("xpu", "gpu:", "gpu:x", "cpu:0", ""):
-        with pytest.raises(UserError, match="cpu, gpu or gpu:N"):
+        with refused(UserError, "device"):
             runtime.decide_device(name, True, 2)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from paddlemix.utils import cli, surroundings
 from paddlemix.utils.errors import UserError
+from tests.helpers import refused
 
 # Says what it was given, prints, and writes a file whose number must not be one of the standard streams'.
 SCRIPT = """
@@ -157,7 +158,7 @@ def test_no_room_for_locks(monkeypatch):
 
     surroundings.check_shared_memory(2, "--workers 0")
     monkeypatch.setattr(multiprocessing, "Lock", lambda: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
-    with pytest.raises(UserError, match=r"/dev/shm takes nothing \(No space left on device\).*--workers 0"):
+    with refused(UserError, "shared-memory", match="No space left on device.*--workers 0"):
         surroundings.check_shared_memory(2, "--workers 0")
 
 
@@ -171,5 +172,5 @@ def test_many_open_files(monkeypatch):
     assert len(limits) == 1
     surroundings.allow_open_files(500, "")
     assert limits[-1] == (564, 1000)
-    with pytest.raises(UserError, match="2000 files at once are too many here, where a process may open 1000: do less"):
+    with refused(UserError, "open-files", match="2000 .* 1000: do less"):
         surroundings.allow_open_files(2000, "do less")
