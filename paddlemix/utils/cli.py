@@ -183,9 +183,9 @@ _OF_THE_SYSTEM = {
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
-    0 or the return value of `main`; the `exit_code` of a UserError, shown as one line; 130 after Ctrl-C; 1 with one line
-    for what a disk or folder refuses; 1, silently, if the reader of stdout went away (`| head`). Any other exception is a
-    bug and keeps its traceback.
+    0 or the return value of `main`; the `exit_code` of a UserError, shown as one line; 130 after Ctrl-C; 1, in one
+    line, if a disk or folder refuses something; 1, silently, if the reader of stdout went away (`| head`). Any other
+    exception is a bug and keeps its traceback.
     """
     _start_again_if_needed(main)
     open_standard_streams()

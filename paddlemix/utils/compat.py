@@ -100,8 +100,8 @@ def softmax_(scores):
 
 
 def norm_is_fused(x) -> bool:
-    """Whether fused_rms_norm applies to tensors like `x`: without gradients, for which 2.6 has no kernel, and on the CPU
-    if scaled_dot_product_attention is fused there."""
+    """Whether fused_rms_norm applies to tensors like `x`: without gradients, for which 2.6 has no kernel; on the CPU if
+    scaled_dot_product_attention is fused there."""
     return not paddle.is_grad_enabled() and (FUSED_ATTENTION_ON_CPU or x.place.is_gpu_place())
 
 
