@@ -1,7 +1,7 @@
-"""Tables inside a .gz, .tar or .tar.gz file, read as a stream: nothing is unpacked to disk.
+"""Tables inside .gz, .tar or .tar.gz files, read as a stream: nothing is unpacked to disk.
 
-Archives come from strangers. Memory is bounded by what tarfile may read between two files (_MAX_HEADERS), time by
-how far an archive may expand (_MAX_RATIO) and by the number of files in it (_MAX_FILES).
+Archives are untrusted. Memory is bounded by the headers that tarfile may read between two files (_MAX_HEADERS), time by
+the expansion of an archive (_MAX_RATIO) and its number of files (_MAX_FILES).
 """
 
 from __future__ import annotations
@@ -58,16 +58,18 @@ class _Stream:
             if len(data) < size:
                 data += self._file.read(size - len(data))
         except (EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{self._path} is damaged or cut short ({error}): fetch it again") from None
+            raise UserError(f"{self._path} is damaged or cut short ({error}): fetch it again", "damaged") from None
         self._position += len(data)
         if self._position > _FREE_BYTES + _MAX_RATIO * self._size:
-            raise UserError(f"{self._path} expands to over {_MAX_RATIO} times its size: unpack it, if you trust it")
+            text = f"{self._path} expands to over {_MAX_RATIO} times its size: unpack it, if you trust it"
+            raise UserError(text, "ratio")
         return data
 
     def read(self, size: int) -> bytes:
         self._headers += size
         if self._headers > _MAX_HEADERS:
-            raise UserError(f"{self._path}: the names and attributes of a file in it take over {_MAX_HEADERS >> 20} MB")
+            text = f"{self._path}: the names and attributes of a file in it take over {_MAX_HEADERS >> 20} MB"
+            raise UserError(text, "headers")
         return self.take(size)
 
     def tell(self) -> int:
@@ -119,7 +121,7 @@ def members(path: str, file: IO[bytes]) -> Iterator[Member]:
         while found is not None:
             count += 1
             if count > _MAX_FILES:
-                raise UserError(f"{path} holds more than {_MAX_FILES:,} files: unpack it, and give the table")
+                raise UserError(f"{path} holds more than {_MAX_FILES:,} files: unpack it, and give the table", "files")
             name = os.path.basename(found.name)
             if found.isreg() and not found.issparse() and not name.startswith("."):
                 if os.path.splitext(name)[1].lower() in TABLES:
@@ -130,5 +132,5 @@ def members(path: str, file: IO[bytes]) -> Iterator[Member]:
             pass
     except UserError:
         raise
-    except Exception as error:  # tarfile's parser raises nearly anything on a broken header
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again") from None
+    except Exception as error:  # tarfile's parser raises almost any exception on a broken header
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again", "damaged") from None

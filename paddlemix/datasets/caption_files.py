@@ -1,4 +1,4 @@
-"""Captions by id from files: what a model wrote (`id \\t caption`), and references in any of the project's formats."""
+"""Captions by id from files: results (`id \\t caption`), and references in any of the project's formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 10
 
 
 class References(NamedTuple):
-    """texts: id → its references, in the order of the file. has_images: the file is a TSV with images."""
+    """texts: id → its references, in the order of the file. has_images: whether the file has images."""
 
     texts: Dict[str, List[str]]
     has_images: bool
@@ -42,8 +42,8 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
     """`id \\t caption` lines by id, in the order of the file; a caption may be empty. quiet: show no progress.
 
     Raises:
-        UserError: the file cannot be read, a line is not two columns of UTF-8, or an id comes twice; lines and ids
-        are listed (the first ten and the number).
+        UserError: the file cannot be read, a line is not two columns of UTF-8, or an id occurs twice; lists lines and
+        ids (the first ten).
     """
     size = check_input(path)
     found: Dict[str, str] = {}
@@ -68,31 +68,31 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
             else:
                 found[fields[0]] = fields[1]
     if bad:
-        raise UserError(f"{path}: {len(bad)} lines are not id, tab, caption in UTF-8: lines {some(bad, SHOWN)}")
+        text = f"{path}: {len(bad)} lines are not id, tab, caption in UTF-8: lines {some(bad, SHOWN)}"
+        raise UserError(text, "lines")
     if doubled:
-        raise UserError(f"{path}: {len(doubled)} ids come more than once: {some(doubled, SHOWN)}")
+        raise UserError(f"{path}: {len(doubled)} ids come more than once: {some(doubled, SHOWN)}", "duplicate")
     if not found:
-        raise UserError(f"{path} has no captions")
+        raise UserError(f"{path} has no captions", "empty")
     return found
 
 
 def read_references(path: str, quiet: bool = True) -> References:
-    """References by id. An id may come several times, each time with a further reference.
+    """References by id. An id may occur several times, each time with another reference.
 
-    A JSON file holds chatml records, whose first answer is the reference. In any other file a line is
-    `id \\t base64 \\t caption` (or as rows.py reads it), or `id \\t caption`; behind the latter each further column is
-    one more reference.
-    quiet: show no progress.
+    A JSON file has chatml records, whose first answer is the reference. In other files a line is
+    `id \\t base64 \\t caption` (or another form of rows.py), or `id \\t caption`, with more references in further
+    columns. quiet: show no progress.
 
     Raises:
-        UserError: the file cannot be read, or a row has no reference; the lines are listed.
+        UserError: the file cannot be read, or rows have no reference; lists their lines.
     """
     size = check_input(path)
     with open(path, "rb") as file:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     found = (_of_json if head in (b"[", b"{") else _of_rows)(path, _reading(path, size, quiet))
     if not found.texts:
-        raise UserError(f"{path} has no references")
+        raise UserError(f"{path} has no references", "empty")
     return found
 
 
@@ -112,7 +112,7 @@ def _of_json(path: str, bar: Progress) -> References:
                 continue
             texts.setdefault(record.id, []).append(record.turns[0][1])
     if bad:
-        raise UserError(f"{path}: {len(bad)} records cannot be used: {some(bad, SHOWN)}")
+        raise UserError(f"{path}: {len(bad)} records cannot be used: {some(bad, SHOWN)}", "records")
     return References(texts, False)
 
 
@@ -148,12 +148,12 @@ def _of_rows(path: str, bar: Progress) -> References:
             else:
                 bad.append(f"{row.line_no} ({reason})")
     if bad:
-        raise UserError(f"{path}: {len(bad)} lines have no reference: {some(bad, SHOWN)}")
+        raise UserError(f"{path}: {len(bad)} lines have no reference: {some(bad, SHOWN)}", "lines")
     return References(texts, has_images)
 
 
 def new_captions(path: str) -> Iterator[Tuple[str, str]]:
-    """(id, caption) of each line of predict.py's results, or of the chosen candidates of its n-best file ("" of none).
+    """(id, caption) of each line of predict.py's results, or the chosen candidates of its n-best file ("" if none).
 
     Raises:
         UserError: the file cannot be read, or a line is neither.
@@ -170,33 +170,34 @@ def new_captions(path: str) -> Iterator[Tuple[str, str]]:
                     name, caption = line.decode("utf-8").rstrip("\r\n").split("\t")[:2]
                     yield name, caption
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-                raise UserError(f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best") from None
+                text = f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best"
+                raise UserError(text, "lines") from None
 
 
 class InOrder:
-    """What a file holds of some of the rows, in their order: lines (id, value). Memory does not grow with the file."""
+    """Values for some of the rows, in their order, from lines (id, value), in constant memory."""
 
     def __init__(self, path: str, lines: Iterator[Tuple[str, Any]]):
         self._path, self._lines = path, lines
         self._next = next(lines, None)
 
     def take(self, name: str) -> Any:
-        """The value of the row of that id (tsv.row_id), None if it has none. Each row is asked for once."""
+        """The value of the row with that id (tsv.row_id), or None. To be called once per row."""
         if self._next is None or self._next[0] != name:
             return None
         value, self._next = self._next[1], next(self._lines, None)
         return value
 
     def end(self) -> None:
-        """All rows have been asked for.
+        """Check, after all rows, that all lines were used.
 
         Raises:
-            UserError: a line was of none of them.
+            UserError: a line belongs to no row.
         """
         if self._next is not None:
-            raise UserError(f"{self._path}: {self._next[0]} is not the id of a row, or out of order")
+            raise UserError(f"{self._path}: {self._next[0]} is not the id of a row, or out of order", "ids")
 
 
 def common_ids(*sides: Mapping[str, object]) -> List[str]:
-    """The ids that all sides have, in the order of the first."""
+    """The ids in all sides, in the order of the first."""
     return [key for key in sides[0] if all(key in side for side in sides[1:])]

@@ -1,6 +1,6 @@
-"""Training samples from train.json files: each record is found by an index, and read and decoded when it is asked for.
+"""Training samples from train.json files: records are located by an index, and read and decoded on access.
 
-Whatever is wrong with a record costs that record alone: the next good one takes its place.
+A bad record never affects others: it is replaced by the next good one.
 
     bytes [start, end) → Record (records.py) → ids and labels [t]   (processors.mgen_vl_processing)
                                              → pixel values [n, 3, S, S]   (processors.images)
@@ -39,14 +39,14 @@ from paddlemix.processors.mgen_vl_processing import (
 from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.log import logger
 
-# So many bad records in a row are no accident.
+# Consecutive bad records after which reading gives up.
 MAX_FAILURES_IN_A_ROW = 1000
 LOG_EVERY = 1000
 MAX_OPEN_FILES = 16
 
 
 class _Files:
-    """Files kept open for reading at an offset, the latest few; each process opens its own."""
+    """Files kept open for reading at offsets, the most recent few; each process opens its own."""
 
     def __init__(self) -> None:
         self._handles: OrderedDict = OrderedDict()
@@ -69,17 +69,17 @@ class _Files:
         if path in self._handles:
             self._handles.move_to_end(path)
             return self._handles[path]
-        # Opening a pipe would wait for its writer.
+        # Opening a pipe would block until it has a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise SampleError(f"{os.path.basename(path)} is not a plain file")
+            raise SampleError(f"{os.path.basename(path)} is not a plain file", "not-regular")
         self._handles[path] = handle
         if len(self._handles) > MAX_OPEN_FILES:
             os.close(self._handles.popitem(last=False)[1])
         return handle
 
-    # At the interpreter's end, when __del__ may be called, the module's own name `os` may be gone already.
+    # __del__ may run at interpreter shutdown, when the module's global `os` is gone.
     def close(self, os=os) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
@@ -87,13 +87,13 @@ class _Files:
     __del__ = close
 
     def __reduce__(self):
-        # Handles belong to this process; whoever gets the dataset opens files anew.
+        # Handles belong to this process; a copy of the dataset opens its own.
         return _Files, ()
 
 
 class _Part(NamedTuple):
-    """One JSON file of a dataset. folder: what references are relative to. bounds: int64 [n, 2]. kept: numbers of the
-    records taken, None for all. prompts: those of its entry, drawn by seed."""
+    """One JSON file of a dataset. folder: base of relative references. bounds: int64 [n, 2]. kept: indices of the
+    records used, None for all. prompts: those of its entry, drawn by seed."""
 
     path: str
     folder: str
@@ -108,7 +108,7 @@ class _Part(NamedTuple):
         return len(self.bounds if self.kept is None else self.kept)
 
     def asked(self, row: int, record: Record) -> Record:
-        """A record with the prompt that its entry has for it. Without an image, a question is its own."""
+        """A record with the prompt of its entry, if any. Records without an image keep their question."""
         if not self.prompts or not record.images:
             return record
         prompt = random.Random(f"{self.seed} {row}").choice(self.prompts)
@@ -116,7 +116,7 @@ class _Part(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An entry of a dataset. records: in its files; samples: of the dataset."""
+    """An entry of a dataset. records: in its files; samples: in the dataset."""
 
     entry: Entry
     records: int
@@ -124,7 +124,7 @@ class Source(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A prompt made of a record, and what the record answers: ids int64 [t], images float32 [n, 3, S, S]."""
+    """A record's prompt and answer: ids int64 [t], images float32 [n, 3, S, S]."""
 
     id: str
     ids: np.ndarray
@@ -134,10 +134,7 @@ class Question(NamedTuple):
 
 
 class _Tally:
-    """How many samples something happened to, over all loader workers.
-
-    It lives in memory shared with processes started later, so the training process sees what happens in workers.
-    """
+    """A counter shared with loader workers that are started later."""
 
     def __init__(self) -> None:
         self._count = multiprocessing.Value("q", 0)
@@ -153,7 +150,7 @@ class _Tally:
 
 
 def find_files(data_files: Union[str, Sequence[str]]) -> List[str]:
-    """The files that paths and patterns (*, ?, [ ], **) name: in the order given, those of a pattern sorted by name.
+    """The files named by paths and patterns (*, ?, [ ], **), in the order given; those of a pattern sorted by name.
 
     Raises:
         ConfigError: a file is missing, a pattern matches nothing, or a file is named twice.
@@ -184,9 +181,9 @@ class ChatmlDataset:
 
     data_files: a path, a pattern, or a list of them (see find_files).
     chat_template: a file, a ChatTemplate, or None for the default.
-    max_length: longest sample in tokens; texts are shortened to it, image spans never cut.
+    max_length: longest sample in tokens; texts are truncated to it, image spans never.
     label_all_turn_markers: labels (b) of docs/formats.md, "Training sequence".
-    limit, repeat, prompts: see Entry. seed: what limit and prompts draw by.
+    limit, repeat, prompts: see Entry. seed: of the random choices of limit and prompts.
 
     Raises:
         UserError: a file is missing or unreadable, or there are no records.
@@ -246,7 +243,7 @@ class ChatmlDataset:
         self._ends = np.cumsum([part.records for part in self._parts]).tolist()
 
     def extend(self, other: ChatmlDataset) -> None:
-        """Append the records of another dataset, with their own chat template; the rest is read as here."""
+        """Append the records of another dataset, which keep their chat template."""
         self._parts += other._parts
         self.sources += other.sources
         self._set_ends()
@@ -256,12 +253,12 @@ class ChatmlDataset:
 
     @property
     def n_skipped(self) -> int:
-        """Failed samples so far, those in loader workers included."""
+        """Failed samples so far, including those in loader workers."""
         return self._failed.count
 
     @property
     def n_shortened(self) -> int:
-        """Samples so far that lost text to max_length, those in loader workers included."""
+        """Samples truncated to max_length so far, including those in loader workers."""
         return self._cut.count
 
     def _place(self, index: int) -> Tuple[_Part, int]:
@@ -274,20 +271,20 @@ class ChatmlDataset:
         return part, row if part.kept is None else int(part.kept[row])
 
     def record_text(self, index: int) -> bytes:
-        """The bytes of a record in the file, and the few around it.
+        """The bytes of a record in the file, possibly with a few around it.
 
         Raises:
-            SampleError: longer than MAX_ROW_BYTES, or the file has become shorter.
+            SampleError: longer than MAX_ROW_BYTES, or the file was truncated.
         """
         return self._text(*self._place(index))
 
     def _text(self, part: _Part, row: int) -> bytes:
         start, end = part.bounds[row].tolist()
         if end - start > MAX_ROW_BYTES + 4096:
-            raise SampleError(f"{(end - start) >> 20} MB, more than the {MAX_ROW_BYTES >> 20} MB that are read")
+            raise SampleError(f"{(end - start) >> 20} MB, more than the limit of {MAX_ROW_BYTES >> 20} MB", "size")
         text = self._files.read(part.path, start, end - start)
         if len(text) < end - start:
-            raise SampleError(f"{part.path} has been cut short")
+            raise SampleError(f"{part.path} was truncated", "truncated")
         return text
 
     def record(self, index: int) -> Record:
@@ -300,9 +297,9 @@ class ChatmlDataset:
         return part.asked(row, parse_record(self._text(part, row), part.folder))
 
     def lengths(self) -> SampleLengths:
-        """The length in tokens of every sample, and whether it has an image, without a look at the image.
+        """The length in tokens of every sample, and whether it has an image, without reading images.
 
-        Counted once and kept beside each JSON file (see datasets.lengths). A record that cannot be used has length 0.
+        Computed once and cached next to each JSON file (see datasets.lengths). Unusable records have length 0.
         """
         found = []
         for part in self._parts:
@@ -319,7 +316,7 @@ class ChatmlDataset:
         return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*found)))
 
     def sample(self, index: int) -> Sample:
-        """Exactly this sample: input_ids, labels int64 [t], images float32 [n, 3, S, S].
+        """The sample at `index`: input_ids, labels int64 [t], images float32 [n, 3, S, S].
 
         Raises:
             UserError: it cannot be used (a SampleError, ImageError, …).
@@ -346,7 +343,7 @@ class ChatmlDataset:
         return pixels
 
     def encoded(self, index: int) -> Tuple[Dict[str, Any], List[bytes]]:
-        """This sample before its images are decoded: what encode_example gives, and each image's file as bytes.
+        """The sample before decoding images: (the result of encode_example, the bytes of each image file).
 
         Raises:
             UserError: it cannot be used (a SampleError, ImageError, …).
@@ -364,7 +361,7 @@ class ChatmlDataset:
         return encoded, [self._image_bytes(source, part.folder) for source in record.images]
 
     def question(self, index: int) -> Question:
-        """What evaluation asks about this sample: its first question, as prediction would.
+        """The sample's first question, as in prediction.
 
         Raises:
             UserError: it cannot be used (a SampleError, ImageError, …).
@@ -387,14 +384,14 @@ class ChatmlDataset:
         return read_image(place.file)
 
     def __getitem__(self, index: int) -> Union[Sample, Failure]:
-        """The sample at `index`, or the next good one after it (from the end, the search goes on at the beginning)."""
+        """The sample at `index`, or the next good one after it (wrapping around at the end)."""
         self._place(index)
         found = self.attempt(index, "the next good one takes its place")
         return self.good_after(index, found) if isinstance(found, Failure) else found
 
     def good_after(self, index: int, failure: Failure) -> Union[Sample, Failure]:
-        """The next good sample after the one at `index`, which is known to fail; a Failure when MAX_FAILURES_IN_A_ROW
-        records, or all there are, fail."""
+        """The next good sample after the failed one at `index`; a Failure if MAX_FAILURES_IN_A_ROW records, or all,
+        fail."""
         tries = min(len(self), MAX_FAILURES_IN_A_ROW)
         for step in range(1, tries):
             found = self.attempt((index + step) % len(self), "the next good one takes its place")
@@ -404,13 +401,13 @@ class ChatmlDataset:
         return Failure(f"no good sample among {tries} in a row, from record {index} on; the last one: {failure.reason}")
 
     def attempt(self, index: int, consequence: str, read: Optional[Callable[[int], Any]] = None) -> Any:
-        """This sample, or the Failure that says why not, which is counted and logged with its consequence.
+        """The sample at `index`, or a Failure, which is counted and logged with its consequence.
 
-        read: what reads it, by default `sample`.
+        read: the method that reads it, by default `sample`.
         """
         try:
             return (read or self.sample)(index)
-        except Exception as error:  # of whatever kind: one sample must not end a run of hours
+        except Exception as error:  # a single sample must not end the run
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         skipped = self._failed.add()
         if skipped == 1 or skipped % LOG_EVERY == 0:
@@ -433,9 +430,9 @@ class ChatmlDataset:
 def build_dataset(
     entries: Sequence[Entry], tokenizer: Any, image_processor: Any, settings: Any, seed: int = 0
 ) -> ChatmlDataset:
-    """The dataset of a config's `dataset.train` or `dataset.eval`: its entries, one at least, one after the other.
+    """The dataset of a config's `dataset.train` or `dataset.eval`: the concatenation of its entries, at least one.
 
-    settings: has max_length and label_all_turn_markers. seed: what entries draw by.
+    settings: has max_length and label_all_turn_markers. seed: of the entries' random choices.
 
     Raises:
         UserError: an entry's files cannot be used.

@@ -1,4 +1,4 @@
-"""Samples of different lengths and image counts to one batch.
+"""Collating samples of different lengths and image counts into a batch.
 
 Shapes: B samples, T padded length, N images, S image side.
 """
@@ -21,26 +21,26 @@ Sample = Dict[str, np.ndarray]
 
 
 class Failure(NamedTuple):
-    """In the place of a sample where there is none, with the reason.
+    """Replaces a sample that cannot be read, with the reason.
 
-    In Paddle's loader an error becomes another one or, without workers, an endless wait. So a Failure goes with the
-    batch, as the text under "failure", to the process that trains, which calls raise_failure.
+    Paddle's loader replaces exceptions by others or, without workers, waits forever. So the batch carries the reason as
+    "failure" to the training process, which calls raise_failure.
     """
 
     reason: str
 
 
 def raise_failure(batch: Dict[str, Any]) -> None:
-    """Raise UserError when a batch carries a Failure."""
+    """Raise UserError if a batch carries a Failure."""
     if "failure" in batch:
         raise UserError(batch["failure"])
 
 
 class MGenVLCollator:
-    """Pads to the longest sample of the batch, rounded up to a multiple.
+    """Pads samples to the longest of the batch, rounded up to a multiple.
 
-    pad_token_id: what input_ids are padded with, on the right; padded places are masked and have no label.
-    image_start_id, n_queries: of the image spans; with them a batch says where its features go.
+    pad_token_id: pads input_ids on the right; padding is masked and has no labels. image_start_id, n_queries: of the
+    image spans; with them a batch has image_positions.
     """
 
     def __init__(
@@ -53,14 +53,13 @@ class MGenVLCollator:
         self.image_start_id, self.n_queries = image_start_id, n_queries
 
     def __call__(self, samples: Sequence[Any]) -> Dict[str, Any]:
-        """samples: per row a Sample, or a list of them, packed one behind the other.
+        """samples: per row a Sample, or a list of packed ones.
 
         Returns input_ids, labels, attention_mask [B, T] int64, and images [N, 3, S, S] in the order of their spans,
-        left out when the batch has none. Packed rows have sample_lengths besides, a list of K numbers a row (0 where it
-        holds fewer samples), and no label on a sample's first token, which the one before it would have to predict.
-        What the model would have to wait for its device to find is found here: label_positions, image_positions, int64,
-        [] where there are none.
-        A Failure does not make a row; its reason is the batch's "failure" (see raise_failure).
+        missing if the batch has none. Packed rows also have sample_lengths, a list of K numbers per row (0 where it has
+        fewer samples), and no label on a sample's first token, which the previous sample would have to predict.
+        label_positions and image_positions (int64, [] if empty) are computed here, since the model would have to
+        synchronise with the device for them. A Failure makes no row; its reason becomes the batch's "failure".
         """
         packed = any(isinstance(row, list) for row in samples)
         rows = [row if isinstance(row, list) else [row] for row in samples]
@@ -76,7 +75,7 @@ class MGenVLCollator:
             "attention_mask": np.zeros(shape, dtype=np.int64),
         }
         if packed:
-            # Lists: the loader makes tensors of arrays, and this is for the host.
+            # Lists stay on the host; the loader converts arrays to tensors.
             most = max(1, *map(len, lengths))
             batch["sample_lengths"] = [counts + [0] * (most - len(counts)) for counts in lengths]
         images: List[np.ndarray] = []
@@ -102,7 +101,7 @@ class MGenVLCollator:
                 places["image_positions"] = spans
             except UserError as error:
                 failures.append(str(error))
-        # The loader cannot make a tensor of nothing.
+        # The loader cannot convert empty arrays to tensors.
         batch.update({name: indices if len(indices) else [] for name, indices in places.items()})
         if failures:
             batch["failure"] = failures[0]

@@ -1,4 +1,4 @@
-"""What a conversion says of rows that it takes although they look wrong."""
+"""Warnings about rows that a conversion accepts although they look wrong."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Dict, List
 
 from paddlemix.datasets.tsv import TsvRow, unquoted
 
-# Letters that captions are made of and ids are not.
+# Text that occurs in captions and not in ids.
 _WORDS = re.compile("[\u4e00-\u9fff]{4}")
 
 
 class Doubts:
-    """What is odd about accepted rows although each of them can be used."""
+    """Collects suspicious but usable rows."""
 
     def __init__(self) -> None:
         self._count: Counter = Counter()

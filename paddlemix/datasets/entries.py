@@ -1,4 +1,4 @@
-"""What a config's `dataset` names: {"train": [entry, …], "eval": [entry, …]}. No file is opened."""
+"""The key `dataset` of a config: {"train": [entry, …], "eval": [entry, …]}. Opens no file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NAMES = ("chatml_dataset",)
 class Entry(NamedTuple):
     """One entry of `dataset`.
 
-    data_files: paths and patterns. chat_template: a file, None for the default. weight: of the samples that an epoch
-    draws, against the other entries'. repeat: how often an epoch holds each record. limit: records taken, drawn by
-    seed. prompt: what records with an image are asked in place of their own question, drawn by seed if several.
+    data_files: paths and patterns. chat_template: a file, None for the default. weight: relative share of the samples
+    that an epoch draws. repeat: how often an epoch contains each record. limit: number of records, drawn by seed.
+    prompt: replaces the question of records with an image; drawn by seed if there are several.
     """
 
     name: str
@@ -31,16 +31,16 @@ class Entry(NamedTuple):
 
     @property
     def mixing(self) -> Dict[str, Any]:
-        """The keys that say what an epoch takes of it, where they differ from their defaults."""
+        """The keys that determine its share of an epoch, where they differ from their defaults."""
         names = ("limit", "repeat", "weight", "prompt")
         return {name: getattr(self, name) for name in names if getattr(self, name) != self._field_defaults[name]}
 
 
 def read_entry(raw: Dict[str, Any]) -> Entry:
-    """An entry from the object that JSON holds.
+    """Parse an entry from a JSON object.
 
     Raises:
-        ConfigError: it has other keys or values than an entry.
+        ConfigError: it has unknown keys or invalid values.
     """
     for name in raw:
         if name not in Entry._fields:
@@ -70,7 +70,7 @@ def read_entry(raw: Dict[str, Any]) -> Entry:
 
 
 def _mixing_problems(part: str, entries: List[Entry]) -> List[str]:
-    """What does not go together in the entries of a part."""
+    """Contradictions between the entries of a part."""
     weighted = [entry for entry in entries if entry.weight is not None]
     if part == "eval":
         if weighted or any(entry.repeat > 1 for entry in entries):
@@ -88,9 +88,9 @@ def _mixing_problems(part: str, entries: List[Entry]) -> List[str]:
 def read_entries(
     dataset: Optional[Dict[str, Any]], chat_template: Optional[str] = None
 ) -> Tuple[Dict[str, List[Entry]], List[str]]:
-    """(the entries of each part, a sentence for everything that is wrong with `dataset`).
+    """(the valid entries of each part, without missing files; the problems of `dataset`).
 
-    What is wrong is left out: an entry, a file that is missing. chat_template: of entries that name none.
+    chat_template: of entries that have none.
     """
     found: Dict[str, List[Entry]] = {}
     problems: List[str] = []

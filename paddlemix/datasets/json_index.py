@@ -1,18 +1,18 @@
-"""Where the records of a JSON file begin and end, found without parsing or loading it.
+"""Byte offsets of the records in a JSON file, found without parsing or loading it.
 
-`record_bounds` gives an int64 array [n, 2] of byte offsets. It comes from a small file beside the JSON
-(`.train.json.idx`), which is believed as long as the JSON keeps its size and modification time; otherwise it is made
-anew, at the speed of reading the file, and written there if the folder takes it.
+`record_bounds` returns an int64 array [n, 2] of byte offsets. It is cached in a small file next to the JSON
+(`.train.json.idx`), which is valid as long as the JSON's size and modification time are unchanged; otherwise it is
+recomputed at the speed of reading the file, and written if the folder is writable.
 
-Three layouts are told apart by the first few records:
-  lines   one record per line, as convert_labels writes it, with or without the brackets of an array (JSON lines).
-          Every line is a record of its own, so a broken one costs nobody else anything.
-  indent  records over many lines, each beginning on a line of its own with the same indentation, as json.dump with
-          indent writes them. A record ends where the next begins: a broken one costs itself alone too.
-  scan    anything else, such as a whole array on one line: brackets are counted, strings stepped over. A string
-          ends at a line break at the latest (JSON has none inside), and a `}` too few costs the records after it.
+Three layouts are distinguished by the first few records:
+  lines   one record per line, as convert_labels writes it, with or without the brackets of an array (JSON lines). A
+          broken line does not affect other records.
+  indent  records over several lines, each starting on a new line with the same indentation, as from json.dump with
+          indent. A record ends where the next one starts, so a broken one does not affect others either.
+  scan    anything else, such as an array on one line: counts brackets and skips strings. A string ends at a line break
+          at the latest (JSON strings contain none), and a missing `}` makes the following records unusable.
 
-Whether a record is good JSON shows when it is read (see chatml).
+Whether a record is valid JSON is checked when it is read (see chatml).
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ from paddlemix.utils.progress import Progress
 _HEADER = struct.Struct("<8sqqq")
 _MAGIC = b"MGENIDX1"
 _BLOCK_BYTES = 4 << 20
-# Reading less than this takes no time worth a progress bar.
+# Minimum size for a progress bar.
 _PROGRESS_FROM_BYTES = 1 << 30
-# The layout is judged by this many lines, each parsed up to this size.
+# Lines used to detect the layout, and their maximum size.
 _SNIFF_LINES = 16
 _SNIFF_LINE_BYTES = 1 << 20
-_BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _INDENTED = re.compile(rb"\s*\[\s*?(\n[ \t]+)\{[ \t]*\r?\n")
 
 
 def index_path(path: str) -> str:
-    """The index file of a JSON file: hidden, beside it."""
+    """The index file of a JSON file: hidden, next to it."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.idx")
 
@@ -58,7 +57,7 @@ def _header(path: str, count: int) -> bytes:
 
 
 def _load_index(path: str) -> Optional[np.ndarray]:
-    """The bounds from the index file, or None unless it is whole, belongs to this very file and is plausible."""
+    """The bounds from the index file; None unless it is complete, belongs to this file and is plausible."""
     try:
         with open(index_path(path), "rb") as file:
             header = file.read(_HEADER.size)
@@ -77,9 +76,9 @@ def _load_index(path: str) -> Optional[np.ndarray]:
 
 
 class IndexWriter:
-    """Collects record bounds for a JSON file that is being written, and writes its index when that file is final.
+    """Collects record bounds of a JSON file that is being written, and writes its index once that file is final.
 
-    Bounds go to a file without a name at once, so memory does not grow with their number.
+    Bounds are buffered in an unnamed temporary file, so memory is constant.
     """
 
     def __init__(self, folder: str):
@@ -100,7 +99,7 @@ class IndexWriter:
         self._recent = array("q")
 
     def write_for(self, path: str) -> None:
-        """Write the index of `path`, whose bytes must not change any more."""
+        """Write the index of `path`, which must be final."""
         self._flush()
         self._bounds.seek(0)
         with atomic_write(index_path(path), "wb") as file:
@@ -116,23 +115,23 @@ class IndexWriter:
 
 
 def record_bounds(path: str) -> np.ndarray:
-    """Begin and end of each record, int64 [n, 2]; the bytes between hold one record and perhaps blanks and commas.
+    """Start and end of each record, int64 [n, 2]; the range holds one record, possibly with white space and commas.
 
     Raises:
-        UserError: the file is missing, no plain file, or cannot be read.
+        UserError: the file is missing, not a plain file, or cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} is not a plain file")
+            raise UserError(f"{path} is not a plain file", "not-regular")
         bounds = _load_index(path)
         if bounds is not None:
             return bounds
         before = _header(path, 0)
         bounds = scan_records(path)
         if _header(path, 0) != before:
-            raise UserError(f"{path} was changed while it was read; start again when it is complete")
+            raise UserError(f"{path} was changed while it was read; start again when it is complete", "changed")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
     try:
         with atomic_write(index_path(path), "wb") as file:
             file.write(_header(path, len(bounds)))
@@ -143,7 +142,7 @@ def record_bounds(path: str) -> np.ndarray:
 
 
 def scan_records(path: str) -> np.ndarray:
-    """As record_bounds, always from the JSON file itself."""
+    """record_bounds without the index file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         layout, indent = _sniff(file)
@@ -159,7 +158,7 @@ def scan_records(path: str) -> np.ndarray:
 
 
 def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
-    """The layout of a file, and for "indent" what comes before each record: a line break and blanks."""
+    """The layout of a file, and for "indent" the prefix of each record: a line break and spaces."""
     good = bad = 0
     file.seek(0)
     if file.read(3) != _BOM:
@@ -170,7 +169,7 @@ def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
             break
         text = line.strip(b"[], \t\r\n")
         if len(line) == _SNIFF_LINE_BYTES and not line.endswith(b"\n"):
-            # Too long to parse: one record with a big image, or the whole array on one line.
+            # Too long to parse: one record with a large image, or the entire array on one line.
             if not _is_one_record(file, file.tell() - len(line)):
                 bad += 1
                 break
@@ -198,7 +197,7 @@ def _sniff(file: IO[bytes]) -> Tuple[str, bytes]:
 
 
 def _is_one_record(file: IO[bytes], begin: int) -> bool:
-    """Whether the long line at `begin` holds exactly one record. If so, the file is left behind that line."""
+    """Whether the long line at `begin` holds exactly one record. If so, the file is positioned after that line."""
     file.seek(begin)
     first = next(_scan(_blocks(file), begin), None)
     if first is None:
@@ -242,10 +241,10 @@ def _line_bounds(file: IO[bytes], progress: Callable[[int], None]) -> np.ndarray
     starts = np.concatenate(line_starts)
     first = np.concatenate(first_bytes) if first_bytes else np.zeros(0, dtype=np.uint8)
     if len(first) < len(starts):
-        # The last line break ends the file.
+        # The file ends with a line break.
         starts = starts[:-1]
     ends = np.append(starts[1:], offset)
-    # No records: empty lines, and the array's brackets on lines of their own.
+    # Not records: empty lines, and the array's brackets on separate lines.
     blank = (first == 10) | (first == 13)
     bracket = (first == ord("]")) | (np.isin(first, np.frombuffer(b"[ \t", dtype=np.uint8)) & (ends - starts <= 3))
     if len(first) and first[0] == _BOM[0]:
@@ -266,7 +265,7 @@ def _indent_bounds(file: IO[bytes], indent: bytes, size: int, progress: Callable
         while found >= 0:
             starts.append(offset + found + len(indent))
             found = text.find(mark, found + len(mark))
-        # A mark may cross the border; less than a whole one is carried, so none is found twice.
+        # A mark may span two blocks; less than a full one is carried over, so that none is found twice.
         carried = text[max(0, len(text) - len(mark) + 1) :]
         offset += len(text) - len(carried)
         progress(len(block))
@@ -291,10 +290,10 @@ _STRUCTURE = re.compile(rb'[{}\[\]"]')
 
 
 def _scan(blocks: Iterator[bytes], offset: int) -> Iterator[Tuple[int, int]]:
-    """Bounds of the records in a stream of bytes that begins at `offset`: what is directly in the outermost array, or
-    outermost itself. The last one may be cut short by the end of the stream."""
+    """Bounds of the records in a stream of bytes that starts at `offset`: the elements of the outermost array, or the
+    outermost objects. The last one may be truncated."""
     depth = 0
-    # Depth at which records stand: 1 inside an array, 0 without one.
+    # Depth of records: 1 inside an array, 0 without one.
     base = -1
     start = -1
     in_string = escaped = False
@@ -309,7 +308,7 @@ def _scan(blocks: Iterator[bytes], offset: int) -> Iterator[Tuple[int, int]]:
                 end = block.find(b'"', position)
                 stop = block.find(b"\n", position, end if end >= 0 else len(block))
                 if stop >= 0:
-                    # No string goes over a line break; this one lacks its end.
+                    # Strings contain no line break; this one is unterminated.
                     in_string = False
                     position = stop + 1
                     continue
@@ -321,7 +320,7 @@ def _scan(blocks: Iterator[bytes], offset: int) -> Iterator[Tuple[int, int]]:
                     escaped = slashes % 2 == 1
                     position = len(block)
                 else:
-                    # An odd number of backslashes in front: the quote belongs to the string.
+                    # After an odd number of backslashes, the quote is escaped.
                     in_string = slashes % 2 == 1
                     position = end + 1
                 continue

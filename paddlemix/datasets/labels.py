@@ -1,16 +1,16 @@
-"""From the contest's TSV, or a table of images, to train.json, val.json and chat_template.json, a row at a time.
+"""Converting the contest's TSV, or a table of images, to train.json, val.json and chat_template.json, row by row.
 
     TsvRow → checks in this order: columns, base64, caption (cleaned, counted), image (verify), duplicate
-           → record n = 0, 1, 2, … of the accepted rows: val.json when n % val_every == 0, train.json otherwise
+           → record n = 0, 1, 2, … of the accepted rows: val.json if n % val_every == 0, train.json otherwise
 
-Memory does not grow with the input, but for `dedupe`, which keeps 16 bytes of hash per accepted row (some 100 bytes
-with Python's set around it: 100 MB for a million rows).
+Memory is constant, except for `dedupe`, which stores a 16-byte hash per accepted row (100 MB for a million rows, in
+Python's set).
 
-Work on the image's text is done in whole-string calls: at 50 KB a row, anything per character would take longer than
-reading and writing the file. What base64 text is checked for:
-  inline      all of it, so that it can stand in JSON as it is. URL-safe, wrapped or data-URI text becomes plain base64.
-  reference   the text is not copied. Up to 16 KB, all of it; of a longer one the first and last 1 KB. What is wrong in
-              between shows when the image is decoded. (Looking at all of it takes as long as copying the file.)
+Image texts are processed by whole-string operations: at 50 KB a row, anything per character would take longer than
+reading and writing the file. Checks of base64 text:
+  inline      all of it, so that it can be copied into JSON. URL-safe, wrapped or data-URI text becomes plain base64.
+  reference   up to 16 KB all of it, of longer texts the first and last 1 KB (checking all takes as long as copying).
+              Errors in between show when the image is decoded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from paddlemix.utils.outputs import check_folder, keep_apart, nearest_folder
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import check_shared_memory
 
-# Values of the rejected rows' reason, beside those of tsv.py and of processors.images.
+# Reasons of rejected rows, in addition to those of tsv.py and processors.images.
 BAD_BASE64 = "bad base64"
 TOO_SHORT = "caption too short"
 TOO_LONG = "caption too long"
@@ -63,22 +63,19 @@ EXCHANGED = "image and caption exchanged"
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _EXACT_BYTES = 16 << 10
 _ENDS_BYTES = 1 << 10
-# Enough of most images for the size to be known, and of nearly all others.
+# Prefixes that contain the size of most images, and of almost all.
 _HEADER_BASE64_BYTES = (1 << 10, 8 << 10)
 _PROGRESS_BYTES = 8 << 20
 _VERIFY_BATCH = 16
-# Rows whose images are being decoded; their lines stay in memory until they are written.
+# Maximum bytes of rows in memory whose images are being decoded.
 _HELD_BYTES = 64 << 20
-
-
-# --- captions ---
 
 
 # --- base64 ---
 
 
 def _is_plain_base64(text: Union[bytes, memoryview], all_of_it: bool) -> bool:
-    """Whether text is standard base64 on one line. Not all_of_it: of a long one only both ends are looked at."""
+    """Whether text is standard base64 on one line. all_of_it: False checks only both ends of long texts."""
     padding = 2 if text[-2:] == b"==" else 1 if text[-1:] == b"=" else 0
     if len(text) % 4 == 1 or (padding and len(text) % 4):
         return False
@@ -89,7 +86,7 @@ def _is_plain_base64(text: Union[bytes, memoryview], all_of_it: bool) -> bool:
 
 
 def header_problem(text: bytes) -> Optional[str]:
-    """Why the image in base64 `text` cannot be used, as far as its header tells; None if nothing is wrong."""
+    """Why the image in base64 `text` cannot be used, from its header; None if it is fine."""
     try:
         for enough in _HEADER_BASE64_BYTES:
             if len(text) > enough:
@@ -97,7 +94,7 @@ def header_problem(text: bytes) -> Optional[str]:
                     read_header(decode_base64(text[:enough]))
                     return None
                 except ImageError:
-                    pass  # The size may stand behind a long preview or colour profile: look at more, then all of it.
+                    pass  # The size may come after a long preview or colour profile: read more, then all of it.
         read_header(decode_base64(text))
         return None
     except ImageError as error:
@@ -105,7 +102,7 @@ def header_problem(text: bytes) -> Optional[str]:
 
 
 def decode_problem(text: bytes) -> Optional[str]:
-    """Why the image in base64 `text` cannot be used, from decoding all of it. An image cut short is a problem here."""
+    """Why the image in base64 `text` cannot be used, from decoding all of it. Truncated images are refused too."""
     try:
         return TRUNCATED if open_image(decode_base64(text)).info["truncated"] else None
     except ImageError as error:
@@ -116,7 +113,7 @@ def decode_problem(text: bytes) -> Optional[str]:
 
 
 class Options(NamedTuple):
-    """How rows become records; see tools/convert_labels.py --help. max_chars 0: as training takes."""
+    """See tools/convert_labels.py --help. max_chars 0: the limit of training."""
 
     prompt: str = DEFAULT_PROMPT
     val_every: int = 20
@@ -131,9 +128,9 @@ class Options(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """A row with the texts that go into its record, or the reason why it gets none.
+    """A row with the texts for its record, or the reason why it is rejected.
 
-    image: base64 text; that of a row which only names it has been read.
+    image: base64 text, read from the file if the row only names it.
     """
 
     row: TsvRow
@@ -143,7 +140,7 @@ class Checked(NamedTuple):
 
 
 def _read(path: str, captions: Optional[str]) -> Iterator[TsvRow]:
-    """The rows of IN, with the captions of the file `captions` in place of their own if it is given."""
+    """The rows of IN, with the captions of the file `captions`, if given, instead of their own."""
     rows = read_rows(path, want_caption=captions is None, archives=True)
     if captions is None:
         yield from rows
@@ -158,14 +155,14 @@ def _read(path: str, captions: Optional[str]) -> Iterator[TsvRow]:
 
 
 def _exchanged(row: TsvRow) -> Optional[str]:
-    """EXCHANGED if the image is where the caption should be."""
+    """EXCHANGED if the caption column holds the image."""
     return EXCHANGED if is_image((row.caption or "")[:256].encode()) else None
 
 
 def check_row(row: TsvRow, options: Options) -> Checked:
-    """All checks that need this row alone, but for decoding its image.
+    """All checks that need only this row, except decoding its image.
 
-    The image of the result is plain base64 when options.images is "inline", and the row's own text otherwise.
+    The image of the result is plain base64 if options.images is "inline", else the row's own text.
     """
     if row.error:
         return Checked(row, b"", "", _exchanged(row) or row.error)
@@ -188,7 +185,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
             return Checked(row, b"", "", EMPTY_CAPTION)
     if len(caption) < options.min_chars:
         return Checked(row, b"", "", TOO_SHORT)
-    # Training takes no record with more.
+    # The limit of training.
     most = MAX_TEXT_CHARS - len(options.prompt)
     if len(caption) > min(options.max_chars or most, most):
         return Checked(row, b"", "", TOO_LONG)
@@ -196,7 +193,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     return Checked(row, image, caption, reason)
 
 
-# Where a worker finds an image: its place, or its base64 text where that is in no file.
+# The input of a worker: an image's place, or its base64 text if it is not in a file.
 _Found = Union[ImagePlace, bytes]
 
 
@@ -214,8 +211,8 @@ def _decode_task(places: List[_Found]) -> List[Optional[str]]:
 
 
 class _Decoders:
-    """Worker processes that decode images. A worker that dies (a decoder's crash, out of memory) is replaced, and
-    the images it had are tried again one by one, so that the one to blame is found."""
+    """Worker processes that decode images. A worker that dies (a decoder crash, out of memory) is replaced, and its
+    images are retried one by one to find the cause."""
 
     def __init__(self, workers: int):
         self._workers = workers
@@ -248,7 +245,7 @@ class _Decoders:
                     problems += self._pool.submit(_decode_task, [place]).result()
                     break
                 except BrokenProcessPool:
-                    # The pool may have broken before this image: it is to blame only when it is alone in a new one.
+                    # The pool may have been broken before: the image is the cause only if it is alone in a new one.
                     self._pool.shutdown()
                     self._start()
                     if attempt == 2:
@@ -260,7 +257,7 @@ class _Decoders:
 
 
 def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
-    """The same rows in the same order, with the reason of those whose image cannot be decoded."""
+    """The same rows in the same order, with a reason if their image cannot be decoded."""
     decoders = _Decoders(workers)
     waiting: Deque[Tuple[List[Checked], List[_Found], Optional[Future]]] = deque()
     batch: List[Checked] = []
@@ -304,11 +301,11 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
 
 
 class _NothingAccepted(Exception):
-    """There is nothing to write but rejected.tsv."""
+    """No row was accepted: only rejected.tsv is written."""
 
 
 class Result(NamedTuple):
-    """What a conversion did. rejected: rows per reason. warnings: what may be otherwise than meant."""
+    """The result of a conversion. rejected: rows per reason. warnings: possible mistakes in the input."""
 
     n_train: int
     n_val: int
@@ -320,10 +317,11 @@ OUTPUTS = ("train.json", "val.json", "chat_template.json", "ids.tsv", "rejected.
 
 
 def convert(path: str, out_dir: str, options: Options, disable_progress: bool = False) -> Result:
-    """Convert the rows of `path` (see rows.py) into the files OUTPUTS in `out_dir`, which appear together at the end.
+    """Convert the rows of `path` (see rows.py) into the files OUTPUTS in `out_dir`, which are renamed together at the
+    end.
 
-    ids.tsv says which row a record came from (record id, the row's id, line number); rejected.tsv which rows were
-    left out (line number, the row's id, reason).
+    ids.tsv maps records to rows (record id, the row's id, line number); rejected.tsv lists rejected rows (line number,
+    the row's id, reason).
 
     Raises:
         UserError: the input cannot be read or would be overwritten, or the disk has no room for its images.
@@ -337,9 +335,10 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             "unpack it first, or leave out --images reference"
         )
     if is_json(path):
-        raise UserError(f"{path} is JSON, as this command writes it, not a table of rows: give the TSV or CSV")
+        text = f"{path} is JSON, as this command writes it, not a table of rows: give the TSV or CSV"
+        raise UserError(text, "json-input")
     if os.path.isfile(out_dir):
-        raise UserError(f"OUT_DIR {out_dir} is a file: the order is IN OUT_DIR")
+        raise UserError(f"OUT_DIR {out_dir} is a file: the order is IN OUT_DIR", "argument-order")
     shown = len(NAMED_IMAGE.findall(options.prompt))
     if shown > 1:
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
@@ -349,11 +348,12 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     doubts = Doubts()
     try:
         free = shutil.disk_usage(nearest_folder(out_dir)).free
-        # How much --dedupe leaves is not known before.
+        # With --dedupe the size is not known in advance.
         if options.images == "inline" and not options.dedupe and free < size:
             raise UserError(
                 f"{out_dir} has {free / 1e9:.1f} GB free, and train.json would hold the images of {path} "
-                f"({size / 1e9:.1f} GB): --images reference leaves them there"
+                f"({size / 1e9:.1f} GB): --images reference leaves them there",
+                "disk",
             )
         with only_writer(out_dir), Progress(
             total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
@@ -363,7 +363,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             except _NothingAccepted:
                 counts = None
     except OSError as error:
-        raise JobFailed(f"cannot write to {out_dir}: {error.strerror}") from error
+        raise JobFailed(f"cannot write to {out_dir}: {error.strerror}", "disk") from error
     total = sum(rejected.values())
     if counts is None:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common(3))
@@ -374,7 +374,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         )
         if total and rejected[MISSING_COLUMN] == total:
             why += "; columns are separated by tabs, or by commas in a CSV whose header names image and caption"
-        raise JobFailed(f"no usable row in {path}: {why}")
+        raise JobFailed(f"no usable row in {path}: {why}", "all-rejected" if total else "empty")
     return Result(counts[0], counts[1], rejected, doubts.warnings(*counts, options.val_every))
 
 
@@ -387,7 +387,7 @@ def _convert(
     reject_file: IO[str],
     bar: Progress,
 ) -> Tuple[int, int]:
-    """The counts of training and validation records. Nothing is kept when it raises."""
+    """The numbers of training and validation records. Keeps no output if it raises."""
     stream: Iterable[Checked] = (check_row(row, options) for row in _read(path, options.captions))
     if options.verify == "decode":
         stream = _decode_checked(stream, path, options.workers)

@@ -1,8 +1,7 @@
-"""The lengths in tokens of all records of a JSON file: counted once, then kept in a file beside it.
+"""The lengths in tokens of all records of a JSON file, cached in a file next to it.
 
-`.train.json.len` is kept beside `.train.json.idx`. It is believed as long as the JSON keeps its size and modification
-time, and vocabulary, chat template and max_length are those it was made with; otherwise it is made anew, and written if
-the folder takes it.
+`.train.json.len` is valid as long as size and modification time of the JSON, vocabulary, chat template and max_length
+are unchanged; otherwise it is recomputed, and written if the folder is writable.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from paddlemix.utils.runtime import physical_cores
 # Magic with the format's number, size and mtime_ns of the JSON, number of records, key.
 _HEADER = struct.Struct("<8sqqq32s")
 _MAGIC = b"MGENLEN2"
-# Counting fewer records takes no time worth a bar, or processes of their own.
+# From here on, a progress bar and worker processes are worthwhile.
 _MANY_RECORDS = 20_000
 _CHUNK = 2_000
-# Beyond that, reading the file is the bound.
+# With more, reading the file is the bottleneck.
 _MOST_PROCESSES = 16
 
-# (row) → (tokens, whether there is an image). Raises what it likes for a record that cannot be used.
+# (row) → (tokens, whether there is an image). May raise anything for unusable records.
 Measure = Callable[[int], Tuple[int, bool]]
 
 
 def lengths_path(path: str) -> str:
-    """The lengths' file of a JSON file: hidden, beside it."""
+    """The cache file of a JSON file: hidden, next to it."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.len")
 
 
 def lengths_key(tokenizer: Any, template: Any, max_length: int, *asked: Any) -> bytes:
-    """32 bytes that differ when the lengths of the same records may. asked: what replaces their own prompts."""
+    """32 bytes that change if the lengths of the same records may change. asked: replacement of their prompts."""
     ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     digest = hashlib.sha256(b"\n".join(token for token, _ in ranks))
     digest.update(repr((len(ranks), tokenizer.n_queries, tuple(template), max_length, *asked)).encode())
@@ -53,7 +52,7 @@ def lengths_key(tokenizer: Any, template: Any, max_length: int, *asked: Any) -> 
 def cached_lengths(path: str, key: bytes, count: int, measure: Measure) -> Tuple[np.ndarray, np.ndarray]:
     """Tokens, int64 [count], and has_image, bool [count], of the records of a JSON file.
 
-    count: its records. measure: gives one of them; where it raises, the record has length 0.
+    count: number of records. measure: returns one of them; if it raises, the record has length 0.
     """
     with _one_at_a_time(path):
         stored = _load(path, key, count)
@@ -73,9 +72,9 @@ def cached_lengths(path: str, key: bytes, count: int, measure: Measure) -> Tuple
 
 @contextlib.contextmanager
 def _one_at_a_time(path: str) -> Iterator[None]:
-    """Of the processes of a run on this machine the first counts; the others wait, and find its file."""
+    """Of the processes on this machine, the first computes; the others wait and read its file."""
     with open(path, "rb") as file:
-        # Some network file systems refuse; then each counts for itself.
+        # Not supported on some network file systems; then each process computes.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -98,18 +97,18 @@ def _load(path: str, key: bytes, count: int) -> Optional[np.ndarray]:
 
 
 def _measure_range(measure: Measure, begin: int, end: int) -> np.ndarray:
-    """uint32 [end - begin]: twice the tokens, and one more with an image; 0 for a record that cannot be used."""
+    """uint32 [end - begin]: twice the tokens, plus one with an image; 0 for unusable records."""
     stored = np.zeros(end - begin, dtype="<u4")
     for row in range(begin, end):
         try:
             tokens, has_image = measure(row)
             stored[row - begin] = 2 * tokens + has_image
-        except Exception:  # of whatever kind; it is reported when the record's turn comes
+        except Exception:  # reported when the record is read
             continue
     return stored
 
 
-# What the processes of a count work with: inherited by forking, as functions cannot be sent.
+# Inherited by worker processes through fork, since functions cannot be pickled.
 _shared: Optional[Tuple[Measure, int]] = None
 
 

@@ -1,9 +1,9 @@
-"""Which samples share a sequence or a batch, planned from their lengths in tokens alone.
+"""Packing samples into sequences, and grouping them by length, from their lengths in tokens alone.
 
-Packing (`mixtoken`) puts several samples one after another into a sequence of at most max_length tokens. Length
-grouping (`group_by_modality_length`) keeps a sample per row, and makes batches of rows of like length. Both are
-functions of the lengths and a seed: a run that is resumed, or split over cards, finds the same plan without reading a
-sample. A million lengths take about a second.
+Packing (`mixtoken`) concatenates several samples into a sequence of at most max_length tokens. Length grouping
+(`group_by_modality_length`) keeps one sample per row, and makes batches of rows of similar length. Both depend only on
+the lengths and a seed, so that a resumed or distributed run gets the same plan without reading samples. A million
+lengths take about a second.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ import numpy as np
 
 from paddlemix.datasets.collator import Failure, Sample
 
-# Samples packed among each other: enough that little room is lost, few enough that the order stays random.
+# Samples packed together: enough to fill sequences well, few enough to keep the order random.
 PACK_WINDOW = 512
-# Batches whose samples are sorted among each other.
+# Batches whose samples are sorted together.
 GROUP_WINDOW = 64
-# Sets the packing's random stream apart from those of the epochs, which are numbered.
+# Separates the random stream of packing from those of the epochs, which are numbered.
 _PACKING_STREAM = 2**31
 
 
 class SampleLengths(NamedTuple):
-    """tokens: int64 [n], 0 for a record that cannot be used; has_image: bool [n]."""
+    """tokens: int64 [n], 0 for unusable records; has_image: bool [n]."""
 
     tokens: np.ndarray
     has_image: np.ndarray
 
     def digest(self) -> int:
-        """A number for exactly these lengths."""
+        """A checksum of these lengths."""
         return zlib.crc32(self.has_image.tobytes(), zlib.crc32(self.tokens.tobytes()))
 
 
 class Packs(NamedTuple):
-    """Every sample in one pack. members: int64 [n], sample numbers, pack by pack; starts: int64 [packs + 1]."""
+    """A partition of all samples. members: int64 [n], sample indices, pack by pack; starts: int64 [packs + 1]."""
 
     members: np.ndarray
     starts: np.ndarray
@@ -46,17 +46,17 @@ class Packs(NamedTuple):
         return len(self.starts) - 1
 
     def samples(self, pack: int) -> Tuple[int, ...]:
-        """The samples of a pack, in the order of their sequence."""
+        """The samples of a pack, in order."""
         return tuple(self.members[self.starts[pack] : self.starts[pack + 1]].tolist())
 
     def digest(self) -> int:
-        """A number for exactly these packs."""
+        """A checksum of these packs."""
         return zlib.crc32(self.starts.tobytes(), zlib.crc32(self.members.tobytes()))
 
 
 class PackedDataset:
-    """A dataset whose items are packs of another one's samples: a list of them each, without those that fail, as
-    another might not fit into their room. If all of a pack fail, the next good sample is alone in its place."""
+    """A dataset whose items are packs: lists of another dataset's samples, without failed ones, since a replacement
+    might not fit. If all samples of a pack fail, the next good sample replaces the pack."""
 
     def __init__(self, dataset: Any, packs: Packs):
         self.dataset, self.packs = dataset, packs
@@ -82,11 +82,11 @@ class PackedDataset:
 def plan_packs(tokens: np.ndarray, max_length: int, seed: int, window: int = PACK_WINDOW) -> Packs:
     """Pack samples into sequences of at most max_length tokens.
 
-    The samples are shuffled by `seed` and cut into windows; in each, from the longest down, a sample goes to the first
-    sequence that has room (first-fit decreasing; Johnson 1973). The packs are those of every epoch, whose order is a
-    permutation of them: so an epoch holds each sample once, and all epochs are equally long.
+    The samples are shuffled by `seed` and cut into windows; in each, samples go from the longest down to the first
+    sequence with enough room (first-fit decreasing; Johnson 1973). All epochs use the same packs in another order, so
+    that an epoch has each sample once, and all epochs have the same length.
 
-    tokens: int64 [n], each at most max_length. Records that cannot be used (length 0) go along and cost no room.
+    tokens: int64 [n], each at most max_length. Unusable records (length 0) take no room.
 
     Raises:
         ValueError: a sample is longer than max_length.
@@ -102,8 +102,8 @@ def plan_packs(tokens: np.ndarray, max_length: int, seed: int, window: int = PAC
     longest_first = np.argsort(-sizes, axis=1, kind="stable")
     order, sizes = (np.take_along_axis(values, longest_first, axis=1) for values in (order, sizes))
 
-    # All windows at once, a sample of each at a time. One sequence more than any window uses stays empty, so that a
-    # sample always finds room.
+    # All windows at once, one sample of each at a time. One extra sequence per window stays empty, so that a sample
+    # always finds room.
     room = np.full((windows, window + 1), max_length, dtype=np.int64)
     bins = np.empty_like(order)
     rows = np.arange(windows)
@@ -124,11 +124,11 @@ def plan_packs(tokens: np.ndarray, max_length: int, seed: int, window: int = PAC
 
 
 def group_by_length(lengths: SampleLengths, batch_size: int, processes: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of all samples, int64 [n], whose batches hold samples of like length.
+    """An order of all samples, int64 [n], with batches of similar length.
 
-    Each stretch of batch_size × processes samples makes the batches of one step, a process after another. Samples with
-    and without an image are kept apart, but for what fills no batch of either: that comes last. The samples of a step
-    are dealt so that every process has as much to do. Batches of short and of long samples come in random order.
+    Each run of batch_size × processes samples makes the batches of one step, process by process. Samples with and
+    without an image are separated, except for the remainders, which come last. The samples of a step are distributed
+    evenly over processes. Batches of short and of long samples come in random order.
     """
     per_step = batch_size * processes
     order = rng.permutation(len(lengths.tokens))
@@ -146,6 +146,6 @@ def group_by_length(lengths: SampleLengths, batch_size: int, processes: int, rng
         left = left[per_step:]
     steps = np.concatenate(groups)
     steps = steps[rng.permutation(len(steps))].reshape(-1, batch_size, processes)
-    # Every second round of dealing goes the other way, or the last process would always get the longest.
+    # Alternate the direction, or the last process would always get the longest.
     steps[:, 1::2] = steps[:, 1::2, ::-1].copy()
     return np.concatenate([steps.transpose(0, 2, 1).reshape(-1), left])

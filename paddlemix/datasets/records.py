@@ -1,12 +1,12 @@
-"""A record of train.json: its text, checked, and where its images come from.
+"""Parsing and validating a record of train.json.
 
     {"id": …, "conversations": [[prompt, caption], …], "image": …}   (docs/formats.md)
 
-"image" is base64 text, a reference {"file", "offset", "length"} to base64 text in another file (beside the JSON, or
-relative to its folder), {"file"} for an image file, or a list of these; it may be missing. A prompt may hold its images
-itself, as `<img>path or base64</img>`.
+"image" is base64 text, a reference {"file", "offset", "length"} to base64 text in another file (relative to the JSON's
+folder), {"file"} for an image file, or a list of these; it may be missing. A prompt may contain its images itself, as
+`<img>path or base64</img>`.
 
-Record text comes from anywhere, so it is bounded before it is parsed.
+Record text is untrusted, so its size is checked before parsing.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.json_files import short_int
 
-# A record of captions has a few dozen brackets and commas. Parsed, `[],[],[],…` takes twenty times its bytes, so a
-# record with more of them is refused unparsed.
+# Maximum brackets and commas; a record has a few dozen. Parsed, `[],[],[],…` takes twenty times its bytes.
 MAX_STRUCTURE = 200_000
 MAX_IMAGES = 64
-# Far more than max_length tokens hold; what is shortened is tokenised first.
+# Far more than max_length tokens; texts are tokenised before truncation.
 MAX_TEXT_CHARS = 200_000
-# A longer text between <img> and </img> is base64 without a look for such a file.
+# Longer texts between <img> and </img> are taken for base64 without looking for a file.
 MAX_PATH_CHARS = 1024
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SampleError(UserError):
-    """This record cannot be used; the message says why, in a few words."""
+    """The record cannot be used; the message is a short reason."""
 
 
 class Record(NamedTuple):
-    """A checked record: its id, (prompt, answer) per turn, and where its images come from, in the order of the text.
+    """A valid record: id, (prompt, answer) per turn, and the sources of its images, in the order of the text.
 
-    A source is base64 text, a reference dict, or ("path", name). Prompts that held images hold empty `<img></img>`.
+    A source is base64 text, a reference dict, or ("path", name). Images in prompts are replaced by `<img></img>`.
     """
 
     id: str
@@ -49,9 +48,9 @@ class Record(NamedTuple):
 
 
 def parse_record(text: bytes, folder: str = "") -> Record:
-    """The record in `text`, one JSON object with blanks, commas or an array's bracket around it.
+    """Parse the record in `text`: one JSON object, possibly with white space, commas or an array's bracket around it.
 
-    folder: where image paths in prompts are looked for, beside the working directory.
+    folder: searched for image paths in prompts, before the working directory.
 
     Raises:
         SampleError: not JSON, or not a record of the form above.
@@ -90,9 +89,9 @@ _IMAGE_TEXT = re.compile(rb'"image"\s*:\s*"')
 
 
 def without_image(text: bytes) -> bytes:
-    """A record's text with the first bytes of its base64, which is nearly all of it and says nothing of its length.
+    """A record's text with its base64 cut to a few bytes, for counting tokens.
 
-    Inside a JSON string a quote has a backslash before it, so what is looked for cannot stand in a caption.
+    Inside a JSON string quotes are escaped, so the searched pattern cannot occur in a caption.
     """
     found = _IMAGE_TEXT.search(text)
     if found is None:
@@ -112,7 +111,7 @@ def _turns(value: Any) -> List[Tuple[str, str]]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise SampleError('"conversations" is not a list of [prompt, caption] pairs')
         if any(_SURROGATE.search(text) for text in turn):
-            raise SampleError("a text holds half a character (a lone surrogate)")
+            raise SampleError("a text contains a lone surrogate")
         turns.append((turn[0], turn[1]))
     return turns
 
@@ -122,7 +121,7 @@ def _check_source(image: Any) -> None:
         return
     if isinstance(image, dict):
         file, offset, length = image.get("file"), image.get("offset"), image.get("length")
-        # bool is an int to Python, not here.
+        # In Python bool is an int.
         if isinstance(file, str) and file and "\0" not in file and set(image) == {"file"}:
             return
         if isinstance(file, str) and file and "\0" not in file and type(offset) is type(length) is int:
@@ -136,9 +135,9 @@ def _check_source(image: Any) -> None:
 def _images_in_prompts(
     turns: List[Tuple[str, str]], images: List[Any], folder: str
 ) -> Tuple[List[Tuple[str, str]], List[Any]]:
-    """Take the images out of prompts that hold them; empty tags take theirs from "image", in order.
+    """Extract images from prompts; empty tags take theirs from "image", in order.
 
-    Tags that merely name the images of "image" (as many of both) stand for those.
+    If there are as many tags as images in "image", the tags only name those.
     """
     contents = [found for prompt, _ in turns for found in NAMED_IMAGE.findall(prompt)]
     if not contents:

@@ -1,7 +1,7 @@
-"""Rows with images, whatever file they come in, and the bytes of their images.
+"""Rows with images from any supported file, and the bytes of their images.
 
-    TSV     `id \\t base64 \\t caption`, or the path of an image file in place of base64 (tsv.py)
-    CSV     a header that names the columns: image (or path, file_name, …), and perhaps id and caption
+    TSV     `id \\t base64 \\t caption`, or the path of an image file instead of base64 (tsv.py)
+    CSV     a header with the columns image (or path, file_name, …), and optionally id and caption
     JSON    the records of a train.json or val.json, with their ids
 
 A path is relative to the folder of the file that names it, and must stay in that folder. Only plain files are read.
@@ -45,7 +45,7 @@ SEVERAL_IMAGES = "several images"
 
 _HEAD_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
-# Names of a CSV's columns, as other projects write them.
+# Names of a CSV's columns in other projects.
 _COLUMNS = {
     "id": ("id", "image_id"),
     "image": ("image", "image_path", "path", "file_name", "filename", "file"),
@@ -71,12 +71,12 @@ def _begins_json(head: bytes) -> bool:
 
 
 def is_json(path: str) -> bool:
-    """Whether a file, as check_input takes it, holds JSON records."""
+    """Whether a file that passed check_input holds JSON records."""
     return _begins_json(_head(path))
 
 
 def _csv_columns(head: bytes, where: str) -> Optional[Dict[str, int]]:
-    """Where a CSV's header has the columns; None if the first line is no such header."""
+    """Indices of the columns in a CSV's header; None if the first line is not such a header."""
     first, _, rest = _without_bom(head).split(b"\n", 1)[0].partition(b"\r")
     if b"\t" in first or b"," not in first:
         return None
@@ -102,13 +102,13 @@ def read_rows(
     state: Optional[FileState] = None,
     archives: bool = False,
 ) -> Iterator[TsvRow]:
-    """The rows of a file in order, as tsv.read_rows gives them: what is wrong with one is in its `error`.
+    """The rows of a file in order, as from tsv.read_rows: a bad row has an `error`.
 
-    offset, first_line: where to begin, and the number of that line (of that record in JSON). state: the file as it must
-    be still. archives: an archive (see archives.py) is read from its beginning, one table after the other.
+    offset, first_line: where to start, and the number of that line (in JSON, of that record). state: the required state
+    of the file. archives: accept an archive (see archives.py), read from its start, table by table.
 
     Raises:
-        UserError: as check_input; captions are wanted, and they are in GBK, or a CSV has no column of them; or an
+        UserError: as check_input; captions are wanted, and they are in GBK, or a CSV has no column for them; or an
             archive is damaged, or has no table.
         JobFailed: the file changed while it was read.
     """
@@ -128,11 +128,11 @@ def read_rows(
 
 def _check_columns(name: str, columns: Dict[str, int], want_caption: bool) -> None:
     if want_caption and "caption" not in columns:
-        raise UserError(f"{name}: the header names no column caption")
+        raise UserError(f"{name}: the header names no column caption", "no-caption-column")
 
 
 def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
-    """An image of such a row cannot be read by itself, so its offset is -1."""
+    """Rows of an archive. Their images cannot be read separately, so their offset is -1."""
     folder, tables = os.path.dirname(path), 0
     with open(path, "rb", buffering=0) as file:
         for member in members(path, file):
@@ -162,7 +162,7 @@ def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
 
 
 def most_rows(path: str, lines: int) -> int:
-    """At most how many rows a file of that many lines has, for a bar."""
+    """An upper bound of the rows of a file with so many lines, for a progress bar."""
     if is_json(path):
         from paddlemix.datasets.json_index import record_bounds
 
@@ -171,7 +171,7 @@ def most_rows(path: str, lines: int) -> int:
 
 
 def first_prompt(path: str) -> Optional[str]:
-    """What the first record of a JSON file asks; None for any other file."""
+    """The prompt of the first record of a JSON file; None for any other file."""
     if not is_json(path):
         return None
     record = next((record for _, _, _, record in _records(path) if isinstance(record, Record)), None)
@@ -179,7 +179,7 @@ def first_prompt(path: str) -> Optional[str]:
 
 
 def _records(path: str, offset: int = 0, state: Optional[FileState] = None) -> Iterator:
-    """(begin, end, its text, Record or None where it cannot be used) of a JSON file's records from `offset` on."""
+    """(begin, end, text, Record or None if unusable) of a JSON file's records from `offset` on."""
     # Not needed for --help, which would load numpy with it.
     from paddlemix.datasets.json_index import record_bounds
 
@@ -214,7 +214,7 @@ def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -
             error = SEVERAL_IMAGES if record.images else NO_IMAGE
         elif isinstance(record.images[0], str):
             image = record.images[0].encode("utf-8", "replace")
-            # Not there if something in it is escaped.
+            # Not found if characters in it are escaped.
             at = text.find(b'"' + image + b'"') + 1 or -1
         elif isinstance(record.images[0], tuple):
             place = ImagePlace(record.images[0][1])
@@ -226,7 +226,7 @@ def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -
 
 
 def _file_lines(path: str, offset: int, state: Optional[FileState]) -> Iterator[bytes]:
-    """The lines from there on; of one that is too long, its beginning."""
+    """The lines from `offset` on; only the start of those that are too long."""
     with open(path, "rb") as file:
         before = state or FileState.of(file.fileno())
         file.seek(offset)
@@ -251,21 +251,21 @@ def _csv_rows(
         nonlocal position
         for number, line in enumerate(lines, first_line):
             if len(line) > MAX_ROW_BYTES:
-                raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB")
+                raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB", "line-length")
             position += len(line)
-            # Names of files need not be UTF-8. A CR within a row would end the reading.
+            # File names need not be UTF-8. csv.reader refuses a CR inside a row.
             line = (_without_bom(line) if number == 1 else line).decode("utf-8", "surrogateescape")
             yield line.replace("\r", "")
 
     reader = csv.reader(texts())
     try:
         for cells in reader:
-            # A row's last line: the next one begins behind it. The file's first line is the header.
+            # The last line of the row. The first line of the file is the header.
             line_no = first_line - 1 + reader.line_num
             if line_no > 1 and any(cell.strip() for cell in cells):
                 yield _csv_row(line_no, cells, columns, want_caption, folder, position)
     except csv.Error as error:
-        raise UserError(f"{path}: line {first_line - 1 + reader.line_num}: {error}") from None
+        raise UserError(f"{path}: line {first_line - 1 + reader.line_num}: {error}", "csv") from None
 
 
 def _csv_row(
@@ -286,7 +286,7 @@ def _csv_row(
     else:
         place, error = find_image(text, folder, want_caption)
     if want_caption and error is None:
-        # A caption is one line everywhere else.
+        # Captions are single lines.
         caption = " ".join((cell("caption") or "").split("\n")) or None
         if cell("caption") is None:
             error = NO_CAPTION
@@ -302,10 +302,10 @@ def _csv_row(
 
 
 def image_text(row: TsvRow) -> Union[bytes, memoryview]:
-    """The base64 text of a row's image, which is read if the row has only its place.
+    """The base64 text of a row's image, read from its place if necessary.
 
     Raises:
-        ImageError: there is no such file, or it cannot be an image.
+        ImageError: the file is missing, unreadable or too large, or has changed.
     """
     if row.place is None:
         return row.image
@@ -318,7 +318,7 @@ def read_image(path: str) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        ImageError: it is missing, no plain file, or too large.
+        ImageError: it is missing, not a plain file, or too large.
     """
     # Not needed for --help, which would load numpy with it.
     from paddlemix.processors import images
@@ -339,9 +339,9 @@ def base64_at(read: Callable[[str, int, int], bytes], place: ImagePlace) -> byte
     """The base64 text at a place. read: (file, offset, length) → bytes, fewer at the end of the file.
 
     Raises:
-        ImageError: no column of a TSV begins and ends there any more, or it is another one.
+        ImageError: the file has changed: the range is not a column any more, or another one.
     """
-    # One byte more on either side: a column has its ends there, unless the file has changed since.
+    # One more byte on either side, which must delimit the column.
     before = min(place.offset, 1)
     text = read(place.file, place.offset - before, place.length + before + 1)
     field = text[before : before + place.length]

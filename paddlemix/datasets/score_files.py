@@ -1,4 +1,4 @@
-"""What tools/score_rows.py writes: a line of an id and COLUMNS for each row of its data, in order."""
+"""The output of tools/score_rows.py: a line of id and COLUMNS for each row of its data, in order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ COLUMNS = ("loss", "blank_loss", "gain", "tokens")
 
 
 class Score(NamedTuple):
-    """loss: mean cross-entropy per token of a row's caption, given its image; blank_loss: given a blank one. gain: the
-    difference."""
+    """loss: mean cross-entropy per token of a row's caption, given its image; blank_loss: given a blank image. gain:
+    blank_loss - loss."""
 
     loss: float
     blank_loss: float
@@ -22,7 +22,7 @@ def read_scores(path: str) -> Iterator[Tuple[str, Optional[Score]]]:
     """(id, its Score) of each line; None for a row that could not be scored.
 
     Raises:
-        UserError: it cannot be read, or is another kind of file.
+        UserError: it cannot be read, or has another format.
     """
     try:
         with open(path, encoding="utf-8", newline="\n") as file:

@@ -1,4 +1,4 @@
-"""Small pictures of the rows of a file, for pages that show many of them."""
+"""Thumbnails of the rows of a file, for pages that show many of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ QUALITY = 60
 
 
 class Thumbnail(NamedTuple):
-    """webp: the file's bytes, b"" without a picture; problem: why there is none, else ""."""
+    """webp: the encoded thumbnail, b"" if there is none; problem: why there is none, else ""."""
 
     webp: bytes
     problem: str
 
 
 def shrink(data: bytes, side: int) -> bytes:
-    """An image file as WebP of at most side × side pixels, its proportions kept.
+    """An image file as WebP of at most side × side pixels, with its aspect ratio.
 
     Raises:
         ImageError: as open_image.
@@ -37,7 +37,7 @@ def shrink(data: bytes, side: int) -> bytes:
 
 
 def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = True) -> Dict[str, Thumbnail]:
-    """The first picture of each of `ids` that the file has a row of. A picture that cannot be used says why.
+    """The first picture of each of `ids` that has a row in the file; unusable ones have a reason.
 
     Raises:
         UserError: the file cannot be read.

@@ -1,8 +1,8 @@
 """Rows of the contest's TSV: `id \\t base64 \\t caption`, one row per line, in a file of any size (docs/formats.md).
 
-A row is a physical line (ended by \\n or \\r\\n, or by the end of the file) that holds anything but blanks and tabs. A
-row never raises: what is wrong with it is in its `error`, so that whoever reads can count it, answer it, or leave it
-out, and goes on. In place of base64 a row may have the path of an image file.
+A row is a physical line (terminated by \\n, \\r\\n or the end of the file) with anything but spaces and tabs. A bad row
+raises no exception: it has an `error`, so that the caller can count it, answer it, or skip it. A row may have the path
+of an image file instead of base64.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple
 from paddlemix.datasets.archives import GZIP, is_tar
 from paddlemix.utils.errors import JobFailed, UserError
 
-# The longest line that is read into memory, and the longest record of a train.json. A 50 MB image fits.
+# Maximum length of a line, and of a record of a train.json. A 50 MB image fits.
 MAX_ROW_BYTES = 64 << 20
-# Read at a time. Lines are some 50 KB, so few of them cross a border.
+# Size of reads. Lines are some 50 KB, so few of them span two buffers.
 BUFFER_BYTES = 1 << 20
-# How much of an id is kept of a line that is too long or has no columns.
+# Maximum length of the id of a line that is too long or has no columns.
 MAX_ID_BYTES = 200
 
 _MAX_PATH_BYTES = 1024
 
-# The only values of TsvRow.error, beside those of rows.py.
+# The values of TsvRow.error, in addition to those of rows.py.
 MISSING_COLUMN = "missing column"
 NO_IMAGE = "no image"
 EMPTY_IMAGE = "empty image"
@@ -41,23 +41,23 @@ IMAGE_IS_URL = "image is a URL"
 PATH_LEADS_OUT = "image path leads out of the folder"
 
 _BOM = b"\xef\xbb\xbf"
-# How JPEG, PNG, GIF, WebP and TIFF begin in base64, or a data URI.
+# The start of JPEG, PNG, GIF, WebP and TIFF in base64, or of a data URI.
 _IMAGE_START = re.compile(rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|data:image/")
 _PATH = re.compile(rb"[^\t\r\n]+\.(?:jpe?g|jfif|png|webp|gif|bmp)", re.IGNORECASE)
 _URL = re.compile(rb"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-# Base64 by chance: a column's name, None, nan. The smallest image of any format takes 35 letters.
+# Base64 by chance: a column's name, None, nan. The smallest image of any format has 35 characters.
 _TOO_SHORT = re.compile(rb"[A-Za-z0-9+/_= -]{1,19}")
-# A text that a CSV writer has quoted: with a quote, doubled, or a tab in it. `"…"` alone may be the text itself.
+# A text quoted by a CSV writer: it contains a doubled quote or a tab. A plain `"…"` may be the text itself.
 _QUOTED = re.compile(r'"(?=.*(?:""|\t))((?:[^"]|"")*)"', re.DOTALL)
-# What a field of results cannot hold: the separators, and NUL, which only a power cut leaves in a journal.
+# Characters that a field of results cannot hold: the separators, and NUL, which marks a power cut in a journal.
 _UNFIT = re.compile("[\t\r\n\0]")
-# A field of an unknown image format: too long and too even for an id or a caption.
+# An image of an unknown format: too long and uniform for an id or a caption.
 _LONG_BASE64 = re.compile(rb"[A-Za-z0-9+/_-]{200}")
 
 
 class ImagePlace(NamedTuple):
-    """Where an image is: base64 text in a file, or with length 0 the file itself. offset, length: bytes. check:
-    check_of the text, or None if it is not known."""
+    """The location of an image: base64 text in a file, or with length 0 the file itself. offset, length: bytes. check:
+    check_of the text, or None if unknown."""
 
     file: str
     offset: int = 0
@@ -66,13 +66,13 @@ class ImagePlace(NamedTuple):
 
     @classmethod
     def of_reference(cls, image: Dict[str, Any], folder: str) -> ImagePlace:
-        """Of a record's "image" object, whose file is relative to `folder`."""
+        """From a record's "image" object, whose file is relative to `folder`."""
         place = image.get("offset", 0), image.get("length", 0), image.get("check")
         return cls(os.path.join(folder, image["file"]), *place)
 
 
 def check_of(text: Union[bytes, memoryview]) -> int:
-    """The CRC-32 of one or two thousand letters spread over a base64 text: another image has others."""
+    """The CRC-32 of one or two thousand characters spread over a base64 text, to detect another image."""
     return zlib.crc32(bytes(text[:: len(text) // 1024 or 1]))
 
 
@@ -80,15 +80,15 @@ class TsvRow(NamedTuple):
     """One row.
 
     line_no: physical line, from 1.
-    id: "" where the row has none; bytes that are not UTF-8 become U+FFFD.
-    image: the base64 text, a view into the memory that it was read into.
-    image_offset, image_length: where it stands in the file, in bytes; length 0 where there is none. Offset -1: it does
-    not stand there as it is.
-    caption: None unless asked for, and when its column is missing, empty or not UTF-8.
+    id: "" if missing; invalid UTF-8 becomes U+FFFD.
+    image: the base64 text, a view of the read buffer.
+    image_offset, image_length: its position in the file, in bytes; length 0 if missing. Offset -1: not in the file in
+    this form.
+    caption: None unless requested, and if its column is missing, empty or not UTF-8.
     error: None or one of this module's reasons.
-    next_offset: where the next line begins, in bytes (of an archive: how much of it has been read).
-    place: where the image is, if the row only names it; then `image` is what the row has.
-    member: the file of an archive that the row is in. turns: (prompt, answer) of a JSON record; none in a table.
+    next_offset: byte offset of the next line (in an archive: bytes read so far).
+    place: location of the image if the row only names it; `image` is then that name.
+    member: the archive's file with the row. turns: (prompt, answer) of a JSON record; none in a table.
     """
 
     line_no: int
@@ -105,38 +105,38 @@ class TsvRow(NamedTuple):
 
     @property
     def prompt(self) -> Optional[str]:
-        """What a JSON record asks; None in a table."""
+        """The prompt of a JSON record; None in a table."""
         return self.turns[0][0] if self.turns else None
 
     @property
     def line(self) -> str:
-        """Its line, as files and messages name it."""
+        """Its line for files and messages."""
         return f"{self.member}:{self.line_no}" if self.member else str(self.line_no)
 
 
 def clean_id(name: str) -> str:
-    """An id as a line of results holds it: a tab, CR or LF inside it becomes a space, what UTF-8 cannot hold "?"."""
+    """An id for a line of results: tabs, CR and LF become spaces, lone surrogates "?"."""
     return _UNFIT.sub(" ", name).encode("utf-8", "replace").decode("utf-8")
 
 
 def row_id(row: TsvRow) -> str:
-    """The id in a row's line of results: its own, or its line number where the row has none."""
+    """The id of a row's line of results: its own, or its line number if it has none."""
     return clean_id(row.id) or str(row.line_no)
 
 
 class Source(NamedTuple):
-    """A table as messages name it, and the command that prints it (of a plain file none is needed)."""
+    """A table's name in messages, and the command that prints it (none for a plain file)."""
 
     name: str
     command: str = ""
 
     def check(self, head: bytes, want_caption: bool = False) -> None:
-        """Refuse a table that begins with `head` and visibly is not UTF-8 text.
+        """Check that a table starting with `head` may be UTF-8 text.
 
-        want_caption: its captions are read; then lines in GBK are refused, too.
+        want_caption: captions are needed; then lines in GBK are refused too.
 
         Raises:
-            UserError: it is an archive, UTF-16 or GBK text; the message has what to do.
+            UserError: it is an archive, UTF-16 or GBK text; the message has the command to convert it.
         """
         if head.startswith(GZIP):
             raise UserError(f"{self.name} is compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`")
@@ -151,7 +151,7 @@ class Source(NamedTuple):
             if len(start) == 16 and not any(zeros) and all(others):
                 raise self._wrong_encoding("UTF-16", name)
         if want_caption:
-            # The last line may be cut.
+            # The last line may be incomplete.
             lines = [line for line in head.split(b"\n")[:-1] if not line.isascii()]
             chinese = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
             if 2 * chinese > len(lines):
@@ -160,7 +160,7 @@ class Source(NamedTuple):
     def _wrong_encoding(self, shown: str, name: str) -> UserError:
         iconv = f"iconv -f {name} -t UTF-8"
         command = f"{self.command} | {iconv}" if self.command else f"{iconv} {shlex.quote(self.name)}"
-        # What is in an archive goes beside the reader: its folders may not be there.
+        # The folders inside an archive may not exist here.
         stem = os.path.splitext(os.path.basename(self.name.split(": ")[-1]) if self.command else self.name)[0]
         command += f" > {shlex.quote(stem + '.utf8.tsv')}"
         return UserError(f"{self.name} is {shown} text, and UTF-8 is needed: {command}", "encoding")
@@ -175,36 +175,36 @@ def _decodes(text: bytes, encoding: str) -> bool:
 
 
 def check_input(path: str, archives: bool = False) -> int:
-    """The size in bytes of a TSV that can be read.
+    """The size in bytes of a readable TSV.
 
-    archives: those of archives.py will do.
+    archives: accept those of archives.py.
 
     Raises:
-        UserError: it is missing, not a plain file, not readable, or visibly no UTF-8 text (an archive,
-            UTF-16).
+        UserError: it is missing, not a plain file, not readable, or not UTF-8 text (an archive, UTF-16).
     """
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
-            raise UserError(f"{path} is a folder, not a plain file: give the one in it that holds or names the images")
+            text = f"{path} is a folder, not a plain file: give the one in it that holds or names the images"
+            raise UserError(text, "not-regular")
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is not a plain file")
+            raise UserError(f"{path} is not a plain file", "not-regular")
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
     if not (archives and (head.startswith(GZIP) or is_tar(head))):
         Source(path).check(head)
     return found.st_size
 
 
 def _is_image(line: bytes, begin: int, end: int) -> bool:
-    """Whether a column is surely an image. (Only its beginning is looked at.)"""
+    """Whether a column certainly is an image, from its start."""
     return _IMAGE_START.match(line, begin, end) is not None or _LONG_BASE64.match(line, begin, end) is not None
 
 
 def is_image(field: bytes) -> bool:
-    """Whether a column is surely an image, from how its base64 begins. (A short one of a rare format may not be.)"""
+    """Whether a column certainly is an image, from the start of its base64. (False for short ones of rare formats.)"""
     return _is_image(field, 0, len(field))
 
 
@@ -213,14 +213,14 @@ def _is_path(line: bytes, begin: int, end: int) -> bool:
 
 
 def find_image(field: bytes, folder: str, trains: bool) -> Tuple[Optional[ImagePlace], Optional[str]]:
-    """(where the image is that a column names, or None; what is wrong with the column).
+    """(location of the image named in a column, or None; the column's error, or None).
 
-    folder: of the file. trains: images are not all opened here, so what cannot be one is told by its length.
+    folder: of the file. trains: images are not all opened here, so texts too short for an image are errors.
     """
     if len(field) <= _MAX_PATH_BYTES and _URL.match(field):
         return None, IMAGE_IS_URL
     if _is_path(field, 0, len(field)):
-        # As it is written; links inside the folder are its owner's.
+        # Without resolving links, which the folder's owner may use.
         path = os.path.normpath(os.path.join(folder, os.fsdecode(field)))
         inside = os.path.relpath(path, folder or ".")
         if b"\0" in field or inside == os.pardir or inside.startswith(os.pardir + os.sep):
@@ -230,7 +230,7 @@ def find_image(field: bytes, folder: str, trains: bool) -> Tuple[Optional[ImageP
 
 
 def unquoted(text: str) -> str:
-    """A text as it was before a CSV writer quoted it; any other text as it is."""
+    """A text without the quoting of a CSV writer; other texts unchanged."""
     found = _QUOTED.fullmatch(text) if text.startswith('"') else None
     return found.group(1).replace('""', '"') if found else text
 
@@ -240,9 +240,9 @@ def _bare(field: bytes) -> bytes:
 
 
 def _columns(line: bytes, begin: int, end: int, want_caption: bool) -> Tuple[int, int, int, int]:
-    """Where the columns stand: (id_end, image_begin, image_end, caption_begin), -1 where there is none.
+    """Positions of the columns: (id_end, image_begin, image_end, caption_begin), -1 if missing.
 
-    Rows without an id (`base64 \\t caption`) are told by how an image begins; otherwise the order decides.
+    Rows without an id (`base64 \\t caption`) are recognised by the start of an image; otherwise the order decides.
     """
     tab = line.find(b"\t", begin, end)
     if tab < 0:
@@ -263,7 +263,7 @@ def _columns(line: bytes, begin: int, end: int, want_caption: bool) -> Tuple[int
 def _parse(
     line: bytes, start: int, stop: int, line_no: int, offset: int, want_caption: bool, folder: str
 ) -> Optional[TsvRow]:
-    """The row in `line[start:stop]`, where start stands at `offset` in the file; None for an empty line."""
+    """The row in `line[start:stop]`, which is at `offset` in the file; None for an empty line."""
     begin = start + 3 if line_no == 1 and line.startswith(_BOM, start, stop) else start
     end = stop
     if end > begin and line[end - 1] == 10:
@@ -304,15 +304,16 @@ def _parse(
 
 
 def cr_alone(name: str) -> UserError:
-    """What to say of a file whose lines end with CR."""
+    """The error for a file whose lines end with CR."""
     return UserError(
         f"{name}: its lines end with CR alone, as on old Macs; make them LF first: "
-        f"tr '\\r' '\\n' < {shlex.quote(name)} > {shlex.quote(name + '.lf')}"
+        f"tr '\\r' '\\n' < {shlex.quote(name)} > {shlex.quote(name + '.lf')}",
+        "line-ends",
     )
 
 
 def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
-    """Raise a UserError if what looks like the first line is rows with CR alone between them."""
+    """Raise a UserError if the first line consists of rows separated by CR."""
     stop = line.find(b"\r", begin, end)
     while 0 <= stop < end - 2:
         tab = line.find(b"\t", stop, min(end, stop + 2 * MAX_ID_BYTES))
@@ -324,7 +325,7 @@ def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
 
 
 class FileState(NamedTuple):
-    """What changes when somebody writes to a file or replaces it: bytes, time of the last change in ns, inode, disk."""
+    """Identifies a file's contents: size, time of the last change in ns, inode, device."""
 
     size: int
     mtime_ns: int
@@ -338,24 +339,25 @@ class FileState(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
     def check(self, path: str, file: int) -> None:
-        """Raise JobFailed unless the open file of that path is still in this state."""
+        """Raise JobFailed unless the open file is still in this state."""
         now = FileState.of(file)
         if now != self:
             raise JobFailed(
                 f"{path} changed while it was read: it had {self.size:,} bytes and has {now.size:,} now; "
-                "give the command again when nothing writes to it any more"
+                "give the command again when nothing writes to it any more",
+                "changed",
             )
 
 
 def read_blocks(
     path: str, file: IO[bytes], read: Callable[[int], bytes], state: Optional[FileState] = None
 ) -> Iterator[bytes]:
-    """What `read` gives to its end, in pieces that a thread reads while those before them are gone through.
+    """All that `read` returns, in blocks read ahead by a thread.
 
-    file: the open file of that path, which is read from.
+    file: the open file of that path, which `read` reads from.
 
     Raises:
-        JobFailed: the file has changed since it was in `state`, or since now.
+        JobFailed: the file has changed since `state`, or since the call.
     """
     before = state or FileState.of(file.fileno())
     asked: SimpleQueue = SimpleQueue()
@@ -373,38 +375,38 @@ def read_blocks(
         finally:
             ended.release()
 
-    # Not a pool: rows that are not read to their end may be collected as garbage at any moment, such as while a thread
-    # of the `threading` module is being started or stopped, and would then wait for a lock of that module.
+    # Not a pool: an unfinished generator may be garbage-collected at any moment, even while the `threading` module
+    # starts or stops a thread, and would then deadlock on that module's lock.
     reader = _thread.start_new_thread(answer, ())
     # The modules may be gone at Python's exit.
     get_ident, getpid, pid, at_exit = _thread.get_ident, os.getpid, os.getpid(), sys.is_finalizing
     try:
-        # Two are asked for, so that the thread goes on to the next in the moment in which this one waits for it; later
-        # it would have to wait for Python's lock.
+        # Two requests, so that the thread can continue with the next while this one waits for the first; later it would
+        # have to wait for Python's lock.
         asked.put(True)
         asked.put(True)
         while True:
             block, error = given.get()
             if error is not None:
                 raise error
-            # Looked at for each piece: a row that was cut must not be answered before it is noticed.
+            # For each block, so that a change is noticed before an incomplete row is used.
             before.check(path, file.fileno())
             if not block:
                 return
             asked.put(True)
             yield block
     finally:
-        # The thread ends before the file is closed. At Python's exit it has stopped; a forked process has none.
+        # The thread must end before the file is closed. At Python's exit it has stopped; a forked process has none.
         asked.put(False)
         if get_ident() != reader and getpid() == pid and not at_exit():
             ended.acquire()
 
 
 def lines_of(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Tuple[bytes, int, int, int]]:
-    """(memory, begin, end, length) of each line with its \\n, length being end - begin. Of a line that is longer than
-    max_line_bytes and a buffer, memory may hold the first part only.
+    """(buffer, begin, end, length) of each line with its \\n, length being end - begin. Of a line longer than
+    max_line_bytes and a buffer, only the first part may be there.
 
-    Lines are left where they were read, many in one piece of memory; only one that crosses a border is put together.
+    Lines are not copied; only one that spans two buffers is joined.
     """
     held: List[bytes] = []
     length = 0
@@ -439,12 +441,11 @@ def read_rows(
     first_line: int = 1,
     state: Optional[FileState] = None,
 ) -> Iterator[TsvRow]:
-    """The rows of a TSV in order, a buffer of them in memory at a time (a row that is kept keeps its buffer).
+    """The rows of a TSV in order, with one buffer in memory at a time (a row keeps its buffer alive).
 
-    want_caption: training rows; a row without a caption then has an error. Otherwise the third column is
-    not looked at. A line over `max_line_bytes` is passed over without being held; its row has the error
-    "line too long". offset, first_line: where to begin, and the number of that line. state: the file as it must be
-    still.
+    want_caption: for training; a row without a caption then has an error. Otherwise the third column is ignored. A line
+    over `max_line_bytes` is skipped without storing it; its row has the error "line too long". offset, first_line:
+    where to start, and the number of that line. state: the required state of the file.
 
     Raises:
         UserError: as check_input; or lines end with CR alone.
@@ -466,7 +467,7 @@ def rows_of(
     offset: int = 0,
     first_line: int = 1,
 ) -> Iterator[TsvRow]:
-    """As read_rows, of the content of a table. name: as errors call it. folder: what paths of images are relative to.
+    """As read_rows, for the blocks of a table. name: for errors. folder: base of relative image paths.
 
     Raises:
         UserError: lines end with CR alone.

@@ -1,4 +1,4 @@
-"""Rows written as records (train.json, val.json), by a thread while the next rows are read, or as a TSV."""
+"""Writing rows as records (train.json, val.json), in a thread while the next rows are read, or as a TSV."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from paddlemix.datasets.json_index import IndexWriter
 from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_of, row_id
 from paddlemix.utils.files import atomic_write
 
-# More at a time would only leave the cache before it is written.
+# Bytes buffered before a write; more would leave the CPU's cache.
 WRITE_BYTES = 512 << 10
-# What has been written goes to disk in such portions while rows are read, so that there is no long wait at the end.
+# Interval of fdatasync during writing, to avoid a long wait at the end.
 _SYNC_BYTES = 128 << 20
-# Pieces per system call; Linux takes 1024.
+# Pieces per system call; Linux allows 1024.
 _WRITE_PIECES = 1000
 
 
 class BackgroundWriter:
-    """A thread that writes while the next rows are read and checked. Its error is raised by the next call."""
+    """A thread that writes while the next rows are read and checked. Its errors are raised by the next call."""
 
     def __init__(self) -> None:
         self._tasks: queue.Queue = queue.Queue(maxsize=2)
@@ -31,7 +31,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
-        """Write the pieces to a file handle, after all before them."""
+        """Queue pieces to be written to a file handle."""
         self._check()
         self._tasks.put((handle, pieces))
 
@@ -77,7 +77,7 @@ def _write_pieces(handle: int, pieces: List[Union[bytes, memoryview]]) -> None:
 
 
 class JsonArray:
-    """A JSON array being written, a record per line, with the index that the reader will want."""
+    """Writes a JSON array, a record per line, and its index."""
 
     def __init__(self, file: IO[bytes], index: IndexWriter, writer: BackgroundWriter):
         self._handle = file.fileno()
@@ -89,7 +89,7 @@ class JsonArray:
         self.count = 0
 
     def add(self, head: bytes, image: Union[bytes, memoryview] = b"", tail: bytes = b"") -> None:
-        """Append the record that the three make up together. `head` begins with the comma and line break before it."""
+        """Append the record head + image + tail. `head` starts with a comma and a line break."""
         if not self.count:
             head = head[1:]
         self._pieces += (head, image, tail) if image else (head,)

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation per epoch from the seed alone, so that a resumed run goes on by index."""
+"""The order of samples: a permutation per epoch that depends only on the seed, so that a run resumes by index."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 from paddlemix.datasets.packing import Packs, SampleLengths, group_by_length
 from paddlemix.utils.errors import Problem
 
-# Sets what entries draw apart from the other random streams.
+# Separates the random streams of weighted entries from the others.
 _DRAWING_STREAM = 2**31 + 1
 
 
 class Draw(NamedTuple):
-    """An entry of weighted data: the samples it has, the first one's number, and how many of them an epoch draws."""
+    """An entry of weighted data. samples: its size; first: its first index; count: samples drawn per epoch."""
 
     samples: int
     first: int
     count: int
 
     def epoch(self, seed: int, number: int, epoch: int) -> np.ndarray:
-        """What entry `number` gives to an epoch: int64 [count]. Each epoch continues where the last one ended, in one
-        permutation of the entry after another, so that all its samples are drawn equally often."""
+        """The samples that entry `number` contributes to an epoch: int64 [count]. Epochs continue through successive
+        permutations of the entry, so that all its samples are drawn equally often."""
         begin = epoch * self.count
         passes = range(begin // self.samples, -(-(begin + self.count) // self.samples))
         keys = ([seed, number, one, _DRAWING_STREAM] for one in passes)
@@ -34,7 +34,7 @@ class Draw(NamedTuple):
 
 
 def plan_draws(sizes: Sequence[int], weights: Sequence[float]) -> Tuple[Draw, ...]:
-    """An epoch of as many samples as there are, shared by weight (largest remainders)."""
+    """Distribute an epoch of as many samples as there are by weight (largest remainder method)."""
     total = sum(sizes)
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
@@ -45,12 +45,12 @@ def plan_draws(sizes: Sequence[int], weights: Sequence[float]) -> Tuple[Draw, ..
 
 
 class Order(NamedTuple):
-    """How many samples a run sees in a batch, a step, an epoch, and in all. The sampler, the log and the plan ask here.
+    """The sizes of batches, steps, epochs and the run, for the sampler, the log and the dry run.
 
-    samples: records of the training data. batch: per card, of samples, or of sequences with packs. accumulation:
-    batches per optimizer step. cards: those that see other samples than each other. max_steps: -1, or it wins over
-    epochs. packs: how samples share sequences (mixtoken). lengths: batches hold samples of like length.
-    draws: how entries with weights share an epoch. mixing: what entries say of it, for a resumed run.
+    samples: records of the training data. batch: samples per card, or sequences with packs. accumulation: batches per
+    optimizer step. cards: data-parallel degree. max_steps: overrides epochs unless -1. packs: packed sequences
+    (mixtoken). lengths: for batches of similar length. draws: shares of weighted entries. mixing: the entries' mixing
+    settings, which a resumed run must share.
     """
 
     samples: int
@@ -68,12 +68,12 @@ class Order(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What batches count."""
+        """The unit of batches."""
         return "samples" if self.packs is None else "packed sequences"
 
     @property
     def count(self) -> int:
-        """Samples or packed sequences in all."""
+        """Total samples or packed sequences."""
         return self.samples if self.packs is None else self.packs.count
 
     @property
@@ -88,7 +88,7 @@ class Order(NamedTuple):
 
     @property
     def batches(self) -> int:
-        """Batches of a card in an epoch, a whole number of steps."""
+        """Batches of a card in an epoch, a multiple of the batches per step."""
         return self._batches - self._batches % self.batches_per_step
 
     @property
@@ -107,11 +107,11 @@ class Order(NamedTuple):
 
     @property
     def left_over(self) -> int:
-        """Samples or packed sequences that each epoch leaves out, others each time."""
+        """Samples or packed sequences left out of each epoch, different ones each time."""
         return max(self.count - self.steps_per_epoch * self.per_step, 0)
 
     def problems(self) -> List[str]:
-        """Why no step can be made."""
+        """Reasons why training cannot start."""
         if not self._batches:
             text = f"{self.count} {self.unit} do not fill one batch of {self.batch} on each of {self.cards} cards"
             return [Problem(text, "per_device_train_batch_size")]
@@ -125,7 +125,7 @@ class Order(NamedTuple):
         ]
 
     def warnings(self) -> List[str]:
-        """What is otherwise than asked for."""
+        """Deviations from the request."""
         if self.batches_per_step < self.accumulation:
             return [
                 f"an epoch has {self._batches} batches ({self.count} {self.unit}, {self.batch} × {self.cards} at a "
@@ -134,7 +134,7 @@ class Order(NamedTuple):
         return []
 
     def settings(self) -> Dict[str, int]:
-        """What the order of samples depends on. A resumed run must agree in it."""
+        """The settings that determine the order of samples, which a resumed run must share."""
         settings = {
             "samples": self.samples,
             "batch": self.batch * self.cards,
@@ -151,13 +151,13 @@ class Order(NamedTuple):
 
 
 class EpochSampler(DistributedBatchSampler):
-    """Batches of indices in an order that depends on the seed and the epoch alone.
+    """Batches of indices in an order that depends only on the seed and the epoch.
 
-    Each epoch holds a whole number of optimizer steps, so that no gradient of its last batches leaks into the next
-    epoch's first step; which samples are left out changes with the epoch. `start_at` moves to any step without reading
-    a sample. (PaddleNLP's class, so that its Trainer leaves skipping to the sampler.)
+    Each epoch has a whole number of optimizer steps, so that no gradient of its last batches leaks into the next
+    epoch's first step; the samples left out change with the epoch. `start_at` moves to any step without reading
+    samples. (A subclass of PaddleNLP's sampler, so that its Trainer leaves skipping to the sampler.)
 
-    rank: this process takes every `order.cards`-th batch. With packs, indices are numbers of packs.
+    rank: this process takes every `order.cards`-th batch. With packs, indices are those of packs.
     """
 
     def __init__(self, order: Order, rank: int = 0):
@@ -173,10 +173,10 @@ class EpochSampler(DistributedBatchSampler):
         self.first_batch = 0
 
     def set_epoch(self, epoch: int = 0, consumed_samples: int = 0) -> None:
-        """PaddleNLP's Trainer calls this when it resumes; `start_at` has said it all by then."""
+        """Called by PaddleNLP's Trainer on a resume; not needed after `start_at`."""
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Let the next iteration begin at this batch (of this process) of this epoch."""
+        """Start the next iteration at this batch (of this process) of this epoch."""
         self.epoch, self.first_batch = epoch, batch
 
     def __iter__(self) -> Any:
@@ -191,7 +191,7 @@ class EpochSampler(DistributedBatchSampler):
             indices = group_by_length(order.lengths, order.batch, order.cards, rng)
         per_step = order.batch * order.cards
         if order.cards > 1:
-            # Every process must get as many batches: the last ones begin again at the front.
+            # All processes need the same number of batches: the last ones wrap around.
             indices = np.resize(indices, max(len(indices), len(self) * per_step))
         for number in range(self.first_batch, len(self)):
             start = number * per_step + self.local_rank * order.batch

@@ -16,7 +16,7 @@ from paddlemix.datasets import archives
 from paddlemix.datasets.labels import Options, convert
 from paddlemix.datasets.rows import read_rows
 from paddlemix.utils.errors import JobFailed, UserError
-from tests.helpers import image_base64
+from tests.helpers import image_base64, refused
 
 TABLE = "".join(f"ad{n}\t{image_base64(n % 3)}\t标题{n}\n" for n in range(45)).encode()
 CSV = f"id,caption,image\na,\"红杯,\"\"新\"\"\",{image_base64(0)}\n".encode()
@@ -82,8 +82,8 @@ def test_what_is_refused(tmp_path):
     path = tmp_path / "in.tar.gz"
     whole = tar_of({"t.txt": TABLE})
     for data, says in [
-        (whole[:-100], "damaged or cut short"), (whole[:20], "damaged or cut short"),
-        (gzip.compress(TABLE)[:-4], "damaged or cut short"), (whole[:200] + b"x" + whole[201:], "damaged or cut short"),
+        (whole[:-100], "damaged"), (whole[:20], "damaged"),
+        (gzip.compress(TABLE)[:-4], "damaged"), (whole[:200] + b"x" + whole[201:], "damaged"),
         (gzip.compress(gzip.decompress(whole)[:1000]), "damaged"), (tar_of({"a.jpg": b"x"}), "holds no table"),
         (gzip.compress(whole), "is a tar archive|compressed"), (gzip.compress(b'[{"id": 1}]'), "JSON"),
     ]:  # fmt: skip
@@ -92,12 +92,12 @@ def test_what_is_refused(tmp_path):
             # What was cut off may not be missed by a row.
             convert(str(path), str(tmp_path / "out"), Options(), disable_progress=True)
     path.write_bytes(whole)
-    with pytest.raises(UserError, match="leave out --images reference"):
+    with refused(UserError, "images"):
         convert(str(path), str(tmp_path / "out"), Options(images="reference"), disable_progress=True)
     with pytest.raises(UserError, match="unpack it first"):
         read_rows(str(path), False)
     path.write_bytes(gzip.compress(b""))
-    with pytest.raises(JobFailed, match="it is empty"):
+    with refused(JobFailed, "empty"):
         convert(str(path), str(tmp_path / "out"), Options(), disable_progress=True)
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_expands_without_end_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_FREE_BYTES", 1 << 20)
     zeros = bytes(64 << 20)
     for data in (gzip.compress(zeros), tar_of({"t.txt": zeros}), tar_of({"t.jpg": zeros})):
-        with pytest.raises(UserError, match="expands to over 200 times"):
+        with refused(UserError, "ratio", match="over 200 times"):
             rows(tmp_path / "in", data)
 
 
@@ -123,7 +123,7 @@ def test_headers_and_numbers_of_files_are_bounded(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="damaged|holds no table"):
         rows(tmp_path / "in.tar", bytes(negative) + bytes(1024))
     monkeypatch.setattr(archives, "_MAX_FILES", 10)
-    with pytest.raises(UserError, match="more than 10 files"):
+    with refused(UserError, "files", match="more than 10 "):
         rows(tmp_path / "in.tar", tar_of({f"{n}.jpg": b"" for n in range(11)}))
 
 

@@ -8,7 +8,7 @@ import pytest
 from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
 from paddlemix.datasets.thumbnails import read_thumbnails
 from paddlemix.utils.errors import UserError
-from tests.helpers import image_base64, image_bytes
+from tests.helpers import image_base64, image_bytes, refused
 
 IMAGE = image_base64()
 
@@ -28,11 +28,11 @@ def test_lines_that_are_no_captions_are_listed(tmp_path):
     bad = b"".join(b"%d\tx\ty\n" % i for i in range(11))
     with pytest.raises(UserError, match=r"13 lines are not .* lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 3 more$"):
         read_captions(write(tmp_path, b"a\tx\n" + bad + b"alone\n" + b"\xff\t\n"))
-    with pytest.raises(UserError, match="2 ids come more than once: a, b"):
+    with refused(UserError, "duplicate", match="2 ids come more than once: a, b"):
         read_captions(write(tmp_path, "a\tx\nb\tx\na\ty\nb\tx\na\tz\n"))
-    with pytest.raises(UserError, match="has no captions"):
+    with refused(UserError, "empty"):
         read_captions(write(tmp_path, "\n \n"))
-    with pytest.raises(UserError, match="cannot read"):
+    with refused(UserError, "unreadable"):
         read_captions(str(tmp_path / "none"))
 
 

@@ -18,7 +18,7 @@ from paddlemix.datasets.records import Record, SampleError, parse_record
 from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import encode_example
 from paddlemix.utils.errors import ConfigError, UserError
-from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
+from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes, refused
 
 SIZE = 56
 IMAGE_PROCESSOR = MGenVLImageProcessor(SIZE)
@@ -305,7 +305,7 @@ def test_a_huge_record_is_not_read(tmp_path, tokenizer, make):
     huge = ChatmlDataset(str(path), None, tokenizer, IMAGE_PROCESSOR)
     assert len(huge) == 3
     assert same(huge.sample(0), dataset.sample(0))
-    with pytest.raises(SampleError, match="80 MB"):
+    with refused(SampleError, "size"):
         huge.sample(1)
     assert len(huge[1]["images"]) == 1
 
@@ -313,7 +313,7 @@ def test_a_huge_record_is_not_read(tmp_path, tokenizer, make):
 def test_a_file_cut_short_after_it_was_indexed(make, tmp_path):
     dataset = make([record(0), record(1)])
     os.truncate(tmp_path / "train.json", 100)
-    with pytest.raises(SampleError, match="cut short"):
+    with refused(SampleError, "truncated"):
         dataset.sample(1)
 
 

@@ -19,7 +19,7 @@ from paddlemix.datasets.image_facts import (
 )
 from paddlemix.datasets.near_duplicates import bits_apart
 from paddlemix.utils.errors import ImageError, JobFailed
-from tests.helpers import encoded, scene
+from tests.helpers import encoded, refused, scene
 
 
 def apart(a, b):
@@ -203,7 +203,7 @@ def test_data_that_change_meanwhile_end_it(table, monkeypatch):
     monkeypatch.setattr(module, "facts_record", writes)
     monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
     monkeypatch.setattr("paddlemix.datasets.tsv.BUFFER_BYTES", 1 << 12)
-    with pytest.raises(JobFailed, match="changed while it was read"):
+    with refused(JobFailed, "changed"):
         all_image_facts(table, quiet=True)
 
 

@@ -23,7 +23,7 @@ from paddlemix.datasets.tsv import (
     FileState,
 )
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
-from tests.helpers import image_base64, image_bytes
+from tests.helpers import image_base64, image_bytes, refused
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_broken_csv_rows_cost_themselves_alone(folder):
 
 
 def test_a_csv_with_cr_alone_is_named(folder):
-    with pytest.raises(UserError, match="its lines end with CR alone"):
+    with refused(UserError, "line-ends"):
         read(folder / "t.csv", "image,caption\rimages/0.jpg,x\rimages/1.jpg,y\r")
     assert len(read(folder / "t.csv", "image,caption\r\r\nimages/0.jpg,x\r\r\n")) == 1
 
@@ -93,7 +93,7 @@ def test_a_csv_with_cr_alone_is_named(folder):
 def test_a_csv_without_captions_is_for_prediction_alone(folder):
     content = "image,price\nimages/0.jpg,3\n"
     assert [row.error for row in read(folder / "t.csv", content, want_caption=False)] == [None]
-    with pytest.raises(UserError, match="names no column caption"):
+    with refused(UserError, "no-caption-column"):
         read(folder / "t.csv", content)
 
 
@@ -129,7 +129,7 @@ def test_reading_goes_on_behind_a_row(folder, kind):
         rest = rows.read_rows(str(folder / "in"), False, row.next_offset, row.line_no + 1, state)
         assert list(rest) == whole[done:]
     os.utime(folder / "in", ns=(0, 0))
-    with pytest.raises(JobFailed, match="changed while it was read"):
+    with refused(JobFailed, "changed"):
         list(rows.read_rows(str(folder / "in"), False, state=state))
 
 
@@ -157,7 +157,7 @@ def test_only_plain_files_are_read(folder, monkeypatch):
     assert reasons == ["cannot read the file", "cannot read the file", "no such file"]
     assert bytes_of(found[3]) == image_bytes(1)
     monkeypatch.setattr("paddlemix.processors.images.MAX_BYTES", 100)
-    with pytest.raises(ImageError, match="larger than"):
+    with refused(ImageError, "image too large"):
         rows.image_text(found[3])
 
 
@@ -166,7 +166,7 @@ def test_a_reference_into_a_file_that_changed(folder):
     convert(str(folder / "in.tsv"), str(folder), Options(val_every=0, images="reference"), disable_progress=True)
     (row,) = rows.read_rows(str(folder / "train.json"), False)
     (folder / "in.tsv").write_text(f"ab\t{image_base64(0)}\tx\n")
-    with pytest.raises(ImageError, match="is not the file it was"):
+    with refused(ImageError, "changed file"):
         rows.image_text(row)
     # Another image of the same length, in its place.
     texts = [image_base64(n, format="BMP") for n in range(2)]
@@ -176,7 +176,7 @@ def test_a_reference_into_a_file_that_changed(folder):
     (row,) = rows.read_rows(str(folder / "train.json"), False)
     assert rows.image_text(row) == texts[0].encode()
     (folder / "in.tsv").write_text(f"a\t{texts[1]}\tx\n")
-    with pytest.raises(ImageError, match="is not the file it was"):
+    with refused(ImageError, "changed file"):
         rows.image_text(row)
 
 
@@ -194,7 +194,7 @@ def test_references_and_thumbnails_of_a_table(folder, kind):
 
 def test_an_unclosed_quote_is_bounded(folder, monkeypatch):
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1000)
-    with pytest.raises(UserError, match=r"t.csv: line \d+: field larger than"):
+    with refused(UserError, "csv", match=r"t.csv: line \d+: field larger than"):
         read(folder / "t.csv", 'image,caption\nimages/0.jpg,"' + "x\n" * 2000)
-    with pytest.raises(UserError, match=r"t.csv: line 2 is longer than"):
+    with refused(UserError, "line-length", match="t.csv: line 2 "):
         read(folder / "t.csv", "image,caption\nimages/0.jpg," + "x" * 2000)

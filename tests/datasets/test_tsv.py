@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from paddlemix.datasets import tsv
 from paddlemix.utils.errors import UserError
+from tests.helpers import refused
 
 JPEG = b"/9j/" + base64.b64encode(bytes(range(96)))
 PNG = b"iVBORw0KGgo" + base64.b64encode(bytes(90))
@@ -112,7 +113,7 @@ def test_blank_lines_are_no_rows(tmp_path, blank):
 def test_lines_that_end_with_cr_alone_are_named(tmp_path):
     content = b"".join(b"id%d\t%s\tcaption\r" % (number, JPEG) for number in range(6))
     for want_caption in (True, False):
-        with pytest.raises(UserError, match=r"its lines end with CR alone.*: tr '\\r' '\\n' < "):
+        with refused(UserError, "line-ends", match=r": tr '\\r' '\\n' < "):
             rows_of(tmp_path, content, want_caption)
     # A CR inside a caption is a character like any other.
     (row,) = rows_of(tmp_path, b"a\t%s\tone\rtwo\tthree\n" % JPEG)
@@ -200,9 +201,9 @@ def test_files_that_are_no_text_are_named(tmp_path, content, says):
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with refused(UserError, "unreadable"):
         tsv.check_input(str(tmp_path / "missing.tsv"))
-    with pytest.raises(UserError, match="not a plain file"):
+    with refused(UserError, "not-regular"):
         tsv.check_input(str(tmp_path))
 
 
