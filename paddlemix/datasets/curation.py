@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
+from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of, usable
@@ -25,7 +26,7 @@ from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.score_files import read_scores
-from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, FileState, check_input, row_id
+from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, check_input, row_id
 from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed

@@ -19,8 +19,9 @@ from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Un
 import numpy as np
 
 from paddlemix.datasets import labels, rows, tsv
+from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.rows import image_text, read_rows
-from paddlemix.datasets.tsv import FileState, ImagePlace, TsvRow, check_input
+from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_input
 from paddlemix.processors.images import FORMATS, decode_base64, open_image, read_header
 from paddlemix.utils.errors import ImageError, JobFailed
 from paddlemix.utils.files import open_plain

@@ -18,6 +18,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
 
 from paddlemix.datasets import tsv
 from paddlemix.datasets.archives import is_packed, members
+from paddlemix.datasets.blocks import FileState, lines_of, read_blocks
 from paddlemix.datasets.records import Record, SampleError, parse_record
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
@@ -27,7 +28,6 @@ from paddlemix.datasets.tsv import (
     MISSING_COLUMN,
     NO_CAPTION,
     NO_IMAGE,
-    FileState,
     ImagePlace,
     Source,
     TsvRow,
@@ -35,7 +35,6 @@ from paddlemix.datasets.tsv import (
     check_of,
     cr_alone,
     find_image,
-    read_blocks,
 )
 from paddlemix.utils.errors import ImageError, UserError
 from paddlemix.utils.files import open_plain
@@ -153,7 +152,7 @@ def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
                 found = tsv.rows_of(name, content, folder, want_caption)
             else:
                 _check_columns(name, columns, want_caption)
-                lines = (bytes(memory[begin:end]) for memory, begin, end, _ in tsv.lines_of(content, MAX_ROW_BYTES))
+                lines = (bytes(memory[begin:end]) for memory, begin, end, _ in lines_of(content, MAX_ROW_BYTES))
                 found = _csv_rows(name, lines, columns, want_caption, folder, 0, 1)
             for row in found:
                 yield row._replace(image_offset=-1, next_offset=file.tell(), member=member.name)

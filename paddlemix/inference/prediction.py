@@ -10,8 +10,9 @@ from collections import deque
 from itertools import chain, count
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Tuple, Union
 
+from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
-from paddlemix.datasets.tsv import FileState, TsvRow, check_input, check_of, is_image, row_id
+from paddlemix.datasets.tsv import TsvRow, check_input, check_of, is_image, row_id
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.facts import input_facts
 from paddlemix.inference.loading import load_model

@@ -202,7 +202,7 @@ def test_data_that_change_meanwhile_end_it(table, monkeypatch):
 
     monkeypatch.setattr(module, "facts_record", writes)
     monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
-    monkeypatch.setattr("paddlemix.datasets.tsv.BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr("paddlemix.datasets.blocks.BUFFER_BYTES", 1 << 12)
     with refused(JobFailed, "changed"):
         all_image_facts(table, quiet=True)
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix.datasets import cleaning, json_index, labels, tsv
+from paddlemix.datasets import blocks, cleaning, json_index, labels, tsv
 from paddlemix.datasets.chatml import ChatmlDataset
 from paddlemix.datasets.cleaning import mend_caption
 from paddlemix.datasets.labels import Options, convert
@@ -409,7 +409,7 @@ def test_an_input_that_changes_while_it_is_read_is_said(run, tmp_path, monkeypat
         return check(row, options)
 
     monkeypatch.setattr(labels, "check_row", changing)
-    monkeypatch.setattr(tsv, "BUFFER_BYTES", len(lines[0]))
+    monkeypatch.setattr(blocks, "BUFFER_BYTES", len(lines[0]))
     with refused(JobFailed, "changed", match=r"in.tsv .* [\d,]+ bytes .* [\d,]+ now"):
         run(lines)
     assert len(done) < 10

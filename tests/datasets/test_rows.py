@@ -10,6 +10,7 @@ import os
 import pytest
 
 from paddlemix.datasets import rows
+from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.caption_files import read_references
 from paddlemix.datasets.labels import Options, convert
 from paddlemix.datasets.thumbnails import read_thumbnails
@@ -20,7 +21,6 @@ from paddlemix.datasets.tsv import (
     NO_CAPTION,
     NO_IMAGE,
     PATH_LEADS_OUT,
-    FileState,
 )
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from tests.helpers import image_base64, image_bytes, refused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paddlemix.datasets import tsv
+from paddlemix.datasets import blocks, tsv
 from paddlemix.utils.errors import UserError
 from tests.helpers import refused
 
@@ -164,7 +164,7 @@ def test_files_without_rows(tmp_path, content):
 
 
 def test_lines_over_the_limit_are_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(tsv, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(blocks, "BUFFER_BYTES", 64)
     limit = len(JPEG) + 10
     exact = b"e\t%s\t%s\n" % (JPEG, b"c" * (limit - len(JPEG) - 4))
     content = exact + b"long\t" + JPEG * 9 + b"\tcaption\n" + exact + JPEG * 3 + b"\n" + b"last\t" + JPEG * 5

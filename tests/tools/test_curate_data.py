@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from paddlemix.datasets import curation
+from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.curation import Settings, decide, survey_rows
 from paddlemix.datasets.rows import image_text, read_rows
-from paddlemix.datasets.tsv import FileState
 from paddlemix.utils import cli
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
 from tools import curate_data
