@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -42,7 +41,7 @@ from paddlemix.utils.files import atomic_folder, atomic_write
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import allow_open_files
-from paddlemix.utils.texts import some
+from paddlemix.utils.texts import parse_size, some
 
 # Values that sample() takes from a tensor, in how many runs.
 _SAMPLE, _STRETCHES = 1024, 4
@@ -279,22 +278,6 @@ def open_weights(path: str) -> WeightsReader:
 
 # (name, dtype, shape, read): read() returns the array, a FileBytes to copy, or Rows to compute.
 Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes, Rows]]]
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-def parse_size(size: Union[int, str]) -> int:
-    """Bytes of "10GB", "500MB", "4GiB" or a number.
-
-    Raises:
-        UserError: it is none of these, or not positive.
-    """
-    found = re.fullmatch(r"\s*(\d{1,15})\s*([KMG]?i?B?)\s*", str(size), re.IGNORECASE)
-    unit = found.group(2).upper() if found else "?"
-    if found is None or unit not in _UNITS or int(found.group(1)) == 0:
-        raise UserError(f"a size must read like 10GB or 500MB, not {size}", "size")
-    return int(found.group(1)) * _UNITS[unit]
-
 
 class _Shard(NamedTuple):
     name: str

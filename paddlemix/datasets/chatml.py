@@ -13,9 +13,8 @@ import multiprocessing
 import os
 import random
 import re
-import stat
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -24,6 +23,7 @@ from paddlemix.datasets.collator import Failure, Sample
 from paddlemix.datasets.entries import Entry
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.lengths import cached_lengths, lengths_key
+from paddlemix.datasets.open_files import OpenFiles
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
 from paddlemix.datasets.rows import base64_at, read_image
@@ -42,53 +42,6 @@ from paddlemix.utils.log import logger
 # Consecutive bad records after which reading gives up.
 MAX_FAILURES_IN_A_ROW = 1000
 LOG_EVERY = 1000
-MAX_OPEN_FILES = 16
-
-
-class _Files:
-    """Files kept open for reading at offsets, the most recent few; each process opens its own."""
-
-    def __init__(self) -> None:
-        self._handles: OrderedDict = OrderedDict()
-
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`; fewer at the end of the file."""
-        pieces = []
-        while length:
-            piece = os.pread(self._handle(path), length, offset)
-            if not piece:
-                break
-            pieces.append(piece)
-            offset, length = offset + len(piece), length - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def size(self, path: str) -> int:
-        return os.fstat(self._handle(path)).st_size
-
-    def _handle(self, path: str) -> int:
-        if path in self._handles:
-            self._handles.move_to_end(path)
-            return self._handles[path]
-        # Opening a pipe would block until it has a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise SampleError(f"{os.path.basename(path)} is not a plain file", "not-regular")
-        self._handles[path] = handle
-        if len(self._handles) > MAX_OPEN_FILES:
-            os.close(self._handles.popitem(last=False)[1])
-        return handle
-
-    # __del__ may run at interpreter shutdown, when the module's global `os` is gone.
-    def close(self, os=os) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-
-    __del__ = close
-
-    def __reduce__(self):
-        # Handles belong to this process; a copy of the dataset opens its own.
-        return _Files, ()
 
 
 class _Part(NamedTuple):
@@ -236,7 +189,7 @@ class ChatmlDataset:
         self.max_length = max_length
         self.label_all_turn_markers = label_all_turn_markers
         self.sources: List[Source] = []
-        self._files = _Files()
+        self._files = OpenFiles()
         self._failed, self._cut = _Tally(), _Tally()
 
     def _set_ends(self) -> None:

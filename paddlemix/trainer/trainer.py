@@ -46,13 +46,14 @@ from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
 from paddlenlp.transformers.model_utils import _add_variant
 
 from paddlemix.datasets.collator import raise_failure
-from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import parallel, resume, run_checkpoints
 from paddlemix.trainer.callbacks import Bookkeeping, EvaluationLeftOut, LogLines, StopOnSignal, safe_workers
 from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
-from paddlemix.trainer.numerics import Numerics, clip_by_float32_norm, unscale_main_gradients
+from paddlemix.trainer.image_gain import ImageGain
+from paddlemix.trainer.numerics import Numerics, unscale_main_gradients
+from paddlemix.trainer.optimizer import build_optimizer
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.reports import CaptionReport, EventFiles, Parameter
 from paddlemix.trainer.training_args import print_block
@@ -64,8 +65,6 @@ from paddlemix.utils.runtime import peak_memory
 
 # Shorter evaluations are never reported as too long.
 _LONG_SECONDS = 10.0
-# The connector, whose learning rate is mm_projector_lr.
-_PROJECTOR_GROUPS = ("attn_pool", "ln_post and proj")
 
 
 class FinetuneTrainer(Trainer):
@@ -246,29 +245,16 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._blank, self._gains = None, []
+        self._gain = ImageGain(self)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._gains:
-            # As many as the loss is the mean of: those that filled up the last batches come last.
-            copies = self.args.world_size // self.args.dataset_world_size
-            gains = np.concatenate(self._gains)[: output.num_samples * copies]
-            output.metrics[f"{metric_key_prefix}_image_gain"] = float(gains.mean())
+        if self._gain.gains:
+            output.metrics[f"{metric_key_prefix}_image_gain"] = self._gain.mean(output.num_samples)
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         step = super().prediction_step(model, inputs, *args, **kwargs)
         if self.image_gain:
-            rows, gain = len(inputs["input_ids"]), paddle.zeros_like(step[0])
-            images = inputs.get("images")
-            if images is not None:
-                with paddle.no_grad(), self.autocast_smart_context_manager():
-                    if self._blank is None:
-                        blank = paddle.to_tensor(self.eval_dataset.image_processor.blank()[None])
-                        self._blank = base_of(model).visual(blank)
-                    features = self._blank.expand([len(images), -1, -1])
-                    without = dict(self._prepare_inputs(inputs), images=None, image_features=features)
-                    gain = self.compute_loss(model, without) - step[0]
-            self._gains.append(self._nested_gather(paddle.tile(gain, [rows, 1])).numpy().flatten())
+            self._gain.add(model, inputs, step[0])
         return step
 
     def _show_captions(self, found: List[Caption]) -> None:
@@ -306,22 +292,8 @@ class FinetuneTrainer(Trainer):
     def create_optimizer(self, lr_scheduler=None):
         """AdamW over the parameters that train; weight decay on matrices only."""
         if self.optimizer is None:
-            named = [(name, p) for name, p in base_of(self.model).state_dict().items() if not p.stop_gradient]
-            decayed = {p.name for _, p in named if p.ndim > 1}
-            if self.args.mm_projector_lr is not None:
-                for name, parameter in named:
-                    if group_of(name) in _PROJECTOR_GROUPS:
-                        parameter.optimize_attr["learning_rate"] = self.args.mm_projector_lr / self.args.learning_rate
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(
-                learning_rate=lr_scheduler if lr_scheduler is not None else self.lr_scheduler,
-                apply_decay_param_fun=lambda name: name in decayed,
-                parameters=[parameter for _, parameter in named],
-                weight_decay=self.args.weight_decay,
-                grad_clip=clip_by_float32_norm(self.args.max_grad_norm),
-                multi_precision=self.args.master_weights,
-                **options,
-            )
+            rate = lr_scheduler if lr_scheduler is not None else self.lr_scheduler
+            self.optimizer = build_optimizer(self.args, base_of(self.model), rate)
         return self.optimizer
 
     # ---- checkpoints

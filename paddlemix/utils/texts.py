@@ -1,10 +1,13 @@
-"""Helpers for messages."""
+"""Helpers for messages, and for what users write."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, Iterable, Optional, Sequence
+import re
+from typing import Any, Iterable, Optional, Sequence, Union
+
+from paddlemix.utils.errors import UserError
 
 
 def shown(value: Any) -> str:
@@ -23,3 +26,19 @@ def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     """The first names, and the number of further ones."""
     names = list(names)
     return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(size: Union[int, str]) -> int:
+    """Bytes of "10GB", "500MB", "4GiB" or a number.
+
+    Raises:
+        UserError: it is none of these, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15})\s*([KMG]?i?B?)\s*", str(size), re.IGNORECASE)
+    unit = found.group(2).upper() if found else "?"
+    if found is None or unit not in _UNITS or int(found.group(1)) == 0:
+        raise UserError(f"a size must read like 10GB or 500MB, not {size}", "size")
+    return int(found.group(1)) * _UNITS[unit]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from paddlemix.checkpoint import convert_dtype, find_weights, open_weights, write_pdparams, write_sharded
-from paddlemix.checkpoint.shards import parse_size
 from paddlemix.checkpoint.tensors import Rows, rows_of
 from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.texts import parse_size
 from tests import helpers
 from tests.checkpoint.files import arrays, refused, torch_file
 

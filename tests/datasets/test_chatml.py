@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paddlemix.datasets import chatml
+from paddlemix.datasets import chatml, open_files
 from paddlemix.datasets.chatml import ChatmlDataset, build_dataset
 from paddlemix.datasets.collator import MGenVLCollator, raise_failure
 from paddlemix.datasets.entries import Entry
@@ -412,7 +412,7 @@ def test_limit_repeat_and_prompts_of_an_entry(tmp_path, tokenizer):
 
 
 def test_open_files_are_few_and_not_shared(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(chatml, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(open_files, "MAX_OPEN_FILES", 3)
     images = []
     for number in range(6):
         (tmp_path / f"{number}.tsv").write_text(image_base64(number))
@@ -467,8 +467,8 @@ def test_text_is_base64_when_no_such_file_exists(tmp_path):
 
 def test_files_close_without_the_modules_names(tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(b"abc")
-    files = chatml._Files()
+    files = open_files.OpenFiles()
     assert files.read(str(tmp_path / "f"), 1, 2) == b"bc"
-    monkeypatch.setattr(chatml, "os", None)
+    monkeypatch.setattr(open_files, "os", None)
     files.__del__()
     assert not files._handles
