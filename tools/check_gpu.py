@@ -47,7 +47,7 @@ LIMITS = {"float32": (1e-4, 0.9999, 1.0), "float16": (1e-2, 0.999, 0.85), "bfloa
 SCALE = 1024.0
 # Gradients of larger parameters are not compared.
 LARGEST = 1 << 20
-# A check gives what it found in words, whether that is right (None: a figure without a verdict), and the numbers.
+# A check yields its finding as text, whether it passed (None: a figure without a verdict), and the numbers.
 Found = Tuple[str, Optional[bool], Dict[str, Any]]
 
 
@@ -103,8 +103,8 @@ def make_world(folder: str, models: List[str]) -> None:
     with atomic_write(os.path.join(folder, "train.json")) as file:
         json.dump(records, file, ensure_ascii=False, indent=0)
     for model in models:
-        words = [os.path.join(folder, model), "--captions", "-", "--max_new_tokens", "16", *SIZES[model].split()]
-        make_tiny_model.make_model(words[0], captions, make_tiny_model.parse_arguments(words)[0])
+        arguments = [os.path.join(folder, model), "--captions", "-", "--max_new_tokens", "16", *SIZES[model].split()]
+        make_tiny_model.make_model(arguments[0], captions, make_tiny_model.parse_arguments(arguments)[0])
         checks = Checks(folder, Run("cpu", "float32", "O1", False))
         loss, gradients = checks.loss_and_gradients(model, together=False)
         np.savez(os.path.join(folder, f"{model}.npz"), loss=loss, **gradients)

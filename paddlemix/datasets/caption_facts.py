@@ -1,4 +1,4 @@
-"""Facts of one caption that statistics count and curation decides by. Pure: the same text gives the same facts."""
+"""Facts of one caption, for statistics and curation. Pure: the same text gives the same facts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIGIT = re.compile(r"\d")
 _NO_WORD = re.compile(r"[\W_]+")
 # Two characters name most styles.
 _STYLE = re.compile("([\u4e00-\u9fff]{2}主义|小清新|[\u4e00-\u9fff]{2})的?风格")
-# What stands in front of 风格 without naming one.
+# Words before 风格 that do not name a style.
 _NO_STYLE = frozenset("一种 这种 那种 各种 整体 设计 画面 图片 图像 广告 视觉 不同 多种 统一 独特".split())
 _NUMBER, _NUMERAL = r"\d+(?:[.,]\d+)*", "[一二两三四五六七八九十百千万零]"
 # 二元 is no price, 十元 is.

@@ -1,4 +1,4 @@
-"""Which rows of a set stay, by rules that can be read back, and the set that is left.
+"""Selection of the rows of a data set by rules, which are recorded, and the resulting data set.
 
     rows → caption, its facts → CAPTION_RULES ┐
     rows → facts of images (image_facts.py)   ├ IMAGE_RULES, SET_RULES → the first rule that drops a row is its reason
@@ -64,13 +64,13 @@ class Settings(NamedTuple):
 
     @property
     def inputs(self) -> List[Optional[str]]:
-        """The files that are read beside the rows."""
+        """The input files other than the rows."""
         scores = self.rules.get("drop_scores", (None,))[0]
         return [scores, *(self.prefer or ()), *self.rules.get("not_in", ())]
 
 
 class Survey(NamedTuple):
-    """What is decided by. rows: ROW [n]. problems: their reasons; "" for none. facts: FACTS [n]. leaks: bool [n].
+    """Input of a decision. rows: ROW [n]. problems: their reasons; "" for none. facts: FACTS [n]. leaks: bool [n].
     groups: int64 [n], see near_groups. draw: float64 [n], of the seed."""
 
     rows: np.ndarray
@@ -175,7 +175,7 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
             done = row.next_offset
             score, caption, new_score = (file and file.take(row_id(row)) for file in files)
             gain, new_gain = (one.gain if one is not None else np.nan for one in (score, new_score))
-            # Without scores of the new captions all of them are taken.
+            # Without scores, all new captions are used.
             better = new_scores is None or new_gain > gain or (np.isnan(gain) and not np.isnan(new_gain))
             preferred = bool(caption and better)
             if preferred:
@@ -249,7 +249,7 @@ def _groups(facts: Optional[np.ndarray], settings: Settings) -> Optional[np.ndar
     return None if distance is None else near_groups(facts["perceptual"], distance, usable(facts))
 
 
-# ---- what stays
+# ---- decision
 
 
 class Decision(NamedTuple):

@@ -29,19 +29,19 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
-# Below that spread a picture shows one colour, give or take the noise of JPEG: it has no near duplicates.
+# Below this spread a picture shows one colour, apart from JPEG noise, and has no near duplicates.
 ONE_COLOUR = 2.0
 # Sharpness is that of a picture whose longer side has at most so many pixels, the size of most ads and near to the
 # model's 448; a JPEG is decoded no larger than that takes.
 SHARP_SIDE = 512
 _ENOUGH = SHARP_SIDE // 2
-# A perceptual hash is of so many of the lowest frequencies of brightness, and of each of two colours.
+# Numbers of the lowest frequencies in a perceptual hash: of brightness, and of each of the two colours.
 _SIDE, _BRIGHTNESS, _COLOUR = 32, 40, 12
 _LOW = sorted(((u, v) for u in range(9) for v in range(9) if u + v), key=lambda at: (sum(at), at))[:_BRIGHTNESS]
 _ROWS, _COLUMNS = zip(*_LOW)
 _DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(9), np.arange(_SIDE) + 0.5)) / _SIDE
 
-# Why a row has no facts of an image; "" if it has.
+# Reasons why a row has no image facts; "" if it has them.
 PROBLEMS = (
     "", tsv.MISSING_COLUMN, tsv.NO_IMAGE, tsv.EMPTY_IMAGE, tsv.LINE_TOO_LONG, tsv.IMAGE_IS_URL, tsv.PATH_LEADS_OUT,
     rows.BAD_RECORD, rows.SEVERAL_IMAGES, "no such file", "cannot read the file", "changed file", "empty image",
@@ -80,7 +80,8 @@ class ImageFacts(NamedTuple):
 
 
 def content_hash(data: bytes) -> int:
-    """64 bits of an image file's bytes: equal for exact copies. Of 1,000,000 others two agree once in 30 million."""
+    """64 bits of an image file's bytes: equal for exact copies. Among 1,000,000 different files,
+    two agree with probability 1 in 30 million."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -169,12 +170,12 @@ def image_bytes(found: Found) -> bytes:
 
 
 def held_bytes(found: Optional[Found]) -> int:
-    """What working on such an image takes, about."""
+    """The approximate cost of processing such an image."""
     return 0 if found is None else found.length if isinstance(found, ImagePlace) else len(found)
 
 
 def facts_record(found: Found, pixels: bool = True) -> np.ndarray:
-    """FACTS [] of an image, with 0 for line and next. Without pixels: as its header has it, and sharpness NaN."""
+    """FACTS [] of an image, with 0 for line and next. Without pixels: from the header, with sharpness NaN."""
     record = np.zeros((), FACTS)
     try:
         data = image_bytes(found)
@@ -229,7 +230,7 @@ def _facts_of_rows(chunk: List[Tuple[int, int, Found]]) -> bytes:
 
 
 def stored_facts(path: str) -> Optional[np.ndarray]:
-    """What all_image_facts would give, if it has been computed."""
+    """The result of all_image_facts if it was computed before, else None."""
     path = os.path.realpath(path)
     return _load(facts_path(path), _header(path))
 
@@ -256,7 +257,7 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
         logger.info(f"the facts of {path} are kept in memory only: cannot write next to it ({error.strerror})")
         return np.frombuffer(b"".join(_compute(path, size, state, 0, 1, workers, quiet)), FACTS)
     with file:
-        # Of several processes one computes; the others wait, and find its file.
+        # One of several processes computes the facts; the others wait and use its file.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         stored = _load(final, header)

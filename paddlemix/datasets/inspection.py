@@ -1,4 +1,4 @@
-"""What is in a set of images and captions, of any size: counted in one pass, in worker processes.
+"""Statistics of a set of images and captions of any size, counted in one pass by worker processes.
 
     rows of the files → facts of each caption (caption_facts.py) and image (image_facts.py) → arrays, 100 bytes a row
                       → numbers, groups of duplicates, advice: a summary that report.json holds as it is
@@ -54,7 +54,7 @@ MOST_TEXTS = 100_000
 _BINS = 40
 # Rows by which the number of rows of a file is estimated.
 _FIRST_ROWS = 200
-# Beyond which a caption is taken for a loop, an image for a sliver or a stamp.
+# Limits beyond which a caption counts as a loop, and an image as a sliver or a stamp.
 MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
 # Of a sample that takes the default prompt: system, user and assistant around image and caption.
 _TEMPLATE_TOKENS = 32
@@ -123,7 +123,7 @@ class Inspection:
         return self.readable & ~np.isnan(self.facts["sharpness"])
 
     def row(self, index: int) -> TsvRow:
-        """A row, read again."""
+        """Read a row again."""
         place = self.rows[index]
         path = self.paths[place["file"]]
         found = read_rows(
@@ -174,7 +174,7 @@ def _look(chunk: List[Tuple], count_tokens: Optional[Callable[[str], int]]) -> T
 
 
 def _estimate(path: str, captions: bool) -> float:
-    """About how many rows a file has."""
+    """An estimate of the number of rows of a file."""
     if is_json(path):
         from paddlemix.datasets.json_index import record_bounds
 
@@ -279,7 +279,7 @@ def _several(group: np.ndarray) -> Dict[str, int]:
 
 
 def summary(found: Inspection, near: int) -> Dict[str, Any]:
-    """Everything that was counted, as report.json holds it."""
+    """All counts, as in report.json."""
     rows, facts = found.rows, found.facts
     with_caption = rows["caption"] != 0
     captions, readable, decoded = rows[with_caption], facts[found.readable], facts[found.decoded]
@@ -363,8 +363,8 @@ def _up(value: float, step: int) -> int:
 
 
 def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> List[str]:
-    """What to set and what to leave out, in words, with the numbers behind it."""
-    said: List[str] = []
+    """Recommended settings and filters, with the numbers they are based on."""
+    lines: List[str] = []
     good = found.rows[found.good & (found.rows["caption"] != 0)]
     images, n = numbers["images"], numbers["rows"]
 
@@ -377,33 +377,33 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
         longest, most = int(np.ceil(tokens.max())), int(np.ceil(np.percentile(tokens, 99.9)))
         around = n_queries + 2 + _TEMPLATE_TOKENS
         how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --tokenizer counts them)"
-        said.append(
+        lines.append(
             f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
             f"{n_queries + 2} of them for the image and {longest} for the caption{how}"
         )
         if _up(most + around, 64) < _up(longest + around, 64):
-            said.append(
+            lines.append(
                 f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most "
                 f"{most} tokens"
             )
-        said.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
+        lines.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
         for rule, text, which in (
             (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
             (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
         ):
             if which.any():
-                said.append(f"{share(int(which.sum()))} {text}: drop them with {rule}")
+                lines.append(f"{share(int(which.sum()))} {text}: drop them with {rule}")
         opening = numbers["captions"]["texts"]["opening"]["listed"][:1]
         if opening and opening[0][1] > 0.2 * len(good) and len(good) > 100:
-            said.append(
+            lines.append(
                 f"{share(opening[0][1])} captions begin with “{opening[0][0]}”: the model will, too; balance them with "
                 f"--per_opening {_up(0.05 * len(good), 10)}"
             )
         for kind, text in (("control", "captions hold control characters"), ("tags", "captions hold tags")):
             count = numbers["captions"]["with"][kind]
             if count:
-                mend = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
-                said.append(f"{share(count)} {text}: {mend}")
+                remedy = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
+                lines.append(f"{share(count)} {text}: {remedy}")
     readable = found.facts[found.readable]
     sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
     for rule, text, count in (
@@ -422,21 +422,21 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
         ),
     ):
         if count:
-            said.append(f"{share(count)} {text}: drop them with {rule}")
+            lines.append(f"{share(count)} {text}: drop them with {rule}")
     if numbers["rejected"]:
         reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())
-        said.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
+        lines.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
     if numbers["ids doubled"]:
-        said.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
+        lines.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
     leaks = numbers.get("overlap")
     if leaks and leaks["exact"] + leaks["near"]:
-        said.append(
+        lines.append(
             f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly: scores there would "
             f"not be those of unseen images; drop them with --not_in {leaks['file']}"
         )
     if images["decoded"] < images["readable"]:
-        said.append(
+        lines.append(
             f"{images['decoded']:,} of {images['readable']:,} images were decoded: --hash all finds the near "
             "duplicates among all"
         )
-    return said
+    return lines

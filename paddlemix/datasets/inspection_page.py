@@ -1,4 +1,4 @@
-"""An inspection as a page: one HTML file without a script that asks for nothing from anywhere.
+"""An inspection as a page: one HTML file without scripts or external resources.
 
 Everything of the data goes in escaped. Texts of the page are in the language in use (utils/language.py).
 """
@@ -222,7 +222,7 @@ def _pairs(found: Inspection, other: Inspection, shared: Overlap) -> str:
         note = tr("an exact copy") if apart < 0 else tr(f"{apart} bits apart")
         return f'<div class="pair">{_card(found, row, note)}{_card(other, there)}</div>'
 
-    # The farthest first: those are the ones to judge.
+    # The most distant first: these need a person's judgement most.
     order = np.argsort(-shared.apart, kind="stable")[:EXTREME]
     return _section("In both sets", (pair(*(int(part[at]) for part in shared)) for at in order))
 
@@ -266,9 +266,9 @@ def write_page(
     ]  # fmt: skip
     caption_table, caption_plots = _measures(captions)
     image_table, image_plots = _measures(images)
-    said = "".join(f"<li>{_say(text)}</li>" for text in numbers["advice"])
+    advice = "".join(f"<li>{_say(text)}</li>" for text in numbers["advice"])
     panels = [
-        _panel("What to do", f"<ul>{said}</ul>", wide=True),
+        _panel("What to do", f"<ul>{advice}</ul>", wide=True),
         _panel("Rows and captions", counts(row_counts)),
         _panel("Images", counts(image_counts)),
         _panel("Lengths and shares of captions", caption_table, wide=True) if captions[0]["rows"] else "",

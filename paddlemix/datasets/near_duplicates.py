@@ -17,12 +17,12 @@ import numpy as np
 
 from paddlemix.utils.log import logger
 
-# Beyond that, other images come as near, and the search takes minutes.
+# Beyond this distance, unrelated images are equally near, and the search takes minutes.
 MAX_DISTANCE = 10
 # A search makes no more, which takes half a minute. Only very many hashes that are nearly alike need more; then those
 # far apart in the order of a bucket are not compared.
 MOST_COMPARISONS = 2_000_000_000
-# What sorting by one choice of blocks costs, in comparisons a hash.
+# Cost of sorting by one choice of blocks, in comparisons per hash.
 _SORT = 4
 _HELD_PAIRS = 1 << 21
 
@@ -72,7 +72,7 @@ def _near_pairs(hashes: np.ndarray, distance: int) -> Iterator[Tuple[np.ndarray,
         # How many of the same key follow each.
         ends = np.append(np.flatnonzero(key[1:] != key[:-1]) + 1, len(key))
         follow = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(len(key)) - 1
-        # What some choices do not need is there for the others.
+        # Blocks that one choice does not use are used by another.
         left = share = budget // (len(choices) - number)
         place, step = np.flatnonzero(follow), 1
         while len(place) and left > 0:
@@ -106,7 +106,7 @@ def _join(group: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         if not apart.any():
             return
         a, b, low, high = a[apart], b[apart], low[apart], high[apart]
-        # Of several that want the same root one wins; the others come again.
+        # If several are joined to the same root, one wins; the others are handled in the next round.
         group[high] = low
         while True:
             root = group[group]
@@ -153,7 +153,7 @@ def nearest_in(hashes: np.ndarray, others: np.ndarray, distance: int) -> Tuple[n
     # Of each distinct hash: its first place among the others.
     place = np.full(len(distinct), none)
     np.minimum.at(place, number[len(hashes) :], np.arange(len(others)))
-    # Bits apart and place in one number, of which the least counts.
+    # Distance and place are packed into one number, so that the minimum finds both.
     best = place.copy()
     for i, j, apart in _near_pairs(distinct, distance):
         for mine, other in ((i, j), (j, i)):

@@ -36,13 +36,13 @@ class ProgressLines:
     def __init__(self, total: int, desc: str):
         self._total, self._desc = total, desc
         self._done, self._began = 0, time.monotonic()
-        self._said = self._began
+        self._reported = self._began
 
     def update(self, n: int = 1) -> None:
         self._done += n
         now = time.monotonic()
-        if now - self._said >= LINE_SECONDS and self._done < self._total:
-            self._said = now
+        if now - self._reported >= LINE_SECONDS and self._done < self._total:
+            self._reported = now
             left = time_left(self._done, self._total, now - self._began)
             logger.info(f"{self._desc}: {self._done:,} of {self._total:,}, time left: {left}")
 

@@ -220,14 +220,14 @@ class FinetuneTrainer(Trainer):
             )
         self._trained_since = time.time()
 
-    def _evaluate(self, eval_dataset, *words):
+    def _evaluate(self, eval_dataset, *args):
         batches = math.ceil(
             len(self.eval_dataset if eval_dataset is None else eval_dataset)
             / (self.args.per_device_eval_batch_size * self.args.dataset_world_size)
         )
         limit = self.args.max_evaluate_steps
         self.lines.begin_evaluation(self.args, self.state, min(batches, limit) if limit > 0 else batches)
-        metrics = super().evaluate(eval_dataset, *words)
+        metrics = super().evaluate(eval_dataset, *args)
         if self.captions is None:
             return metrics
         model, between = base_of(self.model), self.stop.leave_evaluation
