@@ -148,7 +148,7 @@ def products(call: Callable[[], Any], clock: Callable[[], float], size: str) -> 
         start = clock()
         call()
         whole = clock() - start
-    limit = found["operations"] / harness.matmul_peak(clock, 64 if size == "quick" else 2048)
+    limit = found["operations"] / harness.matmul_peak(clock, 64 if size == "quick" else 1024)
     return {"all": whole, "products": found["seconds"], "limit": limit}
 
 
