@@ -122,6 +122,9 @@ def main() -> None:
 
         Image.init()
         if args.target in ("model", "generation_config", "chat_template", "vocabulary", "run_config"):
+            # The targets import these late, too.
+            from paddlemix.models.mgen_vl import configuration, generation, tokenizer  # noqa: F401
+            from paddlemix.processors import mgen_vl_processing  # noqa: F401
             from paddlemix.trainer import command_line  # noqa: F401
     warnings.simplefilter("ignore")  # Pillow tells what it makes of broken files
     corpus = args.corpus or tempfile.mkdtemp(prefix="corpus-")
