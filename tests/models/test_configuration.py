@@ -68,6 +68,7 @@ def test_accepted_model_types(tmp_path, model_type):
         ('{"visual": {}, "no_bias": true, "no_bias": false}', "the key no_bias is in it twice"),
         ('{"visual": {}, "quantization_config": "os.system"}', "quantization_config must be an object or null"),
         ('{"visual": {}, "quantization_config": [1]}', "quantization_config must be an object or null"),
+        ('{"visual": {}, "quantization_config": {"act_quant_method": "abs_mar"}}', "config.json: 'abs_mar'"),
         ('{"visual": {}, "problem_type": "a\\nb"}', r"problem_type. was not understood: received a\\nb"),
     ],
 )

@@ -102,5 +102,5 @@ class MGenConfig(QWenConfig):
             # PaddleNLP does this later, and only then checks some values.
             config.to_dict()
             return config
-        except (AssertionError, AttributeError, TypeError, ValueError) as error:  # from PaddleNLP
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # from PaddleNLP
             raise ConfigError(f"{path}: {one_line(str(error), 200)}") from None
