@@ -58,7 +58,7 @@ def write_base(folder, dtype="float32", format="pdparams", limit="10GB"):
         "generation_config.json": "{}",
         "tokenizer_config.json": '{"from": "base"}',
         "special_tokens_map.json": "{}",
-        "qwen.tiktoken": "base vocabulary",
+        "qwen.tiktoken": "a vocabulary",
         "LICENSE.txt": "license",
         "modeling_qwen.py": "not copied",
     }.items():
@@ -79,7 +79,7 @@ def write_lora(folder, named, **config):
         "train_results.json": "{}",
         "all_results.json": "{}",
         "training_args.bin": "data, never opened",
-        "mgen.tiktoken": "lora vocabulary",
+        "mgen.tiktoken": "a vocabulary",
         "optimizer.pdopt": "not copied",
     }.items():
         (folder / name).write_text(text)
@@ -158,12 +158,12 @@ def test_the_folder_is_whole(folders):
         "training_args.bin",
     ]
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "lora"}
-    assert (out / "mgen.tiktoken").read_text() == "lora vocabulary"
+    assert (out / "mgen.tiktoken").read_text() == "a vocabulary"
     # Without a tokenizer in the run, the base's goes along.
     (lora_folder / "mgen.tiktoken").unlink()
     (lora_folder / "tokenizer_config.json").unlink()
     merge(str(base_folder), str(lora_folder), str(out), overwrite=True, progress=False)
-    assert (out / "qwen.tiktoken").read_text() == "base vocabulary" and not (out / "mgen.tiktoken").exists()
+    assert (out / "qwen.tiktoken").read_text() == "a vocabulary" and not (out / "mgen.tiktoken").exists()
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "base"}
 
 
