@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from paddlemix.datasets.json_index import record_bounds
 from paddlemix.datasets.records import SampleError, parse_record
 from paddlemix.datasets.rows import read_rows
+from paddlemix.datasets.score_files import COLUMNS
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
     EMPTY_CAPTION,
@@ -38,6 +39,33 @@ def _reading(path: str, size: int, quiet: bool) -> Progress:
     return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=quiet)
 
 
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+        return True
+    except ValueError:
+        return not field
+
+
+def check_captions(path: str, fields: Sequence[str], references: bool = False) -> None:
+    """Check that the columns of a line may be an id and a caption.
+
+    references: images are allowed.
+
+    Raises:
+        UserError: they are those of a table of images, or of a file of tools/score_rows.py.
+    """
+    found = None
+    starts = [field[:256] for field in fields[:2]]
+    # A caption that repeats a character is also long and without spaces.
+    if not references and any(len(set(text)) > 12 and is_image(text.encode("utf-8", "replace")) for text in starts):
+        found = "images"
+    elif len(fields) == 1 + len(COLUMNS) and all(map(_is_number, fields[1:4])):
+        found = "scores"
+    if found:
+        raise UserError(f"{path} is a table of {found}, not of captions by id", found)
+
+
 def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
     """`id \\t caption` lines by id, in the order of the file; a caption may be empty. quiet: show no progress.
 
@@ -61,6 +89,7 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
                 fields = line.decode("utf-8").split("\t")
             except UnicodeDecodeError:
                 fields = []
+            check_captions(path, fields)
             if len(fields) != 2:
                 bad.append(str(number))
             elif fields[0] in found:
@@ -139,6 +168,7 @@ def _of_rows(path: str, bar: Progress) -> References:
                     reason = EMPTY_CAPTION
                 try:
                     captions = [second.decode("utf-8"), *(row.caption or "").split("\t")]
+                    check_captions(path, [row.id, *captions], references=True)
                 except UnicodeDecodeError:
                     reason = CAPTION_NOT_UTF8
             if reason is None and not row.id:
@@ -167,7 +197,9 @@ def new_captions(path: str) -> Iterator[Tuple[str, str]]:
                     chosen = row["chosen"]
                     yield row["id"], "" if chosen is None else row["candidates"][chosen]["text"]
                 else:
-                    name, caption = line.decode("utf-8").rstrip("\r\n").split("\t")[:2]
+                    fields = line.decode("utf-8").rstrip("\r\n").split("\t")
+                    check_captions(path, fields)
+                    name, caption = fields[:2]
                     yield name, caption
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 text = f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best"

@@ -22,6 +22,6 @@ def choose(texts: Sequence[str], scores: Sequence[float], how: str) -> int:
         return 0
     if how == "logprob":
         return int(np.argmax(scores))
-    from paddlemix.metrics.captions import agreement
+    from paddlemix.metrics.captions import agreement, first_best
 
-    return int(np.argmax(agreement([texts])[0]))
+    return first_best(agreement([texts])[0])

@@ -11,16 +11,16 @@ import os
 from itertools import islice
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
-
+from paddlemix.datasets.caption_files import check_captions
 from paddlemix.datasets.tsv import check_input
 from paddlemix.inference.facts import file_facts
 from paddlemix.inference.results import FORMAT, SIDECAR, write_sidecar
-from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, agreement
+from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, agreement, first_best
 from paddlemix.metrics.ngrams import DocumentFrequencies
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.log import logger
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
@@ -48,9 +48,14 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
     """
     files = [_opened(path) for path in paths]
     _check_inputs(files)
+    facts = [file_facts(path) for path in paths]
+    for number, one in enumerate(facts):
+        same = paths[facts.index(one)]
+        if facts.index(one) < number:
+            logger.warning("%s has the same contents as %s: its captions count twice", paths[number], same)
     split = TOKENIZERS["char"]
     counted, rows = DocumentFrequencies(), 0
-    with Progress(file_facts(paths[0]).lines, "n-grams", unit="row", disable=quiet) as bar:
+    with Progress(facts[0].lines, "n-grams", unit="row", disable=quiet) as bar:
         for _, captions in _rows(files):
             counted.add([split(text) for text in dict.fromkeys(captions)])
             rows += 1
@@ -69,7 +74,7 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
         ]
         texts = [[captions[i] for i in kept] for (_, captions), kept in zip(chunk, usable)]
         scores = agreement(texts, "char", frequencies)
-        best = [kept[int(np.argmax(row))] for kept, row in zip(usable, scores)]
+        best = [kept[first_best(row)] for kept, row in zip(usable, scores)]
         return [(name, captions[i], i) for (name, captions), i in zip(chunk, best)]
 
     taken = [0] * len(files)
@@ -82,9 +87,8 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
                 taken[i] += 1
             bar.update(len(part))
     run = {"format": FORMAT, "combined": []}
-    for file, count in zip(files, taken):
-        facts = file_facts(file.path)
-        entry = {"path": file.path, "bytes": facts.size, "sha256": facts.sha256, "taken": count}
+    for file, one, count in zip(files, facts, taken):
+        entry = {"path": file.path, "bytes": one.size, "sha256": one.sha256, "taken": count}
         run["combined"].append({**entry, **{key: file.run[key] for key in ("model", "settings") if key in file.run}})
     inputs = [file.run["input"] for file in files if "input" in file.run]
     if inputs:
@@ -135,6 +139,7 @@ def _lines(file, path: str) -> Iterator[Tuple[str, str]]:
             fields = []
         if fields == [""]:
             continue
+        check_captions(path, fields)
         if len(fields) != 2:
             raise UserError(f"line {number} of {path} is not id, tab, caption in UTF-8")
         yield fields[0], fields[1]

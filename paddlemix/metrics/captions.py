@@ -286,6 +286,11 @@ def agreement(
     return found
 
 
+def first_best(scores: np.ndarray) -> int:
+    """The index of the highest score of agreement; of equal ones, which may be rounded differently, the first."""
+    return int(np.argmax(scores >= scores.max() - 1e-9))
+
+
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     """The length of the longest common subsequence, bit-parallel (Hyyrö 2004), with a row in one Python integer."""
     places: Dict[str, int] = {}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
+from paddlemix.datasets.caption_files import common_ids, new_captions, read_captions, read_references
 from paddlemix.datasets.thumbnails import read_thumbnails
 from paddlemix.utils.errors import UserError
 from tests.helpers import image_base64, image_bytes, refused
@@ -34,6 +34,29 @@ def test_lines_that_are_no_captions_are_listed(tmp_path):
         read_captions(write(tmp_path, "\n \n"))
     with refused(UserError, "unreadable"):
         read_captions(str(tmp_path / "none"))
+
+
+SCORES = 'a\t0.51\t0.73\t0.22\t[["杯", 1.5]]\n'
+
+
+@pytest.mark.parametrize("read", [read_captions, lambda path: list(new_captions(path))])
+@pytest.mark.parametrize(
+    "text, code",
+    [(f"a\t红杯\nb\t{IMAGE}\n", "images"), (f"a\t{IMAGE}\t红杯\n", "images"), (f"{IMAGE}\t红杯\n", "images"),
+     (SCORES, "scores"), ("a\t\t\t\tno image\n", "scores")],
+)  # fmt: skip
+def test_images_and_scores_are_not_captions(tmp_path, read, text, code):
+    with refused(UserError, code):
+        read(write(tmp_path, text))
+
+
+def test_a_caption_that_repeats_a_character_is_not_an_image(tmp_path):
+    assert read_captions(write(tmp_path, "a\t" + "1-" * 500)) == {"a": "1-" * 500}
+
+
+def test_scores_are_not_references(tmp_path):
+    with refused(UserError, "scores"):
+        read_references(write(tmp_path, SCORES))
 
 
 def test_references_as_lines_of_text(tmp_path):

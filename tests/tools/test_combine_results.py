@@ -1,6 +1,7 @@
 """The consensus of results files: what is chosen, what is recorded, and files that do not belong together."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from paddlemix.inference import combining
 from paddlemix.metrics.captions import score_captions
 from paddlemix.utils import cli
+from tests.helpers import image_base64
 from tools import combine_results
 
 ROWS = {
@@ -118,6 +120,24 @@ def test_files_that_do_not_belong_together(run, tmp_path, content, says):
         (tmp_path / "bad.txt").write_text(content, "utf-8")
     status, _, err = run("0.txt", "bad.txt", "out.txt")
     assert status == 2 and says in err and not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.parametrize("what, line", [("images", "\t" + image_base64()), ("scores", "\t0.5\t0.7\t0.2\t[]")])
+def test_images_and_scores_are_refused(run, tmp_path, what, line):
+    (tmp_path / "bad.txt").write_text("".join(f"{key}{line}\n" for key in ROWS), "utf-8")
+    status, _, err = run("0.txt", "bad.txt", "1.txt", "out.txt")
+    assert status == 2 and f"bad.txt is a table of {what}" in err and not (tmp_path / "out.txt").exists()
+
+
+def test_ties_go_to_the_first_file_and_copies_are_named(run, tmp_path):
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("红绿蓝白黑杯子瓶灯书左右上下大小新款", k=20)) for _ in range(60)]
+    for name in range(4):
+        lines = [f"{i}\t{text if name < 3 else text[:12] + text[::-1]}\n" for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.txt").write_text("".join(lines), "utf-8")
+    status, out, err = run("0.txt", "1.txt", "2.txt", "3.txt", "out.txt")
+    assert status == 0 and out.startswith("out.txt: 60 rows, 60 of 0.txt, 0 of 1.txt, 0 of 2.txt, 0 of 3.txt")
+    assert "2.txt has the same contents as 0.txt" in err
 
 
 def test_bad_usage(run):

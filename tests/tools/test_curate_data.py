@@ -262,7 +262,7 @@ def test_near_duplicates_name_the_row_that_stays(call, data):
         (["--images", "reference"], "an OUT.json"), (["--limit", 0], "number from 1"),
         (["--drop_scores", "IN:5%"], "not a file that tools/score_rows.py has written"),
         (["--not_in", "gone"], "cannot read gone"), (["--must", "狗"], "no row of"),
-        (["--prefer", "IN"], "not the id of a row"),
+        (["--prefer", "IN"], "is a table of images"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )  # fmt: skip
