@@ -157,6 +157,18 @@ def check(args: argparse.Namespace, rules: Dict[str, Any]) -> None:
             raise UserError(f"{option} needs {other}")
 
 
+def check_scores(args: argparse.Namespace) -> None:
+    """Check that --drop_scores has scores of IN, and --prefer of other captions, as far as their runs are recorded."""
+    from paddlemix.inference.facts import input_facts
+    from paddlemix.inference.results import recorded_input
+
+    for scores, of_input in ((args.drop_scores, True), ((args.prefer or (None, None))[::-1], False)):
+        recorded = recorded_input(scores[0]) if scores and scores[0] else None
+        if recorded and (recorded == input_facts(args.input).sha256) != of_input:
+            what = f"other data than {args.input}" if of_input else f"{args.input}, not of the captions in {scores[1]}"
+            raise UserError(f"{scores[0]} has the scores of {what}, as {scores[0]}.run.json says")
+
+
 def show(result, args: argparse.Namespace) -> None:
     """The numbers, a line per rule."""
     print(f"{'rule':<34}{'alone':>12}{'together':>12}")
@@ -168,6 +180,8 @@ def show(result, args: argparse.Namespace) -> None:
     print(f"{'kept':<34}{'':>12}{result.kept:>12}")
     if args.prefer:
         print(f"{result.preferred} rows have a caption of {args.prefer[0]}")
+    if result.unscored:
+        print(f"warning: {result.unscored} usable rows have no score in {args.drop_scores[0]}", file=sys.stderr)
 
 
 def main() -> int:
@@ -177,6 +191,7 @@ def main() -> int:
 
     rules = {rule.name: getattr(args, rule.name) for rule in RULES if getattr(args, rule.name) is not None}
     check(args, rules)
+    check_scores(args)
     count_tokens = None
     if args.tokenizer:
         from paddlemix.models.mgen_vl.tokenizer import MGenVLTokenizer

@@ -151,6 +151,12 @@ def main() -> None:
     captions = read_captions(args.results, args.quiet)
     references = read_references(args.references, args.quiet)
     others = [read_captions(path, args.quiet) for path in args.compare]
+    if gains is not None:
+        unscored = len(captions) - len(common_ids(captions, gains))
+        if unscored == len(captions):
+            raise UserError(f"{args.scores} has no score for any row of {args.results}", "no-scores")
+        if unscored:
+            print(f"{unscored} rows of {args.results} have no score in {args.scores}")
     texts = references.texts
     if args.intersection:
         sides = [texts, captions, *others]

@@ -210,7 +210,7 @@ class InOrder:
     """Values for some of the rows, in their order, from lines (id, value), in constant memory."""
 
     def __init__(self, path: str, lines: Iterator[Tuple[str, Any]]):
-        self._path, self._lines = path, lines
+        self.path, self._lines = path, lines
         self._next = next(lines, None)
 
     def take(self, name: str) -> Any:
@@ -227,7 +227,7 @@ class InOrder:
             UserError: a line belongs to no row.
         """
         if self._next is not None:
-            raise UserError(f"{self._path}: {self._next[0]} is not the id of a row, or out of order", "ids")
+            raise UserError(f"{self.path}: {self._next[0]} is not the id of a row, or out of order", "ids")
 
 
 def common_ids(*sides: Mapping[str, object]) -> List[str]:

@@ -29,7 +29,7 @@ from paddlemix.datasets.score_files import read_scores
 from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, check_input, row_id
 from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
-from paddlemix.utils.errors import JobFailed
+from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.outputs import keep_apart
 from paddlemix.utils.parallel import map_chunks
@@ -169,12 +169,15 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
     ]  # fmt: skip
     options = RowOptions(prompt=settings.prompt, images=settings.images, verify="header")
     done = 0
+    # Which of the score files have had no score yet.
+    empty = {at for at in (0, 2) if files[at]}
     with Progress(state.size, title, "B", settings.quiet, unit_scale=True) as bar:
         for row in read_rows(path, want_caption=True, state=state):
             bar.update(row.next_offset - done)
             done = row.next_offset
             score, caption, new_score = (file and file.take(row_id(row)) for file in files)
             gain, new_gain = (one.gain if one is not None else np.nan for one in (score, new_score))
+            empty.difference_update(at for at, value in ((0, gain), (2, new_gain)) if not np.isnan(value))
             # Without scores, all new captions are used.
             better = new_scores is None or new_gain > gain or (np.isnan(gain) and not np.isnan(new_gain))
             preferred = bool(caption and better)
@@ -184,6 +187,8 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
             yield check_row(row, options), gain, preferred
     for file in filter(None, files):
         file.end()
+    for at in empty:
+        raise UserError(f"{files[at].path} has no score for any row of {path}", "no-scores")
 
 
 def survey_rows(
@@ -284,11 +289,13 @@ def decide(survey: Survey, settings: Settings) -> Decision:
 
 
 class Result(NamedTuple):
-    """rows, kept: their numbers. preferred: rows whose caption is of Settings.prefer. unusable: rows by reason."""
+    """rows, kept: their numbers. preferred: rows whose caption is of Settings.prefer. unscored: usable rows without a
+    gain, if "drop_scores" is a rule. unusable: rows by reason."""
 
     rows: int
     kept: int
     preferred: int
+    unscored: int
     unusable: Dict[str, int]
     alone: Dict[str, int]
     together: Dict[str, int]
@@ -326,7 +333,9 @@ def curate(
     problems = np.bincount(survey.rows["problem"], minlength=len(survey.problems)).tolist()
     unusable = {reason: count for reason, count in zip(survey.problems, problems) if reason and count}
     kept = int((found.reason == 0).sum())
-    result = Result(len(survey.rows), kept, survey.preferred, unusable, found.alone, found.together)
+    unscored = int((np.isnan(survey.rows["gain"]) & (survey.rows["problem"] == 0)).sum())
+    unscored *= "drop_scores" in settings.rules
+    result = Result(len(survey.rows), kept, survey.preferred, unscored, unusable, found.alone, found.together)
     if output is None:
         return result
     if not kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Iterator, NamedTuple, Optional, Tuple
 
 from paddlemix.utils.errors import UserError
@@ -30,7 +31,8 @@ def read_scores(path: str) -> Iterator[Tuple[str, Optional[Score]]]:
                 name, *columns = line.rstrip("\n").split("\t")
                 if len(columns) != len(COLUMNS):
                     raise ValueError
-                yield name, Score(*map(float, columns[:3])) if columns[0] else None
+                score = Score(*map(float, columns[:3])) if columns[0] else None
+                yield name, score if score is not None and math.isfinite(score.gain) else None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError:

@@ -33,6 +33,7 @@ from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file
 
@@ -90,6 +91,16 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
         summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
         json.dump(summary, file, ensure_ascii=False, indent=2)
         file.write("\n")
+
+
+def recorded_input(path: str) -> Optional[str]:
+    """The SHA-256 (hex) of the input of the run that wrote `path`, from `path`.run.json; None if it is not recorded.
+
+    Raises:
+        ConfigError: path.run.json is not a JSON object.
+    """
+    found = read_config_object(path + SIDECAR).get("input") if os.path.isfile(path + SIDECAR) else None
+    return found.get("sha256") if isinstance(found, dict) else None
 
 
 class Place(NamedTuple):

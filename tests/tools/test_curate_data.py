@@ -1,6 +1,7 @@
 """curate_data.py: each rule alone and all together, what is written, and the same bytes each time."""
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -235,6 +236,53 @@ def test_preferred_captions(call, data):
     wanted = {name: f"新的{name}" if name in ("plain", "loop") else ROWS[name][0] for name in names}
     del wanted["latin"]
     assert captions == wanted
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Two tables of six rows without ids, and scores of four rows of the first, with their record."""
+    for name in ("in", "other"):
+        lines = [f"{image_base64(n)}\t{name}的第{n}张图片\n" for n in range(6)]
+        (tmp_path / f"{name}.tsv").write_text("".join(lines))
+        digest = hashlib.sha256((tmp_path / f"{name}.tsv").read_bytes()).hexdigest()
+        (tmp_path / f"{name}.scores.run.json").write_text(json.dumps({"input": {"sha256": digest}}))
+        (tmp_path / f"{name}.scores").write_text("".join(f"{n}\t1\t2\t{n / 4}\t[]\n" for n in range(1, 5)))
+    (tmp_path / "new.txt").write_text("".join(f"{n}\t新的描述\n" for n in range(1, 7)))
+    return tmp_path
+
+
+def test_rows_without_a_score_are_counted(call, scored):
+    status, _, errors = call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", f"{scored / 'in.scores'}:25%")
+    assert status == 0 and errors == f"warning: 2 usable rows have no score in {scored / 'in.scores'}\n"
+    report = json.loads((scored / "out.curation.json").read_text())
+    assert (report["kept"], report["unscored"]) == (5, 2)
+    call(scored / "in.tsv", scored / "out.tsv")
+    assert json.loads((scored / "out.curation.json").read_text())["unscored"] == 0
+
+
+@pytest.mark.parametrize("line", [None, "{}\tnan\tnan\tnan\t[]\n", "{}\t\t\t\tno caption\n"])
+@pytest.mark.parametrize("new", [False, True])
+def test_a_file_without_any_score_is_refused(call, scored, line, new):
+    empty = scored / "empty.scores"
+    empty.write_text("".join(line.format(n) for n in range(1, 7)) if line else "")
+    options = ["--drop_scores", f"{scored / 'in.scores' if new else empty}:10%"]
+    options += ["--prefer", f"{scored / 'new.txt'}:{empty}"] if new else []
+    status, _, errors = call(scored / "in.tsv", scored / "out.tsv", *options)
+    assert status == 2 and errors == f"error: {empty} has no score for any row of {scored / 'in.tsv'}\n"
+
+
+def test_scores_of_another_input_are_refused(call, scored):
+    status, _, errors = call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", f"{scored / 'other.scores'}:10%")
+    assert status == 2 and "other.scores has the scores of other data than" in errors
+    old, new = f"{scored / 'in.scores'}:10%", f"{scored / 'new.txt'}:{scored / 'in.scores'}"
+    status, _, errors = call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", old, "--prefer", new)
+    assert status == 2 and "not of the captions in" in errors and not (scored / "out.tsv").exists()
+    new = f"{scored / 'new.txt'}:{scored / 'other.scores'}"
+    assert call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", old, "--prefer", new)[0] == 0
+    # Without a record the ids decide.
+    (scored / "other.scores.run.json").unlink()
+    other = f"{scored / 'other.scores'}:10%"
+    assert call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", other)[0] == 0
 
 
 def test_draws_depend_on_the_seed_alone(call, data):

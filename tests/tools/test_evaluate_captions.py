@@ -127,3 +127,9 @@ def test_a_page_takes_its_pictures_from_the_references_or_another_file(run, tmp_
     data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
     assert [(row[0], row[-1]) for row in data["rows"]] == [("a", 0.5), ("b", None), ("c", None)]
     assert run("good.txt", "train.tsv", "--scores", "scores.tsv")[0] == 2
+    status, out, _ = run("good.txt", "train.tsv", "--html", "page.html", "--scores", "scores.tsv")
+    assert status == 0 and "2 rows of good.txt have no score in scores.tsv" in out
+    for other in ("", "x\t1.0\t1.5\t0.5\t[]\n", "a\tnan\tnan\tnan\t[]\n"):
+        (tmp_path / "scores.tsv").write_text(other)
+        status, _, err = run("good.txt", "train.tsv", "--html", "page.html", "--scores", "scores.tsv")
+        assert status == 2 and "scores.tsv has no score for any row of good.txt" in err
