@@ -28,6 +28,8 @@ from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 def pattern(text: str) -> Pattern:
     """An argument's type: a regular expression."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, which matches every caption")
     try:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.score_files import read_scores
-from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, check_input, row_id
+from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, NO_CAPTION, check_input, row_id
 from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
@@ -34,6 +35,7 @@ from paddlemix.utils.files import atomic_write
 from paddlemix.utils.outputs import keep_apart
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.texts import ranked
 
 # Bits within which an image is that of another set, where --near_duplicates says nothing else.
 LEAK_DISTANCE = 6
@@ -339,7 +341,11 @@ def curate(
     if output is None:
         return result
     if not kept:
-        raise JobFailed(f"no row of {path} is left: --dry_run shows what each rule drops")
+        counts = Counter({found.reasons[code]: int(n) for code, n in enumerate(np.bincount(found.reason)) if n})
+        text = f"no row of {path} is left: {ranked(counts)}"
+        if counts[NO_CAPTION] + counts[EMPTY_CAPTION]:
+            text += "; convert_labels.py --captions adds those of predict.py's results"
+        raise JobFailed(text)
     try:
         _write(path, output, settings, state, survey, found)
         with atomic_write(output_names(output)[2]) as file:

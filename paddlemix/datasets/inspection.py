@@ -38,6 +38,7 @@ from paddlemix.processors.images import FORMATS
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.texts import ranked
 
 # Of each row: where to read it again (file, offset, number of the line there), the facts of its caption, hashes of
 # caption and id (0: none), and whether the row itself cannot be used.
@@ -56,6 +57,11 @@ _BINS = 40
 _FIRST_ROWS = 200
 # Limits beyond which a caption counts as a loop, and an image as a sliver or a stamp.
 MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
+# Bits at which near duplicates are also counted, for comparison.
+CLOSER = (0, 2, 4)
+# Limits beyond which near duplicates that are not copies are rather images of the same layout: of all images decoded,
+# those in the groups and in the largest one, which then has more than some rows.
+MOST_NEAR, MOST_IN_GROUP, SMALL_GROUP = 0.2, 0.05, 50
 # Of a sample that takes the default prompt: system, user and assistant around image and caption.
 _TEMPLATE_TOKENS = 32
 _TOKENS_A_CHARACTER = 0.75
@@ -194,7 +200,8 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
 
     Raises:
         UserError: a file cannot be read, or there are no rows.
-        JobFailed: a file changed meanwhile, a worker was killed, or stored facts are those of another file.
+        JobFailed: no row can be used, a file changed meanwhile, a worker was killed, or stored facts are those of
+            another file.
     """
     found = Inspection(paths)
     size = sum(map(check_input, paths))
@@ -243,6 +250,8 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
             found.facts[mine] = facts
     broken = found.facts["problem"][~found.rows["error"]]
     found.rejected.update({PROBLEMS[code]: int((broken == code).sum()) for code in np.unique(broken) if code})
+    if not found.good.any():
+        raise JobFailed(f"no row of {', '.join(paths)} can be used: {ranked(found.rejected)}", "no-rows")
     found.exact = near_groups(found.facts["content"], 0, found.readable)
     found.group = near_groups(found.facts["perceptual"], options.near, usable(found.facts))
     return found
@@ -322,6 +331,11 @@ def summary(found: Inspection, near: int) -> Dict[str, Any]:
             "one colour": int((decoded["spread"] < ONE_COLOUR).sum()),
             "copies": _several(found.exact),
             "near duplicates": {"bits apart": near, **_several(found.group)},
+            "near duplicates by bits": {
+                str(bits): _several(near_groups(facts["perceptual"], bits, usable(facts)))["rows beyond the first"]
+                for bits in CLOSER
+                if bits < near
+            },
         },
     }  # fmt: skip
 
@@ -404,15 +418,24 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             if count:
                 remedy = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
                 lines.append(f"{share(count)} {text}: {remedy}")
+    near, closer = images["near duplicates"], images["near duplicates by bits"]
+    copies = _several(near_groups(found.facts["content"], 0, usable(found.facts)))
+    beyond, largest = (near[key] - copies[key] for key in ("rows beyond the first", "largest"))
+    looked_at = f"of the {images['decoded']:,} images looked at are near duplicates of earlier ones"
+    near_rule = f"--near_duplicates {near['bits apart']}"
+    if beyond > MOST_NEAR * images["decoded"] or largest > max(MOST_IN_GROUP * images["decoded"], SMALL_GROUP):
+        at = ", ".join(f"{bits}: {count:,}" for bits, count in closer.items())
+        lines.append(
+            f"{share(near['rows beyond the first'])} {looked_at} at {near['bits apart']} bits, "
+            f"the largest group has {near['largest']:,} (at fewer bits: {at}): images of the same layout, perhaps; "
+            "look at the groups on the page, and try --near_duplicates 2 or 3 before you drop any"
+        )
+        near_rule = ""
     readable = found.facts[found.readable]
     sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
     for rule, text, count in (
         ("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"]),
-        (
-            f"--near_duplicates {images['near duplicates']['bits apart']}",
-            f"of the {images['decoded']:,} images looked at are near duplicates of earlier ones",
-            images["near duplicates"]["rows beyond the first"],
-        ),
+        (near_rule, looked_at, near["rows beyond the first"]),
         ("--min_sharpness 1", "images show one colour", images["one colour"]),
         (f"--min_side {MIN_SIDE}", f"images have a side under {MIN_SIDE} pixels", int((sides[0] < MIN_SIDE).sum())),
         (
@@ -421,7 +444,7 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             int((sides[1] > float(MAX_ASPECT) * sides[0]).sum()),
         ),
     ):
-        if count:
+        if count and rule:
             lines.append(f"{share(count)} {text}: drop them with {rule}")
     if numbers["rejected"]:
         reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())

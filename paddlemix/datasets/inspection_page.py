@@ -262,6 +262,10 @@ def write_page(
         ("decoded", "images/decoded"), ("of one colour", "images/one colour"),
         ("copies of earlier ones", "images/copies/rows beyond the first"),
         ("near duplicates of earlier ones", "images/near duplicates/rows beyond the first"),
+        *(
+            (f"the same, at most {bits} bits apart", f"images/near duplicates by bits/{bits}")
+            for bits in numbers["images"]["near duplicates by bits"]
+        ),
         ("largest group", "images/near duplicates/largest"),
     ]  # fmt: skip
     caption_table, caption_plots = _measures(captions)

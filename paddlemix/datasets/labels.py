@@ -49,6 +49,7 @@ from paddlemix.utils.files import atomic_write, only_writer
 from paddlemix.utils.outputs import check_folder, keep_apart, nearest_folder
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import check_shared_memory
+from paddlemix.utils.texts import ranked
 
 # Reasons of rejected rows, in addition to those of tsv.py and processors.images.
 BAD_BASE64 = "bad base64"
@@ -366,9 +367,8 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         raise JobFailed(f"cannot write to {out_dir}: {error.strerror}", "disk") from error
     total = sum(rejected.values())
     if counts is None:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common(3))
         why = (
-            f"all {total} rows were rejected ({reasons}; see {os.path.join(out_dir, 'rejected.tsv')})"
+            f"all {total} rows were rejected ({ranked(rejected)}; see {os.path.join(out_dir, 'rejected.tsv')})"
             if total
             else "it is empty"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from typing import Any, Iterable, Optional, Sequence, Union
 
 from paddlemix.utils.errors import UserError
@@ -26,6 +27,11 @@ def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     """The first names, and the number of further ones."""
     names = list(names)
     return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def ranked(counts: Counter) -> str:
+    """The three most frequent reasons, with their counts."""
+    return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common(3)) or "there are none"
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

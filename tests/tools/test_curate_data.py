@@ -285,6 +285,19 @@ def test_scores_of_another_input_are_refused(call, scored):
     assert call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", other)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "rows, reasons",
+    [
+        ("a\tgone.jpg\t一\nb\tgone.png\t二\n", "2 × no such file"), ("", "there are none"),
+        (f"a\t{image_base64()}\n", "1 × no caption; convert_labels.py --captions adds those of predict.py's results"),
+    ],
+)  # fmt: skip
+def test_without_a_row_the_reasons_are_counted(call, tmp_path, rows, reasons):
+    (tmp_path / "in.tsv").write_text(rows)
+    status, _, errors = call(tmp_path / "in.tsv", tmp_path / "out.tsv")
+    assert (status, errors) == (1, f"error: no row of {tmp_path / 'in.tsv'} is left: {reasons}\n")
+
+
 def test_draws_depend_on_the_seed_alone(call, data):
     def drawn(seed, workers):
         call(data / "in.tsv", data / "out.tsv", "--limit", 4, "--seed", seed, "--workers", workers)
@@ -309,7 +322,8 @@ def test_near_duplicates_name_the_row_that_stays(call, data):
         (["--max_tokens", 3], "needs --tokenizer"), (["--near_duplicates", 11], "from 0 to 10"),
         (["--images", "reference"], "an OUT.json"), (["--limit", 0], "number from 1"),
         (["--drop_scores", "IN:5%"], "not a file that tools/score_rows.py has written"),
-        (["--not_in", "gone"], "cannot read gone"), (["--must", "狗"], "no row of"),
+        (["--not_in", "gone"], "cannot read gone"), (["--must", "狗"], "is left: 9 × caption lacks --must, 1 × "),
+        (["--must", ""], "is empty"), (["--must_not", ""], "is empty"),
         (["--prefer", "IN"], "is a table of images"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

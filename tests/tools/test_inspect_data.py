@@ -113,6 +113,27 @@ def test_what_was_planted_is_counted(run, table, tmp_path, workers):
     assert all(f"- {text}" in out for text in found["advice"])
 
 
+def test_images_of_one_layout_are_not_advised_away(run, tmp_path):
+    rows = []
+    for number in range(12):
+        picture = scene(number if number < 4 else 0)
+        picture.paste((number * 20, 90, 200), (250, 150, 262, 162))
+        rows.append((f"id{number}", encoded(picture), "一件产品"))
+    status, out, _ = run(write_rows(tmp_path / "rows.tsv", rows), "--out", tmp_path / "out", "--workers", 0)
+    assert status == 0 and "drop them with --near_duplicates" not in out
+    images = report(tmp_path / "out")["images"]
+    closer = images["near duplicates by bits"]
+    assert list(closer) == ["0", "2", "4"] and closer["0"] <= closer["2"] <= closer["4"] <= 8
+    assert images["near duplicates"] == {"bits apart": 6, "groups": 1, "rows beyond the first": 8, "largest": 9}
+    counts = ", ".join(f"{bits}: {count}" for bits, count in closer.items())
+    assert f"the largest group has 9 (at fewer bits: {counts}): images of the same layout, perhaps" in out
+    # Copies, as in a set with several captions per image, are another matter.
+    copies = [(f"c{number}", encoded(scene(number // 3)), "一件产品") for number in range(12)]
+    out = run(write_rows(tmp_path / "copies.tsv", copies), "--out", tmp_path / "out", "--workers", 0)[1]
+    assert "8 (66.67 %) images are copies of earlier ones: drop them with --near_duplicates 0" in out
+    assert "same layout" not in out
+
+
 def test_a_train_json_is_the_same_set_inline_and_by_reference(run, table, tmp_path, monkeypatch):
     assert run(table, "--out", tmp_path / "tsv")[0] == 0
     expected = report(tmp_path / "tsv")
@@ -207,12 +228,16 @@ def test_frequent_texts_are_bounded_and_none_that_is_frequent_is_lost():
         (["{table}", "--near_duplicates", "11"], 2, "--near_duplicates must be 0 to 10"),
         (["{table}", "--compare", "no-such.json"], 2, "cannot read no-such.json"),
         (["{empty}"], 2, "no rows"),
+        (["{broken}"], 1, "can be used: 2 × no such file"),
+        (["{table}", "--compare", "{broken}"], 1, "can be used: 2 × no such file"),
         (["{table}", "--out", "{table}"], 2, "is a file: give a folder"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(run, table, tmp_path, words, status, message):
     (tmp_path / "empty.tsv").write_text("")
-    words = [word.format(table=table, empty=tmp_path / "empty.tsv") for word in words]
+    (tmp_path / "broken.tsv").write_text("a\tgone.jpg\t一\nb\tgone.png\t二\n")
+    places = {name: tmp_path / f"{name}.tsv" for name in ("empty", "broken")}
+    words = [word.format(table=table, **places) for word in words]
     found = run(*words) if "--out" in words else run(*words, "--out", tmp_path / "out")
     assert found[0] == status and message in found[2]
 
