@@ -9,7 +9,8 @@ OUT is a TSV `id \\t base64 \\t caption` or, if it ends in .json, has records fo
 or with --one_row one per image, as input for predict.py. Next to OUT.tsv it writes:
 
     OUT.references.tsv    id \\t caption \\t caption …, for evaluate_captions.py
-    OUT.rejected.tsv      line, id, and why it was rejected
+    OUT.rejected.tsv      line, id, and why it was rejected; the line is that of IMAGES, and of CAPTIONS if IMAGES is a
+                          folder or lacks the image
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.datasets import labels  # noqa: E402
 from paddlemix.datasets.json_index import scan_records  # noqa: E402
 from paddlemix.datasets.records import MAX_STRUCTURE  # noqa: E402
-from paddlemix.datasets.rows import read_rows  # noqa: E402
-from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, TsvRow, check_input, row_id  # noqa: E402
+from paddlemix.datasets.rows import is_json, read_rows  # noqa: E402
+from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, Source, TsvRow, check_input, row_id  # noqa: E402
 from paddlemix.datasets.writing import output_rows  # noqa: E402
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
@@ -37,8 +38,10 @@ from paddlemix.utils.outputs import keep_apart  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
 
 NO_CAPTIONS = "no captions"
+NOT_IN_IMAGES = "image is not in IMAGES"
 # Of an image with its captions.
 _MAX_RECORD_BYTES = 1 << 20
+_HEAD_BYTES = 1 << 20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,13 +62,15 @@ def read_captions(path: str) -> Iterator[Tuple[str, List[str]]]:
     """(image id, its captions that are not blank) of each record of a file of JSON or JSON lines.
 
     Raises:
-        UserError: the file cannot be read, or a record has another form.
+        UserError: the file cannot be read or is not UTF-8, or a record has another form.
     """
     check_input(path)
     with open(path, "rb") as file:
         for number, (begin, end) in enumerate(scan_records(path).tolist(), 1):
             file.seek(begin)
             text = file.read(min(end - begin, _MAX_RECORD_BYTES)).strip(b" \t\r\n,[]")
+            if not text.isascii():
+                Source(path).check(text + b"\n", want_caption=True)
             try:
                 if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
                     raise ValueError
@@ -89,12 +94,23 @@ def rows_of_folder(folder: str, captions: str) -> Iterator[Tuple[TsvRow, List[st
 
 
 def rows_of_tsv(images: str, captions: str) -> Iterator[Tuple[TsvRow, List[str]]]:
-    """(row, captions) of each row of IMAGES. The captions alone fit into memory."""
+    """(row, captions) of each row of IMAGES, and then of each image that is not there, with an error. The captions
+    alone fit into memory."""
+    check_input(images)
+    with open(images, "rb") as file:
+        Source(images).check(file.read(_HEAD_BYTES), want_caption=True)
     texts: Dict[str, List[str]] = {}
-    for name, found in read_captions(captions):
+    missing: Dict[str, int] = {}
+    for number, (name, found) in enumerate(read_captions(captions), 1):
         texts.setdefault(name, []).extend(found)
+        missing.setdefault(name, number)
+    end = 0
     for row in read_rows(images, want_caption=False):
+        end = row.next_offset
+        missing.pop(row.id, None)
         yield row, texts.get(row.id, [])
+    for name, number in missing.items():
+        yield TsvRow(number, name, b"", -1, 0, None, NOT_IN_IMAGES, end), texts[name]
 
 
 def main() -> int:
@@ -103,6 +119,11 @@ def main() -> int:
     names = [f"{stem}.references.tsv", f"{stem}.rejected.tsv"]
     keep_apart([args.source, args.captions], [args.output, *names])
     folder = os.path.isdir(args.source)
+    if os.path.isdir(args.captions) or os.path.isfile(args.source) and is_json(args.source):
+        text = f"{args.captions} is not a file of captions, or {args.source} not images: give IMAGES CAPTIONS OUT"
+        raise UserError(text, "argument-order")
+    if args.images == "reference" and not args.output.endswith(".json"):
+        raise UserError("--images reference needs an OUT.json")
     rows = (rows_of_folder if folder else rows_of_tsv)(args.source, args.captions)
     size = check_input(args.captions if folder else args.source)
     bar = Progress(None if folder else size, "images", "image" if folder else "B", args.quiet, unit_scale=not folder)

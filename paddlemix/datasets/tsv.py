@@ -24,6 +24,7 @@ MAX_ROW_BYTES = 64 << 20
 MAX_ID_BYTES = 200
 
 _MAX_PATH_BYTES = 1024
+_TEXT_FILES = (".tsv", ".csv", ".txt", ".json", ".jsonl")
 
 # The values of TsvRow.error, in addition to those of rows.py.
 MISSING_COLUMN = "missing column"
@@ -157,8 +158,8 @@ class Source(NamedTuple):
         iconv = f"iconv -f {name} -t UTF-8"
         command = f"{self.command} | {iconv}" if self.command else f"{iconv} {shlex.quote(self.name)}"
         # The folders inside an archive may not exist here.
-        stem = os.path.splitext(os.path.basename(self.name.split(": ")[-1]) if self.command else self.name)[0]
-        command += f" > {shlex.quote(stem + '.utf8.tsv')}"
+        stem, end = os.path.splitext(os.path.basename(self.name.split(": ")[-1]) if self.command else self.name)
+        command += f" > {shlex.quote(stem + '.utf8' + (end if end in _TEXT_FILES else '.tsv'))}"
         return UserError(f"{self.name} is {shown} text, and UTF-8 is needed: {command}", "encoding")
 
 
@@ -181,8 +182,7 @@ def check_input(path: str, archives: bool = False) -> int:
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
-            text = f"{path} is a folder, not a plain file: give the one in it that holds or names the images"
-            raise UserError(text, "not-regular")
+            raise UserError(f"{path} is a folder, not a plain file: give a file in it", "not-regular")
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path} is not a plain file", "not-regular")
         with open(path, "rb") as file:

@@ -82,6 +82,38 @@ def test_ai_challenger(call, challenger, tmp_path, form):
     assert rejected == [list(pair) for pair in wanted.items()]
 
 
+def test_captions_without_their_image_are_counted_and_listed(call, muge, tmp_path):
+    with open(muge[1], "a") as file:
+        file.write('{"image_id": "900", "text": ["没有图"]}\n{"image_id": "901", "text": ["也没有", "图"]}\n')
+    status, said, errors = call(*muge, tmp_path / "out.tsv")
+    assert (status, said) == (0, "2 images, 3 rows\n") and "rejected          2  image is not in IMAGES\n" in errors
+    listed = (tmp_path / "out.rejected.tsv").read_text().splitlines()
+    assert listed[2:] == ["3\t900\timage is not in IMAGES", "4\t901\timage is not in IMAGES"]
+
+
+def test_files_in_gbk_get_the_command_that_converts_them(call, muge, tmp_path):
+    text = '{"image_id": "100", "text": ["红色的杯子"]}\n{"image_id": "101", "text": ["蓝色的雨伞"]}\n'
+    for content in (text, "[" + text.replace("\n", ",")[:-1] + "]"):
+        (tmp_path / "gbk.jsonl").write_text(content, "gb18030")
+        status, _, errors = call(muge[0], tmp_path / "gbk.jsonl", tmp_path / "out.tsv")
+        file = tmp_path / "gbk.jsonl"
+        assert status == 2 and f"iconv -f GB18030 -t UTF-8 {file} > {tmp_path / 'gbk.utf8.jsonl'}\n" in errors
+    rows = muge[0].read_text().replace("10", "编号") + "编号\tx\n"
+    (tmp_path / "gbk.tsv").write_text(rows, "gb18030")
+    status, _, errors = call(tmp_path / "gbk.tsv", muge[1], tmp_path / "out.tsv")
+    assert status == 2 and "gbk.tsv is GBK text" in errors
+
+
+def test_wrong_arguments_are_refused_and_leave_nothing(call, muge, challenger, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for images, captions in (muge[::-1], challenger[::-1]):
+        status, _, errors = call(images, captions, tmp_path / "out.tsv")
+        assert status == 2 and "give IMAGES CAPTIONS OUT" in errors
+    status, _, errors = call(*muge, tmp_path / "out.tsv", "--images", "reference")
+    assert status == 2 and "needs an OUT.json" in errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "captions, says",
     [
