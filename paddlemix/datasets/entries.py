@@ -62,7 +62,8 @@ def read_entry(raw: Dict[str, Any]) -> Entry:
         if key in raw and (type(raw[key]) is not int or raw[key] < 1):
             raise ConfigError(f'"{key}" must be an integer of at least 1, not {shown(raw[key])}', key)
     prompt = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompt, list) or not all(isinstance(text, str) and text.strip() for text in prompt):
+    empty = "prompt" in raw and not prompt
+    if empty or not isinstance(prompt, list) or not all(isinstance(text, str) and text.strip() for text in prompt):
         raise ConfigError('"prompt" must be a text or a list of texts', "prompt")
     files = tuple(map(os.path.expanduser, files))
     template = os.path.expanduser(template) if template else None

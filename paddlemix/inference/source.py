@@ -92,10 +92,16 @@ def find_source(path: str, lora_path: Optional[str] = None) -> Source:
     _, text = origin.find()
     if origin.text is not None and text is None:
         command = merge_command(lora_path, folder, origin.text)
-        text = f"{lora_path} took its LLM from a model that is not where it was: merge it first: {command}"
+        text = f"{lora_path} took its LLM from {_missing(origin.text, ' or')} merge it first: {command}"
         raise UserError(text, "no-text-model")
     origin.check(lora_path, folder)
     return Source(folder, lora_path, text)
+
+
+def _missing(recorded: str, last: str = "") -> str:
+    """That a recorded model is not there, and what helps if its path is relative, in a list that goes on."""
+    remedy = "" if os.path.isabs(recorded) else f" run this in the directory where it was tuned,{last}"
+    return f"{printable(recorded, 300)}, and that model is not there:{remedy}"
 
 
 def _with_its_base(tuned: str) -> Source:
@@ -106,15 +112,15 @@ def _with_its_base(tuned: str) -> Source:
         if named is None and os.path.isfile(os.path.join(tuned, LORA_CONFIG_NAME)):
             named = read_lora_config(tuned).get("base_model_name_or_path")
         if not isinstance(named, str):
-            named, why = None, "does not name the model that it was tuned from"
+            named, why = None, "does not name the model that it was tuned from:"
         elif origin.base_fingerprint is None:
-            why = f"names its base, {printable(named, 300)}, without a fingerprint (an older version wrote it)"
+            why = f"names its base, {printable(named, 300)}, without a fingerprint (an older version wrote it):"
         elif base is None:
-            why = f"was tuned from {printable(named, 300)}, and that model is not there"
+            why = f"was tuned from {_missing(named)}"
         else:
-            why = f"took its LLM from {printable(str(origin.text), 300)}, and that model is not there"
+            why = f"took its LLM from {_missing(origin.text)}"
         raise UserError(
-            f"{tuned} {why}: give the base as the model, with --lora_path {shlex.quote(tuned)}, "
+            f"{tuned} {why} give the base as the model, with --lora_path {shlex.quote(tuned)}, "
             f"or merge them: {merge_command(tuned, named, origin.text)}",
             "lora_path",
         )

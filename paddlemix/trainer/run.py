@@ -236,7 +236,11 @@ def contributions(run: Run, part: str) -> List[str]:
         mixing = source.entry.mixing
         if "prompt" in mixing:
             mixing["prompt"] = len(mixing["prompt"])
-        lines.append(line + "".join(f"; {name} {value:,}" for name, value in mixing.items()))
+        shown = {name: f"{value:,}" for name, value in mixing.items()}
+        used = min(source.records, mixing.get("limit", source.records))
+        if "limit" in mixing and count > used:
+            shown["limit"] += f" ({count / used:.1f} × {used:,})"
+        lines.append(line + "".join(f"; {name} {value}" for name, value in shown.items()))
     return lines
 
 

@@ -180,6 +180,17 @@ def printed_command(error):
     return shlex.split(str(error.value).partition("or merge them: ")[2])
 
 
+def test_a_relative_base_is_looked_for_where_the_command_runs(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuned = save_adapters(tmp_path / "tuned", "base")
+    assert find_source(tuned) == Source("base", tuned)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    said = "tuned from base, and that model is not there: run this in the directory where it was tuned, give the base"
+    with refused(UserError, "lora_path", match=said):
+        find_source(tuned)
+
+
 @pytest.mark.parametrize("case", ["gone", "changed", "without a fingerprint", "without a note"])
 def test_a_base_that_is_not_found_is_said_with_the_command(case, base, root, tmp_path):
     tuned = save_adapters(tmp_path / "tu ned", base)

@@ -278,6 +278,7 @@ WRONG = [
     ({"dataset": {"train": [dict(ENTRY, limit=True)]}}, "limit"),
     ({"dataset": {"train": [dict(ENTRY, prompt=[""])]}}, "prompt"),
     ({"dataset": {"train": [dict(ENTRY, prompt=3)]}}, "prompt"),
+    ({"dataset": {"train": [dict(ENTRY, prompt=[])]}}, "prompt"),
     ({"dataset": {"train": [dict(ENTRY, weight=1, repeat=2)]}}, "weight repeat"),
     ({"dataset": {"train": [dict(ENTRY, weight=1), ENTRY]}}, "weight"),
     ({"dataset": {"train": [ENTRY], "eval": [dict(ENTRY, weight=1)]}}, "weight repeat"),

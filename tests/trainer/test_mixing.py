@@ -65,6 +65,12 @@ def test_a_weight_that_draws_nothing_is_a_problem():
     assert "draws none" in problem
 
 
+def test_a_limit_that_is_drawn_often_says_how_often(run_keys, entries, log):
+    pictures, texts = entries
+    start(run_keys(dataset={"train": [dict(pictures, limit=2, weight=3), dict(texts, weight=1)]}))
+    assert f"6 samples (75.0%) from the 8 records of {pictures['data_files']}; limit 2 (3.0 × 2); weight 3" in log.text
+
+
 def test_log_and_dry_run_say_what_each_entry_contributes(run_keys, entries, log, tmp_path):
     pictures, texts = entries
     train = [dict(pictures, weight=3), dict(texts, weight=1, limit=4, prompt=["?", "!"])]
