@@ -24,7 +24,6 @@ import colorsys
 import contextlib
 import io
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -36,6 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.parallel import map_chunks  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
 
 Color = Tuple[int, int, int]
@@ -384,20 +384,13 @@ def sample_ads(count: int, seed: int) -> List[Ad]:
     return ads
 
 
-def _draw_row(job: Tuple[Ad, str, int, str]) -> bytes:
-    ad, seed, size, font = job
-    return encode_jpeg(draw_ad(ad, random.Random(seed), size, font))
-
-
 def draw_all(ads: List[Ad], seed: str, size: int, font: str, workers: int, bar: Progress) -> Iterator[bytes]:
     """The base64 of each ad's image in order, drawn by `workers` processes (0: in this one)."""
-    jobs = [(ad, f"{seed}/{i}", size, font) for i, ad in enumerate(ads)]
-    with contextlib.ExitStack() as stack:
-        if workers:
-            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
-            images = pool.imap(_draw_row, jobs, chunksize=32)
-        else:
-            images = map(_draw_row, jobs)
+
+    def draw(chunk: range) -> List[bytes]:
+        return [encode_jpeg(draw_ad(ads[i], random.Random(f"{seed}/{i}"), size, font)) for i in chunk]
+
+    for images in map_chunks(draw, (range(len(ads))[i : i + 32] for i in range(0, len(ads), 32)), workers):
         for encoded in images:
             bar.update()
             yield encoded

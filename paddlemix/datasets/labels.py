@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter, deque
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
@@ -47,6 +47,7 @@ from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write, only_writer
 from paddlemix.utils.outputs import check_folder, keep_apart, nearest_folder
+from paddlemix.utils.parallel import Pool
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import check_shared_memory
 from paddlemix.utils.texts import ranked
@@ -225,7 +226,7 @@ class _Decoders:
         check_shared_memory(self._workers, "--verify header")
         # Not fork: this process has threads.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
+        self._pool = Pool(self._workers, mp_context=context)
 
     def submit(self, places: List[_Found]) -> Optional[Future]:
         try:
@@ -253,13 +254,15 @@ class _Decoders:
                         problems.append(DECODER_DIED)
         return problems
 
-    def close(self) -> None:
-        self._pool.shutdown()
+    def __enter__(self) -> _Decoders:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._pool.__exit__(*error)
 
 
 def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
     """The same rows in the same order, with a reason if their image cannot be decoded."""
-    decoders = _Decoders(workers)
     waiting: Deque[Tuple[List[Checked], List[_Found], Optional[Future]]] = deque()
     batch: List[Checked] = []
     held = 0
@@ -286,7 +289,7 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
             held -= size(item)
             yield item if item.reason else item._replace(reason=next(problems))
 
-    try:
+    with _Decoders(workers) as decoders:
         for item in stream:
             batch.append(item)
             held += size(item)
@@ -297,8 +300,6 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
         submit()
         while waiting:
             yield from finish()
-    finally:
-        decoders.close()
 
 
 class _NothingAccepted(Exception):

@@ -12,13 +12,13 @@ import hashlib
 import multiprocessing
 import os
 import struct
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Callable, Iterator, Optional, Tuple
 
 import numpy as np
 
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
+from paddlemix.utils.parallel import Pool
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import physical_cores
 
@@ -130,7 +130,7 @@ def _measure_all(measure: Measure, count: int, name: str) -> np.ndarray:
             if small or processes == 1:
                 results = map(_measure_chunk, begins)
             else:
-                pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork"))
+                pool = Pool(processes, mp_context=multiprocessing.get_context("fork"))
                 results = stack.enter_context(pool).map(_measure_chunk, begins)
             for piece in results:
                 pieces.append(piece)

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
+import time
 from typing import IO, Any, Callable, Dict, Optional
 
 from paddlemix.utils import language
@@ -180,6 +182,19 @@ _OF_THE_SYSTEM = {
 }  # fmt: skip
 
 
+# Seconds after a Ctrl-C in which another one is ignored.
+_CLEANING_UP = 3.0
+_interrupted = -_CLEANING_UP
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """As by default, but a second Ctrl-C does not break off the cleaning up after the first."""
+    global _interrupted
+    before, _interrupted = _interrupted, time.monotonic()
+    if _interrupted - before > _CLEANING_UP:
+        raise KeyboardInterrupt
+
+
 def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
@@ -190,6 +205,9 @@ def run(main: Callable[[], Optional[int]]) -> int:
     _start_again_if_needed(main)
     open_standard_streams()
     _print_utf8()
+    with contextlib.suppress(ValueError):  # raised in another thread than the main one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     try:
         sys.argv[1:] = language.take(sys.argv[1:])
         if not _has_working_folder():
@@ -199,6 +217,9 @@ def run(main: Callable[[], Optional[int]]) -> int:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        if main.__module__ == "__main__" and signal.getsignal(signal.SIGINT) is _interrupt:
+            # What is left to do is the interpreter's.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -211,3 +232,6 @@ def run(main: Callable[[], Optional[int]]) -> int:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         print(f"error: {one_line(where)}{error.strerror}", file=sys.stderr)
         return 1
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

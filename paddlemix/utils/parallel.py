@@ -1,8 +1,10 @@
-"""A function over chunks of rows, in forked processes."""
+"""Pools of worker processes, and a function over chunks of rows in forked ones."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +12,34 @@ from typing import Any, Callable, Deque, Iterable, Iterator, Optional
 
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.surroundings import check_shared_memory
+
+
+class Pool(ProcessPoolExecutor):
+    """Worker processes that do not see Ctrl-C. An exception that leaves the block kills them."""
+
+    def submit(self, *args, **kwargs) -> Future:
+        # Any call may start processes, which inherit what is blocked. Ctrl-C is delivered after it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def kill(self) -> None:
+        """End the processes, whatever they are doing."""
+        queues = self._call_queue, self._result_queue
+        for process in list((self._processes or {}).values()):
+            process.kill()
+        # Threads of the pool may be in the middle of a write or a read that only a worker would have ended; the
+        # interpreter waits for them.
+        for pipe in (getattr(queues[0], "_reader", None), getattr(queues[1], "_writer", None)):
+            with contextlib.suppress(AttributeError, OSError):
+                pipe.close()
+        self.shutdown(wait=False)
+
+    def __exit__(self, kind, *_) -> None:
+        self.shutdown() if kind is None else self.kill()
+
 
 # What a forked worker calls; it inherits the function and all that the function refers to, without a copy.
 _FUNCTION: Optional[Callable[[Any], Any]] = None
@@ -36,7 +66,7 @@ def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: i
     _FUNCTION = function
     waiting: Deque[Future] = deque()
     # A Pool would wait for ever for a process that was killed.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    with Pool(workers, multiprocessing.get_context("fork")) as pool:
         try:
             # All processes are forked by the first call: before `chunks` starts a thread that reads ahead.
             pool.submit(int)

@@ -352,7 +352,10 @@ class _NoDecoders:
     def result(self, future, places):
         return [None] * len(places)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         pass
 
 
