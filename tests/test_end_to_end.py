@@ -22,6 +22,7 @@ def demo(root, tmp_path_factory):
     def run(*more):
         return subprocess.run(command + list(more), capture_output=True, encoding="utf-8", cwd=out.parent)
 
+    run.command = command
     done = run()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out, run, done.stdout
@@ -147,6 +148,35 @@ def test_finished_stages_are_not_run_again(demo):
     assert (out / "blank.txt").is_file()
     assert os.stat(out / "merged" / "config.json").st_mtime_ns == merged
     assert run().stdout.count("skipped: finished before") == 9
+
+
+def test_a_stage_whose_files_are_missing_runs_again(demo, root, monkeypatch):
+    out, run, _ = demo
+    (out / "report.html").unlink()
+    assert run().stdout.count("skipped: finished before") == 7 and (out / "report.html").is_file()
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    from tools.demo import finished, parse_arguments, plan
+
+    stages = plan(parse_arguments(run.command[2:]))
+    for stage in stages:
+        files = json.loads((out / "logs" / f"{stage.name}.json").read_text())["files"]
+        assert files or stage.name == "chat"
+        for path in files:
+            os.rename(path, path + ".away")
+            assert finished(str(out), stage) is None, path
+            os.rename(path + ".away", path)
+        assert finished(str(out), stage) is not None
+    assert {"tune.tsv", "held_out_captions.tsv", "ad0.jpg"} < {path.name for path in (out / "data").iterdir()}
+
+
+def test_a_folder_of_other_things_is_refused(root, tmp_path):
+    (tmp_path / "lora").mkdir()
+    for tool, words in (("demo", ["--out", tmp_path]), ("make_tiny_model", [tmp_path, "--captions", "none.tsv"]),
+                        ("overfit_real_samples", ["none.tsv", "none.tsv", tmp_path])):  # fmt: skip
+        command = [sys.executable, str(root / "tools" / f"{tool}.py"), *map(str, words)]
+        failed = subprocess.run(command, capture_output=True, encoding="utf-8")
+        assert failed.returncode == 2 and failed.stderr.startswith(f"error: {tmp_path} is not empty"), tool
+        assert failed.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_what_a_killed_run_left_is_not_in_the_way(demo):

@@ -45,6 +45,8 @@ TITLE_WIDTH = 50
 SHOWN, PICTURED = 3, 12
 CAPTION_SCORES = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
 COLUMNS = {"base": "pretrained", "tuned": "tuned", "blank": "tuned, blank images"}
+# Folders that the READMEs' other commands and benchmarks/demo_seeds.py make in the demo's folder.
+BESIDE = {"curation", "real_samples", "seeds"}
 # By so much an attribute, and all of them at once, may be below the pretrained model's: two of 200 ads.
 TOLERANCE = 0.01
 
@@ -52,13 +54,14 @@ TOLERANCE = 0.01
 class Stage(NamedTuple):
     """name: a file name. title: for people. commands: programs and arguments, run from the project's top folder.
     bar: the description of the progress bar that a command draws, if it draws one. makes: what it writes. Removed
-    before it runs: what a killed run left there would be in its way."""
+    before it runs: what a killed run left there would be in its way. fills: folders in which it replaces files."""
 
     name: str
     title: str
     commands: List[List[str]]
     bar: str = ""
     makes: Tuple[str, ...] = ()
+    fills: Tuple[str, ...] = ()
 
 
 def plan(args: argparse.Namespace) -> List[Stage]:
@@ -91,11 +94,13 @@ def plan(args: argparse.Namespace) -> List[Stage]:
             f"draw {ads:,} ads",
             [[python, "tools/make_demo_data.py", path("data"), "--seed", seed, *map(str, counts)]],
             "drawing",
+            fills=(path("data"),),
         ),
         Stage(
             "convert_pretrain",
             "convert those with plain captions",
             [[python, "tools/convert_labels.py", path("data", "pretrain.tsv"), path("pretrain")]],
+            fills=(path("pretrain"),),
         ),
         Stage(
             "pretrain",
@@ -116,6 +121,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
             "convert_tune",
             "convert those with ad captions",
             [[python, "tools/convert_labels.py", path("data", "tune.tsv"), path("tune")]],
+            fills=(path("tune"),),
         ),
         Stage(
             "tune",
@@ -191,13 +197,36 @@ def fingerprint(stage: Stage) -> str:
 
 
 def finished(out: str, stage: Stage) -> Optional[float]:
-    """Seconds that this very stage took when it finished earlier, or None."""
+    """Seconds that this very stage took when it finished earlier, or None; also if a file that it wrote is missing."""
     try:
         with open(_record_path(out, stage), encoding="utf-8") as file:
             record = json.load(file)
     except (OSError, ValueError):
         return None
-    return record["seconds"] if record.get("fingerprint") == fingerprint(stage) else None
+    same = record.get("fingerprint") == fingerprint(stage)
+    return record["seconds"] if same and all(map(os.path.exists, record.get("files", stage.makes))) else None
+
+
+def _files(stage: Stage) -> List[str]:
+    """What a finished stage has written. Hidden files, such as indexes, are replaced when they are needed."""
+    found: List[str] = []
+    for path in (*stage.makes, *stage.fills):
+        names = [name for name in sorted(os.listdir(path)) if name[0] != "."] if os.path.isdir(path) else []
+        found += [os.path.join(path, name) for name in names] or ([path] if os.path.exists(path) else [])
+    return found
+
+
+def claim(out: str, first: str) -> None:
+    """Make OUT/logs, unless OUT holds something else than an earlier run, whose first stage has left its log.
+
+    Raises:
+        UserError: it does.
+    """
+    log = os.path.join(out, "logs", f"{first}.log")
+    if os.path.isdir(out) and set(os.listdir(out)) - BESIDE and not os.path.isfile(log):
+        raise UserError(f"{out} is not empty, and there is no {log} of an earlier run: give another folder")
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    open(log, "a").close()
 
 
 def _pad(text: str, columns: int) -> str:
@@ -299,14 +328,17 @@ def run_stage(out: str, stage: Stage, head: str) -> float:
         raise JobFailed(f"stage {stage.name} ended with status {status}; its whole output is in {log_path}")
     line_of_stage.end(_duration(seconds))
     with atomic_write(_record_path(out, stage)) as file:
-        json.dump({"fingerprint": fingerprint(stage), "seconds": seconds}, file)
+        json.dump({"fingerprint": fingerprint(stage), "seconds": seconds, "files": _files(stage)}, file)
     return seconds
 
 
 def run_all(args: argparse.Namespace) -> Dict[str, float]:
     """Run what has not finished yet. Returns seconds by stage, those of earlier runs included."""
-    os.makedirs(os.path.join(args.out, "logs"), exist_ok=True)
     stages = plan(args)
+    claim(args.out, stages[0].name)
+    if args.restart:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_record_path(args.out, stages[0]))
     seconds: Dict[str, float] = {}
     earlier_holds = True
     for number, stage in enumerate(stages, 1):
@@ -544,8 +576,6 @@ def main() -> int:
     inside = os.path.relpath(os.path.abspath(args.out), ROOT)
     args.out = os.path.abspath(args.out) if inside.startswith(os.pardir) else inside
     os.chdir(ROOT)
-    if args.restart and os.path.isdir(os.path.join(args.out, "logs")):
-        shutil.rmtree(os.path.join(args.out, "logs"))
     # A scheduler's SIGTERM ends the stage at hand too, as Ctrl-C does, and so does a terminal that is closed.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Dict, List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from demo import Stage, run_stage  # noqa: E402
+from demo import Stage, claim, run_stage  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
@@ -33,8 +34,10 @@ from paddlemix.utils.files import atomic_write  # noqa: E402
 SWAPPED, COPIES, BROKEN, LEAKED, DROPPED = 0.05, 0.05, 0.02, 0.02, 0.06
 # Bits in which hashes of near duplicates differ at most. Drawn ads are more alike than photographs.
 NEAR = 2
-# Ads that no model sees before it captions them.
-UNSEEN = 300
+# Ads that no model sees before it captions them, and the least of others, so that there is a row of each fault.
+UNSEEN, LEAST = 300, 50
+# What is written to OUT, and removed from it before.
+WRITTEN = re.compile(r"report|lora_(before|after)|\.?(rows|val|unseen|before|after|scores|curated)(\..*)?")
 
 
 def read_table(path: str) -> List[List[str]]:
@@ -58,6 +61,8 @@ def plant(demo: str, out: str, seed: int) -> Dict[str, Dict[int, str]]:
     """
     rng, data = random.Random(seed), os.path.join(demo, "data")
     ads = read_table(os.path.join(data, "tune.tsv"))
+    if len(ads) < UNSEEN + LEAST:
+        raise UserError(f"{data} has {len(ads)} ads to tune on, and {UNSEEN + LEAST} are needed")
     unseen, rows = ads[:UNSEEN], [row[1:] for row in ads[UNSEEN:]]
     captions = dict(read_table(os.path.join(data, "held_out_captions.tsv")))
     val = [[image, captions[name]] for name, image in read_table(os.path.join(data, "held_out.tsv"))]
@@ -157,12 +162,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7, help="random seed (default: 7)")
     parser.add_argument("--steps", type=cli.positive, default=100, help="steps of each tuning (default: 100)")
     args = parser.parse_args()
-    if not os.path.isfile(os.path.join(args.demo, "pretrained", "config.json")):
-        raise UserError(f"no model in {args.demo}: run make demo first")
-    began = time.monotonic()
-    shutil.rmtree(args.out, ignore_errors=True)
-    os.makedirs(os.path.join(args.out, "logs"))
-    planted, planned = plant(args.demo, args.out, args.seed), stages(args)
+    data = [os.path.join("data", name) for name in ("tune.tsv", "held_out.tsv", "held_out_captions.tsv")]
+    for name in (os.path.join("pretrained", "config.json"), *data):
+        if not os.path.isfile(os.path.join(args.demo, name)):
+            raise UserError(f"no {name} in {args.demo}: run make demo first")
+    from paddlemix.checkpoint.model_folder import check_new_folder
+
+    began, planned = time.monotonic(), stages(args)
+    check_new_folder(args.out, [os.path.join(args.demo, name) for name in ("data", "pretrained")], overwrite=True)
+    claim(args.out, planned[0].name)
+    for name in filter(WRITTEN.fullmatch, os.listdir(args.out)):
+        path = os.path.join(args.out, name)
+        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+    planted = plant(args.demo, args.out, args.seed)
     for number, stage in enumerate(planned, 1):
         run_stage(args.out, stage, f"[{number}/{len(planned)}] {stage.title:<45}")
     report(args.out, planted)

@@ -249,6 +249,8 @@ def main() -> None:
     from paddlemix.models.mgen_vl.parameters import count, parameter_shapes
 
     args, handed_on = parse_arguments()
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"{args.out} is not empty: give another folder")
     model = make_model(args.out, read_captions(args.captions), args)
     config = model.config
     print(

@@ -146,6 +146,8 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
 
 def main() -> int:
     args = parse_arguments()
+    if os.path.isdir(args.out) and os.listdir(args.out):
+        raise UserError(f"{args.out} is not empty: give another folder")
     count, same, other = overfit(args)
     print(f"repeated exactly: {same} of {count}; for another image: {other} of {count}")
     return 0 if same >= args.required * count and other <= args.permitted * count else JobFailed.exit_code

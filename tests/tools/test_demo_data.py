@@ -1,5 +1,6 @@
 """tools/demo_data.py: the faults that it plants, and what it prints of them. (Its stages have tests of their own.)"""
 
+import pathlib
 import sys
 
 import numpy as np
@@ -107,7 +108,56 @@ def test_the_report_counts_what_was_left_out(demo_data, demo, tmp_path, capsys):
     assert f"on 218 rows: attributes of unseen ads right {1 - moved / UNSEEN / 8:.1%}" in said
 
 
-def test_without_the_demo_it_says_what_to_run(demo_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo_data.py", "--demo", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert cli.run(demo_data.main) == 2 and "run make demo first" in capsys.readouterr().err
+@pytest.fixture
+def call(demo_data, demo, monkeypatch, capsys):
+    """call(--out) → (status, stderr), with stages that do nothing."""
+    monkeypatch.setattr(demo_data, "run_stage", lambda *_: None)
+    monkeypatch.setattr(demo_data, "report", lambda *_: None)
+
+    def call(out):
+        monkeypatch.setattr(sys, "argv", ["demo_data.py", "--demo", demo[0], "--out", str(out)])
+        return cli.run(demo_data.main), capsys.readouterr().err
+
+    return call
+
+
+def pretrained(demo):
+    folder = pathlib.Path(demo[0], "pretrained")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder.parent
+
+
+@pytest.mark.parametrize("missing", ["pretrained/config.json", "data/tune.tsv", "data/held_out_captions.tsv"])
+def test_without_the_demo_it_says_what_to_run(call, demo, tmp_path, missing):
+    (pretrained(demo) / missing).unlink()
+    status, said = call(tmp_path / "out")
+    assert status == 2 and said == f"error: no {missing} in {demo[0]}: run make demo first\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_ads_are_one_line(call, demo, tmp_path):
+    path = pretrained(demo) / "data" / "tune.tsv"
+    path.write_text("".join(path.read_text().splitlines(True)[: UNSEEN + 10]))
+    status, said = call(tmp_path / "out")
+    assert status == 2 and f"has {UNSEEN + 10} ads to tune on" in said and said.count("\n") == 1
+
+
+def test_only_what_it_wrote_is_removed(call, demo, tmp_path):
+    folder, out, thesis = pretrained(demo), tmp_path / "out", tmp_path / "thesis"
+    assert call(out)[0] == 0
+    (out / "notes.md").write_text("mine")
+    (out / "before.txt.partial").write_text("half a line")
+    (out / "lora_after").mkdir()
+    assert call(out)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["logs", "notes.md", "rows.tsv", "unseen.tsv", "val.tsv"]
+    (thesis / "report").mkdir(parents=True)
+    (thesis / "report" / "rows.tsv").write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(folder / "data")
+    there = sorted(folder.rglob("*"))
+    for path in (thesis, folder, folder / "data", folder / "data" / "new", tmp_path, link):
+        status, said = call(path)
+        assert status == 2 and said.count("\n") == 1 and ("overlap" in said or "is not empty" in said)
+    assert sorted(folder.rglob("*")) == there and (thesis / "report" / "rows.tsv").read_text() == "mine"
+    assert sorted(thesis.iterdir()) == [thesis / "report"]
