@@ -272,7 +272,7 @@ class Ours(Way):
 
         return Captioner(
             self.model, tokenizer(self.size), MGenVLImageProcessor.from_config(self.model.config),
-            max_new_tokens=new_tokens,
+            max_new_tokens=new_tokens, decoding={"stop_repeating": 0},  # random weights repeat themselves
         )  # fmt: skip
 
     def products(self, method: str, *arguments: Any) -> Dict[str, float]:
