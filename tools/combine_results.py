@@ -44,11 +44,16 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
 
+    from paddlemix.datasets.rows import holds_images
     from paddlemix.inference.combining import combine
     from paddlemix.inference.results import SIDECAR
+    from paddlemix.utils.errors import UserError
     from paddlemix.utils.outputs import keep_apart
 
     keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
+    if args.output.endswith(SIDECAR) or holds_images(args.output):
+        what = f"is named as a run record ({SIDECAR})" if args.output.endswith(SIDECAR) else "holds images or records"
+        raise UserError(f"OUT {args.output} {what}: the order is RESULTS… OUT", "argument-order")
     done = combine(args.results, args.output, args.workers, args.quiet)
     taken = ", ".join(f"{one['taken']} of {one['path']}" for one in done["combined"])
     print(f"{args.output}: {done['rows']} rows, {taken}")

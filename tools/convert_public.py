@@ -27,14 +27,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.datasets import labels  # noqa: E402
 from paddlemix.datasets.json_index import scan_records  # noqa: E402
 from paddlemix.datasets.records import MAX_STRUCTURE  # noqa: E402
-from paddlemix.datasets.rows import is_json, read_rows  # noqa: E402
+from paddlemix.datasets.rows import is_json, keep_images, read_rows  # noqa: E402
 from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, Source, TsvRow, check_input, row_id  # noqa: E402
 from paddlemix.datasets.writing import output_rows  # noqa: E402
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
-from paddlemix.utils.outputs import keep_apart  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
 
 NO_CAPTIONS = "no captions"
@@ -117,7 +116,7 @@ def main() -> int:
     args = parse_arguments()
     stem = os.path.splitext(args.output)[0]
     names = [f"{stem}.references.tsv", f"{stem}.rejected.tsv"]
-    keep_apart([args.source, args.captions], [args.output, *names])
+    keep_images([args.source, args.captions], [args.output, *names])
     folder = os.path.isdir(args.source)
     if os.path.isdir(args.captions) or os.path.isfile(args.source) and is_json(args.source):
         text = f"{args.captions} is not a file of captions, or {args.source} not images: give IMAGES CAPTIONS OUT"

@@ -24,7 +24,6 @@ from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.language import tr  # noqa: E402
-from paddlemix.utils.outputs import keep_apart  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,6 +63,7 @@ def main() -> None:
     from paddlemix.datasets.inspection import Options, advice, inspect, overlap, summary
     from paddlemix.datasets.inspection_page import write_page
     from paddlemix.datasets.near_duplicates import MAX_DISTANCE
+    from paddlemix.datasets.rows import keep_images
     from paddlemix.datasets.tsv import check_input
 
     if args.workers < 0:
@@ -74,7 +74,7 @@ def main() -> None:
     inputs = [*args.input, *([args.compare] if args.compare else [])]
     for path in inputs:
         check_input(path)
-    keep_apart(inputs, [page, numbers_file])
+    keep_images(inputs, [page, numbers_file])
     count_tokens, n_queries = None, 256
     if args.tokenizer:
         from paddlemix.auto import AutoTokenizerMIX

@@ -25,14 +25,13 @@ from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of,
 from paddlemix.datasets.labels import Checked, check_row
 from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
-from paddlemix.datasets.rows import read_rows
+from paddlemix.datasets.rows import keep_images, read_rows
 from paddlemix.datasets.score_files import read_scores
 from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, NO_CAPTION, check_input, row_id
 from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
-from paddlemix.utils.outputs import keep_apart
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import ranked
@@ -329,7 +328,7 @@ def curate(
             check_input(file)
     state = FileState.of(path)
     if output is not None:
-        keep_apart([path, *settings.inputs], output_names(output))
+        keep_images([path, *settings.inputs], output_names(output))
     survey = survey_rows(path, settings, state, count_tokens)
     found = decide(survey, settings)
     problems = np.bincount(survey.rows["problem"], minlength=len(survey.problems)).tolist()

@@ -252,6 +252,8 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
         return stored
     partial = final + ".partial"
     try:
+        if os.path.isdir(final):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), final)
         file = _open_partial(partial)
     except OSError as error:
         logger.info(f"the facts of {path} are kept in memory only: cannot write next to it ({error.strerror})")

@@ -29,7 +29,7 @@ from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.cleaning import INVISIBLE, SPACES, mend_caption
 from paddlemix.datasets.doubts import Doubts
 from paddlemix.datasets.records import MAX_TEXT_CHARS
-from paddlemix.datasets.rows import image_text, is_json, read_rows
+from paddlemix.datasets.rows import image_text, is_json, keep_images, read_rows
 from paddlemix.datasets.tsv import (
     EMPTY_CAPTION,
     MISSING_COLUMN,
@@ -46,7 +46,7 @@ from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write, only_writer
-from paddlemix.utils.outputs import check_folder, keep_apart, nearest_folder
+from paddlemix.utils.outputs import check_folder, nearest_folder
 from paddlemix.utils.parallel import Pool
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import check_shared_memory
@@ -345,7 +345,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
     if shown > 1:
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
     check_folder(out_dir)
-    keep_apart([path, options.captions], [os.path.join(out_dir, name) for name in OUTPUTS])
+    keep_images([path, options.captions], [os.path.join(out_dir, name) for name in OUTPUTS])
     rejected: Counter = Counter()
     doubts = Doubts()
     try:
@@ -363,6 +363,8 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
             try:
                 counts = _convert(path, out_dir, options, rejected, doubts, reject_file, bar)
             except _NothingAccepted:
+                if not rejected:
+                    raise JobFailed(f"no usable row in {path}: it is empty", "empty") from None
                 counts = None
     except OSError as error:
         raise JobFailed(f"cannot write to {out_dir}: {error.strerror}", "disk") from error
@@ -375,7 +377,7 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         )
         if total and rejected[MISSING_COLUMN] == total:
             why += "; columns are separated by tabs, or by commas in a CSV whose header names image and caption"
-        raise JobFailed(f"no usable row in {path}: {why}", "all-rejected" if total else "empty")
+        raise JobFailed(f"no usable row in {path}: {why}", "all-rejected")
     return Result(counts[0], counts[1], rejected, doubts.warnings(*counts, options.val_every))
 
 

@@ -35,9 +35,11 @@ from paddlemix.datasets.tsv import (
     check_of,
     cr_alone,
     find_image,
+    is_image,
 )
 from paddlemix.utils.errors import ImageError, UserError
 from paddlemix.utils.files import open_plain
+from paddlemix.utils.outputs import keep_apart
 
 BAD_RECORD = "bad record"
 SEVERAL_IMAGES = "several images"
@@ -295,6 +297,48 @@ def _csv_row(
             caption, error = None, CAPTION_NOT_UTF8
     name = cell("id") or (image if place is not None else "")
     return TsvRow(line_no, readable(name), text, -1, len(text), caption, error, next_offset, place)
+
+
+# ---- not to be overwritten
+
+
+def holds_images(path: str) -> bool:
+    """Whether a file holds images or records, by its beginning."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False
+    first = None if is_json(path) else next(read_rows(path, want_caption=False), None)
+    return first is None or is_image(bytes(first.image[:256]))
+
+
+def _is_image_file(path: str) -> bool:
+    from paddlemix.processors.images import read_header
+
+    try:
+        return bool(read_header(_head(path)))
+    except ImageError:
+        return False
+
+
+def keep_images(inputs: Iterable[Optional[str]], outputs: Iterable[str]) -> None:
+    """Check that no output is an image, an input, or a file that holds an image of an input's records.
+
+    inputs: None for one that was not given.
+
+    Raises:
+        UserError: one is.
+    """
+    inputs = [path for path in inputs if path is not None]
+    outputs = [path for path in outputs if os.path.isfile(path) and os.path.getsize(path)]
+    keep_apart(inputs, outputs)
+    for output in filter(_is_image_file, outputs):
+        raise UserError(f"{output} is an image: give another output", "overlap")
+    for path in inputs if outputs else ():
+        if os.path.isfile(path) and is_json(path):
+            folder = os.path.dirname(os.path.realpath(path))
+            images = (image for *_, record in _records(path) if record is not None for image in record.images)
+            references = (image for image in images if not isinstance(image, str))
+            keep_apart({one[1] if isinstance(one, tuple) else ImagePlace.of_reference(one, folder).file
+                        for one in references}, outputs)  # fmt: skip
 
 
 # ---- their images

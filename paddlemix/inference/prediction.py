@@ -11,8 +11,8 @@ from itertools import chain, count
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Tuple, Union
 
 from paddlemix.datasets.blocks import FileState
-from paddlemix.datasets.rows import first_prompt, image_text, is_json, most_rows, read_rows
-from paddlemix.datasets.tsv import TsvRow, check_input, check_of, is_image, row_id
+from paddlemix.datasets.rows import first_prompt, holds_images, image_text, is_json, most_rows, read_rows
+from paddlemix.datasets.tsv import TsvRow, check_input, check_of, row_id
 from paddlemix.inference.captioner import Answer, Captioner
 from paddlemix.inference.facts import input_facts
 from paddlemix.inference.loading import load_model
@@ -99,15 +99,6 @@ def _check_of_image(row: TsvRow) -> int:
     return 0 if isinstance(image, Answer) else check_of(image)
 
 
-def _check_not_input(path: str, order: str) -> None:
-    """Refuse an existing OUTPUT with images: the order of the arguments is easily confused."""
-    if not os.path.isfile(path) or not os.path.getsize(path):
-        return
-    first = None if is_json(path) else next(read_rows(path, want_caption=False), None)
-    if first is None or is_image(bytes(first.image[:256])):
-        raise UserError(f"OUTPUT {path} holds images or records, not results: the order is {order}", "argument-order")
-
-
 class RowJob:
     """An input of rows, an output with a line per row, and a model: the common part of predict.py and score_rows.py.
 
@@ -139,7 +130,9 @@ class RowJob:
         self.output = output if shard is None else shard.path(output)
         check_file(self.output, plain=True)
         keep_apart([input], [self.output, self.output + PARTIAL, self.output + SIDECAR])
-        _check_not_input(self.output, order)
+        if holds_images(self.output):
+            text = f"OUTPUT {self.output} holds images or records, not results: the order is {order}"
+            raise UserError(text, "argument-order")
         self.facts = input_facts(input)
         self.source = find_source(model, lora_path)
         self.run = {

@@ -38,6 +38,23 @@ def open_plain(path: str) -> IO[bytes]:
     return open(handle, "rb")
 
 
+@contextlib.contextmanager
+def made_folder(folder: str) -> Iterator[None]:
+    """Make a folder, and those above it, for the time of the block; what was written into stays."""
+    made, above = [], os.path.abspath(folder)
+    while not os.path.isdir(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    finally:
+        for one in made:
+            # Only succeeds if nothing was written.
+            with contextlib.suppress(OSError):
+                os.rmdir(one)
+
+
 # ---- locks of output folders
 
 
@@ -61,29 +78,24 @@ def only_writer(folder: str) -> Iterator[None]:
         UserError: another process is writing there, or it is not writable.
     """
     check_folder(folder)
-    made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    _WRITING.append(handle)
-    try:
+    with made_folder(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        _WRITING.append(handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"another process is writing into {folder}: wait for it, or give another folder"
-            raise UserError(text, "busy") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        if handle in _WRITING:
-            _WRITING.remove(handle)
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
-        if made:
-            # Only succeeds if nothing was written.
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = f"another process is writing into {folder}: wait for it, or give another folder"
+                raise UserError(text, "busy") from None
+            except OSError:
+                pass
+            yield
+        finally:
+            if handle in _WRITING:
+                _WRITING.remove(handle)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+                os.close(handle)
 
 
 # ---- partial files and folders
@@ -219,22 +231,22 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
         return
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    if os.path.exists(path) and not takes_entries(folder):
-        folder = temporary_folder() or folder
-    beside = os.path.join(folder, os.path.basename(path))
-    remove_leftovers(beside)
-    partial, handle = _new_partial(beside, folder=False)
-    try:
-        with os.fdopen(handle, mode, **open_kwargs) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _give_name(partial, path)
-        sync_folder(os.path.dirname(path))
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+    with made_folder(folder):
+        if os.path.exists(path) and not takes_entries(folder):
+            folder = temporary_folder() or folder
+        beside = os.path.join(folder, os.path.basename(path))
+        remove_leftovers(beside)
+        partial, handle = _new_partial(beside, folder=False)
+        try:
+            with os.fdopen(handle, mode, **open_kwargs) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                _give_name(partial, path)
+            sync_folder(os.path.dirname(path))
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
 
 
 # Errors of renaming a mount, across file systems, or where it is not supported.
@@ -297,12 +309,11 @@ def atomic_folder(path: str) -> Iterator[str]:
     given, path = path, os.path.realpath(path)
     check_folder(path)
     parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
     if remove_leftovers(path):
         raise UserError(f"another process is writing {given}: wait for it, or give another folder", "busy")
     stays = os.path.isdir(path) and (os.path.ismount(path) or not takes_entries(parent))
-    partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
-    with _cleaning_up():
+    with made_folder(parent), _cleaning_up():
+        partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
         try:
             yield partial
             for inner, _, names in os.walk(partial):

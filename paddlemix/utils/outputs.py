@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Iterable, Optional
 
 from paddlemix.utils.errors import UserError
@@ -26,6 +27,11 @@ def _check_above(path: str) -> None:
         raise UserError(f"cannot write {path}: {above} is a file", "not-writable")
     if not takes_entries(above):
         raise UserError(f"cannot write {path}: {above} cannot be written to", "not-writable")
+    try:
+        # Not every file system that would let us can, such as /proc.
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {above}: {error.strerror}", "not-writable") from None
 
 
 def check_file(path: str, plain: bool = False) -> None:

@@ -1,0 +1,90 @@
+"""Outputs of the data tools that would harm something, cannot be made, or stay empty: one line, and nothing changes."""
+
+import sys
+
+import pytest
+
+from paddlemix.utils import cli
+from tests.helpers import image_base64, image_bytes
+from tools import combine_results, convert_labels, convert_public, curate_data, inspect_data
+
+CURATE, LABELS, PUBLIC = [curate_data, "--workers", "0"], [convert_labels], [convert_public]
+INSPECT, COMBINE = [inspect_data, "--workers", "0"], [combine_results]
+
+
+def files(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    def call(tool, *words):
+        monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *words, "--quiet"])
+        return cli.run(tool.main), capfd.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch, call):
+    """a.tsv, whose images c.json refers to; pictures.tsv, which names one.jpg; results."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f"r{i}\t{image_base64(i, size=(64, 48))}\t红色的杯子放在桌上{i}\n" for i in range(6)]
+    for name in ("a.tsv", "other.tsv"):
+        (tmp_path / name).write_text("".join(rows), encoding="utf-8")
+    assert call(*CURATE, "a.tsv", "c.json", "--images", "reference")[0] == 0
+    for name in ("held/train.json", "held/report.json", "held/x.rejected.tsv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(rows), encoding="utf-8")
+        assert call(*CURATE, name, f"{name}.refers.json", "--images", "reference")[0] == 0
+    (tmp_path / "one.jpg").write_bytes(image_bytes(1))
+    (tmp_path / "pictures.tsv").write_text("p\tone.jpg\t一只杯子\n", encoding="utf-8")
+    (tmp_path / "captions.jsonl").write_text('{"image_id": "r0", "text": ["一只杯子"]}\n', encoding="utf-8")
+    for name in ("p.txt", "q.txt"):
+        (tmp_path / name).write_text("r0\t杯子\n", encoding="utf-8")
+    (tmp_path / "p.txt.run.json").write_text("{}")
+    (tmp_path / "empty.tsv").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([*CURATE, "c.json", "a.tsv", "--limit", "3"], "a.tsv would be overwritten"),
+        ([*CURATE, "other.tsv", "a.tsv", "--not_in", "c.json"], "a.tsv would be overwritten"),
+        ([*CURATE, "held/x.rejected.tsv.refers.json", "held/x.tsv"], "x.rejected.tsv would be overwritten"),
+        ([*CURATE, "pictures.tsv", "one.jpg"], "one.jpg is an image"),
+        ([*PUBLIC, "a.tsv", "captions.jsonl", "one.jpg"], "one.jpg is an image"),
+        ([*LABELS, "other.tsv", "held", "--captions", "held/train.json.refers.json"], "would be overwritten"),
+        ([*INSPECT, "held/report.json.refers.json", "--out", "held"], "report.json would be overwritten"),
+        ([*INSPECT, "a.tsv", "--compare", "held/report.json.refers.json", "--out", "held"], "would be overwritten"),
+        ([*COMBINE, "p.txt", "q.txt", "a.tsv"], "a.tsv holds images or records"),
+        ([*COMBINE, "p.txt", "q.txt", "c.json"], "c.json holds images or records"),
+        ([*COMBINE, "q.txt", "q.txt", "p.txt.run.json"], "is named as a run record"),
+        # What cannot be made.
+        ([*PUBLIC, "a.tsv", "captions.jsonl", "/proc/x/y.json"], "cannot write /proc/x/y.json"),
+        ([*INSPECT, "a.tsv", "--out", "/proc/x"], "cannot write /proc/x"),
+        ([*LABELS, "a.tsv", "/proc/x"], "cannot write /proc/x"),
+        ([*CURATE, "a.tsv", "/proc/x/y.tsv"], "cannot write /proc/x/y.tsv"),
+        # What stays empty.
+        ([*LABELS, "empty.tsv", "new/z"], "it is empty"),
+        ([*PUBLIC, "other.tsv", "empty.tsv", "new/o/x.json"], "no image of"),
+        ([*CURATE, "a.tsv", "new/x.tsv", "--min_side", "9999"], "no row of a.tsv is left"),
+        ([*INSPECT, "empty.tsv", "--out", "new/report"], "no rows"),
+    ],
+)
+def test_what_is_refused_leaves_everything_as_it_was(call, data, words, says):
+    before = files(data)
+    status, said = call(*words)
+    assert status and says in said and said.count("error: ") == 1 and "Traceback" not in said
+    after = files(data)
+    assert {name: after[name] for name in before} == before and not (data / "new").exists()
+    # Facts of images are kept, even of a run that fails.
+    assert all(name.endswith((".facts", ".facts.partial")) for name in set(after) - set(before))
+
+
+def test_facts_that_cannot_be_kept_are_a_line(call, data):
+    (data / ".a.tsv.facts").mkdir()
+    status, said = call(*CURATE, "a.tsv", "out.tsv", "--min_side", "8")
+    assert status == 0 and "kept in memory only" in said and (data / "out.tsv").is_file()
+    assert not list((data / ".a.tsv.facts").iterdir())
