@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,11 +31,13 @@ class Pool(ProcessPoolExecutor):
         queues = self._call_queue, self._result_queue
         for process in list((self._processes or {}).values()):
             process.kill()
-        # Threads of the pool may be in the middle of a write or a read that only a worker would have ended; the
-        # interpreter waits for them.
+        # Threads of the pool, for which the interpreter waits, may be in the middle of a write or a read that only a
+        # worker would have ended. They close these files themselves, so each is replaced.
+        nowhere = os.open(os.devnull, os.O_RDWR)
         for pipe in (getattr(queues[0], "_reader", None), getattr(queues[1], "_writer", None)):
             with contextlib.suppress(AttributeError, OSError):
-                pipe.close()
+                os.dup2(nowhere, pipe.fileno(), inheritable=False)
+        os.close(nowhere)
         self.shutdown(wait=False)
 
     def __exit__(self, kind, *_) -> None:
