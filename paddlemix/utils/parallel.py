@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,17 +26,17 @@ class Pool(ProcessPoolExecutor):
 
     def kill(self) -> None:
         """End the processes, whatever they are doing."""
-        queues = self._call_queue, self._result_queue
-        for process in list((self._processes or {}).values()):
-            process.kill()
+        processes = list((self._processes or {}).values())
         # Threads of the pool, for which the interpreter waits, may be in the middle of a write or a read that only a
-        # worker would have ended. They close these files themselves, so each is replaced.
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for pipe in (getattr(queues[0], "_reader", None), getattr(queues[1], "_writer", None)):
-            with contextlib.suppress(AttributeError, OSError):
-                os.dup2(nowhere, pipe.fileno(), inheritable=False)
-        os.close(nowhere)
-        self.shutdown(wait=False)
+        # worker would have ended. Once workers have died, these threads close the pipes themselves.
+        if not self._broken:
+            for pipe in (getattr(self._call_queue, "_reader", None), getattr(self._result_queue, "_writer", None)):
+                if pipe is not None:
+                    pipe.close()
+        for process in processes:
+            process.kill()
+        # Waits: at its exit the interpreter writes to a pipe that these threads may be closing.
+        self.shutdown()
 
     def __exit__(self, kind, *_) -> None:
         self.shutdown() if kind is None else self.kill()
