@@ -23,12 +23,12 @@ MILLION = 1_000_000
 
 def inspect(path: str, images: int, hash_all: bool, workers: int) -> dict:
     """Look at all rows: how many there are, processor seconds of all processes, peak bytes of the largest worker."""
-    from paddlemix.datasets import inspection
+    from paddlemix.datasets import inspection, inspection_advice
 
     options = inspection.Options(images=images, hash_all=hash_all, workers=workers, quiet=True)
     found = inspection.inspect([path], options)
     numbers = inspection.summary(found, options.near)
-    inspection.advice(found, numbers)
+    inspection_advice.advice(found, numbers)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in usage)
     return {"rows": numbers["rows"], "cpu": cpu, "worker": usage[1].ru_maxrss * 1024}

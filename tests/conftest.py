@@ -23,6 +23,8 @@ for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
 
 import pytest  # noqa: E402
 
+from tests.browser import Browser, find_browser  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -47,6 +49,17 @@ def shared() -> pathlib.Path:
     if not (folder / "goldens").is_dir():
         pytest.skip(f"no goldens in {folder} (set MGEN_SHARED to the folder that holds goldens/)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    command = find_browser()
+    if command is None:
+        pytest.skip("no Chromium in the path (Debian: apt install chromium)")
+    made = Browser(command)
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from paddlemix.datasets.inspection import Options, advice, inspect, overlap, summary
+    from paddlemix.datasets.inspection import Options, inspect, overlap, summary
+    from paddlemix.datasets.inspection_advice import advice
     from paddlemix.datasets.inspection_page import write_page
     from paddlemix.datasets.near_duplicates import MAX_DISTANCE
     from paddlemix.datasets.rows import keep_images

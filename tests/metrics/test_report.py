@@ -9,7 +9,6 @@ import pytest
 
 from paddlemix.metrics import report
 from paddlemix.metrics.evaluation import evaluate
-from tests.browser import Browser, find_browser
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)> "quoted" \'&amp; {{data}}'
 RTL = "מבצע \u202eעברית (abc) \u2067ab"
@@ -83,16 +82,6 @@ def test_a_limited_page_has_the_worst_rows_in_the_order_of_the_file():
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    command = find_browser()
-    if command is None:
-        pytest.skip("no Chromium in the path (Debian: apt install chromium)")
-    made = Browser(command)
-    yield made
-    made.close()
 
 
 IDS = "[...document.querySelectorAll('article')].map((card) => card.dataset.id)"

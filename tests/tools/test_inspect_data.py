@@ -11,7 +11,6 @@ from PIL import Image
 from paddlemix.datasets.image_facts import facts_path
 from paddlemix.datasets.inspection import Frequent
 from paddlemix.utils import cli, language
-from tests.browser import Browser, find_browser
 from tests.helpers import byte_vocab_tokenizer, encoded, scene
 from tools import convert_labels, inspect_data
 
@@ -243,16 +242,6 @@ def test_what_cannot_be_done_is_said_in_one_line(run, table, tmp_path, words, st
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    command = find_browser()
-    if command is None:
-        pytest.skip("no Chromium in the path (Debian: apt install chromium)")
-    made = Browser(command)
-    yield made
-    made.close()
 
 
 def test_the_page_opens_quietly_and_text_stays_text(browser, run, table, tmp_path):

@@ -1,0 +1,113 @@
+"""Advice on a set that has been inspected: settings and filters, with the numbers they are based on."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+import numpy as np
+
+from paddlemix.datasets.image_facts import usable
+from paddlemix.datasets.inspection import Inspection, repeats
+from paddlemix.datasets.near_duplicates import near_groups
+
+# Limits beyond which a caption counts as a loop, and an image as a sliver or a stamp.
+MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
+# Limits beyond which near duplicates that are not copies are rather images of the same layout: of all images decoded,
+# those in the groups and in the largest one, which then has more than some rows.
+MOST_NEAR, MOST_IN_GROUP, SMALL_GROUP = 0.2, 0.05, 50
+# Of a sample that takes the default prompt: system, user and assistant around image and caption.
+_TEMPLATE_TOKENS = 32
+_TOKENS_A_CHARACTER = 0.75
+
+
+def _up(value: float, step: int) -> int:
+    return int(-(-value // step) * step)
+
+
+def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> List[str]:
+    """Recommended settings and filters, with the numbers they are based on."""
+    lines: List[str] = []
+    good = found.rows[found.good & (found.rows["caption"] != 0)]
+    images, n = numbers["images"], numbers["rows"]
+
+    def share(count: int) -> str:
+        return f"{count:,} ({100 * count / n:.2f} %)"
+
+    if len(good):
+        counted = bool(good["tokens"].any())
+        tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER
+        longest, most = int(np.ceil(tokens.max())), int(np.ceil(np.percentile(tokens, 99.9)))
+        around = n_queries + 2 + _TEMPLATE_TOKENS
+        how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --tokenizer counts them)"
+        lines.append(
+            f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
+            f"{n_queries + 2} of them for the image and {longest} for the caption{how}"
+        )
+        if _up(most + around, 64) < _up(longest + around, 64):
+            lines.append(
+                f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most "
+                f"{most} tokens"
+            )
+        lines.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
+        for rule, text, which in (
+            (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
+            (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
+        ):
+            if which.any():
+                lines.append(f"{share(int(which.sum()))} {text}: drop them with {rule}")
+        opening = numbers["captions"]["texts"]["opening"]["listed"][:1]
+        if opening and opening[0][1] > 0.2 * len(good) and len(good) > 100:
+            lines.append(
+                f"{share(opening[0][1])} captions begin with “{opening[0][0]}”: the model will, too; balance them with "
+                f"--per_opening {_up(0.05 * len(good), 10)}"
+            )
+        for kind, text in (("control", "captions hold control characters"), ("tags", "captions hold tags")):
+            count = numbers["captions"]["with"][kind]
+            if count:
+                remedy = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
+                lines.append(f"{share(count)} {text}: {remedy}")
+    near, closer = images["near duplicates"], images["near duplicates by bits"]
+    copies = repeats(near_groups(found.facts["content"], 0, usable(found.facts)))
+    beyond, largest = (near[key] - copies[key] for key in ("rows beyond the first", "largest"))
+    looked_at = f"of the {images['decoded']:,} images looked at are near duplicates of earlier ones"
+    near_rule = f"--near_duplicates {near['bits apart']}"
+    if beyond > MOST_NEAR * images["decoded"] or largest > max(MOST_IN_GROUP * images["decoded"], SMALL_GROUP):
+        at = ", ".join(f"{bits}: {count:,}" for bits, count in closer.items())
+        lines.append(
+            f"{share(near['rows beyond the first'])} {looked_at} at {near['bits apart']} bits, "
+            f"the largest group has {near['largest']:,} (at fewer bits: {at}): images of the same layout, perhaps; "
+            "look at the groups on the page, and try --near_duplicates 2 or 3 before you drop any"
+        )
+        near_rule = ""
+    readable = found.facts[found.readable]
+    sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
+    for rule, text, count in (
+        ("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"]),
+        (near_rule, looked_at, near["rows beyond the first"]),
+        ("--min_sharpness 1", "images show one colour", images["one colour"]),
+        (f"--min_side {MIN_SIDE}", f"images have a side under {MIN_SIDE} pixels", int((sides[0] < MIN_SIDE).sum())),
+        (
+            f"--max_aspect {MAX_ASPECT}",
+            f"images are more than {MAX_ASPECT} times as long as wide",
+            int((sides[1] > float(MAX_ASPECT) * sides[0]).sum()),
+        ),
+    ):
+        if count and rule:
+            lines.append(f"{share(count)} {text}: drop them with {rule}")
+    if numbers["rejected"]:
+        reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())
+        lines.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
+    if numbers["ids doubled"]:
+        lines.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
+    leaks = numbers.get("overlap")
+    if leaks and leaks["exact"] + leaks["near"]:
+        lines.append(
+            f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly: scores there would "
+            f"not be those of unseen images; drop them with --not_in {leaks['file']}"
+        )
+    if images["decoded"] < images["readable"]:
+        lines.append(
+            f"{images['decoded']:,} of {images['readable']:,} images were decoded: --hash all finds the near "
+            "duplicates among all"
+        )
+    return lines
