@@ -43,6 +43,9 @@ def test_two_interrupts_end_it_at_once(command, gap, root, tmp_path):
     at_work = tmp_path / "at_work"
     at_work.mkdir()
     environment = dict(os.environ, PYTHONPATH=str(tmp_path / "site"), AT_WORK=str(at_work))
+    # Interrupted between taking and releasing its own lock, coverage waits for that lock forever.
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        environment.pop(name, None)
     tool, *words = command
     process = subprocess.Popen(
         [sys.executable, str(root / "tools" / tool), *words, "--workers", "2"],
