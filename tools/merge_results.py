@@ -29,7 +29,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("output", type=cli.path, metavar="OUTPUT", help="the results file to write")
     parser.add_argument(
         "--input", type=cli.path,
-        help="the input of the prediction: the id of each line is compared with that of its row",
+        help="the input of the prediction: another file is refused, and the rows that a changed shard lacks are named",
     )
     return parser.parse_args(argv)
 

@@ -16,11 +16,11 @@ import os
 import re
 import shlex
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.tsv import row_id
-from paddlemix.inference.facts import file_facts, input_facts, reading
+from paddlemix.inference.facts import file_facts, input_facts
 from paddlemix.inference.n_best import line_id as candidates_id
 from paddlemix.inference.results import FORMAT, PARTIAL, SIDECAR, differences, write_sidecar
 from paddlemix.utils.errors import ConfigError, UserError
@@ -85,8 +85,9 @@ def is_whole(shard: Shard, path: str, run: Dict[str, Any]) -> bool:
 def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     """Join OUTPUT.shard-1-of-n … n-of-n to OUTPUT and OUTPUT.run.json, as a single run would write them.
 
-    input: the captioned file, if each line's id is to be compared with its row's. An OUTPUT without shards that a
-    single process finished is kept. Returns the contents of OUTPUT.run.json.
+    input: the file that should have been captioned. Its rows are only read to say which of them a changed shard lacks:
+    an unchanged one has a line for each. An OUTPUT without shards that a single process finished is kept. Returns the
+    contents of OUTPUT.run.json.
 
     Raises:
         UserError: no shards, missing or unfinished ones, different inputs, models or settings, or a shard that was
@@ -106,14 +107,12 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         if different:
             raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}", "other-run")
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
-    unlike: Set[int] = set()
     if input is not None:
         facts = input_facts(input)
         if facts.sha256 != run["input"]["sha256"]:
             raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}", "other-input")
-        unlike = _unlike(shards, output, input)
     for shard, there in zip(shards, sidecars):
-        _check_lines(shard, shard.path(output), there, rows, input if shard.index in unlike else None)
+        _check_lines(shard, shard.path(output), there, rows, input)
 
     notes: Counter = Counter()
     for there in sidecars:
@@ -208,47 +207,28 @@ def _common(sidecar: Dict[str, Any]) -> Dict[str, Any]:
     return {key: sidecar[key] for key in ("format", "input", "model", "settings", "input_rows")}
 
 
-def _unlike(shards: List[Shard], output: str, input: str) -> Set[int]:
-    """The indices of the shards whose ids differ from those of their rows, in one pass over the input."""
-    found = set()
-    with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
-        bar = opened.enter_context(reading(input))
-        position = 0
-        for number, row in enumerate(read_rows(input, False)):
-            turn = number % len(files)
-            # In order: counts of ids would not reveal swapped lines.
-            if _line_id(files[turn].readline()) != row_id(row):
-                found.add(turn + 1)
-            bar.update(row.next_offset - position)
-            position = row.next_offset
-        found.update(turn for turn, file in enumerate(files, 1) if file.readline())
-    return found
-
-
 def _line_id(line: bytes) -> str:
     return line.split(b"\t", 1)[0].decode("utf-8", "replace").rstrip("\n")
 
 
-def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, unlike: Optional[str]) -> None:
-    """Raise a UserError unless the shard is unchanged. unlike: the input, if the shard's ids differ from those of its
-    rows; the error lists them."""
+def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, input: Optional[str]) -> None:
+    """Raise a UserError unless the shard is unchanged. input: to list the ids in which a changed one differs."""
     facts, share = file_facts(path), shard.share(rows)
-    changed = facts.sha256 != sidecar["output"].get("sha256")
-    if not changed and facts.lines != share:
-        raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share", "lines")
-    if unlike is not None:
-        rows_of = itertools.islice(read_rows(unlike, False), shard.index - 1, None, shard.of)
-        wanted = Counter(map(row_id, rows_of))
+    if facts.sha256 == sidecar["output"].get("sha256"):
+        if facts.lines != share:
+            raise UserError(f"{path} has {facts.lines} lines, but {share} of the {rows} rows are its share", "lines")
+        return
+    if input is not None:
+        wanted = [row_id(row) for row in itertools.islice(read_rows(input, False), shard.index - 1, None, shard.of)]
         with open(path, "rb") as file:
-            found = Counter(map(_line_id, file))
-        lacking, surplus = wanted - found, found - wanted
-        kinds = (("missing", lacking), ("too many", surplus))
-        what = [f"{kind}: {some(map(repr, ids), _NAMED)}" for kind, ids in kinds if ids]
-        raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}", "ids")
-    if changed:
-        text = f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)"
-        raise UserError(text, "changed")
+            found = [_line_id(line) for line in file]
+        if found != wanted:
+            lacking, surplus = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
+            kinds = (("missing", lacking), ("too many", surplus))
+            what = [f"{kind}: {some(map(repr, ids), _NAMED)}" for kind, ids in kinds if ids]
+            raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}", "ids")
+    text = f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)"
+    raise UserError(text, "changed")
 
 
 def _in_turn(files: List, rows: int) -> Iterator[bytes]:

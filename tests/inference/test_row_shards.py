@@ -120,7 +120,7 @@ def test_a_shard_that_was_changed(shards, tmp_path, change, says):
     assert says in refusal(tmp_path, input=str(tmp_path / "in.tsv"))
 
 
-def test_the_input_is_read_once_for_any_number_of_shards(shards, tmp_path, monkeypatch):
+def test_the_rows_of_the_input_are_only_read_if_a_shard_was_changed(shards, tmp_path, monkeypatch):
     read = []
 
     def rows(path, want_caption):
@@ -129,6 +129,11 @@ def test_the_input_is_read_once_for_any_number_of_shards(shards, tmp_path, monke
 
     monkeypatch.setattr(module, "read_rows", rows)
     merge(tmp_path, input=str(tmp_path / "in.tsv"))
+    assert not read
+    (tmp_path / "out").unlink()
+    for index in (1, 2, 3):
+        (tmp_path / f"out.shard-{index}-of-3").write_text("id 0\tcaption 0\n")
+    assert "missing: 'id 3'" in refusal(tmp_path, input=str(tmp_path / "in.tsv"))
     assert len(read) == 1
 
 
