@@ -36,8 +36,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         parser.error("give two results files at least, and OUT behind them")
-    if args.workers < 0:
-        parser.error("--workers is a number from 0 on")
     return args
 
 

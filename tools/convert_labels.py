@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "IN need none of their own, and those without one in RESULTS are rejected",
     )  # fmt: skip
     parser.add_argument(
-        "--val_every", type=int, default=20, metavar="N",
+        "--val_every", type=cli.number(int, 0), default=20, metavar="N",
         help="every Nth accepted row goes to val.json; 0: none (default: 20)",
     )
     parser.add_argument(
@@ -56,11 +56,11 @@ def parse_arguments() -> argparse.Namespace:
         help="skip rows whose image and caption both occurred before (100 bytes of memory per row)",
     )  # fmt: skip
     parser.add_argument(
-        "--min_chars", type=int, default=1, metavar="N",
+        "--min_chars", type=cli.number(int, 0), default=1, metavar="N",
         help="minimum characters of a caption (default: 1)",
     )
     parser.add_argument(
-        "--max_chars", type=int, default=0, metavar="N",
+        "--max_chars", type=cli.number(int, 0), default=0, metavar="N",
         help="maximum characters of a caption (default: 200,000)",
     )
     parser.add_argument(
@@ -73,15 +73,12 @@ def parse_arguments() -> argparse.Namespace:
         help="inline: copy images into the JSON; reference: store where each image is (in IN or in a file), which must "
         "not change afterwards",
     )  # fmt: skip
-    cli.add_work_options(parser, "processes for --verify decode (default: number of cores)")
+    cli.add_work_options(parser, "processes for --verify decode (default: number of cores)", least=1)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    for name, least in (("val_every", 0), ("min_chars", 0), ("max_chars", 0), ("workers", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}")
     if args.max_chars and args.max_chars < args.min_chars:
         raise UserError("--max_chars is less than --min_chars")
     options = labels.Options(**{name: getattr(args, name) for name in labels.Options._fields})

@@ -23,7 +23,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
-from paddlemix.utils.runtime import physical_cores  # noqa: E402
 
 
 def pattern(text: str) -> Pattern:
@@ -51,27 +50,11 @@ def captions_and_scores(text: str) -> Tuple[str, Any]:
     return (cli.path(text), None) if whole else (cli.path(captions), cli.path(scores))
 
 
-def number(low: float, high: float = float("inf"), kind: type = int):
-    """An argument's type: a number from low to high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            wanted = f"{'whole ' * (kind is int)}number from {low}" + (f" to {high}" if high < float("inf") else "")
-            raise argparse.ArgumentTypeError(f"must be a {wanted}, not {text!r}")
-        return value
-
-    return parse
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("input", type=cli.path, metavar="IN")
     parser.add_argument("output", type=cli.output_file, metavar="OUT")
-    share, count = number(0, 1, float), number(1)
+    share, count = cli.number(float, 0, 1), cli.positive
     rules = parser.add_argument_group("rules, applied in this order")
     add = rules.add_argument
     add("--must", type=pattern, metavar="REGEX", help="keep only captions that match")
@@ -87,11 +70,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--min_chinese", type=share, metavar="X", help="minimum fraction of Chinese characters, e.g. 0.5")
     add("--min_side", type=count, metavar="PIXELS", help="minimum length of the image's shorter side")
     add(
-        "--max_aspect", type=number(1, kind=float), metavar="X",
+        "--max_aspect", type=cli.number(float, 1), metavar="X",
         help="maximum ratio of longer to shorter side, e.g. 8",
     )
     add(
-        "--min_sharpness", type=number(0, kind=float), metavar="X",
+        "--min_sharpness", type=cli.number(float, 0), metavar="X",
         help="minimum variance of the Laplacian; inspect_data.py shows its distribution",
     )  # fmt: skip
     add(
@@ -103,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         help="drop the P percent of rows with the lowest gain in SCORES, the output of score_rows.py for IN",
     )  # fmt: skip
     add(
-        "--near_duplicates", type=number(0, 10), metavar="BITS",
+        "--near_duplicates", type=cli.number(int, 0, 10), metavar="BITS",
         help="keep one row (see --per_group, --keep) per group of images whose 64-bit hashes differ in at most this "
         "many bits, e.g. 6",
     )  # fmt: skip
@@ -135,13 +118,9 @@ def parse_arguments() -> argparse.Namespace:
         "--images", choices=("inline", "reference"), default="inline",
         help="for OUT.json: inline copies each image; reference stores where it is, which must not change afterwards",
     )  # fmt: skip
-    parser.add_argument("--seed", type=number(0), default=0, help="random seed (default: 0)")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="random seed (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="write nothing, only show the numbers")
-    parser.add_argument(
-        "--workers", type=number(0), default=physical_cores(), metavar="N",
-        help="worker processes (default: number of cores)",
-    )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    cli.add_work_options(parser)
     return parser.parse_args()
 
 

@@ -559,9 +559,10 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     )
     parser.add_argument("--restart", action="store_true", help="run every stage again")
     parser.add_argument("--seed", type=int, default=7, help="of the ads, the weights and the order (default: 7)")
-    parser.add_argument("--pretrain_rows", type=int, default=6000, help="ads with plain captions (default: 6000)")
-    parser.add_argument("--tune_rows", type=int, default=3000, help="ads with ad captions (default: 3000)")
-    parser.add_argument("--held_out_rows", type=int, default=200, help="ads without captions (default: 200)")
+    rows = cli.number(int, 2)
+    parser.add_argument("--pretrain_rows", type=rows, default=6000, help="ads with plain captions (default: 6000)")
+    parser.add_argument("--tune_rows", type=rows, default=3000, help="ads with ad captions (default: 3000)")
+    parser.add_argument("--held_out_rows", type=rows, default=200, help="ads without captions (default: 200)")
     parser.add_argument("--pretrain_steps", type=int, help="optimizer steps (default: the configuration's epochs)")
     parser.add_argument("--tune_steps", type=int, help="the same for tuning")
     parser.add_argument("--target", type=float, default=0.98, help="attribute accuracy to reach (default: 0.98)")
@@ -570,8 +571,6 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
 
 def main() -> int:
     args = parse_arguments()
-    if min(args.pretrain_rows, args.tune_rows, args.held_out_rows) < 2:
-        raise UserError("each part needs at least two rows")
     # The stages run from the top folder, wherever this was called.
     inside = os.path.relpath(os.path.abspath(args.out), ROOT)
     args.out = os.path.abspath(args.out) if inside.startswith(os.pardir) else inside

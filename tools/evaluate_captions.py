@@ -56,10 +56,12 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         help="score N rows drawn with --seed; CIDEr's document frequencies still come from all references",
     )  # fmt: skip
     parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="N",
+        "--resamples", type=cli.number(int, 0), default=1000, metavar="N",
         help="bootstrap resamples (default: 1000; 0: no intervals)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of --sample and of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--seed", type=cli.number(int, 0), default=0, help="seed of --sample and of the bootstrap (default: 0)"
+    )
     parser.add_argument(
         "--json", type=cli.output_file, metavar="OUT",
         help="write everything that is printed as JSON, with more digits",
@@ -125,9 +127,6 @@ def print_table(evaluation) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    for name in ("resamples", "workers", "seed"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must be at least 0")
     for name in ("images", "scores"):
         if getattr(args, name) and not args.html:
             raise UserError(f"--{name} is for the page; give --html too")

@@ -21,7 +21,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
-from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.language import tr  # noqa: E402
 
@@ -50,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         "--hash", choices=("sample", "all"), default="sample", help="decode --images of them, or all (default: sample)"
     )
     parser.add_argument(
-        "--near_duplicates", type=int, metavar="BITS", default=6,
+        "--near_duplicates", type=cli.number(int, 0, 10), metavar="BITS", default=6,
         help="largest Hamming distance of the 64-bit hashes of near duplicates (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sample and the gallery (default: 0)")
@@ -63,14 +62,9 @@ def main() -> None:
     from paddlemix.datasets.inspection import Options, inspect, overlap, summary
     from paddlemix.datasets.inspection_advice import advice
     from paddlemix.datasets.inspection_page import write_page
-    from paddlemix.datasets.near_duplicates import MAX_DISTANCE
     from paddlemix.datasets.rows import keep_images
     from paddlemix.datasets.tsv import check_input
 
-    if args.workers < 0:
-        raise UserError("--workers must be at least 0")
-    if not 0 <= args.near_duplicates <= MAX_DISTANCE:
-        raise UserError(f"--near_duplicates must be 0 to {MAX_DISTANCE}")
     page, numbers_file = (os.path.join(args.out, name) for name in ("report.html", "report.json"))
     inputs = [*args.input, *([args.compare] if args.compare else [])]
     for path in inputs:

@@ -429,21 +429,20 @@ def make_demo_data(
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    count = cli.number(int, 0)
     parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
-    parser.add_argument("--pretrain", type=int, default=6000, help="rows with captions in the plain style")
-    parser.add_argument("--tune", type=int, default=3000, help="rows with captions in the ad style")
-    parser.add_argument("--held_out", type=int, default=200, help="rows without captions, for prediction")
+    parser.add_argument("--pretrain", type=count, default=6000, help="rows with captions in the plain style")
+    parser.add_argument("--tune", type=count, default=3000, help="rows with captions in the ad style")
+    parser.add_argument("--held_out", type=count, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--size", type=int, default=128, help="image side in pixels")
+    parser.add_argument("--size", type=cli.number(int, 32), default=128, help="image side in pixels")
     parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the one found)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="drawing processes; 0: none")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="drawing processes; 0: none")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse_arguments()
-    if min(args.pretrain, args.tune, args.held_out, args.workers) < 0 or args.size < 32:
-        raise UserError("counts must be 0 or more, and --size at least 32")
     if args.font and not os.path.isfile(args.font):
         raise UserError(f"no font file {args.font}")
     make_demo_data(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
-from paddlemix.utils.cli import path, positive
+from paddlemix.utils.cli import number, path, positive
 from paddlemix.utils.errors import UserError
 
 # Caption of a row whose image cannot be read.
@@ -43,32 +43,6 @@ def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> 
     parser.add_argument("--device", help="cpu, gpu or gpu:N (default: a GPU if there is one)")
 
 
-def _number(low: float, high: float, says: str) -> Callable[[str], float]:
-    """Argument type: a number above `low`, up to `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(f"must be {says}, not {text!r}")
-        return value
-
-    return parse
-
-
-def _count(low: int, most: int) -> Callable[[str], int]:
-    """Argument type: an integer from `low` to `most`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be an integer from {low} to {most}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """Decoding options, to be read by decoding_options."""
     chosen = parser.add_argument_group(
@@ -76,25 +50,26 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search. "
         "docs/evaluation.md compares their scores.",
     )
-    hot = _number(0, 100, "above 0 and at most 100 (leave it out for greedy decoding)")
-    chosen.add_argument("--temperature", type=hot, help="sampling temperature; below 1 favours probable tokens")
-    top_p = _number(0, 1, "above 0 and at most 1")
+    up_to_100 = number(float, above=0, most=100)
+    chosen.add_argument("--temperature", type=up_to_100, help="sampling temperature; below 1 favours probable tokens")
     chosen.add_argument(
-        "--top_p", type=top_p,
+        "--top_p", type=number(float, above=0, most=1),
         help="sample from the smallest set of tokens with this total probability",
     )
     chosen.add_argument("--top_k", type=positive, help="sample from this many of the most probable tokens")
-    chosen.add_argument("--seed", type=int, help="sampling seed; the same seed gives the same answers")
-    beams = _count(1, 64)
-    chosen.add_argument("--num_beams", type=beams, help="beam search with this many beams; excludes sampling")
-    penalty = _number(-1000, 1000, "above -1000 and at most 1000")
     chosen.add_argument(
-        "--length_penalty", type=penalty, help="for beam search: above 0 favours longer answers, below 0 shorter ones"
+        "--seed", type=number(int, 0, (1 << 31) - 1), help="sampling seed; the same seed gives the same answers"
     )
-    above_0 = _number(0, 100, "above 0 and at most 100")
+    chosen.add_argument(
+        "--num_beams", type=number(int, 1, 64), help="beam search with this many beams; excludes sampling"
+    )
+    chosen.add_argument(
+        "--length_penalty", type=number(float, -1000, 1000),
+        help="for beam search: above 0 favours longer answers, below 0 shorter ones",
+    )  # fmt: skip
     chosen.add_argument(
         "--repetition_penalty",
-        type=above_0,
+        type=up_to_100,
         help="above 1 makes tokens already in the prompt or answer less probable (1.05 is mild)",
     )
     chosen.add_argument(
@@ -103,7 +78,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--min_new_tokens", type=positive, help="minimum tokens of an answer")
     chosen.add_argument(
         "--stop_repeating",
-        type=_count(0, 1000),
+        type=number(int, 0, 1000),
         metavar="N",
         help="end an answer once it repeats a sequence of up to 16 tokens N times, and keep the sequence once; prices "
         "and phone numbers do not count; not with beam search (default: 4; 0: never)",
@@ -138,8 +113,6 @@ def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, 
     choose = values.pop("choose")
     beams, samples = given.get("num_beams", 1), given.get("samples", 1)
     samplers = [name for name in ("temperature", "top_p", "top_k", "seed") if name in given]
-    if not 0 <= given.get("seed", 0) < 1 << 31:
-        raise UserError("--seed must be an integer from 0 to 2147483647")
     if given.get("min_new_tokens", 0) > (values.get("max_new_tokens") or math.inf):
         raise UserError("--min_new_tokens is more than --max_new_tokens")
     if beams > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import signal
@@ -74,11 +75,25 @@ def output_folder(text: str) -> str:
     return path(text)
 
 
-def positive(text: str) -> int:
-    """Argument type: a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
-    return int(text)
+def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable:
+    """Argument type: an int or a float (`kind`) within bounds."""
+    bounds = (("above", above), ("of at least", least), ("at most", most))
+    wanted = " and ".join(f"{says} {bound:,}" for says, bound in bounds if math.isfinite(bound))
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and value > above):
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} {wanted}, not {text!r}")
+        return value
+
+    return parse
+
+
+positive = number(int, least=1)
 
 
 def add_weights_options(parser: argparse.ArgumentParser, folder: str, format: Optional[str] = None) -> None:
@@ -109,9 +124,9 @@ def weights_options(args: argparse.Namespace) -> Dict[str, Any]:
 _WORKERS = "worker processes; 0: work in this process (default: number of cores)"
 
 
-def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS) -> None:
-    """--workers and --quiet. workers: the help text of the former."""
-    parser.add_argument("--workers", type=int, default=physical_cores(), metavar="N", help=workers)
+def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS, least: int = 0) -> None:
+    """--workers (its help text and minimum) and --quiet."""
+    parser.add_argument("--workers", type=number(int, least), default=physical_cores(), metavar="N", help=workers)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -90,7 +90,7 @@ def lines_of_head(out):
         ("d\tx\n", None, ["--intersection"], "no id is in all of the files"),
         ("a\tx\n", "a\t\n", [], "1 lines have no reference: 1 (empty caption)"),
         (None, None, ["--images", "x.tsv"], "--images is for the page"),
-        (None, None, ["--resamples", "-1"], "--resamples must be at least 0"),
+        (None, None, ["--resamples", "-1"], "--resamples: must be an integer of at least 0"),
         (None, None, ["--tokenizer", "words"], "invalid choice"),
         (None, None, ["--html", "r.html", "--images", "none.tsv"], "cannot read none.tsv"),
     ],

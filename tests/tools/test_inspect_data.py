@@ -224,7 +224,7 @@ def test_frequent_texts_are_bounded_and_none_that_is_frequent_is_lost():
     "words, status, message",
     [
         (["no-such.tsv"], 2, "cannot read no-such.tsv"),
-        (["{table}", "--near_duplicates", "11"], 2, "--near_duplicates must be 0 to 10"),
+        (["{table}", "--near_duplicates", "11"], 2, "of at least 0 and at most 10"),
         (["{table}", "--compare", "no-such.json"], 2, "cannot read no-such.json"),
         (["{empty}"], 2, "no rows"),
         (["{broken}"], 1, "can be used: 2 × no such file"),
