@@ -35,6 +35,7 @@ from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
+from paddlemix.utils.texts import ranked  # noqa: E402
 
 NO_CAPTIONS = "no captions"
 NOT_IN_IMAGES = "image is not in IMAGES"
@@ -128,14 +129,13 @@ def main() -> int:
     bar = Progress(None if folder else size, "images", "image" if folder else "B", args.quiet, unit_scale=not folder)
     # That an image can be read is seen at its header.
     options = labels.Options(images=args.images, verify="header")
-    images = written = done = 0
+    images = written = 0
     rejected: Counter = Counter()
     with bar, atomic_write(names[0]) as references, atomic_write(names[1]) as rejects, output_rows(
         args.output, args.source, args.images == "reference", DEFAULT_PROMPT
     ) as add:
         for row, texts in rows:
-            bar.update(row.next_offset - done)
-            done = row.next_offset
+            bar.reach(row.next_offset)
             _, image, _, reason = labels.check_row(row._replace(caption=" ".join(texts)), options)
             reason = reason if texts else NO_CAPTIONS
             if reason:
@@ -148,8 +148,7 @@ def main() -> int:
                 add(row, image, text)
                 written += 1
         if not written:
-            reasons = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common(3)) or "there are none"
-            raise JobFailed(f"no image of {args.source} has a caption in {args.captions}: {reasons}")
+            raise JobFailed(f"no image of {args.source} has a caption in {args.captions}: {ranked(rejected)}")
     for reason, count in rejected.most_common():
         print(f"rejected {count:10d}  {reason}", file=sys.stderr)
     print(f"{images} images, {written} rows")

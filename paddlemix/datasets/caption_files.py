@@ -129,10 +129,8 @@ def _of_json(path: str, bar: Progress) -> References:
     texts: Dict[str, List[str]] = {}
     bad = []
     with open(path, "rb") as file, bar:
-        position = 0
         for number, (begin, end) in enumerate(record_bounds(path).tolist(), 1):
-            bar.update(end - position)
-            position = end
+            bar.reach(end)
             file.seek(begin)
             try:
                 record = parse_record(file.read(end - begin))
@@ -150,10 +148,8 @@ def _of_rows(path: str, bar: Progress) -> References:
     bad: List[str] = []
     has_images = False
     with bar:
-        position = 0
         for row in read_rows(path, want_caption=True):
-            bar.update(row.next_offset - position)
-            position = row.next_offset
+            bar.reach(row.next_offset)
             second = bytes(row.image)
             reason = row.error
             named = reason in (IMAGE_IS_URL, PATH_LEADS_OUT) and row.caption is not None

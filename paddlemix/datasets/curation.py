@@ -169,13 +169,11 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
         opened(new_scores, read_scores),
     ]  # fmt: skip
     options = RowOptions(prompt=settings.prompt, images=settings.images, verify="header")
-    done = 0
     # Which of the score files have had no score yet.
     empty = {at for at in (0, 2) if files[at]}
     with Progress(state.size, title, "B", settings.quiet, unit_scale=True) as bar:
         for row in read_rows(path, want_caption=True, state=state):
-            bar.update(row.next_offset - done)
-            done = row.next_offset
+            bar.reach(row.next_offset)
             score, caption, new_score = (file and file.take(row_id(row)) for file in files)
             gain, new_gain = (one.gain if one is not None else np.nan for one in (score, new_score))
             empty.difference_update(at for at, value in ((0, gain), (2, new_gain)) if not np.isnan(value))

@@ -337,6 +337,4 @@ def _compute(
     with Progress(size, f"images of {os.path.basename(path)}", "B", quiet, unit_scale=True, initial=offset) as bar:
         for piece in map_chunks(_facts_of_rows, chunks, workers):
             yield piece
-            last = int(np.frombuffer(piece, FACTS)[-1]["next"])
-            bar.update(last - offset)
-            offset = last
+            bar.reach(int(np.frombuffer(piece, FACTS)[-1]["next"]))

@@ -406,7 +406,7 @@ def _convert(
         with record_files(names) as arrays:
             for row, image, caption, reason in stream:
                 if row.next_offset - done >= _PROGRESS_BYTES:
-                    bar.update(row.next_offset - done)
+                    bar.reach(row.next_offset)
                     done = row.next_offset
                     tell_counts()
                 if reason is None and options.dedupe:
@@ -430,5 +430,5 @@ def _convert(
                 raise _NothingAccepted
             ChatTemplate.default().save(out_dir)
             tell_counts()
-            bar.update(max(0, os.path.getsize(path) - done))
+            bar.reach(os.path.getsize(path))
     return arrays[0].count, arrays[1].count

@@ -46,7 +46,6 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
     found: Dict[str, Thumbnail] = {}
     size = check_input(path)
     with Progress(size, "images", unit="B", unit_scale=True, disable=quiet) as bar:
-        position = 0
         for row in read_rows(path, want_caption=False):
             if row.id in wanted and row.id not in found:
                 try:
@@ -57,6 +56,5 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
                     found[row.id] = Thumbnail(b"", error.reason)
                 if len(found) == len(wanted):
                     break
-            bar.update(row.next_offset - position)
-            position = row.next_offset
+            bar.reach(row.next_offset)
     return found

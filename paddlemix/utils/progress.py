@@ -87,6 +87,10 @@ class Progress:
         with contextlib.suppress(OSError):
             self._bar.update(n)
 
+    def reach(self, position: int) -> None:
+        """Update to a position, such as an offset in a file."""
+        self.update(position - self._bar.n)
+
     def note(self, text: str) -> None:
         """Show a short text after the bar (a loss, a count of failures)."""
         self._bar.set_postfix_str(text, refresh=False)
