@@ -156,11 +156,9 @@ class RowJob:
     def rows(self, results: ResultsWriter) -> _Rows:
         """The rows after those that an earlier run has answered, which are skipped without decoding images."""
         rows = _Rows(self.input, self.share, self.state, self.want_caption)
-        # Journals of earlier versions have no places.
-        all_rows = results.place is None or results.has_files
-        if not all_rows:
+        if results.place is not None and not results.has_files:
             rows.go_on(results.place)
-        for number, (done_id, image) in enumerate(results.done_rows() if all_rows else (), 1):
+        for number, (done_id, image) in enumerate(results.done_rows() if results.has_files else (), 1):
             row = next(rows, None)
             if row is None or row_id(row) != done_id:
                 raise JobFailed(

@@ -8,8 +8,7 @@ During a run, its lines go to a journal, `OUTPUT.partial`:
 
 A line's place is "1 1 52310": its number, the line number of its row in the input, and the byte offset of the next
 line there, at which a resumed run continues reading. For a row that names an image file, two more numbers tell whether
-the file has changed since. Journals of format 1 have no places. An output with more columns has them instead of the
-caption.
+the file has changed since. An output with more columns has them instead of the caption.
 
 When all rows have a line, OUTPUT (`id \\t caption`) is written from the journal, atomically, and so is
 `OUTPUT.run.json`: the journal's first line with the number of rows, the counts of notes, and size and SHA-256 of
@@ -37,9 +36,8 @@ from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file
 
-# Of OUTPUT.run.json.
-FORMAT = 1
-_JOURNAL_FORMATS = (1, 2)
+# Of OUTPUT.run.json, and of the journal.
+FORMAT, _JOURNAL_FORMAT = 1, 2
 # The note of a row with a truncated image file; it has a caption.
 TRUNCATED = "truncated image"
 # The note of an answer that repeated itself and was cut (see Decoding.stop_repeating); it has a caption, too.
@@ -124,9 +122,12 @@ def _parse_line(line: bytes, columns: int) -> Optional[List[str]]:
         fields = line[:-1].decode("utf-8").split("\t")
     except UnicodeDecodeError:
         return None
-    if len(fields) != columns or (columns > 3 and not _PLACE.fullmatch(fields[-1])):
-        return None
-    return fields
+    return fields if len(fields) == columns and _PLACE.fullmatch(fields[-1]) else None
+
+
+def _image_of(fields: List[str]) -> str:
+    """The image argument of ResultsWriter.write, from a journal line's columns."""
+    return _PLACE.fullmatch(fields[-1])[1] or ""
 
 
 class ResultsWriter:
@@ -231,7 +232,7 @@ class ResultsWriter:
             if restart or (not header.endswith(b"\n") and len(header) < _MAX_HEADER):
                 # New, or killed before its first line was complete.
                 self._file.truncate(0)
-                header = dict(self.run, format=_JOURNAL_FORMATS[-1])
+                header = dict(self.run, format=_JOURNAL_FORMAT)
                 self._pending += json.dumps(header, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
                 self._write_pending()
                 return
@@ -244,10 +245,10 @@ class ResultsWriter:
                     break
                 fields = parsed
                 whole += len(line)
-                self._count(fields[2 if self._columns == 3 else -2])
+                self._count(fields[-2])
                 self._check_place(fields, self.done)
-                self.has_files = self.has_files or bool(self._image_of(fields))
-            if fields is not None and self._columns > 3:
+                self.has_files = self.has_files or bool(_image_of(fields))
+            if fields is not None:
                 place = Place(*map(int, fields[-1].split(" ")[:3]))
                 self.place = place if place.next_offset else None
         self._file.truncate(whole)
@@ -257,9 +258,8 @@ class ResultsWriter:
             there = json.loads(header.decode("utf-8"))
         except (ValueError, RecursionError):
             there = None
-        if not isinstance(there, dict) or there.get("format") not in _JOURNAL_FORMATS:
+        if not isinstance(there, dict) or there.get("format") != _JOURNAL_FORMAT:
             raise self._foreign()
-        self._columns = 3 if there["format"] == 1 else self._columns
         different = "; ".join(differences(dict(there, format=FORMAT), self.run))
         if different:
             raise UserError(
@@ -271,7 +271,7 @@ class ResultsWriter:
 
     def _check_place(self, fields: List[str], number: int) -> None:
         """Raise JobFailed if the journal's line is not that of row `number`: a duplicated, moved or lost line."""
-        if self._columns > 3 and not fields[-1].startswith(f"{number} "):
+        if not fields[-1].startswith(f"{number} "):
             text = f"line {number + 1} of {self.journal} is not of row {number}; drop it with --restart"
             raise JobFailed(text, "other-row")
 
@@ -285,16 +285,13 @@ class ResultsWriter:
         if note:
             self.notes[note] += 1
 
-    def _image_of(self, fields: List[str]) -> str:
-        return (_PLACE.fullmatch(fields[-1])[1] or "") if self._columns > 3 else ""
-
     def done_rows(self) -> Iterator[Tuple[str, str]]:
         """(id, image argument of `write`) of the journal's lines."""
         with self._reading() as file:
             file.readline(_MAX_HEADER)
             for _ in range(self.done):
                 fields = _parse_line(file.readline(), self._columns)
-                yield fields[0], self._image_of(fields)
+                yield fields[0], _image_of(fields)
 
     def write(
         self,
@@ -311,7 +308,7 @@ class ResultsWriter:
         the row names, or "".
         """
         place = f"{self.done + 1} {line_no} {next_offset} {image}".rstrip()
-        fields = (clean_id(row_id), columns.replace("\0", " "), note or "", place)[: 3 if self._columns == 3 else 4]
+        fields = (clean_id(row_id), columns.replace("\0", " "), note or "", place)
         # Lone surrogates become "?" instead of an error.
         line = "\t".join(fields).encode("utf-8", "replace") + b"\n"
         if line.count(b"\n") > 1 or b"\r" in line or _parse_line(line, self._columns) is None:
@@ -350,8 +347,7 @@ class ResultsWriter:
                         raise JobFailed(text, "changed")
                     lines += 1
                     self._check_place(fields, lines)
-                    kept = fields[:2] if self._columns == 3 else fields[:-2]
-                    out.write("\t".join(kept).encode() + b"\n")
+                    out.write("\t".join(fields[:-2]).encode() + b"\n")
                 if lines != rows:
                     text = f"{self.journal} was changed while it was written: {lines} lines for {rows} rows"
                     raise JobFailed(text, "changed")

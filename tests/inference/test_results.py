@@ -221,16 +221,6 @@ def test_a_journal_with_other_lines_than_it_was_written_with_is_noticed(tmp_path
         ResultsWriter(str(tmp_path / "results.txt"), RUN)
 
 
-def test_a_journal_of_an_earlier_version_is_gone_on_with(tmp_path):
-    header, *lines = journal_lines(tmp_path)
-    old = [line[: line.rindex(b"\t")] + b"\n" for line in lines[:3]]
-    (tmp_path / "results.txt.partial").write_bytes(b"".join([header.replace(b'"format": 2', b'"format": 1'), *old]))
-    with ResultsWriter(str(tmp_path / "results.txt"), RUN) as writer:
-        assert (writer.done, writer.place) == (3, None)
-    write(tmp_path / "results.txt", LINES)
-    assert (tmp_path / "results.txt").read_text("utf-8") == WHOLE
-
-
 def test_the_place_of_the_last_whole_line_is_where_a_run_goes_on(tmp_path):
     out = str(tmp_path / "results.txt")
     with ResultsWriter(out, RUN) as writer:
