@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import predict
+from paddlemix.datasets.tsv import TRUNCATED
 from paddlemix.inference import prediction
 from paddlemix.inference.captioner import BROKEN_ANSWER
-from paddlemix.inference.results import REPEATING, TRUNCATED, ResultsWriter
+from paddlemix.inference.results import REPEATING, ResultsWriter
 from paddlemix.inference.row_shards import merge_shards
 from paddlemix.models.mgen_vl import captioning
 from paddlemix.models.mgen_vl.captioning import Candidate

@@ -26,7 +26,7 @@ from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.open_files import OpenFiles
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
-from paddlemix.datasets.rows import base64_at, read_image
+from paddlemix.datasets.rows import image_bytes
 from paddlemix.datasets.tsv import MAX_ROW_BYTES, ImagePlace
 from paddlemix.processors.content import count_images
 from paddlemix.processors.images import decode_base64, open_image
@@ -331,10 +331,7 @@ class ChatmlDataset:
     def _image_bytes(self, source: Any, folder: str) -> bytes:
         if isinstance(source, str):
             return decode_base64(source)
-        place = ImagePlace(source[1]) if isinstance(source, tuple) else ImagePlace.of_reference(source, folder)
-        if place.length:
-            return decode_base64(base64_at(self._files.read, place))
-        return read_image(place.file)
+        return image_bytes(ImagePlace.of_source(source, folder), self._files.read)
 
     def __getitem__(self, index: int) -> Union[Sample, Failure]:
         """The sample at `index`, or the next good one after it (wrapping around at the end)."""

@@ -14,15 +14,15 @@ import os
 import stat
 import struct
 from contextlib import suppress
-from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from paddlemix.datasets import labels, rows, tsv
+from paddlemix.datasets import rows, tsv
 from paddlemix.datasets.blocks import FileState
-from paddlemix.datasets.rows import image_text, read_rows
-from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_input
-from paddlemix.processors.images import FORMATS, decode_base64, open_image, read_header
+from paddlemix.datasets.rows import Found, find_image_of, image_bytes, read_rows
+from paddlemix.datasets.tsv import TRUNCATED, ImagePlace, check_input
+from paddlemix.processors.images import FORMATS, open_image, read_header
 from paddlemix.utils.errors import ImageError, JobFailed
 from paddlemix.utils.files import open_plain
 from paddlemix.utils.log import logger
@@ -45,7 +45,7 @@ _DCT = np.cos(np.pi / _SIDE * np.outer(np.arange(9), np.arange(_SIDE) + 0.5)) / 
 PROBLEMS = (
     "", tsv.MISSING_COLUMN, tsv.NO_IMAGE, tsv.EMPTY_IMAGE, tsv.LINE_TOO_LONG, tsv.IMAGE_IS_URL, tsv.PATH_LEADS_OUT,
     rows.BAD_RECORD, rows.SEVERAL_IMAGES, "no such file", "cannot read the file", "changed file", "empty image",
-    "bad base64", "not an image", "broken image", "too many pixels", "image too large", labels.TRUNCATED, "other",
+    "bad base64", "not an image", "broken image", "too many pixels", "image too large", TRUNCATED, "other",
 )  # fmt: skip
 
 # next, line: of the row (TsvRow). content: a hash of the image file's bytes. perceptual, sharpness, spread: see
@@ -119,14 +119,14 @@ def image_facts(data: bytes) -> ImageFacts:
     """The facts of an image file.
 
     Raises:
-        ImageError: it cannot be decoded, or is cut short (labels.TRUNCATED).
+        ImageError: it cannot be decoded, or is cut short (TRUNCATED).
     """
     from PIL import Image
 
     facts = header_facts(data)
     image = open_image(data, enough=_ENOUGH)
     if image.info["truncated"]:
-        raise ImageError(labels.TRUNCATED)
+        raise ImageError(TRUNCATED)
     sides = facts.width, facts.height
     width, height = sides if (sides[0] > sides[1]) == (image.width > image.height) else sides[::-1]
     image.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.BICUBIC)
@@ -142,32 +142,6 @@ def image_facts(data: bytes) -> ImageFacts:
 
 
 # ---- of all rows of a file
-
-# Where a row's image is, its base64 text, or why there is none.
-Found = Union[ImagePlace, bytes, str]
-
-
-def find_image_of(row: TsvRow, path: str) -> Found:
-    """Where a worker finds the image of a row of the file `path`; the reason if the row has none."""
-    if row.place is not None:
-        return row.place
-    if not row.image_length:
-        return row.error or tsv.EMPTY_IMAGE
-    return bytes(row.image) if row.image_offset < 0 else ImagePlace(path, row.image_offset, row.image_length)
-
-
-def image_bytes(found: Found) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        ImageError: there is none, or it cannot be read.
-    """
-    if isinstance(found, str):
-        raise ImageError(found)
-    if isinstance(found, ImagePlace):
-        found = image_text(TsvRow(0, "", b"", -1, 0, None, None, 0, found))
-    return decode_base64(found)
-
 
 def held_bytes(found: Optional[Found]) -> int:
     """The approximate cost of processing such an image."""

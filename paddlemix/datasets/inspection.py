@@ -25,14 +25,13 @@ from paddlemix.datasets.image_facts import (
     chunks_of,
     facts_path,
     facts_record,
-    find_image_of,
     has_captions,
     held_bytes,
     stored_facts,
     usable,
 )
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
-from paddlemix.datasets.rows import is_json, read_rows
+from paddlemix.datasets.rows import find_image_of, is_json, read_rows
 from paddlemix.datasets.tsv import TsvRow, check_input, unquoted
 from paddlemix.processors.images import FORMATS
 from paddlemix.utils.errors import JobFailed, UserError

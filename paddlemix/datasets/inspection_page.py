@@ -12,8 +12,8 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from paddlemix.datasets.image_facts import find_image_of, image_bytes
 from paddlemix.datasets.inspection import Inspection, Overlap, groups_of
+from paddlemix.datasets.rows import find_image_of, image_bytes
 from paddlemix.datasets.thumbnails import shrink
 from paddlemix.datasets.tsv import TsvRow, unquoted
 from paddlemix.utils.errors import ImageError

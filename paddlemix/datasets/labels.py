@@ -29,11 +29,19 @@ from paddlemix.datasets.caption_files import InOrder, new_captions
 from paddlemix.datasets.cleaning import INVISIBLE, SPACES, mend_caption
 from paddlemix.datasets.doubts import Doubts
 from paddlemix.datasets.records import MAX_TEXT_CHARS
-from paddlemix.datasets.rows import image_text, is_json, keep_images, read_rows
+from paddlemix.datasets.rows import (
+    Found,
+    find_image_of,
+    image_bytes,
+    image_text,
+    is_json,
+    keep_images,
+    read_rows,
+)
 from paddlemix.datasets.tsv import (
     EMPTY_CAPTION,
     MISSING_COLUMN,
-    ImagePlace,
+    TRUNCATED,
     TsvRow,
     check_input,
     is_image,
@@ -57,7 +65,6 @@ BAD_BASE64 = "bad base64"
 TOO_SHORT = "caption too short"
 TOO_LONG = "caption too long"
 DUPLICATE = "duplicate"
-TRUNCATED = "truncated image"
 DECODER_DIED = "image decoder died"
 NO_NEW_CAPTION = "no new caption"
 EXCHANGED = "image and caption exchanged"
@@ -103,10 +110,10 @@ def header_problem(text: bytes) -> Optional[str]:
         return error.reason
 
 
-def decode_problem(text: bytes) -> Optional[str]:
-    """Why the image in base64 `text` cannot be used, from decoding all of it. Truncated images are refused too."""
+def decode_problem(found: Found) -> Optional[str]:
+    """Why an image cannot be used, from decoding all of it. Truncated images are refused too."""
     try:
-        return TRUNCATED if open_image(decode_base64(text)).info["truncated"] else None
+        return TRUNCATED if open_image(image_bytes(found)).info["truncated"] else None
     except ImageError as error:
         return error.reason
 
@@ -195,21 +202,9 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     return Checked(row, image, caption, reason)
 
 
-# The input of a worker: an image's place, or its base64 text if it is not in a file.
-_Found = Union[ImagePlace, bytes]
-
-
-def _decode_task(places: List[_Found]) -> List[Optional[str]]:
+def _decode_task(places: List[Found]) -> List[Optional[str]]:
     """In a worker: the problems of these images."""
-
-    def problem(place: _Found) -> Optional[str]:
-        try:
-            named = isinstance(place, ImagePlace)
-            return decode_problem(image_text(TsvRow(0, "", b"", -1, 0, None, None, 0, place)) if named else place)
-        except ImageError as error:
-            return error.reason
-
-    return [problem(place) for place in places]
+    return [decode_problem(place) for place in places]
 
 
 class _Decoders:
@@ -228,13 +223,13 @@ class _Decoders:
         context = multiprocessing.get_context("spawn")
         self._pool = Pool(self._workers, mp_context=context)
 
-    def submit(self, places: List[_Found]) -> Optional[Future]:
+    def submit(self, places: List[Found]) -> Optional[Future]:
         try:
             return self._pool.submit(_decode_task, places)
         except BrokenProcessPool:
             return None  # result() tries again
 
-    def result(self, future: Optional[Future], places: List[_Found]) -> List[Optional[str]]:
+    def result(self, future: Optional[Future], places: List[Found]) -> List[Optional[str]]:
         if future is not None:
             try:
                 return future.result()
@@ -263,21 +258,15 @@ class _Decoders:
 
 def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
     """The same rows in the same order, with a reason if their image cannot be decoded."""
-    waiting: Deque[Tuple[List[Checked], List[_Found], Optional[Future]]] = deque()
+    waiting: Deque[Tuple[List[Checked], List[Found], Optional[Future]]] = deque()
     batch: List[Checked] = []
     held = 0
-
-    def place(item: Checked) -> _Found:
-        row = item.row
-        if row.place is not None or row.image_offset < 0:
-            return row.place or bytes(row.image)
-        return ImagePlace(path, row.image_offset, row.image_length)
 
     def size(item: Checked) -> int:
         return max(item.row.image_length, len(item.image))
 
     def submit() -> None:
-        places = [place(item) for item in batch if item.reason is None]
+        places = [find_image_of(item.row, path) for item in batch if item.reason is None]
         waiting.append((list(batch), places, decoders.submit(places)))
         batch.clear()
 

@@ -10,11 +10,12 @@ A path is relative to the folder of the file that names it, and must stay in tha
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import itertools
 import os
 from shlex import quote
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
+from typing import IO, Callable, Dict, Iterable, Iterator, List, Optional, Union
 
 from paddlemix.datasets import tsv
 from paddlemix.datasets.archives import is_packed, members
@@ -217,10 +218,8 @@ def _json_rows(path: str, offset: int, first: int, state: Optional[FileState]) -
             image = record.images[0].encode("utf-8", "replace")
             # Not found if characters in it are escaped.
             at = text.find(b'"' + image + b'"') + 1 or -1
-        elif isinstance(record.images[0], tuple):
-            place = ImagePlace(record.images[0][1])
         else:
-            place = ImagePlace.of_reference(record.images[0], folder)
+            place = ImagePlace.of_source(record.images[0], folder)
         caption, turns = record.turns[0][1], tuple(record.turns)
         at = begin + at if at > 0 else -1
         yield TsvRow(number, record.id, image, at, len(image), caption, error, end, place, turns=turns)
@@ -336,12 +335,42 @@ def keep_images(inputs: Iterable[Optional[str]], outputs: Iterable[str]) -> None
         if os.path.isfile(path) and is_json(path):
             folder = os.path.dirname(os.path.realpath(path))
             images = (image for *_, record in _records(path) if record is not None for image in record.images)
-            references = (image for image in images if not isinstance(image, str))
-            keep_apart({one[1] if isinstance(one, tuple) else ImagePlace.of_reference(one, folder).file
-                        for one in references}, outputs)  # fmt: skip
+            places = {ImagePlace.of_source(image, folder).file for image in images if not isinstance(image, str)}
+            keep_apart(places, outputs)
 
 
 # ---- their images
+
+
+# Where a row's image is, its base64 text, or why there is none.
+Found = Union[ImagePlace, bytes, str]
+
+
+def find_image_of(row: TsvRow, path: str) -> Found:
+    """The image of a row of the file `path`, for a worker to read; the reason if the row has none."""
+    if row.place is not None:
+        return row.place
+    if not row.image_length:
+        return row.error or EMPTY_IMAGE
+    return bytes(row.image) if row.image_offset < 0 else ImagePlace(path, row.image_offset, row.image_length)
+
+
+def image_bytes(found: Found, read: Optional[Callable[[str, int, int], bytes]] = None) -> bytes:
+    """The bytes of an image file. read: see base64_at.
+
+    Raises:
+        ImageError: there is none, or it cannot be read.
+    """
+    # Not needed for --help, which would load numpy with it.
+    from paddlemix.processors.images import decode_base64
+
+    if isinstance(found, str):
+        raise ImageError(found)
+    if isinstance(found, ImagePlace):
+        if not found.length:
+            return read_image(found.file)
+        found = base64_at(read or _read_once, found)
+    return decode_base64(found)
 
 
 def image_text(row: TsvRow) -> Union[bytes, memoryview]:
@@ -363,16 +392,10 @@ def read_image(path: str) -> bytes:
     Raises:
         ImageError: it is missing, not a plain file, or too large.
     """
-    # Not needed for --help, which would load numpy with it.
     from paddlemix.processors import images
 
-    try:
-        with open_plain(path) as file:
-            data = file.read(images.MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ImageError("no such file", f"there is no file {path}") from None
-    except OSError as error:
-        raise ImageError("cannot read the file", f"cannot read {path}: {error.strerror}") from None
+    with _opened(path) as file:
+        data = file.read(images.MAX_BYTES + 1)
     if len(data) > images.MAX_BYTES:
         raise ImageError("image too large", f"{path} is larger than {images.MAX_BYTES >> 20} MB")
     return data
@@ -399,9 +422,15 @@ def base64_at(read: Callable[[str, int, int], bytes], place: ImagePlace) -> byte
 
 
 def _read_once(path: str, offset: int, length: int) -> bytes:
+    with _opened(path) as file:
+        return os.pread(file.fileno(), length, offset)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[IO[bytes]]:
     try:
         with open_plain(path) as file:
-            return os.pread(file.fileno(), length, offset)
+            yield file
     except FileNotFoundError:
         raise ImageError("no such file", f"there is no file {path}") from None
     except OSError as error:

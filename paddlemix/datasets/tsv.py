@@ -36,6 +36,8 @@ CAPTION_NOT_UTF8 = "caption is not UTF-8"
 LINE_TOO_LONG = "line too long"
 IMAGE_IS_URL = "image is a URL"
 PATH_LEADS_OUT = "image path leads out of the folder"
+# Of rows whose image file is cut short, which predict.py captions and other tools refuse.
+TRUNCATED = "truncated image"
 
 _BOM = b"\xef\xbb\xbf"
 # The start of JPEG, PNG, GIF, WebP and TIFF in base64, or of a data URI.
@@ -62,10 +64,12 @@ class ImagePlace(NamedTuple):
     check: Optional[int] = None
 
     @classmethod
-    def of_reference(cls, image: Dict[str, Any], folder: str) -> ImagePlace:
-        """From a record's "image" object, whose file is relative to `folder`."""
-        place = image.get("offset", 0), image.get("length", 0), image.get("check")
-        return cls(os.path.join(folder, image["file"]), *place)
+    def of_source(cls, source: Union[Dict[str, Any], Tuple[str, str]], folder: str) -> ImagePlace:
+        """From a source of a Record that is not base64; files in references are relative to `folder`."""
+        if isinstance(source, tuple):
+            return cls(source[1])
+        place = source.get("offset", 0), source.get("length", 0), source.get("check")
+        return cls(os.path.join(folder, source["file"]), *place)
 
 
 def check_of(text: Union[bytes, memoryview]) -> int:

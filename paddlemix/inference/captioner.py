@@ -29,8 +29,9 @@ from typing import (
 
 import numpy as np
 
+from paddlemix.datasets.tsv import TRUNCATED
 from paddlemix.inference.choosing import choose as choose_one
-from paddlemix.inference.results import REPEATING, TRUNCATED
+from paddlemix.inference.results import REPEATING
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from paddlemix.datasets.tsv import clean_id
+from paddlemix.datasets.tsv import TRUNCATED, clean_id
 from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
@@ -38,9 +38,8 @@ from paddlemix.utils.outputs import check_file
 
 # Of OUTPUT.run.json, and of the journal.
 FORMAT, _JOURNAL_FORMAT = 1, 2
-# The note of a row with a truncated image file; it has a caption.
-TRUNCATED = "truncated image"
-# The note of an answer that repeated itself and was cut (see Decoding.stop_repeating); it has a caption, too.
+# The note of an answer that repeated itself and was cut (see Decoding.stop_repeating); as with TRUNCATED, there is a
+# caption.
 REPEATING = "repeated itself"
 PARTIAL = ".partial"
 SIDECAR = ".run.json"
