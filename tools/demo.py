@@ -64,119 +64,65 @@ class Stage(NamedTuple):
     fills: Tuple[str, ...] = ()
 
 
+def command(text: str, values: Mapping[str, Any]) -> List[str]:
+    """The words of a command, in which values have their places: `{python} tools/x.py {out}/rows.tsv`."""
+    return [word.format_map({"python": sys.executable, **values}) for word in text.split()]
+
+
 def plan(args: argparse.Namespace) -> List[Stage]:
     """The stages in order."""
-    out, python = args.out, sys.executable
 
-    def path(*parts: str) -> str:
-        return os.path.join(out, *parts)
+    def paths(*names: str) -> Tuple[str, ...]:
+        return tuple(os.path.join(args.out, name) for name in names)
 
     def dataset(folder: str) -> str:
-        return json.dumps(
-            {
-                part: {"data_files": path(folder, file), "chat_template": path(folder, "chat_template.json")}
-                for part, file in (("train", "train.json"), ("eval", "val.json"))
-            }
-        )
+        files = {"train": "train.json", "eval": "val.json"}
+        template = os.path.join(args.out, folder, "chat_template.json")
+        data = {part: os.path.join(args.out, folder, name) for part, name in files.items()}
+        return json.dumps({part: {"data_files": path, "chat_template": template} for part, path in data.items()})
 
-    def steps(count: Optional[int]) -> List[str]:
-        return ["--max_steps", str(count)] if count else []
+    values = {**vars(args), "to_pretrain": dataset("pretrain"), "to_tune": dataset("tune")}
 
-    def predict(name: str, model: str, rows: str) -> List[str]:
-        return ["sh", "run.sh", path("data", rows), path(f"{name}.txt"), path(model), python]
+    def words(text: str, steps: Optional[int] = None) -> List[str]:
+        return command(text + f" --max_steps {steps}" * bool(steps), values)
 
-    seed = str(args.seed)
-    counts = ["--pretrain", args.pretrain_rows, "--tune", args.tune_rows, "--held_out", args.held_out_rows]
     ads = args.pretrain_rows + args.tune_rows + args.held_out_rows
     return [
-        Stage(
-            "draw",
-            f"draw {ads:,} ads",
-            [[python, "tools/make_demo_data.py", path("data"), "--seed", seed, *map(str, counts)]],
-            "drawing",
-            fills=(path("data"),),
-        ),
-        Stage(
-            "convert_pretrain",
-            "convert those with plain captions",
-            [[python, "tools/convert_labels.py", path("data", "pretrain.tsv"), path("pretrain")]],
-            fills=(path("pretrain"),),
-        ),
-        Stage(
-            "pretrain",
-            "pretrain a tiny MGen-VL on them",
-            [
-                [
-                    *(python, "tools/make_tiny_model.py", path("tiny_model"), "--seed", seed),
-                    *("--captions", path("data", "pretrain.tsv"), path("data", "tune.tsv")),
-                    *("--pretrain", "config/mgen_vl/pretrain_demo.json", "--seed", seed),
-                    *("--dataset", dataset("pretrain"), "--output_dir", path("pretrained")),
-                    *steps(args.pretrain_steps),
-                ]
-            ],
-            "training",
-            (path("tiny_model"), path("pretrained")),
-        ),
-        Stage(
-            "convert_tune",
-            "convert those with ad captions",
-            [[python, "tools/convert_labels.py", path("data", "tune.tsv"), path("tune")]],
-            fills=(path("tune"),),
-        ),
-        Stage(
-            "tune",
-            "tune LoRA and attn_pool on those",
-            [
-                [
-                    *(python, "supervised_finetune.py", "config/mgen_vl/lora_sft_demo.json", "--seed", seed),
-                    *("--model_name_or_path", path("pretrained"), "--output_dir", path("lora")),
-                    *("--dataset", dataset("tune")),
-                    *steps(args.tune_steps),
-                ]
-            ],
-            "training",
-            (path("lora"),),
-        ),
-        Stage(
-            "merge",
-            "merge what was tuned into the weights",
-            [
-                [
-                    *(python, "merge_lora_params.py", "--model_name_or_path", path("pretrained")),
-                    *("--lora_path", path("lora"), "--merge_model_path", path("merged")),
-                ]
-            ],
-            makes=(path("merged"),),
-        ),
-        Stage(
-            "caption",
-            f"caption {args.held_out_rows} unseen ads: before, after, blank",
-            [
-                predict("base", "pretrained", "held_out.tsv"),
-                predict("tuned", "merged", "held_out.tsv"),
-                predict("blank", "merged", "held_out_blank.tsv"),
-            ],
-            "captions",
-            tuple(path(f"{name}.txt{suffix}") for name in COLUMNS for suffix in ("", ".partial")),
-        ),
-        Stage(
-            "score",
-            "score the captions, make a page of them",
-            [
-                [
-                    *(python, "tools/evaluate_captions.py", path("tuned.txt"), path("data", "held_out_captions.tsv")),
-                    *("--compare", path("base.txt"), "--html", path("report.html")),
-                    *("--images", path("data", "held_out.tsv")),
-                ]
-            ],
-            makes=(path("report.html"),),
-        ),
-        Stage(
-            "chat",
-            "ask about one of the pictures",
-            [[python, "chat.py", path("merged"), path("data", "ad0.jpg")]],
-        ),
-    ]
+        Stage("draw", f"draw {ads:,} ads", [words(
+            "{python} tools/make_demo_data.py {out}/data --seed {seed} --pretrain {pretrain_rows} --tune {tune_rows} "
+            "--held_out {held_out_rows}"
+        )], "drawing", fills=paths("data")),
+        Stage("convert_pretrain", "convert those with plain captions", [words(
+            "{python} tools/convert_labels.py {out}/data/pretrain.tsv {out}/pretrain"
+        )], fills=paths("pretrain")),
+        Stage("pretrain", "pretrain a tiny MGen-VL on them", [words(
+            "{python} tools/make_tiny_model.py {out}/tiny_model --seed {seed} "
+            "--captions {out}/data/pretrain.tsv {out}/data/tune.tsv "
+            "--pretrain config/mgen_vl/pretrain_demo.json --seed {seed} --dataset {to_pretrain} "
+            "--output_dir {out}/pretrained", args.pretrain_steps,
+        )], "training", paths("tiny_model", "pretrained")),
+        Stage("convert_tune", "convert those with ad captions", [words(
+            "{python} tools/convert_labels.py {out}/data/tune.tsv {out}/tune"
+        )], fills=paths("tune")),
+        Stage("tune", "tune LoRA and attn_pool on those", [words(
+            "{python} supervised_finetune.py config/mgen_vl/lora_sft_demo.json --seed {seed} "
+            "--model_name_or_path {out}/pretrained --output_dir {out}/lora --dataset {to_tune}", args.tune_steps,
+        )], "training", paths("lora")),
+        Stage("merge", "merge what was tuned into the weights", [words(
+            "{python} merge_lora_params.py --model_name_or_path {out}/pretrained --lora_path {out}/lora "
+            "--merge_model_path {out}/merged"
+        )], makes=paths("merged")),
+        Stage("caption", f"caption {args.held_out_rows} unseen ads: before, after, blank", [
+            words("sh run.sh {out}/data/held_out.tsv {out}/base.txt {out}/pretrained {python}"),
+            words("sh run.sh {out}/data/held_out.tsv {out}/tuned.txt {out}/merged {python}"),
+            words("sh run.sh {out}/data/held_out_blank.tsv {out}/blank.txt {out}/merged {python}"),
+        ], "captions", paths(*(f"{name}.txt{suffix}" for name in COLUMNS for suffix in ("", ".partial")))),
+        Stage("score", "score the captions, make a page of them", [words(
+            "{python} tools/evaluate_captions.py {out}/tuned.txt {out}/data/held_out_captions.tsv "
+            "--compare {out}/base.txt --html {out}/report.html --images {out}/data/held_out.tsv"
+        )], makes=paths("report.html")),
+        Stage("chat", "ask about one of the pictures", [words("{python} chat.py {out}/merged {out}/data/ad0.jpg")]),
+    ]  # fmt: skip
 
 
 # --- running ---

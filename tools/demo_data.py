@@ -25,7 +25,7 @@ from typing import Dict, List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from demo import Stage, claim, run_stage  # noqa: E402
+from demo import Stage, claim, command, run_stage  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
@@ -90,34 +90,37 @@ def plant(demo: str, out: str, seed: int) -> Dict[str, Dict[int, str]]:
 
 
 def stages(args: argparse.Namespace) -> List[Stage]:
-    def path(*names: str) -> str:
-        return os.path.join(args.out, *names)
-
-    python, rows, scores, val = sys.executable, path("rows.tsv"), path("scores.tsv"), path("val.tsv")
-    near = ["--near_duplicates", str(NEAR)]
+    values = {**vars(args), "near": NEAR, "dropped": f"{DROPPED:.0%}"}
 
     def tuned(name: str, table: str) -> Stage:
-        data = {"train": {"data_files": path(name, "train.json"), "chat_template": path(name, "chat_template.json")}}
-        tuning = [
-            *(python, "supervised_finetune.py", "config/mgen_vl/lora_sft_demo.json", "--seed", str(args.seed)),
-            *("--model_name_or_path", os.path.join(args.demo, "pretrained"), "--output_dir", path(f"lora_{name}")),
-            *("--do_eval", "false", "--max_steps", str(args.steps), "--dataset", json.dumps(data)),
+        folder = os.path.join(args.out, name)
+        files = {"data_files": f"{folder}/train.json", "chat_template": f"{folder}/chat_template.json"}
+        more = {**values, "name": name, "table": table, "dataset": json.dumps({"train": files})}
+        commands = [
+            "{python} tools/convert_labels.py {out}/{table} {out}/{name} --val_every 0",
+            "{python} supervised_finetune.py config/mgen_vl/lora_sft_demo.json --seed {seed} "
+            "--model_name_or_path {demo}/pretrained --output_dir {out}/lora_{name} --do_eval false "
+            "--max_steps {steps} --dataset {dataset}",
+            "{python} predict.py {out}/unseen.tsv {out}/{name}.txt {out}/lora_{name}",
         ]
-        convert = [python, "tools/convert_labels.py", table, path(name), "--val_every", "0"]
-        predict = [python, "predict.py", path("unseen.tsv"), path(f"{name}.txt"), path(f"lora_{name}")]
         title = f"tune {name} curation, caption unseen ads"
-        return Stage(f"tune_{name}", title, [convert, tuning, predict], "training")
+        return Stage(f"tune_{name}", title, [command(text, more) for text in commands], "training")
 
-    inspect = [python, "tools/inspect_data.py", rows, "--out", path("report"), "--compare", val, "--hash", "all", *near]
-    score = [python, "tools/score_rows.py", path("lora_before"), rows, scores]
-    curate = [python, "tools/curate_data.py", rows, path("curated.tsv"), "--not_in", val, *near]
+    def stage(name: str, title: str, text: str, bar: str = "") -> Stage:
+        return Stage(name, title, [command(text, values)], bar)
+
     return [
-        Stage("inspect", "inspect the rows", [inspect]),
-        tuned("before", rows),
-        Stage("score", "score the rows with that model", [score], "scores"),
-        Stage("curate", "curate them", [[*curate, "--drop_scores", f"{scores}:{DROPPED:.0%}"]]),
-        tuned("after", path("curated.tsv")),
-    ]
+        stage("inspect", "inspect the rows",
+              "{python} tools/inspect_data.py {out}/rows.tsv --out {out}/report --compare {out}/val.tsv --hash all "
+              "--near_duplicates {near}"),
+        tuned("before", "rows.tsv"),
+        stage("score", "score the rows with that model",
+              "{python} tools/score_rows.py {out}/lora_before {out}/rows.tsv {out}/scores.tsv", "scores"),
+        stage("curate", "curate them",
+              "{python} tools/curate_data.py {out}/rows.tsv {out}/curated.tsv --not_in {out}/val.tsv "
+              "--near_duplicates {near} --drop_scores {out}/scores.tsv:{dropped}"),
+        tuned("after", "curated.tsv"),
+    ]  # fmt: skip
 
 
 def report(out: str, planted: Dict[str, Dict[int, str]]) -> None:
