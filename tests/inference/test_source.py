@@ -136,8 +136,8 @@ def test_a_killed_run_does_not_go_on_with_other_adapters(base, rows, tmp_path):
     predict_file(rows, str(tmp_path / "out.txt"), tuned, max_new_tokens=2)
     journal = json.loads((tmp_path / "out.txt.run.json").read_text())
     assert journal["model"] == first
-    header = {key: journal[key] for key in ("format", "input", "model", "settings")}
-    (tmp_path / "out.txt.partial").write_text(json.dumps(header) + "\nrow0\tx\t\n")
+    header = {"format": 2, **{key: journal[key] for key in ("input", "model", "settings")}}
+    (tmp_path / "out.txt.partial").write_text(json.dumps(header) + "\nrow0\tx\t\t1 1 9\n")
     weights = tmp_path / "tuned" / "lora_model_state.pdparams"
     data = bytearray(weights.read_bytes())
     data[-200] ^= 1
