@@ -17,10 +17,12 @@ Shapes: [r] rows, [t] tokens, [g] n-grams of one text each, every distinct n-gra
 
 from __future__ import annotations
 
+import itertools
+import marshal
 import math
 import re
 from types import ModuleType
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -177,30 +179,38 @@ class CaptionScorer:
         check_ids(candidates, dict.fromkeys(self.ids))
         # Columns: CIDEr, CIDEr-D, ROUGE-L, BLEU-1…4, then the counts.
         names = ("CIDEr", "CIDEr-D", "ROUGE-L", *BLEU)
-        table = np.empty((len(self.ids), len(names) + 2 * MAX_N + 2))
-        chunks = (
-            [(candidates[key], self._references[key]) for key in self.ids[begin : begin + CHUNK_ROWS]]
-            for begin in range(0, len(self.ids), CHUNK_ROWS)
-        )
+        table = np.empty((len(names) + 2 * MAX_N + 2, len(self.ids)))
+        texts = ((candidates[key], self._references[key]) for key in self.ids)
         done = 0
         with Progress(len(self.ids), desc, disable=self.quiet) as bar:
-            for part in map_chunks(self._score_rows, chunks, self.workers):
-                table[done : done + len(part)] = part
+            for part in map_chunks(self._score_rows, packed_chunks(texts), self.workers):
+                table[:, done : done + len(part)] = part.T
                 done += len(part)
                 bar.update(len(part))
-        rows = {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(names)}
-        counts = table[:, len(names) :]
+        rows = dict(zip(names, table))
+        counts = table[len(names) :].T
         corpus = {name: float(rows[name].mean()) for name in SCORES}
         corpus.update(zip(BLEU, bleu_of_counts(counts.sum(axis=0)).tolist()))
         return CaptionScores(list(self.ids), corpus, {name: rows[name] for name in SCORES}, counts)
 
-    def _score_rows(self, chunk: List[Tuple[str, Sequence[str]]]) -> np.ndarray:
-        """(caption, references) of some rows → float64 [r, 7 scores + 10 counts of BLEU]."""
-        captions = [self._split(caption) for caption, _ in chunk]
-        references = [[tokens for tokens in map(self._split, texts) if tokens] for _, texts in chunk]
+    def _score_rows(self, chunk: bytes) -> np.ndarray:
+        """(caption, references) of some rows, packed → float64 [r, 7 scores + 10 counts of BLEU]."""
+        rows = marshal.loads(chunk)
+        captions = [self._split(caption) for caption, _ in rows]
+        references = [[tokens for tokens in map(self._split, texts) if tokens] for _, texts in rows]
         rouge = [_rouge_l(caption, texts) for caption, texts in zip(captions, references)]
         cider, cider_d, bleu_counts = _compare(captions, references, self._frequencies)
         return np.column_stack([cider, cider_d, rouge, bleu_of_counts(bleu_counts), bleu_counts])
+
+
+def packed_chunks(rows: Iterable[Tuple[str, Sequence[str]]]) -> Iterator[bytes]:
+    """(caption, references) of CHUNK_ROWS rows at a time, for marshal.loads in a worker.
+
+    Pickle, as a pool would use it, leaves a UTF-8 copy in each text for as long as the text lives.
+    """
+    rows = iter(rows)
+    for chunk in iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), []):
+        yield marshal.dumps(chunk)
 
 
 def _compare(

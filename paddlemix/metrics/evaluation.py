@@ -125,8 +125,10 @@ def evaluate(
     found = []
     for number, texts_of_file in enumerate((captions, *others)):
         check_ids(texts_of_file, references)
-        rows = {key: texts_of_file[key] for key in ids}
-        scores, rows = scorer.score(rows, f"other {number}" if number else "captions"), list(rows.values())
+        if len(ids) < len(references):
+            texts_of_file = {key: texts_of_file[key] for key in ids}
+        scores = scorer.score(texts_of_file, f"other {number}" if number else "captions")
+        rows = [texts_of_file[key] for key in ids]
         wording = describe(rows, texts, TOKENIZERS[tokenizer], words, workers=workers, quiet=quiet)
         compared = None if attributes is None else compare_attributes(rows, texts, attributes, quiet)
         found.append((rows, scores, wording, compared))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from typing import Dict, Iterable, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -72,6 +72,14 @@ class DocumentFrequencies:
         self.rows += 1
 
     def finish(self, workers: int = 0, quiet: bool = True) -> None:
+        counted = self._counted(workers, quiet)
+        del self._tokens, self._lengths, self._row, self._vocabulary, self._unigrams
+        self._hashes, self._counts = (np.concatenate(column) for column in zip(*counted))
+        order = np.argsort(self._hashes)
+        self._hashes, self._counts = self._hashes[order], self._counts[order]
+
+    def _counted(self, workers: int, quiet: bool) -> List[Tuple[np.ndarray, np.ndarray]]:
+        """(hashes, numbers of rows) of the n-grams, in parts."""
         hashes = np.array([token_hash(token) for token in self._vocabulary], dtype=np.uint64)
         tokens, lengths, row = (np.frombuffer(part, np.uint32) for part in (self._tokens, self._lengths, self._row))
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -110,10 +118,7 @@ class DocumentFrequencies:
             for found in map_chunks(count, range(parts), workers if parts > 1 else 0):
                 counted.append(found)
                 bar.update()
-        self._hashes, self._counts = (np.concatenate(column) for column in zip(*counted))
-        order = np.argsort(self._hashes)
-        self._hashes, self._counts = self._hashes[order], self._counts[order]
-        del self._tokens, self._lengths, self._row, self._vocabulary, self._unigrams
+        return counted
 
     def __call__(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [g] → float64 [g]: rows that have the n-gram, at least 1."""

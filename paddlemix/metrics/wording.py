@@ -9,6 +9,7 @@ and wrong with words that are not in the list.
 from __future__ import annotations
 
 import json
+import marshal
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,7 +17,7 @@ from typing import Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 
-from paddlemix.metrics.captions import CHUNK_ROWS
+from paddlemix.metrics.captions import packed_chunks
 from paddlemix.metrics.ngrams import ngram_hashes, token_hash
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
@@ -148,7 +149,8 @@ def describe(
     different = {n: np.empty(0, np.uint64) for n in DISTINCT}
     total = dict.fromkeys(DISTINCT, 0)
 
-    def look(rows: List[Tuple[str, Sequence[str]]]):
+    def look(chunk: bytes):
+        rows = marshal.loads(chunk)
         tokens = [split(caption) for caption, _ in rows]
         claims = [words.unsupported(caption, row) or () for caption, row in rows]
         kinds = [{kind for kind, _ in row} for row in claims]
@@ -160,10 +162,8 @@ def describe(
         ]
         return np.array(columns, np.float64).T, claims, {n: distinct_ngrams(tokens, n) for n in DISTINCT}
 
-    starts = range(0, len(captions), CHUNK_ROWS)
-    chunks = (list(zip(captions[at : at + CHUNK_ROWS], references[at : at + CHUNK_ROWS])) for at in starts)
     with Progress(len(captions), "wording", disable=quiet) as bar:
-        for part, claims, ngrams in map_chunks(look, chunks, workers):
+        for part, claims, ngrams in map_chunks(look, packed_chunks(zip(captions, references)), workers):
             table[len(unsupported) : len(unsupported) + len(part)] = part
             unsupported.extend(claims)
             for n, (found, count) in ngrams.items():

@@ -80,3 +80,6 @@ def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: i
         except BrokenProcessPool:
             why = "a worker process was killed, mostly for want of memory; fewer --workers need less"
             raise JobFailed(why) from None
+        finally:
+            # It may refer to much that only the workers needed.
+            _FUNCTION = None

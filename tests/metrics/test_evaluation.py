@@ -1,12 +1,14 @@
 """Confidence intervals of scores and differences between two results."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from paddlemix.metrics import evaluation
 from paddlemix.metrics.evaluation import MEASURES, evaluate
+from paddlemix.utils import parallel
 from paddlemix.utils.errors import UserError
 
 REFERENCES = {"a": ["红杯在左边"], "b": ["两只蓝瓶子"], "c": ["黑猫睡觉了", "一只黑猫"], "d": ["灯在桌子上"]}
@@ -100,3 +102,13 @@ def test_a_sample_scores_its_rows_as_all_rows_do():
         np.testing.assert_array_equal(values, every.results.scores.rows[name][rows])
     assert evaluate(captions, references, resamples=0, sample=7, seed=1).ids != some.ids
     assert evaluate(captions, references, resamples=0, sample=99).ids == every.ids
+
+
+def test_texts_take_no_more_memory_after_their_evaluation():
+    results = {str(row): f"红色的杯子{row}放在左侧" for row in range(30)}
+    references = {key: [text + "。"] for key, text in results.items()}
+    texts = [*results.values(), *(text for row in references.values() for text in row)]
+    before = sum(map(sys.getsizeof, texts))
+    evaluate(results, references, resamples=2, workers=1)
+    assert sum(map(sys.getsizeof, texts)) == before
+    assert parallel._FUNCTION is None

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paddlemix.metrics import wording
+from paddlemix.metrics import captions
 from paddlemix.metrics.captions import tokenize_characters
 from paddlemix.metrics.wording import WordList, describe, repeats_itself
 
@@ -68,7 +68,7 @@ def test_any_number_of_chunks_and_workers_describes_alike(words, monkeypatch):
     rows = [f"{i % 7}只{'红蓝'[i % 2]}色的杯子" * (i % 5) for i in range(40)]
     references = [["两只红色的猫"]] * len(rows)
     found = describe(rows, references, tokenize_characters, words)
-    monkeypatch.setattr(wording, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(captions, "CHUNK_ROWS", 7)
     parts = describe(rows, references, tokenize_characters, words, workers=2)
     for name, values in found.rows.items():
         assert values.tolist() == parts.rows[name].tolist()
