@@ -235,7 +235,11 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
     with file:
         # One of several processes computes the facts; the others wait and use its file.
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info(f"waiting for another process that looks at the images of {path}")
+                fcntl.flock(file, fcntl.LOCK_EX)
         stored = _load(final, header)
         if stored is not None:
             return stored

@@ -221,7 +221,7 @@ class _Decoders:
         check_shared_memory(self._workers, "--verify header")
         # Not fork: this process has threads.
         context = multiprocessing.get_context("spawn")
-        self._pool = Pool(self._workers, mp_context=context)
+        self._pool = Pool(self._workers, context)
 
     def submit(self, places: List[Found]) -> Optional[Future]:
         try:

@@ -130,7 +130,7 @@ def _measure_all(measure: Measure, count: int, name: str) -> np.ndarray:
             if small or processes == 1:
                 results = map(_measure_chunk, begins)
             else:
-                pool = Pool(processes, mp_context=multiprocessing.get_context("fork"))
+                pool = Pool(processes, multiprocessing.get_context("fork"))
                 results = stack.enter_context(pool).map(_measure_chunk, begins)
             for piece in results:
                 pieces.append(piece)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,8 +15,21 @@ from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.surroundings import check_shared_memory
 
 
+def _end_with_parent() -> None:
+    """In a worker: end when the parent is killed. Waiting for work it would not notice, and keep open files locked."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 class Pool(ProcessPoolExecutor):
-    """Worker processes that do not see Ctrl-C. An exception that leaves the block kills them."""
+    """Worker processes that do not see Ctrl-C and end with this one. An exception that leaves the block kills them."""
+
+    def __init__(self, workers: int, context: multiprocessing.context.BaseContext):
+        super().__init__(workers, context, _end_with_parent)
 
     def submit(self, *args, **kwargs) -> Future:
         # Any call may start processes, which inherit what is blocked. Ctrl-C is delivered after it.

@@ -1,7 +1,10 @@
 """Facts of images, and the file of them beside the data: made once, resumed, and believed only while it is true."""
 
 import base64
+import fcntl
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -178,6 +181,19 @@ def test_what_was_computed_is_kept_when_the_process_ends(table, monkeypatch):
     monkeypatch.setattr(module, "facts_record", lambda found: again.append(found) or plain(found))
     assert all_image_facts(table, quiet=True).tobytes() == whole.tobytes()
     assert len(again) == len(whole) - 4
+
+
+def test_waiting_for_another_process_is_said(table, monkeypatch):
+    said = []
+    monkeypatch.setattr(module.logger, "info", said.append)
+    with open(facts_path(table) + ".partial", "wb") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = pool.submit(all_image_facts, table, quiet=True)
+        while not said:
+            time.sleep(0.01)
+        assert table in said[0] and not found.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert len(found.result(timeout=120))
 
 
 def test_a_folder_that_takes_no_file_is_enough(table, monkeypatch):
