@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import io
 import multiprocessing
 import os
 import sys
@@ -96,22 +95,6 @@ def tokenizer(size: str):
         file.writelines(lines)
         file.flush()
         return MGenVLTokenizer(file.name, n_queries=config["visual"]["n_queries"])
-
-
-def images(count: int, side: int = 512) -> List[bytes]:
-    """Base64 JPEGs of coloured blocks with some noise."""
-    import numpy as np
-    from PIL import Image
-
-    made = []
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        blocks = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
-        noisy = np.asarray(blocks).astype(np.int16) + rng.integers(-12, 13, (side, side, 3), dtype=np.int16)
-        file = io.BytesIO()
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        made.append(base64.b64encode(file.getvalue()))
-    return made
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ grows with their number. It runs once with the project's CPU settings and once a
 
 from __future__ import annotations
 
-import baseline_model
 import harness
+import scratch
 from baseline_model import Baseline, Ours, Side
 
 
@@ -16,7 +16,7 @@ def main(argv=None) -> None:
     args = harness.parse(argv, __doc__)
     bench = harness.Bench(args, "captions of 32 images, config M")
     many, few, tokens = {"quick": (3, 2, 4), "normal": (32, 2, 40), "large": (32, 8, 40)}[args.size]
-    pictures = baseline_model.images(many, 64 if args.size == "quick" else 512)
+    pictures = scratch.jpegs(many, 64 if args.size == "quick" else 512)
     with Side(args, Ours) as ours, Side(args, Baseline) as tuned, Side(args, Baseline, stock=True) as stock:
         mine, theirs = (side("caption", pictures[:2], tokens)["captions"] for side in (ours, tuned))
         if mine != theirs:

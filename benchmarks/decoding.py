@@ -48,7 +48,7 @@ class Decoding:
     def __init__(self, size: str = "normal"):
         self.way = baseline_model.Ours(size)
         self.few = launch.Model(self.way.config["num_hidden_layers"], 1, gpu=False)
-        self.picture = baseline_model.images(1, 512 if size != "quick" else 64)[0]
+        self.picture = scratch.jpegs(1, 512 if size != "quick" else 64)[0]
         # No id ends an answer.
         self.way.model.stop_ids = lambda *_: [1 << 20]
 
@@ -56,7 +56,7 @@ class Decoding:
         """Caption images with answers of these lengths."""
         captioner = self.way.captioner(max(lengths))
         captioner.batch_size = SLOTS if self.way.size != "quick" else 2
-        pictures = baseline_model.images(count, 512 if self.way.size != "quick" else 64)
+        pictures = scratch.jpegs(count, 512 if self.way.size != "quick" else 64)
         forced = Slots(lengths) if hasattr(captioner, "decoding") else Batches(captioner, lengths)
         with forced:
             start = time.process_time()

@@ -12,6 +12,7 @@ the step on given image features, and with the vision tower, which costs the sam
 
 from __future__ import annotations
 
+import baseline_model
 import harness
 
 # Tokens of the twenty public captions of the ten demo rows.
@@ -20,28 +21,21 @@ CAPTIONS = (43, 39, 22, 42, 12, 32, 37, 25, 22, 39, 39, 46, 26, 33, 20, 31, 24, 
 TEXT, QUERIES, PICTURE = 25, 256, 6
 MAX_LENGTH, BATCH = 2048, 8
 VOCABULARY = 4864
-TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def make_model(quick: bool):
+def make_model(size: str):
     import paddle
 
     from paddlemix.models.lora import apply_lora
     from paddlemix.models.mgen_vl.configuration import MGenConfig
     from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
 
-    width, layers = (128, 1) if quick else (512, 8)
-    visual = {"image_size": 448, "patch_size": 14, "width": 256, "layers": layers, "heads": 4, "output_dim": width}
-    visual.update(n_queries=QUERIES, image_start_id=VOCABULARY - 4)
-    if quick:
-        visual.update(image_size=56, width=64)
+    values = baseline_model.model_config(size)
+    values.update(vocab_size=VOCABULARY, seq_length=MAX_LENGTH, **dict.fromkeys(TOKEN_IDS, 0))
+    values["visual"].update(n_queries=QUERIES, image_start_id=VOCABULARY - 4)
     paddle.seed(0)
-    config = MGenConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 43 // 8,
-        num_hidden_layers=layers, num_attention_heads=max(width // 128, 1), kv_channels=min(width, 128),
-        seq_length=MAX_LENGTH, visual=visual,
-    )  # fmt: skip
-    model = apply_lora(MGenLMHeadModel(config), rank=64, alpha=16, dropout=0.0, target_modules=TARGETS)
+    model = apply_lora(MGenLMHeadModel(MGenConfig(**values)), **{**baseline_model.LORA, "dropout": 0.0})
     model.train()
     return model
 
@@ -79,8 +73,7 @@ def main(argv=None) -> None:
     from paddlemix.datasets.collator import MGenVLCollator
     from paddlemix.datasets.packing import SampleLengths, group_by_length, plan_packs
 
-    quick = args.size == "quick"
-    model = make_model(quick)
+    model = make_model(args.size)
     config = model.model.config
     samples = make_samples(BATCH, config.visual["image_size"])
     lengths = np.array([len(sample["input_ids"]) for sample in samples])

@@ -14,7 +14,7 @@ MEMORY = "/dev/shm"
 
 
 @contextlib.contextmanager
-def folder(needed: int, in_memory: bool = True) -> Iterator[str]:
+def folder(needed: int) -> Iterator[str]:
     """An empty folder with room for `needed` bytes, gone afterwards: in memory if that has room for them and 4 GB more.
 
     In memory no disk blurs the figures, and what is flushed to disk costs neither side anything.
@@ -25,7 +25,7 @@ def folder(needed: int, in_memory: bool = True) -> Iterator[str]:
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     fits = os.path.isdir(MEMORY) and min(available, shutil.disk_usage(MEMORY).free) > needed + (4 << 30)
-    where = MEMORY if in_memory and fits else tempfile.gettempdir()
+    where = MEMORY if fits else tempfile.gettempdir()
     if where != MEMORY and shutil.disk_usage(where).free < needed + (1 << 30):
         raise SystemExit(f"error: {where} has no room for {needed / 1e9:.1f} GB; set TMPDIR to a folder that has")
     path = tempfile.mkdtemp(prefix="mgen-bench-", dir=where)
