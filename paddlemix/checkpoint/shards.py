@@ -36,9 +36,10 @@ from paddlemix.checkpoint.tensors import (
     printable,
     size_of,
 )
-from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write
 from paddlemix.utils.json_files import read_json_object
+from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import allow_open_files
 from paddlemix.utils.texts import parse_size, some
@@ -113,6 +114,9 @@ class WeightsReader:
         """Raises WeightsError if there is no such tensor."""
         tensor = self._tensor(name)
         return TensorInfo(name, tensor.dtype, tensor.shape, tensor.nbytes, self._paths[name])
+
+    def shapes(self) -> Dict[str, Tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
         """A tensor as stored (a view of the file; bfloat16 as uint16), or converted to `dtype` (a new array).
@@ -362,7 +366,7 @@ def write_sharded(
     shards = _plan(items, format, base, extension, parse_size(max_shard_size))
     # All are renamed at the end, so all are open at once.
     allow_open_files(len(shards), "give a larger --max_shard_size")
-    try:
+    with disk_errors(f"the weights into {folder}"):
         os.makedirs(folder, exist_ok=True)
         old = files_of(folder, WEIGHTS)
         other = [name for name in old if extension not in name]
@@ -384,8 +388,6 @@ def write_sharded(
                 _write_file(file, format, shard.items, progress)
         for name in set(old) - set(written):
             os.unlink(os.path.join(folder, name))
-    except OSError as error:
-        raise JobFailed(f"could not write the weights into {folder}: {error.strerror}", "disk") from None
     return written
 
 
@@ -406,13 +408,10 @@ def write_model(
         JobFailed: the disk is full, or the folder cannot be written.
     """
     total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
-    try:
-        with atomic_folder(target) as folder:
-            with Progress(total, desc=progress or "", unit="B", unit_scale=True, disable=progress is None) as bar:
-                files = write_sharded(folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update)
-            return files + beside(folder)
-    except OSError as error:
-        raise JobFailed(f"could not write {target}: {error.strerror}", "disk") from None
+    with disk_errors(target), atomic_folder(target) as folder:
+        with Progress(total, desc=progress or "", unit="B", unit_scale=True, disable=progress is None) as bar:
+            files = write_sharded(folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update)
+        return files + beside(folder)
 
 
 def write_items(path: str, items: Iterable[Item]) -> None:
@@ -421,11 +420,8 @@ def write_items(path: str, items: Iterable[Item]) -> None:
     Raises:
         JobFailed: the disk is full or cannot be written.
     """
-    try:
-        with atomic_write(path, "wb", buffering=0) as file:
-            _write_file(file, "pdparams", list(items), None)
-    except OSError as error:
-        raise JobFailed(f"could not write {path}: {error.strerror}", "disk") from None
+    with disk_errors(path), atomic_write(path, "wb", buffering=0) as file:
+        _write_file(file, "pdparams", list(items), None)
 
 
 def write_pdparams(path: str, tensors: Dict[str, Tuple[str, np.ndarray]]) -> None:

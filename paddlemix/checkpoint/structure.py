@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
+
+from paddlemix.utils.texts import some
+
+Shape = Tuple[int, ...]
 
 # The keys that decide how the LLM computes, with their defaults. Another value changes what the weights mean even where
 # all shapes agree. (The number of positions is only a limit.)
@@ -39,6 +43,25 @@ VISUAL_KEYS = (
 def is_language(name: str) -> bool:
     """Whether a tensor belongs to the LLM, whose structure must not change."""
     return not name.startswith("visual.") and not name.endswith((".lora_A", ".lora_B"))
+
+
+def language(shapes: Dict[str, Shape]) -> Dict[str, Shape]:
+    """The shapes of the LLM's tensors among these, by name."""
+    return {name: shape for name, shape in shapes.items() if is_language(name)}
+
+
+def differences(found: Dict[str, Shape], expected: Dict[str, Shape], limit: int = 10) -> List[str]:
+    """How tensors differ from the expected ones, a line for each kind of difference with up to `limit` names."""
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} is {list(found[name])}, not {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    }
+    return [f"{len(names)} {kind}: {some(names, limit)}" for kind, names in kinds.items() if names]
 
 
 def structure(config: Dict[str, Any]) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ import tempfile
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from paddlemix.checkpoint import WeightsReader, open_weights
-from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, differences, language
 from paddlemix.contest import fresh, trial
 from paddlemix.contest.pack import NAMES, README, RUN_SH, SCRIPT, SOURCE, WEIGHTS
 from paddlemix.contest.sources import (
@@ -22,7 +22,7 @@ from paddlemix.contest.sources import (
     modules_of,
     parse_requirement,
 )
-from paddlemix.contest.weights import Change, language_shapes, look_through
+from paddlemix.contest.weights import Change, look_through
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.tsv import check_input, row_id
 from paddlemix.inference.source import find_model_folder
@@ -186,28 +186,18 @@ def _finite(
 
 
 def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
-    ours = language_shapes(model.reader)
+    # Adapters would be additional parameters.
+    ours = {name: shape for name, shape in model.reader.shapes().items() if not name.startswith("visual.")}
     if base is None:
-        theirs = {name: shape for name, shape in parameter_shapes(model.config).items() if is_language(name)}
+        theirs = language(parameter_shapes(model.config))
         found.notes.append("compared with its own config.json only; give --base to compare with the base model")
     else:
-        theirs = language_shapes(base.reader)
+        theirs = language(base.reader.shapes())
         for key in LANGUAGE_KEYS:
             mine, its = getattr(model.config, key), getattr(base.config, key)
             if mine != its:
                 found.problems.append(f"config.json: {key} is {mine}, but {its} in the base")
-    lost, new = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
-    if lost:
-        found.problems.append(f"{len(lost)} tensors of the LLM are missing: {some(lost, _SHOWN)}")
-    if new:
-        found.problems.append(f"{len(new)} tensors of the LLM are new: {some(new, _SHOWN)}")
-    other = [
-        f"{name} is {list(ours[name])}, not {list(shape)}"
-        for name, shape in theirs.items()
-        if name in ours and ours[name] != shape
-    ]
-    if other:
-        found.problems.append(f"{len(other)} tensors of the LLM have a different shape: {some(other, _SHOWN)}")
+    found.problems += [f"tensors of the LLM: {line}" for line in differences(ours, theirs, _SHOWN)]
     if count(ours) != count(theirs):
         found.problems.append(f"the LLM has {count(ours):,} parameters instead of {count(theirs):,}")
     else:
@@ -400,7 +390,7 @@ def _weights_rules(
         reader = stack.enter_context(open_weights(model))
         models.append(_Model(model, values, reader))
         check_weights(reader, parameter_shapes(values), model)
-        elements = count({name: reader.info(name).shape for name in reader.keys()})
+        elements = count(reader.shapes())
         found.notes.append(f"{elements:,} parameters in {len(reader)} tensors and {len(reader.files)} files")
         files = {os.path.basename(path) for path in reader.files}
         others = sorted(name for name in set(os.listdir(model)) - files if name.endswith(_WEIGHTS_LIKE))

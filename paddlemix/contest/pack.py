@@ -9,13 +9,11 @@ submission/
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 import shutil
 import zipfile
-from typing import Iterator, List, NamedTuple, Set
+from typing import List, NamedTuple, Set
 
 from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open_weights
 from paddlemix.checkpoint.model_folder import INDEX_SUFFIX, VOCABULARIES, find_tuned_weights, gather, inside
@@ -23,8 +21,9 @@ from paddlemix.contest.sources import REQUIREMENTS_NAME
 from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.config_values import plain_config
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
-from paddlemix.utils.errors import JobFailed, UserError, WeightsError
+from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.files import atomic_folder, atomic_write, copy_file, link_or_copy
+from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.progress import Progress
 
 SCRIPT, PACKAGE, RUN_SH, SOURCE, WEIGHTS = "predict.py", "paddlemix", "run.sh", "src", "weights"
@@ -45,15 +44,6 @@ class Packed(NamedTuple):
     large: List[str]
     linked: bool
     nbytes: int
-
-
-@contextlib.contextmanager
-def _disk(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-        raise JobFailed(f"could not write {path}: {error.strerror}{full}") from None
 
 
 def open_model(path: str) -> WeightsReader:
@@ -133,7 +123,7 @@ def pack_submission(
     if index.endswith(INDEX_SUFFIX):
         small[index] = inside(folder, index)
 
-    with _disk(out), atomic_folder(out) as partial:
+    with disk_errors(out), atomic_folder(out) as partial:
         shutil.copyfile(requirements, os.path.join(partial, REQUIREMENTS_NAME))
         shutil.copy(os.path.join(project, RUN_SH), partial)
         source = os.path.join(partial, SOURCE)
@@ -185,7 +175,7 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progres
     """
     files = [pair for pair in packed_files(folder) if pair[0] not in leave_out]
     total = sum(os.path.getsize(file) for file, _ in files)
-    with _disk(path), atomic_write(path, "wb") as target:
+    with disk_errors(path), atomic_write(path, "wb") as target:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True, disable=not progress) as bar:
                 for file, name in files:
@@ -205,7 +195,7 @@ def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
     """
     folder = os.path.join(packed.folder, WEIGHTS, packed.model)
     total = sum(os.path.getsize(os.path.join(folder, name)) for name in packed.large)
-    with _disk(out), atomic_folder(out) as partial:
+    with disk_errors(out), atomic_folder(out) as partial:
         with Progress(total, desc="SHA-256", unit="B", unit_scale=True, disable=not progress) as bar:
             with open(os.path.join(partial, SUMS_NAME), "w", encoding="utf-8") as sums:
                 for name in packed.large:

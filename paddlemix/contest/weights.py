@@ -9,7 +9,6 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 
 from paddlemix.checkpoint import WeightsReader, convert_dtype
-from paddlemix.checkpoint.structure import is_language
 from paddlemix.checkpoint.tensors import FLOATS
 from paddlemix.models.mgen_vl.parameters import group_of
 from paddlemix.utils.errors import WeightsError
@@ -128,12 +127,3 @@ def _gap(array: np.ndarray, dtype: str, base: WeightsReader, name: str) -> Optio
         # A value of the base overflows our dtype, so it has changed.
         wide = convert_dtype(array, dtype, "float32")
         return largest_difference(wide, base.read(name, "float32"), "float32") or 0.0
-
-
-def language_shapes(reader: WeightsReader) -> Dict[str, Tuple[int, ...]]:
-    """{name: shape} of the LLM's tensors, including lm_head and adapters, which would be additional parameters."""
-    return {
-        name: reader.info(name).shape
-        for name in reader.keys()
-        if is_language(name) or (name.endswith((".lora_A", ".lora_B")) and not name.startswith("visual."))
-    }

@@ -32,6 +32,7 @@ from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import ranked
@@ -343,13 +344,11 @@ def curate(
         if counts[NO_CAPTION] + counts[EMPTY_CAPTION]:
             text += "; convert_labels.py --captions adds those of predict.py's results"
         raise JobFailed(text)
-    try:
+    with disk_errors(output):
         _write(path, output, settings, state, survey, found)
         with atomic_write(output_names(output)[2]) as file:
             json.dump({"input": path, "settings": shown, **result._asdict()}, file, ensure_ascii=False, indent=1)
             file.write("\n")
-    except OSError as error:
-        raise JobFailed(f"cannot write {output}: {error.strerror}") from error
     return result
 
 

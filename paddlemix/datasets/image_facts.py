@@ -23,9 +23,10 @@ from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.rows import Found, find_image_of, image_bytes, read_rows
 from paddlemix.datasets.tsv import TRUNCATED, ImagePlace, check_input
 from paddlemix.processors.images import FORMATS, open_image, read_header
-from paddlemix.utils.errors import ImageError, JobFailed
+from paddlemix.utils.errors import ImageError
 from paddlemix.utils.files import open_plain
 from paddlemix.utils.log import logger
+from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
@@ -245,11 +246,9 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
             return stored
         offset, line = _resume(file, header)
         for piece in _compute(path, size, state, offset, line, workers, quiet):
-            try:
+            with disk_errors(partial):
                 if file.write(piece) != len(piece):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                raise JobFailed(f"cannot write {partial}: {error.strerror}") from error
         os.fsync(file.fileno())
         os.replace(partial, final)
     return _load(final, header)

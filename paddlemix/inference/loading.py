@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 from paddlemix.checkpoint import open_weights
 from paddlemix.checkpoint.model_folder import VOCABULARIES, find_tuned_weights
-from paddlemix.checkpoint.structure import is_language
+from paddlemix.checkpoint.structure import language
 from paddlemix.inference.source import Source
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.utils.log import logger
@@ -64,10 +64,9 @@ def put_on(model, source: Source) -> None:
 
     shapes = parameter_shapes(model.config)
     if source.text is not None:
-        language = {name: shape for name, shape in shapes.items() if is_language(name)}
         with open_weights(source.text) as reader:
-            check_weights(reader, language, source.text, others=True)
-            model.fill(reader, set(language))
+            check_weights(reader, language(shapes), source.text, others=True)
+            model.fill(reader, set(language(shapes)))
     if source.tuned is None:
         return
     path = find_tuned_weights(source.tuned)

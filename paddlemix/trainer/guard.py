@@ -5,34 +5,21 @@ Checked before a run starts, and again whenever it saves.
 
 from __future__ import annotations
 
-from typing import Dict, List
+from typing import List
 
 from paddlemix.auto import AutoConfigMIX
 from paddlemix.checkpoint import WeightsReader, open_weights
-from paddlemix.checkpoint.structure import LANGUAGE_KEYS, is_language
-from paddlemix.models.mgen_vl.parameters import Shape, parameter_shapes
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, differences, language
+from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.utils.errors import ConfigError
-from paddlemix.utils.texts import some
 
-_RULE = "the language model's structure must not change"
-
-
-def _differences(found: Dict[str, Shape], expected: Dict[str, Shape]) -> List[str]:
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is new" for name in found if name not in expected]
-    for name, shape in expected.items():
-        if name in found and tuple(found[name]) != tuple(shape):
-            lines.append(f"{name} is {list(found[name])}, not {list(shape)}")
-    return lines
-
-
-def _language_shapes(reader: WeightsReader) -> Dict[str, Shape]:
-    return {name: tuple(reader.info(name).shape) for name in reader.keys() if is_language(name)}
+_SHOWN = 3
 
 
 def _refuse(where: str, lines: List[str]) -> None:
     if lines:
-        raise ConfigError(f"{where}: {_RULE}: {some(lines, 3, '; ')}", "language-model")
+        text = f"{where}: the language model's structure must not change: {'; '.join(lines)}"
+        raise ConfigError(text, "language-model")
 
 
 class LanguageGuard:
@@ -45,9 +32,9 @@ class LanguageGuard:
     """
 
     def __init__(self, base_folder: str, config, reader: WeightsReader):
-        self.shapes = _language_shapes(reader)
-        described = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
-        _refuse(f"config.json and weights of {base_folder}", _differences(described, self.shapes))
+        self.shapes = language(reader.shapes())
+        lines = differences(language(parameter_shapes(config)), self.shapes, _SHOWN)
+        _refuse(f"config.json and weights of {base_folder}", lines)
 
     def check(self, model) -> None:
         """Check a MGenLMHeadModel, with or without adapters.
@@ -55,8 +42,7 @@ class LanguageGuard:
         Raises:
             ConfigError: its LLM parameters differ from those of the base model in name or shape.
         """
-        found = {name: shape for name, shape in model.whole_shapes().items() if is_language(name)}
-        _refuse("the model to train", _differences(found, self.shapes))
+        _refuse("the model to train", differences(language(model.whole_shapes()), self.shapes, _SHOWN))
 
 
 def check_text_model(config, folder: str) -> None:
@@ -66,12 +52,8 @@ def check_text_model(config, folder: str) -> None:
         ConfigError: it has another structure or other settings.
     """
     other = AutoConfigMIX.from_pretrained(folder)
-    lines = []
-    for key in LANGUAGE_KEYS:
-        ours, theirs = getattr(config, key), getattr(other, key)
-        if ours != theirs:
-            lines.append(f"{key} is {theirs}, not {ours}")
-    expected = {name: shape for name, shape in parameter_shapes(config).items() if is_language(name)}
+    pairs = {key: (getattr(other, key), getattr(config, key)) for key in LANGUAGE_KEYS}
+    lines = [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]
     with open_weights(folder) as reader:
-        stored = _language_shapes(reader)
-    _refuse(f"text_model_name_or_path {folder}", lines + _differences(stored, expected))
+        lines += differences(language(reader.shapes()), language(parameter_shapes(config)), _SHOWN)
+    _refuse(f"text_model_name_or_path {folder}", lines)

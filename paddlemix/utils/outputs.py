@@ -1,12 +1,22 @@
-"""Checks before any work that an output file or folder can be written and is not an input."""
+"""Checks before any work that an output file or folder can be written and is not an input; errors while writing."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from typing import Iterable, Optional
+from typing import Iterable, Iterator, Optional
 
-from paddlemix.utils.errors import UserError
+from paddlemix.utils.errors import JobFailed, UserError
+
+
+@contextlib.contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn an OSError while `path` is written into a JobFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise JobFailed(f"cannot write {path}: {error.strerror}", "disk") from error
 
 
 def nearest_folder(path: str) -> str:

@@ -174,7 +174,7 @@ def test_patterns_and_rank_of_a_strangers_configuration_do_no_work(saved, tmp_pa
     np.testing.assert_array_equal(logits(load_lora(make_tiny_model(), str(folder))), saved[1])
     config.update(r=1 << 40, scaling=None)
     (folder / "lora_config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match=r"of another shape: .*lora_A is \[128, 4\], .* has \[128, 1099511627776\]"):
+    with pytest.raises(WeightsError, match=r"of another shape: .*lora_A is \[128, 4\], not \[128, 1099511627776\]"):
         load_lora(make_tiny_model(), str(folder))
 
 

@@ -251,7 +251,7 @@ def test_keys_that_do_not_fit_are_listed(tmp_path, model):
         MGenLMHeadModel.from_pretrained(str(tmp_path))
     text = str(error.value)
     assert "1 missing: lm_head.weight" in text and "1 unexpected: visual.extra" in text
-    assert "visual.proj is [3, 4], the model has [128, 128]" in text
+    assert "visual.proj is [3, 4], not [128, 128]" in text
 
 
 def test_loading_initialises_nothing(tmp_path, monkeypatch):

@@ -235,9 +235,9 @@ def spoil(tensors):
     "change, rules, texts",
     [
         (rename, {"weights", "language"}, ["1 missing: transformer.llm.h.0.ln_1.weight",
-                                           "new: transformer.llm.h.0.ln_one.weight"]),
+                                           "unexpected: transformer.llm.h.0.ln_one.weight"]),
         (reshape, {"weights", "language"}, ["[128, 127], not [128, 128]", "the LLM has"]),
-        (leave_adapter, {"weights", "language"}, ["new: transformer.llm.h.0.attn.c_attn.lora_A"]),
+        (leave_adapter, {"weights", "language"}, ["unexpected: transformer.llm.h.0.attn.c_attn.lora_A"]),
         (reshape_vision, {"weights"}, ["visual.attn_pool.query is [4, 127]"]),
         (spoil, {"finite"}, ["lm_head.weight (1)", "visual.proj (3)"]),
     ],

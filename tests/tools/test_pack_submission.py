@@ -211,7 +211,7 @@ def test_a_full_disk_is_one_line(call, monkeypatch):
 
     monkeypatch.setattr(pack, "link_or_copy", full)
     status, _, err = call()
-    assert status == 1 and "the disk is full" in err and "Traceback" not in err
+    assert status == 1 and "No space left on device" in err and "Traceback" not in err
 
 
 # ---- sources

@@ -7,13 +7,11 @@ table with the built model and with the public list of 853 names.
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 from paddlemix.checkpoint import WeightsReader
+from paddlemix.checkpoint.structure import Shape, differences
 from paddlemix.utils.errors import WeightsError
-from paddlemix.utils.texts import some
-
-Shape = Tuple[int, ...]
 
 # Stored in checkpoints like a parameter, but a constant sin-cos table that is never trained.
 CONSTANTS = frozenset({"visual.attn_pool.pos_embed"})
@@ -136,20 +134,8 @@ def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, o
     Raises:
         WeightsError: lists missing, unexpected and misshapen keys (the first ten of each).
     """
-    stored = set(reader.keys())
-    problems = []
-
-    def report(kind, names):
-        if names:
-            problems.append(f"{len(names)} {kind}: {some(names)}")
-
-    report("missing", [name for name in shapes if name not in stored])
-    report("unexpected", [] if others else sorted(stored - set(shapes)))
-    wrong = []
-    for name, shape in shapes.items():
-        if name in stored and tuple(reader.info(name).shape) != shape:
-            wrong.append(f"{name} is {list(reader.info(name).shape)}, the model has {list(shape)}")
-    report("of another shape", wrong)
+    stored = {name: shape for name, shape in reader.shapes().items() if name in shapes or not others}
+    problems = differences(stored, shapes)
     if problems:
         raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems), "keys")
 
