@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
-from paddlemix.datasets.json_index import record_bounds
-from paddlemix.datasets.records import SampleError, parse_record
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.score_files import COLUMNS
 from paddlemix.datasets.tsv import (
@@ -66,6 +64,22 @@ def check_captions(path: str, fields: Sequence[str], references: bool = False) -
         raise UserError(f"{path} is a table of {found}, not of captions by id", found)
 
 
+def caption_lines(path: str, file: Iterable[bytes]) -> Iterator[Tuple[int, bytes, List[str]]]:
+    """(number, line, its columns, none if it is not UTF-8) of each line that is not blank.
+
+    Raises:
+        UserError: as check_captions.
+    """
+    for number, line in enumerate(file, 1):
+        try:
+            fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            fields = []
+        if not fields or any(map(str.strip, fields)):
+            check_captions(path, fields)
+            yield number, line, fields
+
+
 def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
     """`id \\t caption` lines by id, in the order of the file; a caption may be empty. quiet: show no progress.
 
@@ -78,18 +92,8 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
     doubled: Dict[str, int] = {}
     bad: List[str] = []
     with open(path, "rb") as file, _reading(path, size, quiet) as bar:
-        for number, line in enumerate(file, 1):
+        for number, line, fields in caption_lines(path, file):
             bar.update(len(line))
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                fields = line.decode("utf-8").split("\t")
-            except UnicodeDecodeError:
-                fields = []
-            check_captions(path, fields)
             if len(fields) != 2:
                 bad.append(str(number))
             elif fields[0] in found:
@@ -116,40 +120,16 @@ def read_references(path: str, quiet: bool = True) -> References:
     Raises:
         UserError: the file cannot be read, or rows have no reference; lists their lines.
     """
-    size = check_input(path)
-    with open(path, "rb") as file:
-        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    found = (_of_json if head in (b"[", b"{") else _of_rows)(path, _reading(path, size, quiet))
-    if not found.texts:
-        raise UserError(f"{path} has no references", "empty")
-    return found
-
-
-def _of_json(path: str, bar: Progress) -> References:
-    texts: Dict[str, List[str]] = {}
-    bad = []
-    with open(path, "rb") as file, bar:
-        for number, (begin, end) in enumerate(record_bounds(path).tolist(), 1):
-            bar.reach(end)
-            file.seek(begin)
-            try:
-                record = parse_record(file.read(end - begin))
-            except SampleError as error:
-                bad.append(f"{number} ({error})")
-                continue
-            texts.setdefault(record.id, []).append(record.turns[0][1])
-    if bad:
-        raise UserError(f"{path}: {len(bad)} records cannot be used: {some(bad, SHOWN)}", "records")
-    return References(texts, False)
-
-
-def _of_rows(path: str, bar: Progress) -> References:
     texts: Dict[str, List[str]] = {}
     bad: List[str] = []
     has_images = False
-    with bar:
+    with _reading(path, check_input(path), quiet) as bar:
         for row in read_rows(path, want_caption=True):
             bar.reach(row.next_offset)
+            if row.turns:
+                texts.setdefault(row.id, []).append(row.caption)
+                has_images = has_images or row.error is None
+                continue
             second = bytes(row.image)
             reason = row.error
             named = reason in (IMAGE_IS_URL, PATH_LEADS_OUT) and row.caption is not None
@@ -174,7 +154,9 @@ def _of_rows(path: str, bar: Progress) -> References:
             else:
                 bad.append(f"{row.line_no} ({reason})")
     if bad:
-        raise UserError(f"{path}: {len(bad)} lines have no reference: {some(bad, SHOWN)}", "lines")
+        raise UserError(f"{path}: {len(bad)} rows have no reference: {some(bad, SHOWN)}", "lines")
+    if not texts:
+        raise UserError(f"{path} has no references", "empty")
     return References(texts, has_images)
 
 
@@ -186,15 +168,13 @@ def new_captions(path: str) -> Iterator[Tuple[str, str]]:
     """
     check_input(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line, fields in caption_lines(path, file):
             try:
                 if line.startswith(b'{"id"'):
                     row = json.loads(line)
                     chosen = row["chosen"]
                     yield row["id"], "" if chosen is None else row["candidates"][chosen]["text"]
                 else:
-                    fields = line.decode("utf-8").rstrip("\r\n").split("\t")
-                    check_captions(path, fields)
                     name, caption = fields[:2]
                     yield name, caption
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):

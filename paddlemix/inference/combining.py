@@ -11,7 +11,7 @@ import os
 from itertools import islice
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from paddlemix.datasets.caption_files import check_captions
+from paddlemix.datasets.caption_files import caption_lines
 from paddlemix.datasets.tsv import check_input
 from paddlemix.inference.facts import file_facts
 from paddlemix.inference.results import FORMAT, SIDECAR, write_sidecar
@@ -132,14 +132,7 @@ def _rows(files: Sequence[_Results]) -> Iterator[Tuple[str, List[str]]]:
 
 
 def _lines(file, path: str) -> Iterator[Tuple[str, str]]:
-    for number, line in enumerate(file, 1):
-        try:
-            fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
-        except UnicodeDecodeError:
-            fields = []
-        if fields == [""]:
-            continue
-        check_captions(path, fields)
+    for number, _, fields in caption_lines(path, file):
         if len(fields) != 2:
             raise UserError(f"line {number} of {path} is not id, tab, caption in UTF-8")
         yield fields[0], fields[1]

@@ -88,7 +88,7 @@ def lines_of_head(out):
         ("a\tx\nb\tx\nd\tx\n", None, [], "1 ids have no caption: c; 1 ids have no reference: d"),
         ("a\tx\na\ty\n", None, [], "1 ids come more than once: a"),
         ("d\tx\n", None, ["--intersection"], "no id is in all of the files"),
-        ("a\tx\n", "a\t\n", [], "1 lines have no reference: 1 (empty caption)"),
+        ("a\tx\n", "a\t\n", [], "1 rows have no reference: 1 (empty caption)"),
         (None, None, ["--images", "x.tsv"], "--images is for the page"),
         (None, None, ["--resamples", "-1"], "--resamples: must be an integer of at least 0"),
         (None, None, ["--tokenizer", "words"], "invalid choice"),
