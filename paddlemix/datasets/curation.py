@@ -10,7 +10,6 @@ Shapes: n rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ import numpy as np
 from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.caption_files import InOrder, new_captions
-from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of, usable
+from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of, hash64, usable
 from paddlemix.datasets.labels import Checked, check_row
 from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
@@ -221,8 +220,8 @@ def survey_rows(
         for at, (text, problem, gain, line) in enumerate(chunk):
             one = caption_facts(text, count_tokens)
             bits = sum(bit for bit, rule in used if rule.drops(text, one, settings.rules[rule.name]))
-            opening = hashlib.blake2b(one.opening.encode("utf-8", "replace"), digest_size=8).digest()
-            rows[at] = bits, one.chars, int.from_bytes(opening, "little"), problem, gain, line
+            opening = hash64(one.opening.encode("utf-8", "replace"))
+            rows[at] = bits, one.chars, opening, problem, gain, line
         return rows
 
     chunks = chunks_of(items(), lambda item: len(item[0]))

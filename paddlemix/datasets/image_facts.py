@@ -80,9 +80,8 @@ class ImageFacts(NamedTuple):
     spread: float
 
 
-def content_hash(data: bytes) -> int:
-    """64 bits of an image file's bytes: equal for exact copies. Among 1,000,000 different files,
-    two agree with probability 1 in 30 million."""
+def hash64(data: bytes) -> int:
+    """64 bits of an image file or text. Among 1,000,000 different ones, two agree with probability 1 in 30 million."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -113,7 +112,7 @@ def header_facts(data: bytes) -> ImageFacts:
         ImageError: no image, or one of too many pixels.
     """
     kind, size = read_header(data)
-    return ImageFacts(kind, *size, len(data), content_hash(data), 0, float("nan"), 0.0)
+    return ImageFacts(kind, *size, len(data), hash64(data), 0, float("nan"), 0.0)
 
 
 def image_facts(data: bytes) -> ImageFacts:

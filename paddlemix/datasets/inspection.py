@@ -9,7 +9,6 @@ whose facts lie beside their file.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -26,6 +25,7 @@ from paddlemix.datasets.image_facts import (
     facts_path,
     facts_record,
     has_captions,
+    hash64,
     held_bytes,
     stored_facts,
     usable,
@@ -135,7 +135,7 @@ class Inspection:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") or 1
+    return hash64(text.encode("utf-8", "replace")) or 1
 
 
 def ngrams(text: str, n: int) -> set:

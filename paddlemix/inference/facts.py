@@ -10,6 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from paddlemix.datasets.blocks import FileState
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import temporary_folder
@@ -65,32 +66,28 @@ def input_facts(path: str) -> FileFacts:
         UserError: it cannot be read.
     """
     try:
-        found = os.stat(path)
+        state = FileState.of(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
-    if found.st_size < _BAR_BYTES:
-        return file_facts(path)
-    state = [found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev]
-    folder = temporary_folder()
+    folder = temporary_folder() if state.size >= _BAR_BYTES else None
     if folder is None:
         return file_facts(path)
     with contextlib.ExitStack() as opened:
         try:
-            note = opened.enter_context(open(os.path.join(folder, f"{found.st_dev}-{found.st_ino}.json"), "a+"))
+            note = opened.enter_context(open(os.path.join(folder, f"{state.device}-{state.inode}.json"), "a+"))
             fcntl.flock(note, fcntl.LOCK_EX)
         except OSError:
             return file_facts(path)
         note.seek(0)
         try:
             noted = json.load(note)
-            if noted["state"] == state:
+            if noted["state"] == list(state):
                 return FileFacts(*noted["facts"])
         except (ValueError, KeyError, TypeError):
             pass
         facts = file_facts(path)
         # Do not cache a file that changed meanwhile.
-        now = os.stat(path)
-        if [now.st_size, now.st_mtime_ns, now.st_ino, now.st_dev] == state:
+        if FileState.of(path) == state:
             with contextlib.suppress(OSError):
                 note.truncate(0)
                 json.dump({"state": state, "facts": facts}, note)

@@ -61,7 +61,7 @@ def test_facts_of_a_jpeg_and_of_what_it_is_reduced_from():
     data = encoded(large_scene.resize((512, 340), Image.BICUBIC), quality=90)
     found = image_facts(data)
     assert (found.format, found.width, found.height, found.bytes) == ("JPEG", 512, 340, len(data))
-    assert found.content == module.content_hash(data) != module.content_hash(data + b" ")
+    assert found.content == module.hash64(data) != module.hash64(data + b" ")
     large = image_facts(encoded(large_scene, quality=95))
     assert (large.width, large.height) == (2048, 1360)
     assert apart(found, large) <= 2
