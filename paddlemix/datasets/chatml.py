@@ -223,15 +223,8 @@ class ChatmlDataset:
         row = index - (self._ends[number] - part.records)
         return part, row if part.kept is None else int(part.kept[row])
 
-    def record_text(self, index: int) -> bytes:
-        """The bytes of a record in the file, possibly with a few around it.
-
-        Raises:
-            SampleError: longer than MAX_ROW_BYTES, or the file was truncated.
-        """
-        return self._text(*self._place(index))
-
     def _text(self, part: _Part, row: int) -> bytes:
+        """The bytes of a record in the file, possibly with a few around it."""
         start, end = part.bounds[row].tolist()
         if end - start > MAX_ROW_BYTES + 4096:
             raise SampleError(f"{(end - start) >> 20} MB, more than the limit of {MAX_ROW_BYTES >> 20} MB", "size")

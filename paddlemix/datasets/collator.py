@@ -37,19 +37,14 @@ def raise_failure(batch: Dict[str, Any]) -> None:
 
 
 class MGenVLCollator:
-    """Pads samples to the longest of the batch, rounded up to a multiple.
+    """Pads samples to the longest of the batch, rounded up to a multiple of PAD_TO.
 
     pad_token_id: pads input_ids on the right; padding is masked and has no labels. image_start_id, n_queries: of the
     image spans; with them a batch has image_positions.
     """
 
-    def __init__(
-        self, pad_token_id: int, pad_to_multiple_of: int = PAD_TO, image_start_id: int = -1, n_queries: int = 0
-    ):
-        if pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
+    def __init__(self, pad_token_id: int, image_start_id: int = -1, n_queries: int = 0):
         self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.image_start_id, self.n_queries = image_start_id, n_queries
 
     def __call__(self, samples: Sequence[Any]) -> Dict[str, Any]:
@@ -67,7 +62,7 @@ class MGenVLCollator:
         rows = [[sample for sample in row if not isinstance(sample, Failure)] for row in rows]
         lengths = [[len(sample["input_ids"]) for sample in row] for row in rows]
         longest = max(1, *map(sum, lengths))
-        padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        padded = -(-longest // PAD_TO) * PAD_TO
         shape = (len(rows), padded)
         batch = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),

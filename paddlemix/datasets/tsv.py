@@ -327,7 +327,6 @@ def _check_line_ends(name: str, line: bytes, begin: int, end: int) -> None:
 def read_rows(
     path: str,
     want_caption: bool,
-    max_line_bytes: int = MAX_ROW_BYTES,
     offset: int = 0,
     first_line: int = 1,
     state: Optional[FileState] = None,
@@ -335,7 +334,7 @@ def read_rows(
     """The rows of a TSV in order, with one buffer in memory at a time (a row keeps its buffer alive).
 
     want_caption: for training; a row without a caption then has an error. Otherwise the third column is ignored. A line
-    over `max_line_bytes` is skipped without storing it; its row has the error "line too long". offset, first_line:
+    over MAX_ROW_BYTES is skipped without storing it; its row has the error "line too long". offset, first_line:
     where to start, and the number of that line. state: the required state of the file.
 
     Raises:
@@ -346,7 +345,7 @@ def read_rows(
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         blocks = read_blocks(path, file, file.read, state)
-        yield from rows_of(path, blocks, os.path.dirname(path), want_caption, max_line_bytes, offset, first_line)
+        yield from rows_of(path, blocks, os.path.dirname(path), want_caption, offset, first_line)
 
 
 def rows_of(
@@ -354,7 +353,6 @@ def rows_of(
     blocks: Iterable[bytes],
     folder: str,
     want_caption: bool,
-    max_line_bytes: int = MAX_ROW_BYTES,
     offset: int = 0,
     first_line: int = 1,
 ) -> Iterator[TsvRow]:
@@ -363,10 +361,10 @@ def rows_of(
     Raises:
         UserError: lines end with CR alone.
     """
-    for line_no, (line, begin, end, length) in enumerate(lines_of(blocks, max_line_bytes), first_line):
+    for line_no, (line, begin, end, length) in enumerate(lines_of(blocks, MAX_ROW_BYTES), first_line):
         if line_no == 1:
             _check_line_ends(name, line, begin, end)
-        if length > max_line_bytes:
+        if length > MAX_ROW_BYTES:
             begin += 3 if line_no == 1 and line.startswith(_BOM) else 0
             id_end = line.find(b"\t", begin, begin + MAX_ID_BYTES)
             row_id = line[begin : max(begin, id_end)].decode("utf-8", "replace")

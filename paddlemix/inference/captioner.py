@@ -123,7 +123,7 @@ class Captioner:
 
     prompt: the question. system: the system text (default: the template's). max_new_tokens: default from the model's
     generation configuration. batch_size: rows at a time (default: by memory, see rows_that_fit, at most MAX_BATCH); it
-    is halved when memory runs out. workers: threads that decode images. template: the model's ChatTemplate. keep_boxes:
+    is halved when memory runs out. template: the model's ChatTemplate. keep_boxes:
     keep `<ref>` and `<box>` in captions. decoding: further fields of Decoding, by name, and `choose`, one of CHOICES.
     scores: always compute the candidates' scores.
 
@@ -140,7 +140,6 @@ class Captioner:
         system: Optional[str] = None,
         max_new_tokens: Optional[int] = None,
         batch_size: Optional[int] = None,
-        workers: Optional[int] = None,
         template=None,
         keep_boxes: bool = False,
         decoding: Optional[Mapping[str, Any]] = None,
@@ -161,7 +160,7 @@ class Captioner:
         self.decoding = Decoding(max_new_tokens or generation.max_new_tokens, **options)
         check_lengths(self.decoding)
         self.scores, self.keep_boxes = scores or self.choose == "logprob", keep_boxes
-        self.workers = workers or decode_threads()
+        self.workers = decode_threads()
         device, dtype = paddle.get_device(), str(model.config.dtype)
         fit = rows_that_fit(
             model.config, len(self.prompt_ids), self.decoding.max_new_tokens, dtype, free_memory(device),

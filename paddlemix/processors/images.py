@@ -77,12 +77,12 @@ def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
         raise ImageError("bad base64", f"bad base64: {error}") from None
 
 
-def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
+def _open(data: bytes, enough: int = 0):
     """A PIL image with only its header read; see open_image."""
     from PIL import Image, UnidentifiedImageError
 
     _check_bytes(data)
-    _check_size(webp_size(data), max_pixels)
+    _check_size(webp_size(data))
     plain = bounded(data)
     try:
         with _PILLOW_LOCK, warnings.catch_warnings():
@@ -97,10 +97,10 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
         raise ImageError("broken image", f"the image header is broken: {error}") from None
     if min(image.size) < 1:
         raise ImageError("broken image", f"the image is {image.width} × {image.height} pixels")
-    _check_size(image.size, max_pixels)
+    _check_size(image.size)
     if image.tile and image.tile[0][0] == "bmp_rle":
         pixels = image.width * image.height
-        if pixels > min(max_pixels, MAX_RLE_PIXELS) or len(data) > 4 * pixels + 4096:
+        if pixels > min(MAX_PIXELS, MAX_RLE_PIXELS) or len(data) > 4 * pixels + 4096:
             size = f"{image.width} × {image.height} pixels in {len(data):,} bytes"
             raise ImageError("too many pixels", f"a run-length encoded BMP of {size}")
     if enough:
@@ -108,20 +108,20 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
     return image
 
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Tuple[str, Tuple[int, int]]:
+def read_header(data: bytes) -> Tuple[str, Tuple[int, int]]:
     """(format, (width, height)) from the header of an image; nothing is decoded.
 
     Ordinary JPEGs are parsed here: Pillow reads their tables too and takes five times as long.
 
     Raises:
-        ImageError: not an image, or more than max_pixels.
+        ImageError: not an image, or more than MAX_PIXELS.
     """
     _check_bytes(data)
     size = jpeg_size(data)
     if all(size):
-        _check_size(size, max_pixels)
+        _check_size(size)
         return "JPEG", size
-    image = _open(data, max_pixels)
+    image = _open(data)
     return image.format, image.size
 
 
@@ -132,15 +132,15 @@ def _check_bytes(data: bytes) -> None:
         raise ImageError("image too large", f"the image file is larger than {MAX_BYTES >> 20} MB")
 
 
-def _check_size(size: Tuple[int, int], max_pixels: int) -> None:
+def _check_size(size: Tuple[int, int]) -> None:
     width, height = size
-    if width * height > max_pixels:
-        raise ImageError("too many pixels", f"the image is {width} × {height}, more than {max_pixels:,} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError("too many pixels", f"the image is {width} × {height}, more than {MAX_PIXELS:,} pixels")
     if max(width, height) > MAX_SIDE:
         raise ImageError("too many pixels", f"the image is {width} × {height}, with a side over {MAX_SIDE:,} pixels")
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
+def open_image(data: bytes, enough: int = 0):
     """Decode an image to RGB: rotated by its EXIF orientation, transparency over white, the first frame only.
 
     A truncated file is decoded as far as possible; `info["truncated"]` is then True. enough: a JPEG is decoded at 1/2,
@@ -152,9 +152,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
     Raises:
         ImageError: see the module's reasons. The pixel limit is checked on the header, before decoding.
     """
-    image = _open(data, max_pixels, enough)
+    image = _open(data, enough)
     try:
-        image, truncated = _load(image, data, max_pixels, enough)
+        image, truncated = _load(image, data, enough)
         image = _upright_rgb(image)
     except ImageError:
         raise
@@ -192,7 +192,7 @@ class _TruncatedSwitch:
 _SWITCH = _TruncatedSwitch()
 
 
-def _load(image, data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
+def _load(image, data: bytes, enough: int = 0):
     """Decode an opened image, as far as possible. Returns (image, whether it is truncated)."""
     try:
         uses, on = _SWITCH.uses, _SWITCH.on
@@ -200,12 +200,12 @@ def _load(image, data: bytes, max_pixels: int = MAX_PIXELS, enough: int = 0):
         if on or _SWITCH.uses != uses:
             # Another thread had the switch on, so a truncated file may have passed as complete.
             with _PILLOW_LOCK:
-                image = _open(data, max_pixels, enough)
+                image = _open(data, enough)
                 image.load()
         return image, False
     except (OSError, SyntaxError, ValueError, struct.error):
         with _SWITCH:
-            image = _open(data, max_pixels, enough)
+            image = _open(data, enough)
             image.load()
         return image, True
 
@@ -267,16 +267,12 @@ def _high_bytes(image):
 
 
 class MGenVLImageProcessor:
-    """An image to pixel values: bicubic resize to S × S, / 255, - mean, / std.
+    """An image to pixel values: bicubic resize to S × S, / 255, - MEAN, / STD. image_size: S."""
 
-    image_size: S. mean, std: per channel, in 0 … 1.
-    """
-
-    def __init__(self, image_size: int = 448, mean=MEAN, std=STD):
+    def __init__(self, image_size: int = 448):
         self.image_size = image_size
-        scale = 1.0 / (255.0 * np.array(std, dtype=np.float64))
-        self._scale = scale.astype(np.float32).reshape(3, 1, 1)
-        self._shift = (np.array(mean, dtype=np.float64) / np.array(std)).astype(np.float32).reshape(3, 1, 1)
+        mean, std = (np.array(values, np.float64).reshape(3, 1, 1) for values in (MEAN, STD))
+        self._scale, self._shift = (1.0 / (255.0 * std)).astype(np.float32), (mean / std).astype(np.float32)
 
     @classmethod
     def from_config(cls, config) -> MGenVLImageProcessor:

@@ -248,20 +248,9 @@ def encode_example(
     return (template or ChatTemplate.default()).encode(tokenizer, turns, max_length, label_all_turn_markers)
 
 
-def example_length(
-    tokenizer,
-    conversations: Sequence[Sequence[str]],
-    n_images: int,
-    *,
-    template: Optional[ChatTemplate] = None,
-    max_length: int = 2048,
-) -> int:
-    """The number of ids that encode_example returns for the same arguments; raises the same errors."""
-    return len(encode_example(tokenizer, conversations, n_images, template=template, max_length=max_length)["labels"])
-
-
 class LengthCounter:
-    """example_length, for a million conversations: the parts they have in common are counted once."""
+    """The number of ids that encode_example returns, or its errors, for a million conversations: the parts they have in
+    common are counted once."""
 
     # Maximum prompts cached.
     _REMEMBERED = 10_000
@@ -287,8 +276,10 @@ class LengthCounter:
         total += sum(len(self.tokenizer.plain_ids(answer)) for _, answer in conversations)
         if total <= self.max_length:
             return total
-        return example_length(
-            self.tokenizer, conversations, n_images, template=self.template, max_length=self.max_length
+        return len(
+            encode_example(
+                self.tokenizer, conversations, n_images, template=self.template, max_length=self.max_length
+            )["labels"]
         )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paddlemix.datasets import lengths
 from paddlemix.datasets.chatml import ChatmlDataset
 from paddlemix.processors.images import MGenVLImageProcessor
-from paddlemix.processors.mgen_vl_processing import ChatTemplate, LengthCounter, example_length
+from paddlemix.processors.mgen_vl_processing import ChatTemplate, LengthCounter, encode_example
 from paddlemix.utils.errors import UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64
 
@@ -43,7 +43,7 @@ texts = st.text(max_size=30) | st.sampled_from(["<img></img>", "a <img>b</img>",
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(texts, texts), max_size=3), st.integers(0, 3), st.sampled_from([60, 90, 2048]), st.booleans())
-def test_the_counter_is_example_length(tokenizer, turns, n_images, max_length, other):
+def test_the_counter_is_the_length_of_the_example(tokenizer, turns, n_images, max_length, other):
     template = OTHER if other else None
 
     def outcome(call):
@@ -52,7 +52,9 @@ def test_the_counter_is_example_length(tokenizer, turns, n_images, max_length, o
         except UserError as error:
             return str(error)
 
-    expected = outcome(lambda: example_length(tokenizer, turns, n_images, template=template, max_length=max_length))
+    expected = outcome(
+        lambda: len(encode_example(tokenizer, turns, n_images, template=template, max_length=max_length)["labels"])
+    )
     counter = LengthCounter(tokenizer, template, max_length)
     assert outcome(lambda: counter(turns, n_images)) == expected
     assert outcome(lambda: counter(turns, n_images)) == expected

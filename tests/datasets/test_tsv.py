@@ -169,7 +169,8 @@ def test_lines_over_the_limit_are_passed_over(tmp_path, monkeypatch):
     exact = b"e\t%s\t%s\n" % (JPEG, b"c" * (limit - len(JPEG) - 4))
     content = exact + b"long\t" + JPEG * 9 + b"\tcaption\n" + exact + JPEG * 3 + b"\n" + b"last\t" + JPEG * 5
     assert len(exact) == limit
-    rows = rows_of(tmp_path, content, max_line_bytes=limit)
+    monkeypatch.setattr(tsv, "MAX_ROW_BYTES", limit)
+    rows = rows_of(tmp_path, content)
     assert [(row.line_no, row.id, row.error) for row in rows] == [
         (1, "e", None), (2, "long", tsv.LINE_TOO_LONG), (3, "e", None),
         (4, "", tsv.LINE_TOO_LONG), (5, "last", tsv.LINE_TOO_LONG),

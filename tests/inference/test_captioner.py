@@ -42,9 +42,11 @@ def images():
     return [image_base64(seed, size=(60 + seed, 50)) for seed in range(9)]
 
 
-def ask(parts, images, **options):
+def ask(parts, images, threads=None, **options):
     options.setdefault("max_new_tokens", 12)
-    answers = Captioner(*parts, **options).captions(images)
+    captioner = Captioner(*parts, **options)
+    captioner.workers = threads or captioner.workers
+    answers = captioner.captions(images)
     return [Answer(answer.caption, answer.note) for answer in answers]
 
 
@@ -54,7 +56,7 @@ def test_captions_do_not_depend_on_batch_or_order(parts, images):
     # The images decide: no two of these are told the same.
     assert len({answer.caption for answer in alone}) > len(images) // 2
     assert ask(parts, images, batch_size=4) == alone
-    assert ask(parts, images, batch_size=32, workers=1) == alone
+    assert ask(parts, images, batch_size=32, threads=1) == alone
     assert ask(parts, images[::-1], batch_size=2) == alone[::-1]
 
 
@@ -145,7 +147,7 @@ def test_a_decoder_bug_costs_one_row(parts, images, monkeypatch):
             raise error
         return image_processor(image)
 
-    answers = ask((model, tokenizer, broken), images[:4], workers=1)
+    answers = ask((model, tokenizer, broken), images[:4], threads=1)
     assert [answer.note for answer in answers] == [
         None, "decoder error (ZeroDivisionError)", "out of memory", None
     ]  # fmt: skip

@@ -259,8 +259,9 @@ def test_a_fork_waits_for_the_switch():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_damaged_files_raise_nothing_else():
+def test_damaged_files_raise_nothing_else(monkeypatch):
     """A thousand files with bytes changed: a picture, or an ImageError."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
     random = np.random.default_rng(7)
     kinds = (("JPEG", "RGB"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"))
     seeds = [encoded(Image.open(io.BytesIO(image_bytes())).convert(mode), format) for format, mode in kinds]
@@ -272,7 +273,7 @@ def test_damaged_files_raise_nothing_else():
         if turn % 3 == 0:
             del data[random.integers(0, len(data)) :]
         try:
-            assert open_image(bytes(data), max_pixels=10**6).mode == "RGB"
+            assert open_image(bytes(data)).mode == "RGB"
             opened += 1
         except ImageError as error:
             assert error.reason in images.__doc__
@@ -304,9 +305,10 @@ def test_a_picture_with_broken_data():
 
 def test_pixel_cap_comes_before_decoding(monkeypatch):
     data = encoded(Image.new("1", (400, 300)))
-    assert reason(open_image, data, max_pixels=400 * 300 - 1) == "too many pixels"
-    assert reason(read_header, data, max_pixels=1) == "too many pixels"
-    assert open_image(data, max_pixels=400 * 300).size == (400, 300)
+    monkeypatch.setattr(images, "MAX_PIXELS", 400 * 300 - 1)
+    assert reason(open_image, data) == reason(read_header, data) == "too many pixels"
+    monkeypatch.setattr(images, "MAX_PIXELS", 400 * 300)
+    assert open_image(data).size == (400, 300)
     # A header that promises 60000 × 60000 pixels, and Pillow's own limits do not show through.
     bomb = bytearray(encoded(Image.new("1", (8, 8))))
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
@@ -337,10 +339,11 @@ def test_run_lengths_that_decode_slowly_are_refused_unopened(width, height, body
         assert reason(call, bmp(width, height, body + END)) == "too many pixels"
 
 
-def test_run_lengths_of_an_ordinary_size():
+def test_run_lengths_of_an_ordinary_size(monkeypatch):
     image = open_image(bmp(300, 200, RUN * 200 + END))
     assert image.size == (300, 200) and image.info["truncated"] is False
-    assert reason(open_image, bmp(300, 200, RUN * 200 + END), max_pixels=59_999) == "too many pixels"
+    monkeypatch.setattr(images, "MAX_PIXELS", 59_999)
+    assert reason(open_image, bmp(300, 200, RUN * 200 + END)) == "too many pixels"
 
 
 @pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])

@@ -11,10 +11,10 @@ from paddlemix.models.mgen_vl.tokenizer import MGenVLTokenizer
 from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import (
     ChatTemplate,
+    LengthCounter,
     MGenVLProcessor,
     encode_example,
     encode_prompt,
-    example_length,
 )
 from paddlemix.processors.postprocess import single_line
 from paddlemix.utils.errors import ConfigError, ImageError, ImageTagError, UserError
@@ -158,7 +158,7 @@ def test_text_is_shortened_before_a_span(small):
 def test_lengths_without_sequences(small, max_length):
     turns = [["p" * 50, "a" * 60], ["<|im_end|>", "图"]]
     example = encode_example(small, turns, 1, max_length=max_length)
-    assert example_length(small, turns, 1, max_length=max_length) == len(example["input_ids"]) <= max_length
+    assert LengthCounter(small, None, max_length)(turns, 1) == len(example["input_ids"]) <= max_length
 
 
 def test_tags_without_end_cost_no_time(small):
