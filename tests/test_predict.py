@@ -683,8 +683,8 @@ def test_logits_that_are_no_numbers_cost_their_row(call, tmp_path, monkeypatch, 
         (["--repetition_penalty=0"], "above 0"),
         (["--min_new_tokens=9"], "--min_new_tokens is more than --max_new_tokens"),
         (["--num_beams=2", "--stop_repeating=4"], "--stop_repeating does not go with --num_beams"),
-        (["--samples=2", "--n_best={out}"], "choose another file"),
-        (["--samples=2", "--n_best={out}.partial"], "choose another file"),
+        (["--samples=2", "--n_best={out}"], "would be written to twice"),
+        (["--samples=2", "--n_best={out}.partial"], "would be written to twice"),
     ],
 )
 def test_options_that_cannot_be(call, tmp_path, flags, says, monkeypatch):

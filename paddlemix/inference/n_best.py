@@ -43,7 +43,7 @@ class NBestWriter:
             return
         self._partial = path + PARTIAL
         with self._explained(UserError):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            os.makedirs(os.path.realpath(os.path.dirname(path)), exist_ok=True)
             # The run may have been killed after this file was finished and before the results were.
             there = path if os.path.exists(path) and not os.path.exists(self._partial) else self._partial
             rows, whole = _kept(there, results)

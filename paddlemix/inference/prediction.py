@@ -287,7 +287,10 @@ def predict_file(
         logger.warning("the records of %s have the prompt %r: pass it as --prompt to use it", input, asked)
     if n_best is not None:
         n_best = n_best if job.shard is None else job.shard.path(n_best)
-        _check_apart(n_best, input, job.output)
+        for path in (n_best, n_best + PARTIAL):
+            check_file(path, plain=True)
+        written = [job.output, job.output + PARTIAL, job.output + SIDECAR, n_best, n_best + PARTIAL]
+        keep_apart([input], written)
     if not restart and job.is_done(beside=n_best):
         return
 
@@ -339,15 +342,6 @@ def predict_file(
         job.finish(rows, results)
         show("------predicting finished-----")
     job.report(rows, results, fallback)
-
-
-def _check_apart(n_best: str, input: str, output: str) -> None:
-    """Raise UserError if the candidates would overwrite another file of this run."""
-    check_file(n_best, plain=True)
-    check_file(n_best + PARTIAL, plain=True)
-    taken = {os.path.realpath(name) for name in (input, output, output + PARTIAL, output + SIDECAR)}
-    if {os.path.realpath(n_best), os.path.realpath(n_best + PARTIAL)} & taken:
-        raise UserError(f"--n_best {n_best} is INPUT or belongs to OUTPUT: choose another file")
 
 
 def show(text: str) -> None:

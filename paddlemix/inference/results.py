@@ -165,7 +165,7 @@ class ResultsWriter:
         if os.path.islink(self.journal):
             raise self._foreign()
         with self._explained():
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            os.makedirs(os.path.realpath(os.path.dirname(self.path)), exist_ok=True)
             # Unbuffered, with a buffer of our own: closing must not retry a write that failed on a full disk.
             self._file = open(self.journal, "a+b", buffering=0)
         self._pending = bytearray()

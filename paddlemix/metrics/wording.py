@@ -27,13 +27,14 @@ KINDS = ("colour", "count", "object")
 DISTINCT = (1, 2)
 
 _MARKS = re.compile(r"[^\w\s]+|\s+")
-# A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.)
-_STUCK = re.compile(r"(.{2,}?)\1\1", re.DOTALL)
+# A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.) The time
+# grows with the longest phrase times the length of the text.
+_STUCK = re.compile(r"(.{2,1000}?)\1\1", re.DOTALL)
 _LEAST_CLAUSE_TOKENS = 3
 
 
 def repeats_itself(tokens: Sequence[str]) -> bool:
-    """Whether a clause of three or more tokens occurs twice, or two or more tokens occur three times in a row.
+    """Whether a clause of three or more tokens occurs twice, or 2 to 1000 tokens occur three times in a row.
 
     Clauses are separated by punctuation marks. Ordinary doubling (干干净净, 哈哈哈) does not count.
     """

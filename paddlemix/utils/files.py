@@ -41,7 +41,9 @@ def open_plain(path: str) -> IO[bytes]:
 @contextlib.contextmanager
 def made_folder(folder: str) -> Iterator[None]:
     """Make a folder, and those above it, for the time of the block; what was written into stays."""
-    made, above = [], os.path.abspath(folder)
+    # What a dangling link leads to can be made, the link itself cannot.
+    folder = os.path.realpath(folder)
+    made, above = [], folder
     while not os.path.isdir(above):
         made.append(above)
         above = os.path.dirname(above)

@@ -71,13 +71,20 @@ def check_folder(path: str) -> None:
 
 
 def keep_apart(inputs: Iterable[Optional[str]], outputs: Iterable[Optional[str]]) -> None:
-    """Check that no output is an input, under whatever name. None: a file that was not given.
+    """Check that no output is an input or another output, under whatever name. None: a file that was not given.
 
     Raises:
         UserError: one is.
     """
-    outputs = [path for path in outputs if path is not None and os.path.exists(path)]
-    for path in inputs:
-        for output in outputs:
-            if path is not None and os.path.exists(path) and os.path.samefile(path, output):
+    taken = set()
+    there = [path for path in inputs if path is not None and os.path.exists(path)]
+    for output in outputs:
+        # Devices and FIFOs may be written to twice.
+        if output is None or os.path.exists(output) and not os.path.isfile(output):
+            continue
+        if os.path.realpath(output) in taken:
+            raise UserError(f"{output} would be written to twice: give another output", "overlap")
+        taken.add(os.path.realpath(output))
+        for path in there if os.path.exists(output) else ():
+            if os.path.samefile(path, output):
                 raise UserError(f"{path} would be overwritten by {output}: give another output", "overlap")

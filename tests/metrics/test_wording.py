@@ -18,6 +18,9 @@ from paddlemix.metrics.wording import WordList, describe, repeats_itself
         ("画面上有画面上有", False),
         ("干干净净的房间，哈哈哈哈", False),
         ("买一送一买一送一买一送一", True),
+        # Longer ones would make the time quadratic.
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 1000))) * 3, True),
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 1001))) * 3, False),
         ("sale sale sale", False),
         ("big sale big sale big sale", True),
         ("", False),

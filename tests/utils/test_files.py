@@ -260,6 +260,13 @@ def test_links_are_followed(tmp_path):
     assert sorted(os.listdir(tmp_path / "far")) == ["dangling", "there"]
 
 
+def test_what_a_dangling_link_leads_to_is_made(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "far" / "new")
+    with files.only_writer(str(tmp_path / "out")):
+        (tmp_path / "out" / "file").write_text("")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "far" / "new" / "file").is_file()
+
+
 def test_a_pipe_is_written_into(tmp_path):
     """As devices are: renaming onto /dev/null would make a file of it, as root for everyone."""
     pipe = tmp_path / "pipe"
@@ -362,6 +369,14 @@ def test_an_input_is_not_written_over(tmp_path):
     for name in ("in", "link", "hard"):
         with refused(UserError, "overlap"):
             outputs.keep_apart([missing, given], [str(tmp_path / "other"), str(tmp_path / name)])
+
+
+def test_two_outputs_are_two_files(tmp_path):
+    (tmp_path / "link").symlink_to("new")
+    outputs.keep_apart([], [os.devnull, os.devnull, str(tmp_path / "new")])
+    for name in ("new", "link"):
+        with refused(UserError, "overlap"):
+            outputs.keep_apart([], [str(tmp_path / "new"), None, str(tmp_path / name)])
 
 
 def test_one_process_writes_into_a_folder(tmp_path, root):
