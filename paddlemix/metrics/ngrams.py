@@ -16,8 +16,8 @@ from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 
 MAX_N = 4
-# N-grams sorted at once: some 300 MB in each worker.
-COUNTED_AT_ONCE = 1 << 23
+# N-grams sorted at once: some 150 MB in each worker.
+COUNTED_AT_ONCE = 1 << 22
 # Tokens hashed at once.
 HASHED_AT_ONCE = 1 << 20
 # An odd number with well-mixed bits.

@@ -27,8 +27,8 @@ KINDS = ("colour", "count", "object")
 DISTINCT = (1, 2)
 
 _MARKS = re.compile(r"[^\w\s]+|\s+")
-# A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.) The time
-# grows with the longest phrase times the length of the text.
+# A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.) The
+# time is the product of the longest phrase and the length of the text.
 _STUCK = re.compile(r"(.{2,1000}?)\1\1", re.DOTALL)
 _LEAST_CLAUSE_TOKENS = 3
 
