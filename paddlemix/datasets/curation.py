@@ -20,7 +20,7 @@ import numpy as np
 from paddlemix.datasets.blocks import FileState
 from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.caption_files import InOrder, new_captions
-from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, chunks_of, hash64, usable
+from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, hash64, usable
 from paddlemix.datasets.labels import Checked, check_row
 from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
@@ -32,13 +32,12 @@ from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.outputs import disk_errors
-from paddlemix.utils.parallel import map_chunks
+from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import ranked
 
 # Bits within which an image is that of another set, where --near_duplicates says nothing else.
 LEAK_DISTANCE = 6
-KEEP = ("first", "longest", "best")
 
 # bits: which of CAPTION_RULES drop it. opening: a hash. problem: why the row cannot be used, in Survey.problems.
 ROW = np.dtype([

@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 from contextlib import suppress
-from typing import IO, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import IO, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from paddlemix.utils.errors import ImageError
 from paddlemix.utils.files import open_plain
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import disk_errors
-from paddlemix.utils.parallel import map_chunks
+from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
 
 # Below this spread a picture shows one colour, apart from JPEG noise, and has no near duplicates.
@@ -58,8 +58,6 @@ FACTS = np.dtype([
 # Magic with the format's number, size and mtime_ns of the file.
 _HEADER = struct.Struct("<8sqq")
 _MAGIC = b"MGENFAC3"
-_CHUNK_ROWS = 64
-_CHUNK_BYTES = 4 << 20
 
 
 class ImageFacts(NamedTuple):
@@ -179,20 +177,6 @@ def has_captions(path: str) -> bool:
         if row.caption is not None or number == 20:
             return row.caption is not None
     return False
-
-
-def chunks_of(found: Iterable[Tuple], size) -> Iterator[List[Tuple]]:
-    """Lists of at most _CHUNK_ROWS items and some _CHUNK_BYTES. size: item → bytes."""
-    chunk: List[Tuple] = []
-    held = 0
-    for item in found:
-        chunk.append(item)
-        held += size(item)
-        if len(chunk) == _CHUNK_ROWS or held > _CHUNK_BYTES:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
 
 
 def _facts_of_rows(chunk: List[Tuple[int, int, Found]]) -> bytes:

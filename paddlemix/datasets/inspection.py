@@ -21,7 +21,6 @@ from paddlemix.datasets.image_facts import (
     ONE_COLOUR,
     PROBLEMS,
     all_image_facts,
-    chunks_of,
     facts_path,
     facts_record,
     has_captions,
@@ -35,7 +34,7 @@ from paddlemix.datasets.rows import find_image_of, is_json, read_rows
 from paddlemix.datasets.tsv import TsvRow, check_input, unquoted
 from paddlemix.processors.images import FORMATS
 from paddlemix.utils.errors import JobFailed, UserError
-from paddlemix.utils.parallel import map_chunks
+from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import ranked
 

@@ -20,8 +20,6 @@ import hashlib
 import os
 import shutil
 from collections import Counter, deque
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from typing import IO, Deque, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 from paddlemix.datasets.archives import is_packed
@@ -48,16 +46,15 @@ from paddlemix.datasets.tsv import (
     row_id,
     unquoted,
 )
-from paddlemix.datasets.writing import WRITE_BYTES, RecordText, encode_json, record_files
+from paddlemix.datasets.writing import RecordText, encode_json, record_files
 from paddlemix.processors.content import NAMED_IMAGE
 from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write, only_writer
 from paddlemix.utils.outputs import check_folder, nearest_folder
-from paddlemix.utils.parallel import Pool
+from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
-from paddlemix.utils.surroundings import check_shared_memory
 from paddlemix.utils.texts import ranked
 
 # Reasons of rejected rows, in addition to those of tsv.py and processors.images.
@@ -75,7 +72,6 @@ _ENDS_BYTES = 1 << 10
 # Prefixes that contain the size of most images, and of almost all.
 _HEADER_BASE64_BYTES = (1 << 10, 8 << 10)
 _PROGRESS_BYTES = 8 << 20
-_VERIFY_BATCH = 16
 # Maximum bytes of rows in memory whose images are being decoded.
 _HELD_BYTES = 64 << 20
 
@@ -207,88 +203,29 @@ def _decode_task(places: List[Found]) -> List[Optional[str]]:
     return [decode_problem(place) for place in places]
 
 
-class _Decoders:
-    """Worker processes that decode images. A worker that dies (a decoder crash, out of memory) is replaced, and its
-    images are retried one by one to find the cause."""
-
-    def __init__(self, workers: int):
-        self._workers = workers
-        self._start()
-
-    def _start(self) -> None:
-        import multiprocessing
-
-        check_shared_memory(self._workers, "--verify header")
-        # Not fork: this process has threads.
-        context = multiprocessing.get_context("spawn")
-        self._pool = Pool(self._workers, context)
-
-    def submit(self, places: List[Found]) -> Optional[Future]:
-        try:
-            return self._pool.submit(_decode_task, places)
-        except BrokenProcessPool:
-            return None  # result() tries again
-
-    def result(self, future: Optional[Future], places: List[Found]) -> List[Optional[str]]:
-        if future is not None:
-            try:
-                return future.result()
-            except BrokenProcessPool:
-                pass
-        problems: List[Optional[str]] = []
-        for place in places:
-            for attempt in (1, 2):
-                try:
-                    problems += self._pool.submit(_decode_task, [place]).result()
-                    break
-                except BrokenProcessPool:
-                    # The pool may have been broken before: the image is the cause only if it is alone in a new one.
-                    self._pool.shutdown()
-                    self._start()
-                    if attempt == 2:
-                        problems.append(DECODER_DIED)
-        return problems
-
-    def __enter__(self) -> _Decoders:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._pool.__exit__(*error)
-
-
 def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Iterator[Checked]:
     """The same rows in the same order, with a reason if their image cannot be decoded."""
-    waiting: Deque[Tuple[List[Checked], List[Found], Optional[Future]]] = deque()
-    batch: List[Checked] = []
+    waiting: Deque[List[Checked]] = deque()
     held = 0
 
     def size(item: Checked) -> int:
         return max(item.row.image_length, len(item.image))
 
-    def submit() -> None:
-        places = [find_image_of(item.row, path) for item in batch if item.reason is None]
-        waiting.append((list(batch), places, decoders.submit(places)))
-        batch.clear()
-
-    def finish() -> Iterator[Checked]:
+    def images() -> Iterator[List[Found]]:
         nonlocal held
-        items, places, future = waiting.popleft()
-        problems = iter(decoders.result(future, places))
-        for item in items:
+        for batch in chunks_of(stream, size):
+            waiting.append(batch)
+            held += sum(map(size, batch))
+            yield [find_image_of(item.row, path) for item in batch if item.reason is None]
+
+    def full() -> bool:
+        return held > _HELD_BYTES
+
+    for found in map_chunks(_decode_task, images(), workers, "--verify header", DECODER_DIED, full):
+        problems = iter(found)
+        for item in waiting.popleft():
             held -= size(item)
             yield item if item.reason else item._replace(reason=next(problems))
-
-    with _Decoders(workers) as decoders:
-        for item in stream:
-            batch.append(item)
-            held += size(item)
-            if len(batch) >= _VERIFY_BATCH or size(item) >= WRITE_BYTES:
-                submit()
-            while waiting and (len(waiting) > 2 * workers or held > _HELD_BYTES):
-                yield from finish()
-        submit()
-        while waiting:
-            yield from finish()
 
 
 class _NothingAccepted(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import multiprocessing
 import os
 import struct
 from typing import Any, Callable, Iterator, Optional, Tuple
@@ -18,7 +17,7 @@ import numpy as np
 
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.log import logger
-from paddlemix.utils.parallel import Pool
+from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.runtime import physical_cores
 
@@ -96,45 +95,25 @@ def _load(path: str, key: bytes, count: int) -> Optional[np.ndarray]:
     return stored if len(stored) == count else None
 
 
-def _measure_range(measure: Measure, begin: int, end: int) -> np.ndarray:
-    """uint32 [end - begin]: twice the tokens, plus one with an image; 0 for unusable records."""
-    stored = np.zeros(end - begin, dtype="<u4")
-    for row in range(begin, end):
-        try:
-            tokens, has_image = measure(row)
-            stored[row - begin] = 2 * tokens + has_image
-        except Exception:  # reported when the record is read
-            continue
-    return stored
-
-
-# Inherited by worker processes through fork, since functions cannot be pickled.
-_shared: Optional[Tuple[Measure, int]] = None
-
-
-def _measure_chunk(begin: int) -> np.ndarray:
-    measure, count = _shared
-    return _measure_range(measure, begin, min(begin + _CHUNK, count))
-
-
 def _measure_all(measure: Measure, count: int, name: str) -> np.ndarray:
-    global _shared
-    _shared = measure, count
-    begins = range(0, count, _CHUNK)
+    """uint32 [count]: twice the tokens, plus one with an image; 0 for unusable records."""
+
+    def measured(rows: range) -> np.ndarray:
+        stored = np.zeros(len(rows), dtype="<u4")
+        for number, row in enumerate(rows):
+            try:
+                tokens, has_image = measure(row)
+                stored[number] = 2 * tokens + has_image
+            except Exception:  # reported when the record is read
+                continue
+        return stored
+
+    chunks = (range(begin, min(begin + _CHUNK, count)) for begin in range(0, count, _CHUNK))
     small = count < _MANY_RECORDS
-    processes = min(physical_cores(), _MOST_PROCESSES)
+    processes = 0 if small else min(physical_cores(), _MOST_PROCESSES)
     pieces = [np.zeros(0, dtype="<u4")]
-    try:
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(Progress(total=count, desc=f"lengths of {name}", unit="record", disable=small))
-            if small or processes == 1:
-                results = map(_measure_chunk, begins)
-            else:
-                pool = Pool(processes, multiprocessing.get_context("fork"))
-                results = stack.enter_context(pool).map(_measure_chunk, begins)
-            for piece in results:
-                pieces.append(piece)
-                bar.update(len(piece))
-    finally:
-        _shared = None
+    with Progress(total=count, desc=f"lengths of {name}", unit="record", disable=small) as bar:
+        for piece in map_chunks(measured, chunks, processes, "mixtoken and group_by_modality_length false"):
+            pieces.append(piece)
+            bar.update(len(piece))
     return np.concatenate(pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,10 +10,12 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Callable, Deque, Iterable, Iterator, Optional
+from typing import Any, Callable, Deque, Iterable, Iterator, List, Optional, Tuple
 
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.surroundings import check_shared_memory
+
+CHUNK_ITEMS, CHUNK_BYTES = 64, 4 << 20
 
 
 def _end_with_parent() -> None:
@@ -65,36 +68,92 @@ def _call(chunk: Any) -> Any:
     return _FUNCTION(chunk)
 
 
-def map_chunks(function: Callable[[Any], Any], chunks: Iterable[Any], workers: int) -> Iterator[Any]:
+def map_chunks(
+    function: Callable[[Any], Any],
+    chunks: Iterable[Any],
+    workers: int,
+    instead: str = "--workers 0",
+    lost: Any = None,
+    full: Callable[[], bool] = lambda: False,
+) -> Iterator[Any]:
     """function(chunk) for each chunk, in order.
 
     workers: processes, 0 for this one. They are forked, so not where Paddle runs. Few chunks per worker are taken from
-    `chunks` ahead of the results.
+    `chunks` ahead of the results, and none while `full()`. instead: the option that avoids processes, for errors. lost:
+    the result for an item that kills its worker, as an image may crash a decoder; then chunks and results are lists.
 
     Raises:
-        JobFailed: a worker was killed.
+        JobFailed: a worker was killed, and `lost` is None.
     """
     if workers == 0:
         yield from map(function, chunks)
         return
-    check_shared_memory(workers, "--workers 0")
     global _FUNCTION
-    _FUNCTION = function
-    waiting: Deque[Future] = deque()
-    # A Pool would wait for ever for a process that was killed.
-    with Pool(workers, multiprocessing.get_context("fork")) as pool:
+    check_shared_memory(workers, instead)
+    waiting: Deque[Tuple[Any, Future]] = deque()
+    opened = contextlib.ExitStack()
+
+    def start() -> Pool:
+        opened.close()
+        # A multiprocessing.Pool would wait for ever for a process that was killed.
+        pool = opened.enter_context(Pool(workers, multiprocessing.get_context("fork")))
+        # All processes are forked by the first call: before `chunks` starts a thread that reads ahead.
+        pool.submit(int)
+        return pool
+
+    def submit(chunk: Any) -> Future:
         try:
-            # All processes are forked by the first call: before `chunks` starts a thread that reads ahead.
-            pool.submit(int)
-            for chunk in chunks:
-                waiting.append(pool.submit(_call, chunk))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            return pool.submit(_call, chunk)
+        except BrokenProcessPool as error:
+            broken: Future = Future()
+            broken.set_exception(error)
+            return broken
+
+    def result() -> Any:
+        nonlocal pool
+        chunk, future = waiting.popleft()
+        try:
+            return future.result()
         except BrokenProcessPool:
-            why = "a worker process was killed, mostly for want of memory; fewer --workers need less"
-            raise JobFailed(why) from None
+            if lost is None:
+                why = "a worker process was killed, mostly for want of memory; fewer --workers need less"
+                raise JobFailed(why) from None
+        # One by one in a new pool, to find the item that is the cause.
+        pool, results = start(), []
+        for item in chunk:
+            try:
+                results += submit([item]).result()
+            except BrokenProcessPool:
+                pool = start()
+                results.append(lost)
+        for number, (other, _) in enumerate(waiting):
+            waiting[number] = other, submit(other)
+        return results
+
+    with opened:
+        _FUNCTION = function
+        try:
+            pool = start()
+            for chunk in chunks:
+                waiting.append((None if lost is None else chunk, submit(chunk)))
+                while waiting and (len(waiting) > 2 * workers or full()):
+                    yield result()
+            while waiting:
+                yield result()
         finally:
             # It may refer to much that only the workers needed.
             _FUNCTION = None
+
+
+def chunks_of(items: Iterable[Any], size: Callable[[Any], int]) -> Iterator[List[Any]]:
+    """Lists of at most CHUNK_ITEMS items and some CHUNK_BYTES. size: item → bytes."""
+    chunk: List[Any] = []
+    held = 0
+    for item in items:
+        chunk.append(item)
+        held += size(item)
+        if len(chunk) == CHUNK_ITEMS or held > CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk

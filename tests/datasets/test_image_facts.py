@@ -21,6 +21,7 @@ from paddlemix.datasets.image_facts import (
     usable,
 )
 from paddlemix.datasets.near_duplicates import bits_apart
+from paddlemix.utils import parallel
 from paddlemix.utils.errors import ImageError, JobFailed
 from tests.helpers import encoded, refused, scene
 
@@ -160,7 +161,7 @@ def test_the_file_is_made_once_and_again_when_the_data_change(table, monkeypatch
 def test_what_was_computed_is_kept_when_the_process_ends(table, monkeypatch):
     whole = all_image_facts(table, quiet=True)
     os.unlink(facts_path(table))
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(parallel, "CHUNK_ITEMS", 2)
     seen = []
 
     def fails(found):
@@ -217,7 +218,7 @@ def test_data_that_change_meanwhile_end_it(table, monkeypatch):
         return plain(found)
 
     monkeypatch.setattr(module, "facts_record", writes)
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(parallel, "CHUNK_ITEMS", 2)
     monkeypatch.setattr("paddlemix.datasets.blocks.BUFFER_BYTES", 1 << 12)
     with refused(JobFailed, "changed"):
         all_image_facts(table, quiet=True)

@@ -20,6 +20,7 @@ from paddlemix.datasets.chatml import ChatmlDataset
 from paddlemix.datasets.cleaning import mend_caption
 from paddlemix.datasets.labels import Options, convert
 from paddlemix.processors.images import MGenVLImageProcessor
+from paddlemix.utils import parallel
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes, refused
 
@@ -327,7 +328,7 @@ def _die_on_marked(places):
 def test_memory_held_for_decoding_is_bounded(monkeypatch):
     """Rows wait for their images' results, but no more of them than _HELD_BYTES allow."""
     monkeypatch.setattr(labels, "_HELD_BYTES", 1000)
-    monkeypatch.setattr(labels, "_Decoders", _NoDecoders)
+    monkeypatch.setattr(labels, "_decode_task", lambda places: [None] * len(places))
     drawn = []
 
     def stream():
@@ -338,25 +339,8 @@ def test_memory_held_for_decoding_is_bounded(monkeypatch):
 
     for done, item in enumerate(labels._decode_checked(stream(), "", 8)):
         assert item.row.line_no == done
-        assert len(drawn) - done <= 10 + labels._VERIFY_BATCH
+        assert len(drawn) - done <= 10 + parallel.CHUNK_ITEMS
     assert len(drawn) == 500
-
-
-class _NoDecoders:
-    def __init__(self, workers):
-        pass
-
-    def submit(self, places):
-        return None
-
-    def result(self, future, places):
-        return [None] * len(places)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
 
 def test_nothing_usable_leaves_the_earlier_result(run, tmp_path):
