@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         help="inline: copy images into the JSON; reference: store where each image is (in IN or in a file), which must "
         "not change afterwards",
     )  # fmt: skip
-    cli.add_work_options(parser, "processes for --verify decode (default: number of cores)", least=1)
+    cli.add_work_options(parser, "processes for --verify decode (default: number of cores)")
     return parser.parse_args()
 
 

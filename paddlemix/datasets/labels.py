@@ -221,7 +221,7 @@ def _decode_checked(stream: Iterable[Checked], path: str, workers: int) -> Itera
     def full() -> bool:
         return held > _HELD_BYTES
 
-    for found in map_chunks(_decode_task, images(), workers, "--verify header", DECODER_DIED, full):
+    for found in map_chunks(_decode_task, images(), workers, lost=DECODER_DIED, full=full):
         problems = iter(found)
         for item in waiting.popleft():
             held -= size(item)
@@ -294,14 +294,10 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
                 counts = None
     except OSError as error:
         raise JobFailed(f"cannot write to {out_dir}: {error.strerror}", "disk") from error
-    total = sum(rejected.values())
     if counts is None:
-        why = (
-            f"all {total} rows were rejected ({ranked(rejected)}; see {os.path.join(out_dir, 'rejected.tsv')})"
-            if total
-            else "it is empty"
-        )
-        if total and rejected[MISSING_COLUMN] == total:
+        total = sum(rejected.values())
+        why = f"all {total} rows were rejected ({ranked(rejected)}; see {os.path.join(out_dir, 'rejected.tsv')})"
+        if rejected[MISSING_COLUMN] == total:
             why += "; columns are separated by tabs, or by commas in a CSV whose header names image and caption"
         raise JobFailed(f"no usable row in {path}: {why}", "all-rejected")
     return Result(counts[0], counts[1], rejected, doubts.warnings(*counts, options.val_every))

@@ -124,10 +124,10 @@ def weights_options(args: argparse.Namespace) -> Dict[str, Any]:
 _WORKERS = "worker processes; 0: work in this process (default: number of cores)"
 
 
-def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS, least: int = 0) -> None:
-    """--workers (its help text and minimum) and --quiet."""
+def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS) -> None:
+    """--workers and --quiet. workers: the help text of the former."""
     # Locks for 100,000 take half a minute to make.
-    kind = number(int, least, 1024)
+    kind = number(int, 0, 1024)
     parser.add_argument("--workers", type=kind, default=physical_cores(), metavar="N", help=workers)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

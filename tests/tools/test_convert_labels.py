@@ -54,7 +54,7 @@ def test_all_flags(call, tmp_path):
     [
         (("missing.tsv", "OUT"), 2, "cannot read missing.tsv"),
         (("IN", "OUT", "--val_every", "-1"), 2, "--val_every: must be an integer of at least 0"),
-        (("IN", "OUT", "--workers", "0"), 2, "--workers: must be an integer of at least 1"),
+        (("IN", "OUT", "--workers", "-1"), 2, "--workers: must be an integer of at least 0"),
         (("IN", "OUT", "--min_chars", "5", "--max_chars", "4"), 2, "--max_chars is less"),
         (("IN", "OUT", "--verify", "all"), 2, "invalid choice"),
         (("IN",), 2, "OUT_DIR"),
