@@ -28,7 +28,7 @@ from paddlemix.datasets import labels  # noqa: E402
 from paddlemix.datasets.json_index import scan_records  # noqa: E402
 from paddlemix.datasets.records import MAX_STRUCTURE  # noqa: E402
 from paddlemix.datasets.rows import is_json, keep_images, read_rows  # noqa: E402
-from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, Source, TsvRow, check_input, row_id  # noqa: E402
+from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, Source, TsvRow, check_input, clean_id, row_id  # noqa: E402
 from paddlemix.datasets.writing import output_rows  # noqa: E402
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
@@ -77,7 +77,8 @@ def read_captions(path: str) -> Iterator[Tuple[str, List[str]]]:
                 record = json.loads(text)
                 name, captions = record["image_id"], record["text"] if "text" in record else record["caption"]
                 captions = [captions] if isinstance(captions, str) else captions
-                yield str(name), [" ".join(caption.split()) for caption in captions if caption.strip()]
+                texts = [clean_id(" ".join(caption.split())) for caption in captions if caption.strip()]
+                yield clean_id(str(name)), texts
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 form = '{"image_id": …, "text": ["…", …]} or {"image_id": …, "caption": ["…", …]}'
                 raise UserError(f"{path}: record {number} is not {form}") from None
@@ -88,7 +89,7 @@ def rows_of_folder(folder: str, captions: str) -> Iterator[Tuple[TsvRow, List[st
     for number, (name, texts) in enumerate(read_captions(captions), 1):
         path = os.path.normpath(os.path.join(folder, name))
         inside = os.path.relpath(path, folder)
-        outside = "\0" in name or inside == os.pardir or inside.startswith(os.pardir + os.sep)
+        outside = inside == os.pardir or inside.startswith(os.pardir + os.sep)
         error, place = (PATH_LEADS_OUT, None) if outside else (None, ImagePlace(path))
         yield TsvRow(number, name, b"", -1, 0, None, error, number, place), texts
 

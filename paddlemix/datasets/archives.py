@@ -49,7 +49,8 @@ class _Stream:
         self._head = b""
         self._head = self.take(512)
         self._position = 0
-        self.is_tar = is_tar(self._head)
+        # An empty tar archive is zeros.
+        self.is_tar = is_tar(self._head) or bool(self._head) and not any(self._head)
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes, fewer at the end."""

@@ -17,6 +17,8 @@ from paddlemix.datasets.tsv import (
     NO_IMAGE,
     PATH_LEADS_OUT,
     check_input,
+    clean_id,
+    find_image,
     is_image,
 )
 from paddlemix.utils.errors import UserError
@@ -45,6 +47,12 @@ def _is_number(field: str) -> bool:
         return not field
 
 
+def _names_image(text: str, folder: str) -> bool:
+    """Whether a column is the path of an image file that exists."""
+    place = find_image(text.encode("utf-8", "replace"), folder, False)[0] if "." in text[-5:] else None
+    return place is not None and os.path.isfile(place.file)
+
+
 def check_captions(path: str, fields: Sequence[str], references: bool = False) -> None:
     """Check that the columns of a line may be an id and a caption.
 
@@ -56,7 +64,10 @@ def check_captions(path: str, fields: Sequence[str], references: bool = False) -
     found = None
     starts = [field[:256] for field in fields[:2]]
     # A caption that repeats a character is also long and without spaces.
-    if not references and any(len(set(text)) > 12 and is_image(text.encode("utf-8", "replace")) for text in starts):
+    if not references and (
+        any(len(set(text)) > 12 and is_image(text.encode("utf-8", "replace")) for text in starts)
+        or any(_names_image(text, os.path.dirname(path)) for text in fields[1:2])
+    ):
         found = "images"
     elif len(fields) == 1 + len(COLUMNS) and all(map(_is_number, fields[1:4])):
         found = "scores"
@@ -170,14 +181,14 @@ def new_captions(path: str) -> Iterator[Tuple[str, str]]:
     with open(path, "rb") as file:
         for number, line, fields in caption_lines(path, file):
             try:
-                if line.startswith(b'{"id"'):
+                if "".join(fields[:1]).startswith('{"id"'):
                     row = json.loads(line)
                     chosen = row["chosen"]
-                    yield row["id"], "" if chosen is None else row["candidates"][chosen]["text"]
-                else:
-                    name, caption = fields[:2]
-                    yield name, caption
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                    caption = "" if chosen is None else dict(enumerate(row["candidates"]))[chosen]["text"]
+                    fields = [clean_id(row["id"]), clean_id(caption)]
+                name, caption = fields
+                yield name, caption
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best"
                 raise UserError(text, "lines") from None
 

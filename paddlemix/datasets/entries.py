@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from paddlemix.utils.errors import ConfigError, Problem
@@ -11,6 +12,8 @@ from paddlemix.utils.texts import nearest, shown
 
 PARTS = ("train", "eval")
 NAMES = ("chatml_dataset",)
+# Beyond these an epoch would not fit into memory, or shares could not be computed.
+MAX_REPEAT, MAX_WEIGHT = 1000, 1_000_000
 
 
 class Entry(NamedTuple):
@@ -56,11 +59,12 @@ def read_entry(raw: Dict[str, Any]) -> Entry:
     if template is not None and not isinstance(template, str):
         raise ConfigError(f'"chat_template" must be a path, not {shown(template)}', "chat_template")
     weight, prompt = raw.get("weight"), raw.get("prompt", [])
-    if weight is not None and (type(weight) not in (int, float) or not 0 < weight < float("inf")):
-        raise ConfigError(f'"weight" must be a number above 0, not {shown(weight)}', "weight")
-    for key in ("repeat", "limit"):
-        if key in raw and (type(raw[key]) is not int or raw[key] < 1):
-            raise ConfigError(f'"{key}" must be an integer of at least 1, not {shown(raw[key])}', key)
+    if weight is not None and (type(weight) not in (int, float) or not 0 < weight <= MAX_WEIGHT):
+        raise ConfigError(f'"weight" must be a number above 0, up to {MAX_WEIGHT:,}, not {shown(weight)}', "weight")
+    for key, most, wanted in (("repeat", MAX_REPEAT, f"from 1 to {MAX_REPEAT:,}"), ("limit", sys.maxsize, "above 0")):
+        value = raw.get(key, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f'"{key}" must be an integer {wanted}, not {shown(value)}', key)
     prompt = [prompt] if isinstance(prompt, str) else prompt
     empty = "prompt" in raw and not prompt
     if empty or not isinstance(prompt, list) or not all(isinstance(text, str) and text.strip() for text in prompt):

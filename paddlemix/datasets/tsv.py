@@ -40,6 +40,16 @@ PATH_LEADS_OUT = "image path leads out of the folder"
 TRUNCATED = "truncated image"
 
 _BOM = b"\xef\xbb\xbf"
+# Beginnings of files that must be unpacked, and by what.
+_PACKED = {
+    GZIP: "compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`",
+    b"BZh": "compressed (bzip2); unpack it first, with `tar -xjf` or `bunzip2`",
+    b"\xfd7zXZ\0": "compressed (xz); unpack it first, with `tar -xJf` or `unxz`",
+    b"(\xb5/\xfd": "compressed (zstd); unpack it first, with `tar --zstd -xf` or `unzstd`",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it first",
+}
 # The start of JPEG, PNG, GIF, WebP and TIFF in base64, or of a data URI.
 _IMAGE_START = re.compile(rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|data:image/")
 _PATH = re.compile(rb"[^\t\r\n]+\.(?:jpe?g|jfif|png|webp|gif|bmp)", re.IGNORECASE)
@@ -139,10 +149,9 @@ class Source(NamedTuple):
         Raises:
             UserError: it is an archive, UTF-16 or GBK text; the message has the command to convert it.
         """
-        if head.startswith(GZIP):
-            raise UserError(f"{self.name} is compressed (gzip); unpack it first, with `tar -xzf` or `gunzip`")
-        if head.startswith(b"PK\x03\x04"):
-            raise UserError(f"{self.name} is a zip archive; unpack it first")
+        for magic, kind in _PACKED.items():
+            if head.startswith(magic):
+                raise UserError(f"{self.name} is {kind}")
         if is_tar(head):
             raise UserError(f"{self.name} is a tar archive; unpack it first, with `tar -xf`")
         start = head[:16]

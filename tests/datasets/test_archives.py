@@ -3,9 +3,11 @@
 python -m pytest tests/datasets/test_archives.py
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import tarfile
@@ -85,6 +87,7 @@ def test_what_is_refused(tmp_path):
         (whole[:-100], "damaged"), (whole[:20], "damaged"),
         (gzip.compress(TABLE)[:-4], "damaged"), (whole[:200] + b"x" + whole[201:], "damaged"),
         (gzip.compress(gzip.decompress(whole)[:1000]), "damaged"), (tar_of({"a.jpg": b"x"}), "holds no table"),
+        (tar_of({}), "holds no table"), (bz2.compress(TABLE), "bzip2"), (lzma.compress(TABLE), "xz"),
         (gzip.compress(whole), "is a tar archive|compressed"), (gzip.compress(b'[{"id": 1}]'), "JSON"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=says):

@@ -54,6 +54,36 @@ def test_a_caption_that_repeats_a_character_is_not_an_image(tmp_path):
     assert read_captions(write(tmp_path, "a\t" + "1-" * 500)) == {"a": "1-" * 500}
 
 
+def test_paths_of_images_are_not_captions_but_words_like_them_are(tmp_path):
+    (tmp_path / "杯.jpg").write_bytes(image_bytes())
+    for text in ("a\t杯.jpg\n", "a\t./杯.jpg\n"):
+        for read in (read_captions, lambda path: list(new_captions(path))):
+            with refused(UserError, "images"):
+                read(write(tmp_path, text))
+    captions = {"杯.jpg": "红杯", "b": "文件名是伞.jpg"}
+    assert read_captions(write(tmp_path, "".join(f"{name}\t{text}\n" for name, text in captions.items()))) == captions
+
+
+def test_new_captions_are_results_or_candidates(tmp_path):
+    first = {"id": "a", "chosen": 1, "candidates": [{"text": "红"}, {"text": "蓝\t\ud800"}]}
+    text = "".join(json.dumps(line) + "\n\n" for line in (first, {"id": "b", "chosen": None}))
+    assert list(new_captions(write(tmp_path, "\ufeff" + text))) == [("a", "蓝 ?"), ("b", "")]
+    assert list(new_captions(write(tmp_path, "\ufeffa\t红杯\r\n\r\nb\t\r\n"))) == [("a", "红杯"), ("b", "")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a", "a\tb\tc", '{"id": "a"}', '{"id": 1, "chosen": null}',
+        '{"id": "a", "chosen": 0, "candidates": [{"text": 5}]}',
+        *(f'{{"id": "a", "chosen": {chosen}, "candidates": [{{"text": "x"}}]}}' for chosen in ("1", "-1", "[]", "{}")),
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_new_captions(tmp_path, line):
+    with refused(UserError, "lines"):
+        list(new_captions(write(tmp_path, line + "\n")))
+
+
 def test_scores_are_not_references(tmp_path):
     with refused(UserError, "scores"):
         read_references(write(tmp_path, SCORES))

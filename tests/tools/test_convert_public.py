@@ -129,6 +129,16 @@ def test_what_is_refused_leaves_nothing(call, muge, tmp_path, captions, says):
     assert not os.path.exists(tmp_path / "out") or os.listdir(tmp_path / "out") == []
 
 
+def test_captions_hold_no_tabs_and_no_halves_of_characters(call, muge, challenger, tmp_path):
+    muge[1].write_text(json.dumps({"image_id": "100", "text": ["a\tb\n c", "\ud800杯"]}))
+    status, _, errors = call(*muge, tmp_path / "out.tsv")
+    assert status == 0, errors
+    assert [row.caption for row in read_rows(str(tmp_path / "out.tsv"), True)] == ["a b c", "?杯"]
+    challenger[1].write_text(json.dumps([{"image_id": "\ud800\0.jpg", "caption": ["杯"]}]))
+    status, _, errors = call(*challenger, tmp_path / "other.tsv")
+    assert status == 1 and "no such file" in errors
+
+
 def test_several_references_reach_the_scores(call, muge, tmp_path, root):
     """The table of evaluate_captions.py against pycocoevalcap's own multi-reference scores."""
     from pycocoevalcap.bleu.bleu import Bleu

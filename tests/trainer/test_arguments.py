@@ -272,6 +272,8 @@ WRONG = [
         "group_by_modality_length dataset",
     ),
     ({"dataset": {"train": [dict(ENTRY, weight=0)]}}, "weight"),
+    ({"dataset": {"train": [dict(ENTRY, weight=1e308), dict(ENTRY, weight=1)]}}, "weight"),
+    ({"dataset": {"train": [dict(ENTRY, repeat=10**9)]}}, "repeat"),
     ({"dataset": {"train": [dict(ENTRY, weight="2")]}}, "weight"),
     ({"dataset": {"train": [dict(ENTRY, repeat=0)]}}, "repeat"),
     ({"dataset": {"train": [dict(ENTRY, repeat=1.5)]}}, "repeat"),
