@@ -47,7 +47,7 @@ CAPTION_SCORES = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L")
 COLUMNS = {"base": "pretrained", "tuned": "tuned", "blank": "tuned, blank images"}
 # Folders that the READMEs' other commands and benchmarks/demo_seeds.py make in the demo's folder.
 BESIDE = {"curation", "real_samples", "seeds"}
-# By so much an attribute, and all of them at once, may be below the pretrained model's: two of 200 ads.
+# Accuracy that the tuned model may lose per attribute, and for all at once: two of 200 ads.
 TOLERANCE = 0.01
 
 
@@ -292,7 +292,7 @@ def run_all(args: argparse.Namespace) -> Dict[str, float]:
         done = finished(args.out, stage) if earlier_holds else None
         if done is None:
             earlier_holds = False
-            # Whatever stands behind this stage was made from an older one. (Also if this run is killed now.)
+            # What later stages have made is out of date now, even if this run is killed.
             for stale in stages[number - 1 :]:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(_record_path(args.out, stale))

@@ -64,7 +64,7 @@ PRICES = ("9", "15", "27", "38", "46", "50", "64", "72")
 SLOGANS = ("限时特价", "新品上市", "买一送一", "全场包邮", "清仓甩卖", "会员专享")
 SLOGAN_PLACES = ("上方", "下方")
 
-# So many of the held-out ads are also written as picture files.
+# Held-out ads that are also written as picture files.
 PICTURE_FILES = 8
 
 

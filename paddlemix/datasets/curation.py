@@ -257,7 +257,7 @@ def _groups(facts: Optional[np.ndarray], settings: Settings) -> Optional[np.ndar
 
 class Decision(NamedTuple):
     """reason: int [n], 0 for rows that stay, else an index in reasons. alone, together: rows that each rule in use
-    drops, by itself of all usable rows, and after those before it."""
+    drops of all usable rows, and of those that the rules before it leave."""
 
     reason: np.ndarray
     reasons: List[str]

@@ -1,8 +1,8 @@
 """Facts of one image (format, size, sharpness, hashes), and the facts of all images of a file, computed once.
 
-`.train.tsv.facts` is kept beside `train.tsv`: a header, then a record (FACTS) for each row. It is believed as long as
-the file keeps its size and modification time; that image files named by it may have changed is not noticed. What has
-been computed when a process ends stays in `.train.tsv.facts.partial`, and the next one goes on from there.
+`.train.tsv.facts` next to `train.tsv` has a header and a record (FACTS) per row. It is valid while the table's size and
+modification time are unchanged; changes of image files that the table names are not detected. An interrupted process
+leaves `.train.tsv.facts.partial`, with which the next one continues.
 """
 
 from __future__ import annotations
@@ -243,8 +243,7 @@ def _header(path: str) -> bytes:
 
 
 def _open_partial(path: str) -> IO[bytes]:
-    """Open to read and append, unbuffered; nothing but a plain file that is no link, as it may be in a stranger's
-    folder."""
+    """Open to read and append, unbuffered; only a plain file, no link: the folder may be a stranger's."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = open(os.open(path, flags, 0o666), "a+b", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -262,7 +261,7 @@ def _load(final: str, header: bytes) -> Optional[np.ndarray]:
 
 
 def _records(file: IO[bytes], header: bytes) -> Optional[np.ndarray]:
-    """The whole records of an open file; None if they are not those of `header`, or no such records."""
+    """The complete records of an open file; None if its header is another, or a record is invalid."""
     file.seek(0)
     if file.read(_HEADER.size) != header:
         return None
@@ -273,7 +272,7 @@ def _records(file: IO[bytes], header: bytes) -> Optional[np.ndarray]:
 
 
 def _resume(file: IO[bytes], header: bytes) -> Tuple[int, int]:
-    """Where to go on, (offset, number of that line), with an open partial file, of which whole records are kept."""
+    """Where to continue (offset, line number) after an open partial file, whose complete records are kept."""
     records = _records(file, header)
     if records is None:
         file.truncate(0)

@@ -3,8 +3,8 @@
     rows of the files → facts of each caption (caption_facts.py) and image (image_facts.py) → arrays, 100 bytes a row
                       → numbers and groups of duplicates: a summary, which report.json holds and advice reads
 
-Every row's caption is looked at, and the header and bytes of its image; pixels are decoded of a sample, or of all rows
-whose facts lie beside their file.
+Every caption is read, and every image's header and bytes; only a sample of the images is decoded, unless the facts of
+all are in the file beside the data.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Options(NamedTuple):
 
 
 class Inspection:
-    """A set that has been looked at. rows: ROWS [n]. facts: FACTS [n]. texts: kind → Frequent. rejected: reason →
+    """An inspected set. rows: ROWS [n]. facts: FACTS [n]. texts: kind → Frequent. rejected: reason →
     rows. marks: kind → captions with it. captions: whether the set has any. group: int64 [n], the first row of
     each row's near duplicates; exact: the same of copies."""
 
