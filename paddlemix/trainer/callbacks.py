@@ -245,8 +245,6 @@ class Bookkeeping(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Loading time is not part of the first interval.
-        self.trainer._counted_since = self.trainer._trained_since = time.time()
         # PaddleNLP logs it only at debug level.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
@@ -263,6 +261,3 @@ class Bookkeeping(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / self.trainer.order.steps_per_epoch
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._trained_since = None

@@ -151,7 +151,7 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
                 f"an evaluation takes as long as {planned.steps:,.0f} training steps, but there are only "
                 f"{planned.every:,} between two: raise eval_steps, or limit its batches with max_evaluate_steps"
             )
-        if arguments.training.output_dir is not None:
+        if run.order is not None and arguments.training.output_dir is not None:
             _foresee_disk(found)
     return found
 
@@ -229,16 +229,10 @@ def _foresee_disk(found: Forecast) -> None:
     run, training, order = found.run, found.run.arguments.training, found.run.order
     weights, states = memory.checkpoint_bytes(found.trained, found.setting, run.saved)
     found.checkpoint = weights + states + _SIDE_FILES
-    steps = order.steps if order is not None else max(training.max_steps, 0)
-    if order is None:
-        found.saves = steps // training.save_steps if training.save_strategy == "steps" else 0
-    elif training.save_strategy != "no":
+    if training.save_strategy != "no" and not training.benchmark:
         epochs = training.save_strategy == "epoch"
         found.saves = _times(run, order.steps_per_epoch if epochs else training.save_steps, epochs)
-    final = weights + _SIDE_FILES
-    if training.benchmark:
-        found.saves, final = 0, 0
-    kept = found.saves
+    kept, final = found.saves, 0 if training.benchmark else weights + _SIDE_FILES
     if training.save_total_limit:
         # Old ones are deleted once the new one is complete; the best one is kept as well.
         kept = min(kept, training.save_total_limit + 1 + training.load_best_model_at_end)
@@ -269,24 +263,11 @@ def _percentiles(values: np.ndarray) -> str:
 def memory_lines(found: Forecast) -> List[str]:
     """The memory table: a column without recompute and one with it; the run's own is marked."""
     columns = [found.estimate(recompute=recompute) for recompute in (False, True)]
-    mark = ["", ""]
-    mark[found.setting.recompute] = " *"
-    heads = [f"recompute {'on' if i else 'off'}{mark[i]}" for i in (0, 1)]
+    heads = [f"recompute {name}" + " *" * (found.setting.recompute == on) for on, name in enumerate(("off", "on"))]
     lines = [f"{'':<34}{heads[0]:>18}{heads[1]:>18}"]
-
-    def row(name: str, values: Sequence[int]) -> None:
-        lines.append(f"{name:<34}" + "".join(f"{_size(value):>18}" for value in values))
-
-    for part in columns[0].held:
-        row(part, [column.held[part] for column in columns])
-    for part in columns[0].stored:
-        row(part, [column.stored[part] for column in columns])
-    row("working memory (backward pass)", [column.working for column in columns])
-    if any(column.clipped for column in columns):
-        row("(then: clipping of the gradients)", [column.clipped for column in columns])
-    if columns[0].allowance:
-        row("driver and libraries (allowance)", [column.allowance for column in columns])
-    row("peak", [column.peak for column in columns])
+    for (name, off), on in zip(columns[0].rows().items(), columns[1].rows().values()):
+        if off or on:
+            lines.append(f"{name:<34}{_size(off):>18}{_size(on):>18}")
     lines.append(f"{'memory of the device':<34}{_size(found.run.machine.memory):>18}")
     return lines
 
@@ -371,10 +352,9 @@ def _data_lines(data: DataStatistics) -> List[str]:
 
 
 def _step_lines(run: Run) -> List[str]:
-    order, training = run.order, run.arguments.training
+    order = run.order
     if order is None:
-        steps = training.max_steps if training.do_train else 0
-        return ["", "==== steps", f"{steps:,} steps"] if steps > 0 else []
+        return []
     epochs = order.steps / order.steps_per_epoch
     lines = [
         "",

@@ -13,7 +13,7 @@ from paddlemix.metrics.captions import score_captions
 from paddlemix.models.mgen_vl.captioning import generate_captions
 from paddlemix.models.mgen_vl.engine import STOP_REPEATING, Decoding, Prompt
 from paddlemix.processors.postprocess import single_line, without_grounding
-from paddlemix.trainer.keys import GenerationArguments
+from paddlemix.trainer.keys import Arguments
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
 
@@ -37,12 +37,13 @@ def _prompts(group: Iterable[Tuple[int, Question]], asked: List[Caption]) -> Ite
 class CaptionEvaluator:
     """Generates the first caption of each validation sample.
 
-    dataset: a ChatmlDataset. limit: maximum samples, None for all. Unreadable samples are left out.
+    dataset: a ChatmlDataset, whose unreadable samples are left out. limit: samples at most. scored, saved: whether
+    the captions are scored, and written. shown: how many are shown.
     """
 
-    def __init__(self, dataset, tokenizer, generation: GenerationArguments, batch_size: int, limit: Optional[int]):
-        self.dataset = dataset
-        self.tokenizer = tokenizer
+    def __init__(self, dataset, tokenizer, arguments: Arguments):
+        _, data, generation, training = arguments[:4]
+        self.dataset, self.tokenizer = dataset, tokenizer
         self.decoding = Decoding(
             generation.max_new_tokens,
             sample=generation.top_k != 1,
@@ -50,8 +51,11 @@ class CaptionEvaluator:
             top_p=generation.top_p,
             stop_repeating=STOP_REPEATING,
         )
-        self.batch_size = batch_size
-        self.limit = len(dataset) if limit is None else min(limit, len(dataset))
+        self.batch_size, batches = training.per_device_eval_batch_size, training.max_evaluate_steps
+        self.scored, self.saved = data.eval_with_do_generation, data.save_generation_output
+        self.shown = 0 if training.benchmark else data.shown_captions
+        most = self.batch_size * batches if batches > 0 else len(dataset)
+        self.limit = min(most if self.scored else self.shown, len(dataset))
 
     def captions(
         self, model, between: Callable[[], None] = lambda: None, done: Callable[[], None] = lambda: None

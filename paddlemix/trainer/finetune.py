@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
-from typing import Any, Dict, List
+from typing import Dict, List
 
 import paddle
 from paddlenlp.utils.log import logger as paddlenlp_logger
@@ -123,7 +123,7 @@ def build(run: Run) -> FinetuneTrainer:
         guard=run.guard,
         parameters=_parameters(run),
         image_gain=run.arguments.data.eval_image_gain,
-        **_captions(run),
+        captions=CaptionEvaluator(run.datasets["eval"], run.tokenizer, run.arguments) if training.evaluates else None,
     )
 
 
@@ -160,22 +160,6 @@ def _announce(run: Run) -> None:
             f"packed {run.order.samples} samples into {packs.count} sequences of at most {packs.max_length} tokens, "
             f"{filled:.1%} filled"
         )
-
-
-def _captions(run: Run) -> Dict[str, Any]:
-    """The trainer's options for captions at evaluation."""
-    _, data_args, generate_args, training = run.arguments[:4]
-    scored, shown = data_args.eval_with_do_generation, 0 if training.benchmark else data_args.shown_captions
-    if not training.evaluates or not (scored or shown):
-        return {}
-    size, most = training.per_device_eval_batch_size, training.max_evaluate_steps
-    limit = shown if not scored else size * most if most > 0 else None
-    return {
-        "captions": CaptionEvaluator(run.datasets["eval"], run.tokenizer, generate_args, size, limit),
-        "score_captions": scored,
-        "save_captions": data_args.save_generation_output,
-        "shown_captions": data_args.shown_captions,
-    }
 
 
 def _save_result(trainer: FinetuneTrainer, metrics: Dict[str, float]) -> None:

@@ -102,6 +102,17 @@ class Estimate(NamedTuple):
         step = sum(self.stored.values()) + self.working
         return sum(self.held.values()) + max(step, self.vision, self.clipped) + self.allowance
 
+    def rows(self) -> Dict[str, int]:
+        """Bytes by the name under which the dry run shows them."""
+        return {
+            **self.held,
+            **self.stored,
+            "working memory (backward pass)": self.working,
+            "(then: clipping of the gradients)": self.clipped,
+            "driver and libraries (allowance)": self.allowance,
+            "peak": self.peak,
+        }
+
 
 # ---- parameters and optimizer states
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, List
+
+import paddle
+
 from paddlemix.trainer.keys import TrainingKeys
 from paddlemix.utils.errors import ConfigError
 
@@ -20,6 +24,15 @@ def check_device(training: TrainingKeys, device: str) -> None:
         raise ConfigError(
             "sharding=stage2 needs GPUs (Paddle's group_sharded_parallel has no CPU form); use stage1", "sharding"
         )
+
+
+def sum_over_processes(args, *counts: Any) -> List[int]:
+    """Counts (integers or scalar tensors) summed over the processes with different samples. A collective call."""
+    summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
+    if args.world_size > 1:
+        paddle.distributed.all_reduce(summed)
+    # Tensor-parallel processes work on the same samples.
+    return [count // (args.world_size // args.dataset_world_size) for count in summed.tolist()]
 
 
 def keep_cards_alike(wrapped) -> None:

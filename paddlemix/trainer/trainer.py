@@ -36,10 +36,8 @@ import math
 import os
 import re
 import shutil
-import time
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
-import numpy as np
 import paddle
 from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer
 from paddlenlp.trainer.integrations import TensorBoardCallback, VisualDLCallback
@@ -49,13 +47,14 @@ from paddlemix.datasets.collator import raise_failure
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import parallel, resume, run_checkpoints
 from paddlemix.trainer.callbacks import Bookkeeping, EvaluationLeftOut, LogLines, StopOnSignal, safe_workers
-from paddlemix.trainer.eval_captions import Caption, CaptionEvaluator
+from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.guard import LanguageGuard
 from paddlemix.trainer.image_gain import ImageGain
 from paddlemix.trainer.numerics import Numerics, unscale_main_gradients
 from paddlemix.trainer.optimizer import build_optimizer
 from paddlemix.trainer.order import EpochSampler, Order
 from paddlemix.trainer.reports import CaptionReport, EventFiles, Parameter
+from paddlemix.trainer.throughput import Throughput
 from paddlemix.trainer.training_args import print_block
 from paddlemix.trainer.tuned_model import Origin, base_of, load_tuned, save_tuned
 from paddlemix.utils.compat import handed_over
@@ -63,17 +62,14 @@ from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import peak_memory
 
-# Shorter evaluations are never reported as too long.
-_LONG_SECONDS = 10.0
-
 
 class FinetuneTrainer(Trainer):
     """PaddleNLP's Trainer with the overrides listed at the top of this module.
 
     chat_template: saved with the result. origin: the models that the run started from. guard: checks that the LLM's
     structure is unchanged. order: of the training samples; None for evaluation only. captions: generated at
-    evaluations; scored with score_captions, written with save_captions, the first shown_captions shown. image_gain:
-    measured at evaluations (eval_image_gain). parameters: the run's settings, for the event files.
+    evaluations. image_gain: measured at evaluations (eval_image_gain). parameters: the run's settings, for the event
+    files.
     """
 
     def __init__(
@@ -84,27 +80,18 @@ class FinetuneTrainer(Trainer):
         guard: LanguageGuard,
         order: Optional[Order] = None,
         captions: Optional[CaptionEvaluator] = None,
-        score_captions: bool = False,
-        save_captions: bool = False,
-        shown_captions: int = 0,
         image_gain: bool = False,
         parameters: Optional[Dict[str, Parameter]] = None,
         **kwargs,
     ):
         self.chat_template = chat_template
-        self.origin, self.guard = origin, guard
-        self.order = order
-        self.captions, self.score_captions, self.save_captions = captions, score_captions, save_captions
-        self.shown_captions, self.image_gain = shown_captions, image_gain
+        self.origin, self.guard, self.order = origin, guard, order
+        self.captions, self.image_gain = captions, image_gain
         self.sampler: Optional[EpochSampler] = None
         self.stop = StopOnSignal()
         self.numerics = Numerics()
         self._first_step, self._resumed_loss, self._pending_loss = 0, 0.0, 0.0
-        self._tokens, self._samples, self._counted_since = 0, 0, time.time()
-        self._tokens_seen, self._samples_seen = 0, 0
         self._history: List[dict] = []
-        # Seconds spent in evaluations; start of the training since the last one; whether a long one was reported.
-        self._evaluated, self._trained_since, self._warned = 0.0, None, False
         super().__init__(*args, **kwargs)
         if self.do_grad_scaling and self.args.amp_master_grad and not self.args.use_hybrid_parallel:
             unscale_main_gradients(self.scaler)
@@ -114,9 +101,9 @@ class FinetuneTrainer(Trainer):
         self.args.load_best_model_at_end = False
         for stock in (PrinterCallback, ProgressCallback, VisualDLCallback, TensorBoardCallback):
             self.remove_callback(stock)
-        self.add_callback(self.stop)
-        self.add_callback(self.numerics)
-        self.add_callback(Bookkeeping(self))
+        self.throughput = Throughput(self.args)
+        for callback in (self.stop, self.numerics, self.throughput, Bookkeeping(self)):
+            self.add_callback(callback)
         self.lines = LogLines()
         self.callback_handler.callbacks.insert(0, self.lines)
         reports = self.args.report_to if self.is_world_process_zero() else []
@@ -132,26 +119,14 @@ class FinetuneTrainer(Trainer):
 
     def log(self, logs: Dict[str, float], **kwargs) -> None:
         if "loss" in logs:
-            tokens, samples = self._take_counts()
-            seconds = max(time.time() - self._counted_since, 1e-6)
-            if "interval_steps_per_second" in logs:
-                steps = round(logs["interval_steps_per_second"] * logs["interval_runtime"])
-                logs["interval_steps_per_second"] = round(steps / seconds, 4)
-            logs["interval_runtime"] = round(seconds, 4)
-            logs["interval_samples_per_second"] = round(samples / seconds, 4)
-            logs["interval_tokens_per_second"] = round(tokens / seconds, 1)
-            self._counted_since = time.time()
+            self.throughput.since_last_line(logs)
             logs.update(self.numerics.scalars())
         if "train_runtime" in logs:
-            # The stock rates count all planned steps, which is wrong after a resume or a signal.
-            self._take_counts()
-            seconds = max(logs["train_runtime"] - self._evaluated, 1e-6)
-            logs["train_samples_per_second"] = round(self._samples_seen / seconds, 4)
-            logs["train_tokens_per_second"] = round(self._tokens_seen / seconds, 1)
-            logs["train_steps_per_second"] = round((self.state.global_step - self._first_step) / seconds, 4)
+            self.throughput.since_start(logs, self.state.global_step)
         datasets = [data for data in (self.train_dataset, self.eval_dataset) if data is not None]
         counts = sum(data.n_skipped for data in datasets), sum(data.n_shortened for data in datasets)
-        for name, count in zip(("skipped_samples", "shortened_samples"), self._of_all_processes(*counts)):
+        counts = parallel.sum_over_processes(self.args, *counts)
+        for name, count in zip(("skipped_samples", "shortened_samples"), counts):
             if count or (name == "skipped_samples" and "loss" in logs):
                 logs[name] = count
         super().log(logs, **kwargs)
@@ -160,22 +135,6 @@ class FinetuneTrainer(Trainer):
             self._history = resume.thinned(self._history)
         # A copy, since PaddleNLP 2.8 appends to it too.
         self.state.log_history = list(self._history)
-
-    def _take_counts(self) -> Tuple[int, int]:
-        """Tokens and samples that all processes trained on since the last call."""
-        tokens, samples = self._of_all_processes(self._tokens, self._samples)
-        self._tokens, self._tokens_seen = 0, self._tokens_seen + tokens
-        self._samples, self._samples_seen = 0, self._samples_seen + samples
-        return tokens, samples
-
-    def _of_all_processes(self, *counts) -> List[int]:
-        """Counts summed over processes with different samples. A collective call."""
-        summed = paddle.to_tensor(list(map(int, counts)), dtype="int64")
-        if self.args.world_size > 1:
-            paddle.distributed.all_reduce(summed)
-        # Tensor-parallel processes work on the same samples.
-        copies = self.args.world_size // self.args.dataset_world_size
-        return [count // copies for count in summed.tolist()]
 
     # ---- data
 
@@ -193,32 +152,14 @@ class FinetuneTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate the loss and, with `captions`, generate captions. None if SIGTERM interrupted it."""
-        began = time.time()
-        try:
-            return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        except EvaluationLeftOut:
-            self.stop.stop(self.args, self.state, self.control)
-            return None
-        finally:
-            self.lines.end_evaluation()
-            self._leave_out(began)
-
-    def _leave_out(self, began: float) -> None:
-        """Exclude an evaluation since `began` from the training rates; warn once if it took longer than the training
-        before it."""
-        seconds = time.time() - began
-        self._counted_since += seconds
-        if self._trained_since is None:
-            return
-        self._evaluated += seconds
-        trained = began - self._trained_since
-        if seconds > max(trained, _LONG_SECONDS) and not self._warned:
-            self._warned = True
-            logger.warning(
-                f"this evaluation took {seconds:,.0f} s, the training before it {trained:,.0f} s: raise eval_steps, "
-                "or limit its batches with max_evaluate_steps"
-            )
-        self._trained_since = time.time()
+        with self.throughput.evaluation():
+            try:
+                return self._evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            except EvaluationLeftOut:
+                self.stop.stop(self.args, self.state, self.control)
+                return None
+            finally:
+                self.lines.end_evaluation()
 
     def _evaluate(self, eval_dataset, *args):
         batches = math.ceil(
@@ -228,18 +169,17 @@ class FinetuneTrainer(Trainer):
         limit = self.args.max_evaluate_steps
         self.lines.begin_evaluation(self.args, self.state, min(batches, limit) if limit > 0 else batches)
         metrics = super().evaluate(eval_dataset, *args)
-        if self.captions is None:
+        if self.captions is None or not self.captions.limit:
             return metrics
         model, between = base_of(self.model), self.stop.leave_evaluation
         with self.lines.counting(self.args, self.state, self.captions.limit, "captions", "row") as bar:
             found = self.captions.captions(model, between, bar.update)
-        if not self.score_captions:
-            self._show_captions(found)
-        else:
+        if self.is_world_process_zero():
+            self.caption_report.show(found[: self.captions.shown], self.state.global_step)
+        if self.captions.scored:
             path = os.path.join(self.output_dir, f"generation-{self.state.global_step}.tsv")
-            write = self.save_captions and self.args.should_save
+            write = self.captions.saved and self.args.should_save
             scores = self.captions.score(found, path if write else None)
-            self._show_captions(found[: self.shown_captions])
             self.log(dict(scores, global_step=self.state.global_step))
             metrics.update(scores)
         return metrics
@@ -256,10 +196,6 @@ class FinetuneTrainer(Trainer):
         if self.image_gain:
             self._gain.add(model, inputs, step[0])
         return step
-
-    def _show_captions(self, found: List[Caption]) -> None:
-        if found and self.is_world_process_zero():
-            self.caption_report.show(found, self.state.global_step)
 
     # ---- a step
 
@@ -280,9 +216,7 @@ class FinetuneTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def training_step(self, model, inputs, **kwargs):
-        self._tokens = self._tokens + inputs["attention_mask"].sum()
-        packed = inputs.get("sample_lengths")
-        self._samples = self._samples + (len(inputs["input_ids"]) if packed is None else np.count_nonzero(packed))
+        self.throughput.count(inputs)
         loss = super().training_step(model, inputs, **kwargs)
         return self.numerics.watch(loss, self.do_grad_scaling)
 

@@ -11,7 +11,7 @@ import shlex
 import pytest
 from paddlenlp.trainer import TrainerState
 
-from paddlemix.trainer import callbacks, reports, resume, trainer
+from paddlemix.trainer import callbacks, reports, resume, throughput
 from paddlemix.trainer.resume import thinned
 from paddlemix.trainer.trainer import FinetuneTrainer
 from tests.trainer.runs import LORA, run
@@ -86,7 +86,7 @@ class Clock:
 @pytest.mark.parametrize("seconds", [500, 5])
 def test_rates_leave_evaluations_out_and_long_ones_are_said_once(run_keys, monkeypatch, log, seconds):
     clock = Clock()
-    monkeypatch.setattr(trainer.time, "time", clock)
+    monkeypatch.setattr(throughput.time, "time", clock)
     evaluate = FinetuneTrainer._evaluate
 
     def slow(self, *words):
