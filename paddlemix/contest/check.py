@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from paddlemix.checkpoint import WeightsReader, open_weights
@@ -62,16 +63,38 @@ _OF_RUNS = ("runs", "read_only", "offline", "lines")
 TIME_LIMIT = 3600.0
 
 
-class Verdict(NamedTuple):
+@dataclass
+class Verdict:
     """status: PASS, FAIL or NOT_RUN. problems: why it failed, or was not run. notes: further information."""
 
-    status: str
-    problems: List[str]
-    notes: List[str]
+    status: str = PASS
+    problems: List[str] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
 
 
 class Report(Dict[str, Verdict]):
-    """{key of RULES: Verdict}."""
+    """{key of RULES: Verdict}, filled rule by rule."""
+
+    def look(self, key: str, rule: Callable[..., None], *arguments: Any) -> None:
+        """Call rule(*arguments, verdict), which adds problems and notes; a UserError becomes a problem."""
+        found = self[key] = Verdict()
+        try:
+            rule(*arguments, found)
+        except UserError as error:
+            found.problems.append(_reason(error))
+        if found.problems:
+            found.status = FAIL
+
+    def waits(self, why: str, *keys: str) -> None:
+        """These rules cannot be checked before another one passes."""
+        self.update({key: Verdict(NOT_RUN, [why]) for key in keys})
+
+    def left_out(self, why: str, key: str) -> None:
+        """This rule was not requested."""
+        self[key] = Verdict(NOT_RUN, notes=[why])
+
+    def has_passed(self, *keys: str) -> bool:
+        return all(self[key].status == PASS for key in keys)
 
     @property
     def passed(self) -> bool:
@@ -86,14 +109,6 @@ class Report(Dict[str, Verdict]):
             lines.append(f"{tr(verdict.status)}  {rule:<6} {tr(text)}")
             lines += [f"        {tr(line)}" for line in [*verdict.problems, *verdict.notes]]
         return lines
-
-
-class _Findings:
-    """Problems and notes of a rule, filled while it is checked."""
-
-    def __init__(self) -> None:
-        self.problems: List[str] = []
-        self.notes: List[str] = []
 
 
 class _Model(NamedTuple):
@@ -111,7 +126,7 @@ def _reason(error: Exception) -> str:
 # ---- the rules, one function each
 
 
-def _names(folder: str, found: _Findings) -> None:
+def _names(folder: str, found: Verdict) -> None:
     for name, kind in ((REQUIREMENTS_NAME, os.path.isfile), (RUN_SH, os.path.isfile), (SOURCE, os.path.isdir),
                        (f"{SOURCE}/{SCRIPT}", os.path.isfile), (WEIGHTS, os.path.isdir)):  # fmt: skip
         if not kind(os.path.join(folder, name)):
@@ -143,7 +158,7 @@ def _names(folder: str, found: _Findings) -> None:
         found.notes.append(f"not needed: {some(more, _SHOWN)}")
 
 
-def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> None:
+def _requirements(folder: str, tops: Dict[str, Import], found: Verdict) -> None:
     """tops: what predict.py imports, directly or not."""
     named = {}
     with open(os.path.join(folder, REQUIREMENTS_NAME), encoding="utf-8-sig", errors="replace") as file:
@@ -167,7 +182,7 @@ def _requirements(folder: str, tops: Dict[str, Import], found: _Findings) -> Non
             found.problems.append(f"{one.file}:{one.line} imports {top}, which requirements.txt does not list")
 
 
-def _paddle(tops: Dict[str, Import], found: _Findings) -> None:
+def _paddle(tops: Dict[str, Import], found: Verdict) -> None:
     for top in sorted(_FRAMEWORKS & set(tops)):
         found.problems.append(f"{tops[top].file}:{tops[top].line} imports {top}")
     if "paddle" not in tops:
@@ -175,7 +190,7 @@ def _paddle(tops: Dict[str, Import], found: _Findings) -> None:
 
 
 def _finite(
-    model: _Model, base: Optional[_Model], changes: Dict[str, Change], progress: bool, found: _Findings
+    model: _Model, base: Optional[_Model], changes: Dict[str, Change], progress: bool, found: Verdict
 ) -> None:
     """Fills `changes` on the way: the files are read once."""
     bad, seen = look_through(model.reader, base.reader if base else None, progress)
@@ -185,7 +200,7 @@ def _finite(
         found.problems.append(f"values that are NaN or infinite: {some(counted, _SHOWN)}")
 
 
-def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
+def _language(model: _Model, base: Optional[_Model], found: Verdict) -> None:
     # Adapters would be additional parameters.
     ours = {name: shape for name, shape in model.reader.shapes().items() if not name.startswith("visual.")}
     if base is None:
@@ -204,7 +219,7 @@ def _language(model: _Model, base: Optional[_Model], found: _Findings) -> None:
         found.notes.append(f"{count(ours):,} parameters in {len(ours)} tensors")
 
 
-def _changes(changes: Dict[str, Change], found: _Findings) -> None:
+def _changes(changes: Dict[str, Change], found: Verdict) -> None:
     for group, change in changes.items():
         text = f"{group}: {change.changed} of {change.tensors} tensors differ"
         if change.changed:
@@ -218,12 +233,12 @@ def _changes(changes: Dict[str, Change], found: _Findings) -> None:
         found.notes.append("nothing differs from the base: is this the tuned model?")
 
 
-def _fresh(made: fresh.Fresh, found: _Findings) -> None:
+def _fresh(made: fresh.Fresh, found: Verdict) -> None:
     found.problems += made.problems
     found.notes.append(f"with {made.paddle}, which the run with the fourth argument also used")
 
 
-def _lines(sample: str, runs: Dict[str, trial.Trial], found: _Findings) -> None:
+def _lines(sample: str, runs: Dict[str, trial.Trial], found: Verdict) -> None:
     ids = [row_id(row) for row in read_rows(sample, want_caption=False)]
     for name, run in runs.items():
         if run.lines is None:
@@ -251,33 +266,6 @@ def _lines(sample: str, runs: Dict[str, trial.Trial], found: _Findings) -> None:
 # ---- all rules
 
 
-class _Judge:
-    """Fills a report, rule by rule."""
-
-    def __init__(self) -> None:
-        self.report = Report()
-
-    def look(self, key: str, rule: Callable[..., None], *arguments: Any) -> None:
-        """Call rule(*arguments, findings); a UserError becomes a problem."""
-        found = _Findings()
-        try:
-            rule(*arguments, found)
-        except UserError as error:
-            found.problems.append(_reason(error))
-        self.report[key] = Verdict(FAIL if found.problems else PASS, found.problems, found.notes)
-
-    def waits(self, why: str, *keys: str) -> None:
-        """These rules cannot be checked before another one passes."""
-        self.report.update({key: Verdict(NOT_RUN, [why], []) for key in keys})
-
-    def left_out(self, why: str, key: str) -> None:
-        """This rule was not requested."""
-        self.report[key] = Verdict(NOT_RUN, [], [why])
-
-    def passed(self, *keys: str) -> bool:
-        return all(self.report[key].status == PASS for key in keys)
-
-
 def check_submission(
     folder: str,
     base: Optional[str] = None,
@@ -303,61 +291,61 @@ def check_submission(
         raise UserError(f"no folder {folder}: make it with: {command}", "no-folder")
     if sample is not None:
         check_input(sample)
-    judge = _Judge()
+    report = Report()
     with contextlib.ExitStack() as stack:
         opened = None
         if base is not None:
             base_folder = find_model_folder(base)
             reader = stack.enter_context(open_weights(base_folder))
             opened = _Model(base_folder, plain_config(base_folder), reader)
-        files = _static(judge, folder)
-        _weights_rules(judge, folder, opened, stack, progress)
+        files = _static(report, folder)
+        _weights_rules(report, folder, opened, stack, progress)
     with tempfile.TemporaryDirectory(prefix="check") as scratch:
         if not fresh_venv:
-            judge.left_out("not checked without --fresh_venv (takes minutes and a network)", "fresh")
+            report.left_out("not checked without --fresh_venv (takes minutes and a network)", "fresh")
             fourth = python
-        elif judge.passed("names", "requirements"):
+        elif report.has_passed("names", "requirements"):
             made = fresh.try_requirements(python, folder, files, os.path.join(scratch, "fresh environment"), paddle)
-            judge.look("fresh", _fresh, made)
+            report.look("fresh", _fresh, made)
             fourth = made.python
         else:
-            judge.waits("not checked until requirements.txt passes", "fresh")
-        if not judge.passed("names", "config", "weights", "finite"):
-            judge.waits("not checked until files and weights pass", *_OF_RUNS)
-            return judge.report
+            report.waits("not checked until requirements.txt passes", "fresh")
+        if not report.has_passed("names", "config", "weights", "finite"):
+            report.waits("not checked until files and weights pass", *_OF_RUNS)
+            return report
         if sample is None:
             sample = os.path.join(scratch, "sample.tsv")
             trial.write_sample(sample)
         with trial.copied(folder, sample, progress) as place:
             runs = trial.both_calls(place, python, fourth, time_limit, progress)
-            judge.look("runs", _status, runs, time_limit)
-            judge.look("read_only", _written, runs, place)
+            report.look("runs", _status, runs, time_limit)
+            report.look("read_only", _written, runs, place)
             if not place.offline:
-                judge.left_out("not checked: this system does not allow `unshare --net`", "offline")
+                report.left_out("not checked: this system does not allow `unshare --net`", "offline")
             elif not all(run.status == 0 for run in runs.values()):
-                judge.waits("unknown: a run without a network failed", "offline")
+                report.waits("unknown: a run without a network failed", "offline")
             else:
-                judge.look("offline", _offline)
-            judge.look("lines", _lines, sample, runs)
-    return judge.report
+                report.look("offline", _offline)
+            report.look("lines", _lines, sample, runs)
+    return report
 
 
-def _static(judge: _Judge, folder: str) -> List[str]:
+def _static(report: Report, folder: str) -> List[str]:
     """The rules on source texts. Returns the files of src/ that predict.py imports."""
-    judge.look("names", _names, folder)
+    report.look("names", _names, folder)
     source = os.path.join(folder, SOURCE)
     try:
         files = files_reached(source, SCRIPT)
         tops = foreign_imports(source, files)
     except UserError as error:
-        judge.waits(_reason(error), "requirements", "paddle")
+        report.waits(_reason(error), "requirements", "paddle")
         return []
-    judge.report["names"].notes.extend(_unused(source, files))
-    judge.look("paddle", _paddle, tops)
+    report["names"].notes.extend(_unused(source, files))
+    report.look("paddle", _paddle, tops)
     if os.path.isfile(os.path.join(folder, REQUIREMENTS_NAME)):
-        judge.look("requirements", _requirements, folder, tops)
+        report.look("requirements", _requirements, folder, tops)
     else:
-        judge.waits("there is no requirements.txt", "requirements")
+        report.waits("there is no requirements.txt", "requirements")
     return files
 
 
@@ -374,18 +362,18 @@ def _unused(source: str, files: List[str]) -> List[str]:
 
 
 def _weights_rules(
-    judge: _Judge, folder: str, base: Optional[_Model], stack: contextlib.ExitStack, progress: bool
+    report: Report, folder: str, base: Optional[_Model], stack: contextlib.ExitStack, progress: bool
 ) -> None:
     """The rules on the model folder, which stays open as long as `stack`."""
     models: List[_Model] = []
     configs: List[Any] = []
 
-    def config(found: _Findings) -> None:
+    def config(found: Verdict) -> None:
         model = find_model_folder(os.path.join(folder, WEIGHTS))
         configs.append((model, plain_config(model)))
         found.notes.append(f"{os.path.relpath(model, folder)}/config.json")
 
-    def weights(found: _Findings) -> None:
+    def weights(found: Verdict) -> None:
         model, values = configs[0]
         reader = stack.enter_context(open_weights(model))
         models.append(_Model(model, values, reader))
@@ -397,24 +385,24 @@ def _weights_rules(
         if others:
             found.notes.append(f"neither opened nor needed: {some(others, _SHOWN)}")
 
-    judge.look("config", config)
+    report.look("config", config)
     if configs:
-        judge.look("weights", weights)
+        report.look("weights", weights)
     else:
-        judge.waits("not checked without a valid config.json", "weights")
+        report.waits("not checked without a valid config.json", "weights")
     if not models:
-        judge.waits("not checked without valid weights", "finite", "language", "changes")
+        report.waits("not checked without valid weights", "finite", "language", "changes")
         return
     changes: Dict[str, Change] = {}
-    judge.look("finite", _finite, models[0], base, changes, progress)
-    judge.look("language", _language, models[0], base)
+    report.look("finite", _finite, models[0], base, changes, progress)
+    report.look("language", _language, models[0], base)
     if base is None:
-        judge.left_out("not checked without --base", "changes")
+        report.left_out("not checked without --base", "changes")
     else:
-        judge.look("changes", _changes, changes)
+        report.look("changes", _changes, changes)
 
 
-def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -> None:
+def _status(runs: Dict[str, trial.Trial], time_limit: float, found: Verdict) -> None:
     for name, run in runs.items():
         if run.status == 0:
             found.notes.append(f"{name}: {run.seconds:.0f} s")
@@ -424,12 +412,12 @@ def _status(runs: Dict[str, trial.Trial], time_limit: float, found: _Findings) -
         found.problems += [f"    {line}" for line in run.output[-_SHOWN:]]
 
 
-def _written(runs: Dict[str, trial.Trial], place: trial.TrialFolder, found: _Findings) -> None:
+def _written(runs: Dict[str, trial.Trial], place: trial.TrialFolder, found: Verdict) -> None:
     written = sorted({name for run in runs.values() for name in run.written})
     if written:
         found.problems.append(f"it wrote {some(written, _SHOWN)}")
     found.notes.append(f"checked {place.how_read_only}")
 
 
-def _offline(found: _Findings) -> None:
+def _offline(found: Verdict) -> None:
     found.notes.append("both runs had no network (unshare --net)")

@@ -95,9 +95,7 @@ def check_beside(folder: str) -> None:
             raise UserError(f"{folder} holds {name}, which is not a weights file: move it away", "other-files")
 
 
-def pack_submission(
-    project: str, weights: str, out: str, requirements: str, overwrite: bool = False, progress: bool = True
-) -> Packed:
+def pack_submission(project: str, weights: str, out: str, requirements: str, overwrite: bool = False) -> Packed:
     """Write the submission folder `out` from the sources in `project` and the model folder `weights`, atomically.
 
     requirements: the file that lists packages that the platform lacks.
@@ -139,7 +137,7 @@ def pack_submission(
         for name, path in small.items():
             shutil.copyfile(path, os.path.join(target, name))
         linked = []
-        with Progress(weight_bytes, desc="weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress(weight_bytes, desc="weights", unit="B", unit_scale=True) as bar:
             for name in large:
                 linked.append(link_or_copy(inside(folder, name), os.path.join(target, name), bar.update))
     nbytes = sum(os.path.getsize(path) for path, _ in packed_files(out))
@@ -165,7 +163,7 @@ def packed_files(folder: str) -> List[tuple]:
     return found
 
 
-def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progress: bool = True) -> int:
+def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset()) -> int:
     """Write a submission folder as an uncompressed archive, atomically, with ZIP64 if needed. Returns its size.
 
     leave_out: paths of files to omit.
@@ -177,7 +175,7 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progres
     total = sum(os.path.getsize(file) for file, _ in files)
     with disk_errors(path), atomic_write(path, "wb") as target:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True, disable=not progress) as bar:
+            with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True) as bar:
                 for file, name in files:
                     # With known sizes, zipfile uses ZIP64 only for entries that need it.
                     entry = zipfile.ZipInfo.from_file(file, name, strict_timestamps=False)
@@ -186,7 +184,7 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset(), progres
     return os.path.getsize(path)
 
 
-def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
+def split_weights(packed: Packed, out: str) -> Set[str]:
     """Write the weights files to the folder `out`, with their SHA-256 sums, so that they can be downloaded one at a
     time. Returns their paths in the submission.
 
@@ -196,7 +194,7 @@ def split_weights(packed: Packed, out: str, progress: bool = True) -> Set[str]:
     folder = os.path.join(packed.folder, WEIGHTS, packed.model)
     total = sum(os.path.getsize(os.path.join(folder, name)) for name in packed.large)
     with disk_errors(out), atomic_folder(out) as partial:
-        with Progress(total, desc="SHA-256", unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress(total, desc="SHA-256", unit="B", unit_scale=True) as bar:
             with open(os.path.join(partial, SUMS_NAME), "w", encoding="utf-8") as sums:
                 for name in packed.large:
                     link_or_copy(os.path.join(folder, name), os.path.join(partial, name))

@@ -334,29 +334,3 @@ def bleu_of_counts(counts: np.ndarray) -> np.ndarray:
     score = np.cumprod(precision, axis=-1) ** (1.0 / np.arange(1, MAX_N + 1))
     ratio = (counts[..., 2 * MAX_N] + tiny) / (counts[..., 2 * MAX_N + 1] + small)
     return score * np.exp(np.minimum(0.0, 1.0 - 1.0 / ratio))[..., None]
-
-
-class AttributeScores(NamedTuple):
-    """attributes: name → share of rows where it is correct. mean: of these. all_right: share of rows where all are."""
-
-    attributes: Dict[str, float]
-    mean: float
-    all_right: float
-
-
-def attribute_accuracy(
-    found: Sequence[Mapping[str, Optional[str]]], truth: Sequence[Mapping[str, str]]
-) -> AttributeScores:
-    """Exact comparison of attributes read from captions with the true ones, row by row.
-
-    found, truth: one mapping of attribute name → value per row, in the same order; None or a missing name is wrong.
-
-    Raises:
-        ValueError: different numbers of rows, or none.
-    """
-    if len(found) != len(truth) or not truth:
-        raise ValueError(f"{len(found)} rows of attributes to compare with {len(truth)} true ones")
-    names = list(truth[0])
-    right = np.array([[row.get(name) == true[name] for name in names] for row, true in zip(found, truth)])
-    per_attribute = {name: float(share) for name, share in zip(names, right.mean(axis=0))}
-    return AttributeScores(per_attribute, float(right.mean()), float(right.all(axis=1).mean()))

@@ -25,6 +25,8 @@ from paddlemix.utils.progress import Progress
 WORDS_FILE = os.path.join(os.path.dirname(__file__), "words.json")
 KINDS = ("colour", "count", "object")
 DISTINCT = (1, 2)
+# Words listed per kind, the most frequent first.
+_LISTED = 10
 
 _MARKS = re.compile(r"[^\w\s]+|\s+")
 # A phrase of two or more tokens, three times in a row. (Tokens are single characters here, see repeats_itself.) The
@@ -70,8 +72,8 @@ class WordList:
     reference, single characters included, supports the claim. One (一个) is never a claim: it is too common.
     """
 
-    def __init__(self, path: str = WORDS_FILE):
-        with open(path, encoding="utf-8") as file:
+    def __init__(self):
+        with open(WORDS_FILE, encoding="utf-8") as file:
             lists = json.load(file)
         # Word → (kind, the words that support it); a word in several groups is supported by each.
         self._support: Dict[str, Tuple[str, Set[str]]] = {}
@@ -138,7 +140,6 @@ def describe(
     references: Sequence[Sequence[str]],
     split,
     words: WordList,
-    top: int = 10,
     workers: int = 0,
     quiet: bool = True,
 ) -> Wording:
@@ -176,5 +177,5 @@ def describe(
         {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(names)},
         {n: len(different[n]) / total[n] if total[n] else 0.0 for n in DISTINCT},
         unsupported,
-        {kind: counts.most_common(top) for kind, counts in tally.items()},
+        {kind: counts.most_common(_LISTED) for kind, counts in tally.items()},
     )

@@ -14,7 +14,6 @@ from paddlemix.metrics.captions import (
     BLEU,
     CaptionScorer,
     agreement,
-    attribute_accuracy,
     bleu_of_counts,
     score_captions,
     tokenize_characters,
@@ -188,17 +187,6 @@ def test_ids_must_agree():
         score_captions({}, {})
     with pytest.raises(UserError, match="1 ids have no reference with any text: a"):
         score_captions({"a": "x"}, {"a": [" "]})
-
-
-def test_attribute_accuracy():
-    truth = [{"color": "红", "side": "左"}, {"color": "蓝", "side": "右"}]
-    found = [{"color": "红", "side": "左"}, {"color": "红", "side": None}]
-    scores = attribute_accuracy(found, truth)
-    assert scores.attributes == {"color": 0.5, "side": 0.5}
-    assert (scores.mean, scores.all_right) == (0.5, 0.5)
-    assert attribute_accuracy([{}, {"color": "蓝"}], truth) == ({"color": 0.5, "side": 0.0}, 0.25, 0.0)
-    with pytest.raises(ValueError):
-        attribute_accuracy(found[:1], truth)
 
 
 def test_agreement_is_the_mean_cider_d_against_the_others():

@@ -18,7 +18,7 @@ import pytest
 
 from paddlemix.checkpoint import open_weights, write_pdparams
 from paddlemix.contest import trial
-from paddlemix.contest.check import FAIL, NOT_RUN, PASS, RULES, check_submission
+from paddlemix.contest.check import FAIL, NOT_RUN, PASS, RULES, Verdict, check_submission
 from paddlemix.contest.trial import write_sample
 from paddlemix.contest.weights import count_not_finite, largest_difference, look_through
 from paddlemix.datasets.tsv import read_rows
@@ -442,7 +442,7 @@ def test_network_that_is_asked_for(stand_in):
     for more in (ask, f"import subprocess\nsys.exit(subprocess.call([sys.executable, '-IS', '-c', {ask!r}]))"):
         report = check(stand_in(more))
         assert failed(report) == {"runs", "lines"} and "Network is unreachable" in "".join(report["runs"].problems)
-        assert report["offline"] == (NOT_RUN, ["unknown: a run without a network failed"], [])
+        assert report["offline"] == Verdict(NOT_RUN, ["unknown: a run without a network failed"])
 
 
 def test_a_system_that_keeps_its_network(stand_in, monkeypatch):
