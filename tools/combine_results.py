@@ -46,8 +46,9 @@ def main() -> int:
     from paddlemix.inference.combining import combine
     from paddlemix.inference.results import SIDECAR
     from paddlemix.utils.errors import UserError
-    from paddlemix.utils.outputs import keep_apart
+    from paddlemix.utils.outputs import check_file, keep_apart
 
+    check_file(args.output, plain=True)
     keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
     if args.output.endswith(SIDECAR) or holds_images(args.output):
         what = f"is named as a run record ({SIDECAR})" if args.output.endswith(SIDECAR) else "holds images or records"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from paddlemix.datasets.blocks import FileState
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import open_plain
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import temporary_folder
 
@@ -43,7 +44,7 @@ def file_facts(path: str) -> FileFacts:
     digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
     try:
         # hashlib releases Python's lock, so lines are counted in parallel.
-        with open(path, "rb") as file, ThreadPoolExecutor(1) as hashing, reading(path) as bar:
+        with open_plain(path) as file, ThreadPoolExecutor(1) as hashing, reading(path) as bar:
             hashed = None
             for chunk in iter(lambda: file.read(_CHUNK), b""):
                 if hashed is not None:

@@ -109,7 +109,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
     if input is not None:
         facts = input_facts(input)
-        if facts.sha256 != run["input"]["sha256"]:
+        if facts.sha256 != run["input"].get("sha256"):
             raise UserError(f"{input} is not the file that was captioned: its SHA-256 is {facts.sha256}", "other-input")
     for shard, there in zip(shards, sidecars):
         _check_lines(shard, shard.path(output), there, rows, input)
@@ -169,7 +169,7 @@ def _find(output: str, input: Optional[str]) -> List[Shard]:
     found = set()
     for path in glob.glob(glob.escape(output) + ".shard-*"):
         match = name.fullmatch(os.path.basename(path))
-        if match:
+        if match and 1 <= int(match.group(1)) <= int(match.group(2)):
             found.add(Shard(int(match.group(1)), int(match.group(2))))
     if not found:
         raise UserError(f"no shards {output}.shard-i-of-n: give the OUTPUT that predict.py was given", "no-shards")
@@ -181,7 +181,7 @@ def _find(output: str, input: Optional[str]) -> List[Shard]:
     for what, ending in (("unfinished", PARTIAL), ("missing", "")):
         lacking = [shard for shard in shards if os.path.exists(shard.path(output) + ending) == bool(ending)]
         if lacking:
-            listed = ", ".join(f"{shard.index}/{shard.of}" for shard in lacking)
+            listed = some(f"{shard.index}/{shard.of}" for shard in lacking)
             source = shlex.quote(input) if input is not None else "INPUT"
             one = f"{lacking[0].index}/{lacking[0].of}"
             command = f"python predict.py {source} {shlex.quote(output)} MODEL --shard {one}"
@@ -197,6 +197,7 @@ def _read_sidecar(shard: Shard, path: str) -> Dict[str, Any]:
     wanted.update(rows=int, input_rows=int)
     sound = all(isinstance(there.get(key), kind) for key, kind in wanted.items())
     sound = sound and all(type(count) is int for count in there["notes"].values())
+    sound = sound and type(there["settings"].get("columns", 1)) is int
     if not sound or there.get("format") != FORMAT or there.get("shard") != shard._asdict():
         raise ConfigError(f"{path}{SIDECAR} is not the sidecar of shard {shard.index} of {shard.of}", "sidecar")
     return there

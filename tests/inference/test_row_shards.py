@@ -5,6 +5,7 @@ tests/test_predict.py joins what predict.py wrote; here the shards are written b
 
 import argparse
 import json
+import os
 
 import pytest
 
@@ -157,15 +158,35 @@ def test_what_a_single_process_finished_has_nothing_to_join(shards, tmp_path):
         merge(tmp_path)
 
 
+def test_files_that_are_no_shards(shards, tmp_path):
+    for name in ("none.shard-0-of-0", "none.shard-3-of-2"):
+        (tmp_path / name).write_text("")
+    with refused(UserError, "no-shards"):
+        merge_shards(str(tmp_path / "none"))
+    (tmp_path / "out.shard-1-of-3").unlink()
+    os.mkfifo(tmp_path / "out.shard-1-of-3")
+    assert refusal(tmp_path).endswith("out.shard-1-of-3: not a regular file")
+
+
+def test_many_missing_shards_leave_room_for_the_command(tmp_path):
+    (tmp_path / "out.shard-1-of-2000").write_text("")
+    text = refusal(tmp_path)
+    assert "11/2000 and 1989 more; " in text and text.endswith(" MODEL --shard 2/2000")
+
+
 def test_another_input(shards, tmp_path):
     (tmp_path / "other").write_text("id 0\tAAAA\n")
     assert "is not the file that was captioned" in refusal(tmp_path, input=str(tmp_path / "other"))
+    for index in (1, 2, 3):
+        shards(index, input={})
+    assert "is not the file that was captioned" in refusal(tmp_path, input=str(tmp_path / "in.tsv"))
 
 
 def test_sidecars(shards, tmp_path):
     path = tmp_path / "out.shard-1-of-3.run.json"
     values = json.loads(path.read_text())
-    for key, value in (("shard", {"index": 2, "of": 3}), ("rows", "3"), ("notes", {"a": "b"}), ("format", 9)):
+    wrong = {"shard": {"index": 2, "of": 3}, "rows": "3", "notes": {"a": "b"}, "settings": {"columns": "1"}, "format": 9}
+    for key, value in wrong.items():
         path.write_text(json.dumps(dict(values, **{key: value})))
         assert "is not the sidecar of shard 1 of 3" in refusal(tmp_path)
     path.write_text("{")

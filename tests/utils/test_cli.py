@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import resource
 import sys
 
 import pytest
@@ -67,7 +68,14 @@ def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
 
     assert cli.run(lambda: write(b"/dev/full")) == 1
     assert cli.run(lambda: write(str(tmp_path / ("x" * 300)))) == 1
-    first, second = capsys.readouterr().err.splitlines()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert cli.run(lambda: write(str(tmp_path / "new"))) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert third == "error: File too large"
     assert first == "error: No space left on device" and second.endswith("xxx: File name too long")
     with pytest.raises(FileNotFoundError):
         cli.run(lambda: open(tmp_path / "none"))
