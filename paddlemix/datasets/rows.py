@@ -40,7 +40,7 @@ from paddlemix.datasets.tsv import (
 )
 from paddlemix.utils.errors import ImageError, UserError
 from paddlemix.utils.files import open_plain
-from paddlemix.utils.outputs import keep_apart
+from paddlemix.utils.outputs import check_file, keep_apart
 
 BAD_RECORD = "bad record"
 SEVERAL_IMAGES = "several images"
@@ -319,14 +319,17 @@ def _is_image_file(path: str) -> bool:
 
 
 def keep_images(inputs: Iterable[Optional[str]], outputs: Iterable[str]) -> None:
-    """Check that no output is an image, an input, or a file that holds an image of an input's records.
+    """Check that outputs can be plain files, and that none is an image, an input, or a file that holds an image of an
+    input's records.
 
     inputs: None for one that was not given.
 
     Raises:
         UserError: one is.
     """
-    inputs = [path for path in inputs if path is not None]
+    inputs, outputs = [path for path in inputs if path is not None], list(outputs)
+    for path in outputs:
+        check_file(path, plain=True)
     outputs = [path for path in outputs if os.path.isfile(path) and os.path.getsize(path)]
     keep_apart(inputs, outputs)
     for output in filter(_is_image_file, outputs):

@@ -185,8 +185,8 @@ def test_another_input(shards, tmp_path):
 def test_sidecars(shards, tmp_path):
     path = tmp_path / "out.shard-1-of-3.run.json"
     values = json.loads(path.read_text())
-    wrong = {"shard": {"index": 2, "of": 3}, "rows": "3", "notes": {"a": "b"}, "settings": {"columns": "1"}, "format": 9}
-    for key, value in wrong.items():
+    wrong = {"shard": {"index": 2, "of": 3}, "rows": "3", "notes": {"a": "b"}, "settings": {"columns": "1"}}
+    for key, value in {**wrong, "format": 9}.items():
         path.write_text(json.dumps(dict(values, **{key: value})))
         assert "is not the sidecar of shard 1 of 3" in refusal(tmp_path)
     path.write_text("{")

@@ -62,6 +62,8 @@ def data(tmp_path, monkeypatch, call):
         ([*COMBINE, "p.txt", "q.txt", "c.json"], "c.json holds images or records"),
         ([*COMBINE, "q.txt", "q.txt", "p.txt.run.json"], "is named as a run record"),
         ([*COMBINE, "p.txt", "q.txt", "/dev/null"], "a device or a pipe"),
+        ([*CURATE, "a.tsv", "/dev/null"], "a device or a pipe"),
+        ([*PUBLIC, "a.tsv", "captions.jsonl", "/dev/null"], "a device or a pipe"),
         # What cannot be made.
         ([*PUBLIC, "a.tsv", "captions.jsonl", "/proc/x/y.json"], "cannot write /proc/x/y.json"),
         ([*INSPECT, "a.tsv", "--out", "/proc/x"], "cannot write /proc/x"),
