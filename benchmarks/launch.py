@@ -5,11 +5,13 @@ the CPU time of that thread alone (time.thread_time) at the 7B's depth, 32 layer
 nothing to compute, and with the branches that a GPU takes: no operand spread, strided views, fused swiglu, and for the
 fused RMSNorm one cheap call in its place (Paddle's CPU kernel of it takes ten times a launch; 2.6 has none). The
 baseline is commit c9537fc, taken out of the repository into a scratch folder. Both sides are processes that answer in
-turns. float32 on both: the casts of half precision, which are launches too, are in neither.
+turns. All tensors are float32, and the CPU casts none of them: the casts of half precision, which are launches too, are
+in neither. "In half precision" is a step under autocast, with what Paddle and both sides do there but for the casts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -74,8 +76,8 @@ class Model:
         token = (many - few) / TOKENS
         return [token, few - 3 * token]
 
-    def step(self, repeats: int = 20) -> List[float]:
-        """Seconds of a LoRA micro-step: forward, backward."""
+    def step(self, half: bool = False, repeats: int = 20) -> List[float]:
+        """Seconds of a LoRA micro-step: forward, backward. half: under autocast."""
         import numpy as np
         import paddle
 
@@ -99,7 +101,8 @@ class Model:
         for _ in range(repeats + 2):
             inputs = {name: paddle.to_tensor(array) for name, array in batch.items()}
             start = time.thread_time()
-            loss = self.lora(images=self.images, **inputs).loss
+            with autocast() if half else contextlib.nullcontext():
+                loss = self.lora(images=self.images, **inputs).loss
             middle = time.thread_time()
             loss.backward()
             taken.append((middle - start, time.thread_time() - middle))
@@ -128,6 +131,19 @@ def take_gpu_branches():
     if hasattr(language, "norm_is_fused"):
         language.norm_is_fused = lambda x: not paddle.is_grad_enabled()
         language.fused_rms_norm = one_call
+
+
+@contextlib.contextmanager
+def autocast():
+    """Level O2 as far as the CPU has it: paddle.amp.auto_cast refuses it there."""
+    from paddle.base import core, framework
+
+    tracer = framework._dygraph_tracer()
+    tracer._amp_level, tracer._amp_dtype = core.AmpLevel.O2, "float16"
+    try:
+        yield
+    finally:
+        tracer._amp_level, tracer._amp_dtype = core.AmpLevel.O0, "float32"
 
 
 def one_call(x, weight, epsilon, added=None):
@@ -184,22 +200,23 @@ def main(argv=None) -> None:
     args = harness.parse(argv, __doc__)
     bench = harness.Bench(args, "Launching at the 7B's depth, CPU time of the launching thread")
     if args.size == "quick":
-        report(bench, *[[[1e-3, 1e-3]]] * 4)
+        report(bench, *[[[1e-3, 1e-3]]] * 6)
         return
     with scratch.folder(64 << 20) as folder:
         check_out(folder)
         sides = Side(folder), Side(harness.ROOT)
-        tokens, steps = ([], []), ([], [])
+        tokens, steps, half = ([], []), ([], []), ([], [])
         for number in range(args.pairs):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
                 tokens[which].append(sides[which]("token"))
                 steps[which].append(sides[which]("step"))
+                half[which].append(sides[which]("step", True))
         for side in sides:
             side.close()
-    report(bench, *tokens, *steps)
+    report(bench, *tokens, *steps, *half)
 
 
-def report(bench, base_tokens, tokens, base_steps, steps) -> None:
+def report(bench, base_tokens, tokens, base_steps, steps, base_half, half) -> None:
     """Each a list of pairs of seconds."""
     def both(theirs, ours, pick):
         return harness.Pairs([pick(pair) for pair in theirs], [pick(pair) for pair in ours])
@@ -209,6 +226,7 @@ def report(bench, base_tokens, tokens, base_steps, steps) -> None:
     bench.ratio("a LoRA micro-step", both(base_steps, steps, sum), at_most=0.75)
     for name, part in (("forward", 0), ("backward", 1)):
         bench.ratio("of it " + name, both(base_steps, steps, lambda pair, part=part: pair[part]), at_most=1)
+    bench.ratio("a LoRA micro-step in half precision", both(base_half, half, sum), at_most=0.75)
     bench.finish()
 
 

@@ -361,6 +361,8 @@ class Simulation:
         self._replace(F, "scaled_dot_product_attention", self._attention)
         from paddlemix.models.mgen_vl import attention, engine, language
 
+        for module in (attention, language):
+            self._replace(module, "widened", lambda tensor: tensor.astype("float32"))
         for module in (attention, engine, language):
             # Operands are spread out for the CPU's kernels alone.
             self._replace(module, "spread", lambda tensor, shape: tensor)

@@ -11,7 +11,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from paddlemix.utils.compat import autocast_dtype, cast, full_precision, layer_norm, linear, softmax_
+from paddlemix.utils.compat import autocast_dtype, cast, full_precision, layer_norm, linear, softmax_, widened
 
 # float16 scores are divided by this factor, and multiplied by it in float32 (PaddleNLP uses 32, too).
 GUARD = 32.0
@@ -83,7 +83,7 @@ def attend(query, key, value, bias=None, dropout=0.0, training=False, use_flash=
         return out.reshape([B, T, H * d])
     if not scaled:
         query = query * score_scale(d, dtype)
-    scores = paddle.matmul(query, key, transpose_y=True).astype("float32")
+    scores = widened(paddle.matmul(query, key, transpose_y=True))
     with full_precision():
         if dtype == paddle.float16:
             scores = scores * GUARD

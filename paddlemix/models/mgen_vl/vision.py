@@ -29,8 +29,9 @@ class VisualAttention(nn.Layer):
     def forward(self, x, use_flash=False):
         """[N, P, w] → [N, P, w]."""
         layers = self._sub_layers
-        mixed = call(layers["in_proj"], x)
-        query, key, value = rearrange(mixed, "n p (h qkv d) -> qkv n h p d", h=self.heads, qkv=3).unbind(0)
+        N, P, _ = x.shape
+        mixed = call(layers["in_proj"], x).reshape([N, P, self.heads, 3, -1])
+        query, key, value = mixed.transpose([3, 0, 2, 1, 4]).unbind(0)
         return call(layers["out_proj"], attend(query, key, value, use_flash=use_flash))
 
 
@@ -74,7 +75,7 @@ class VisualTransformer(nn.Layer):
             if self.enable_recompute and self.training and not x.stop_gradient:
                 x = paddle.distributed.fleet.utils.recompute(block, x, use_flash)
             else:
-                x = block(x, use_flash)
+                x = call(block, x, use_flash)
         return x
 
 
