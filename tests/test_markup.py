@@ -170,7 +170,7 @@ def test_the_prompt_of_prediction_is_how_training_sequences_begin(tokenizer, tmp
     assert sample["labels"][len(asked) :][: len("一只".encode())].tolist() == list("一只".encode())
     assert np.array_equal(question.images, sample["images"]) and question.answer == "一只"
     history = [(with_images(prompt, 1), "一只")]
-    _, second = encode_prompt(tokenizer, [record["conversations"][1][0]], history, template=template)
+    second = encode_prompt(tokenizer, [record["conversations"][1][0]], history, template=template)
     assert second == ids[: len(second)]
     assert bytes(ids[len(second) :][: len("杯子".encode())]) == "杯子".encode()
 

@@ -64,7 +64,7 @@ def caption_prompt_ids(tokenizer, prompt, system, max_window_size: int, template
     from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_prompt
 
     query = with_images(DEFAULT_PROMPT if prompt is None else prompt, 1)
-    return encode_prompt(tokenizer, query, None, system, max_window_size, template)[1]
+    return encode_prompt(tokenizer, query, None, system, max_window_size, template)
 
 
 def rows_that_fit(

@@ -25,7 +25,6 @@ import numpy as np
 from paddlemix.processors.content import (
     Content,
     Image,
-    as_text,
     count_images,
     list_parts,
     named_images,
@@ -318,15 +317,12 @@ def encode_prompt(
     system: Optional[str] = None,
     max_window_size: int = 6144,
     template: Optional[ChatTemplate] = None,
-) -> Tuple[str, List[int]]:
-    """The prompt that the model continues with an answer to `query`.
+) -> List[int]:
+    """The ids of the prompt that the model continues with an answer to `query`.
 
     query: Content, or a text from tokenizer.from_list_format, with images as `<img>…</img>`. history: earlier (query,
     answer) pairs; the oldest are dropped so that system and history take at most max_window_size tokens. system:
     overrides the template's.
-
-    Returns:
-        (text, ids).
     """
     template = template or ChatTemplate.default()
     if system is not None:
@@ -336,16 +332,13 @@ def encode_prompt(
         return [i for segment in segments for i in segment.ids]
 
     head = ids_of(template.head(tokenizer))
-    text, ids = "", []
+    ids: List[int] = []
     for earlier, answer in reversed(list(history or ())):
         turn = ids_of(template.turn(tokenizer, named_images(earlier, tokenizer.n_queries), answer))
         if len(head) + len(turn) + len(ids) > max_window_size:
             break
         ids = turn + ids
-        text = as_text(earlier).join(template.user) + answer.join(template.assistant) + text
-    ids = head + ids + ids_of(template.turn(tokenizer, named_images(query, tokenizer.n_queries), None))
-    text = template.system.join(_SYSTEM) + text + as_text(query).join(template.user) + template.assistant[0]
-    return text, ids
+    return head + ids + ids_of(template.turn(tokenizer, named_images(query, tokenizer.n_queries), None))
 
 
 class MGenVLProcessor:
@@ -379,7 +372,7 @@ class MGenVLProcessor:
         sources = [part["image"] for part in query if "image" in part]
         pixels = [self.image_processor(open_image(load_image_source(source))) for source in sources]
         parts = list_parts(query, self.tokenizer.n_queries)
-        _, ids = encode_prompt(self.tokenizer, parts, template=self.template)
+        ids = encode_prompt(self.tokenizer, parts, template=self.template)
         ids = np.array([ids], dtype=np.int64)
         arrays = {
             "input_ids": ids,

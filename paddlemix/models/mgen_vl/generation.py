@@ -293,7 +293,7 @@ class CaptionGeneration:
         """
         history = list(history or [])
         window = self.generation_config.max_window_size
-        _, ids = encode_prompt(tokenizer, query, history, system, window, template)
+        ids = encode_prompt(tokenizer, query, history, system, window, template)
         check_positions(self.config, ids)
         # Turns that were dropped from the window took their images with them.
         spans = ids.count(tokenizer.img_start_id)
