@@ -60,13 +60,10 @@ class Model:
 
     # ---- floating-point operations
 
-    def vit(self) -> float:
-        """Of one image's forward through the ViT."""
-        return work.vit(self.config)
-
-    def connector(self) -> float:
-        """Of one image's forward through attn_pool and proj."""
-        return work.connector(self.config)
+    def prefill(self) -> float:
+        """Of an image and 300 tokens of prompt."""
+        image = work.vit(self.config) + work.connector(self.config)
+        return image + self.decoder(300, 300) + 2 * self.head
 
     def decoder(self, tokens: int, keys: int) -> float:
         """Of `tokens` new ones through the layers, each looking at `keys`; lm_head not counted."""
@@ -84,6 +81,11 @@ class Model:
 
     def cache_per_token(self) -> int:
         return 2 * 2 * self.config["hidden_size"] * self.config["num_hidden_layers"]
+
+    def decode_seconds(self, card: machine.Card, batch: int, context: int) -> float:
+        """Of one token for each of `batch` rows, bound by memory or by computing."""
+        read = self.decode_bytes(batch, context) / card.bandwidth / BANDWIDTH_SHARE
+        return max(read, batch * self.decoder(1, context) / card.flops / FLOPS_SHARE)
 
     def peak(self, trained: memory.Trained, rows: int, tokens: int, **setting: Any) -> float:
         """By the rules of Paddle 2.6, the contest platform's; 3 keeps a little less (docs/memory.md)."""
@@ -137,10 +139,8 @@ def generation(model: Model) -> List[str]:
     weights = 2 * model.parameters
     for name, card in CARDS.items():
         for batch in (1, 8, 32):
-            prefill = batch * (model.vit() + model.connector() + model.decoder(300, 300) + 2 * model.head)
-            read = model.decode_bytes(batch, 320)
-            compute = batch * model.decoder(1, 320) / card.flops / FLOPS_SHARE
-            step = max(read / card.bandwidth / BANDWIDTH_SHARE, compute)
+            prefill, read = batch * model.prefill(), model.decode_bytes(batch, 320)
+            step = model.decode_seconds(card, batch, 320)
             first = prefill / card.flops / FLOPS_SHARE
             cache = batch * 340 * model.cache_per_token()
             rows.append(
@@ -179,11 +179,9 @@ def slots(model: Model) -> List[str]:
             for length in lengths:
                 heapq.heapreplace(ends, ends[0] + length)
             filled = max(ends)
-            prefill = (model.vit() + model.connector() + model.decoder(300, 300) + 2 * model.head) / card.flops
-            read = model.decode_bytes(batch, 300 + round(mean))
-            compute = batch * model.decoder(1, 300 + round(mean)) / card.flops / FLOPS_SHARE
-            step = max(read / card.bandwidth / BANDWIDTH_SHARE, compute)
-            took = [prefill / FLOPS_SHARE + step * steps / len(lengths) for steps in (static, filled)]
+            step = model.decode_seconds(card, batch, 300 + round(mean))
+            first = model.prefill() / card.flops / FLOPS_SHARE
+            took = [first + step * steps / len(lengths) for steps in (static, filled)]
             rows.append(
                 (name, f"{batch} of {held}", seconds(step), f"{static / len(lengths):.2f}",
                  f"{filled / len(lengths):.2f}", f"{mean * len(lengths) / batch / static:.0%}",
@@ -271,17 +269,7 @@ def data(model: Model) -> List[str]:
     return table(("", "one million images"), rows)
 
 
-TABLES = {
-    "performance": {
-        "training": training,
-        "epoch": epoch,
-        "generation": generation,
-        "slots": slots,
-        "merging": merging,
-        "public": public,
-    },
-    "scale": {"scale": scale, "data": data},
-}
+TABLES = {"performance": (training, epoch, generation, slots, merging, public), "scale": (scale, data)}
 
 
 def main() -> None:
@@ -291,8 +279,8 @@ def main() -> None:
     model = Model()
     for document, tables in TABLES.items():
         if args.document in (None, document):
-            for name, build in tables.items():
-                print("\n".join([f"{document}: {name}", "", *build(model), ""]))
+            for build in tables:
+                print("\n".join([f"{document}: {build.__name__}", "", *build(model), ""]))
 
 
 if __name__ == "__main__":
