@@ -22,6 +22,7 @@ import argparse
 import base64
 import colorsys
 import contextlib
+import functools
 import io
 import math
 import os
@@ -32,6 +33,7 @@ from typing import IO, Callable, Dict, Iterator, List, NamedTuple, Optional, Tup
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from paddlemix.processors.fonts import system_fonts  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
@@ -317,51 +319,36 @@ def encode_jpeg(image) -> bytes:
 
 # --- the font ---
 
-_FONTS: Dict[Tuple[str, int], object] = {}
-
-# Where Debian's and Ubuntu's packages put a font that has Chinese.
-_SYSTEM_FONTS = (
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Bold.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
-    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
-    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
-)
-
 
 def find_font() -> str:
-    """The path of a font with Chinese: the pinned PyPI package's Noto Sans SC, else one of the system's.
+    """The path of a font with Chinese: the pinned PyPI package's Noto Sans SC, with which the same seed draws the same
+    pictures everywhere, else one of the system's.
 
-    The PyPI one comes first so that the same seed draws the same pictures everywhere. Raises UserError when
-    there is none.
+    Raises:
+        UserError: there is none.
     """
     import importlib.util
 
     package = importlib.util.find_spec("justmytype_intl_cjk")
-    candidates = list(_SYSTEM_FONTS)
-    if package and package.submodule_search_locations:
-        folder = list(package.submodule_search_locations)[0]
-        candidates.insert(0, os.path.join(folder, "fonts", "ofl", "notosanssc", "NotoSansSC[wght].ttf"))
-    for path in candidates:
-        if os.path.isfile(path):
-            return path
+    folders = package.submodule_search_locations if package else ()
+    pinned = [os.path.join(folder, "fonts", "ofl", "notosanssc", "NotoSansSC[wght].ttf") for folder in folders]
+    for path in filter(os.path.isfile, pinned + system_fonts()):
+        return path
     raise UserError(
         "no font with Chinese characters found: pip install justmytype-intl-cjk, or apt install fonts-noto-cjk, "
         "or give one with --font"
     )
 
 
+@functools.lru_cache(maxsize=None)
 def _load_font(path: str, pixels: int):
-    """The font at a size, bold where the file lets us choose; kept, since opening costs more than drawing."""
+    """The font at a size, bold where the file lets us choose."""
     from PIL import ImageFont
 
-    key = (path, pixels)
-    if key not in _FONTS:
-        font = ImageFont.truetype(path, pixels)
-        if path.endswith("[wght].ttf"):
-            font.set_variation_by_axes([800])
-        _FONTS[key] = font
-    return _FONTS[key]
+    font = ImageFont.truetype(path, pixels)
+    if path.endswith("[wght].ttf"):
+        font.set_variation_by_axes([800])
+    return font
 
 
 # --- the files ---
@@ -445,15 +432,9 @@ def main() -> None:
     args = parse_arguments()
     if args.font and not os.path.isfile(args.font):
         raise UserError(f"no font file {args.font}")
+    font = args.font or find_font()
     make_demo_data(
-        args.out_dir,
-        args.pretrain,
-        args.tune,
-        args.held_out,
-        args.seed,
-        args.size,
-        args.font or find_font(),
-        args.workers,
+        args.out_dir, args.pretrain, args.tune, args.held_out, args.seed, args.size, font, args.workers
     )
     print(f"{args.pretrain} rows to pretrain on, {args.tune} to tune on, {args.held_out} held out: {args.out_dir}")
 

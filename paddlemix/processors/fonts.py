@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from typing import List
 
 from paddlemix.utils.log import logger
 
@@ -19,6 +20,11 @@ _FONT_FILES = (
 _MAX_FONT_BYTES = 64 << 20
 
 
+def system_fonts() -> List[str]:
+    """The files of Debian's fonts with Chinese characters that are installed."""
+    return [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
+
+
 def find_font(folder: str, size: int):
     """A Pillow font with Chinese characters at `size` pixels, from the model folder (Qwen-VL ships SimSun.ttf) or
     Debian's packages; None if none opens."""
@@ -26,8 +32,7 @@ def find_font(folder: str, size: int):
 
     own = [path for ending in ("ttf", "ttc", "otf") for path in glob.glob(f"{glob.escape(folder)}/*.{ending}")]
     own.sort(key=lambda path: (not os.path.basename(path).lower().startswith("simsun"), path))
-    debian = [path for name in _FONT_FILES for path in sorted(glob.glob(_FONTS + name))]
-    for path in own + debian:
+    for path in own + system_fonts():
         try:
             # Not a pipe, which would block.
             if os.path.isfile(path) and os.path.getsize(path) <= _MAX_FONT_BYTES:
