@@ -1,9 +1,9 @@
-"""What the model's benchmarks share: config M, the baseline's way to caption and to tune, ours, a process for each.
+"""Shared by the model's benchmarks: config M, the baseline's captioning and tuning and ours, each in its own process.
 
-The baseline is our own rendering of how the public reference and the contest's notebook do it, on the same weights:
-PaddleNLP's QWen layers as they come (attention over a cache that grows by concatenation and is seen through a
-transpose), logits of all positions, one row at a time, training rows padded to max_length. Its vision tower is ours,
-which favours it. `check` compares both sides' logits and losses.
+The baseline follows the public reference and the contest's notebook, on the same weights: PaddleNLP's unmodified QWen
+layers (attention over a cache that grows by concatenation and is transposed at every step), logits of all positions,
+one row at a time, training rows padded to max_length. Its vision tower is ours, which favours it. `check` compares
+logits and losses of both sides.
 
 Shapes: B rows, T tokens, S image side.
 """
@@ -22,12 +22,12 @@ from typing import Any, Callable, Dict, List
 
 import harness
 
-# Paddle as it comes: one thread, MKL's slow path on AMD, memory handed back. An empty value is a user's word, which
-# paddlemix leaves alone, and which the libraries read as not set.
+# Paddle's own defaults: one thread, MKL's slow path on AMD, freed memory returned. paddlemix leaves a variable that is
+# set to an empty value alone, and the libraries treat it as unset.
 STOCK = {"OMP_NUM_THREADS": "1", "MKL_DEBUG_CPU_TYPE": "", "GLIBC_TUNABLES": ""}
 SETTINGS = ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "GLIBC_TUNABLES")
 
-# Tokens of a training row and of a prompt; what is left of the row behind image and question has labels.
+# Tokens of a training row and of a prompt, of a padded row; labelled tokens at the row's end.
 ROW_TOKENS = 300
 PADDED_TOKENS = 2048
 LABELLED = 36
@@ -63,7 +63,7 @@ def model_config(size: str) -> dict:
 
 
 def made_values(shapes):
-    """(name, float32 array) for each name: the same random weights wherever it is called."""
+    """(name, float32 array) for each name: the same random weights in every process."""
     import numpy as np
 
     from paddlemix.models.mgen_vl.connector import sincos_positions
@@ -83,7 +83,7 @@ def made_values(shapes):
 
 
 def tokenizer(size: str):
-    """A tokenizer whose special ids stand where config M has them; its tokens are bytes, pairs and triples of them."""
+    """A tokenizer with config M's special ids; its tokens are bytes, pairs and triples of bytes."""
     from paddlemix.models.mgen_vl.tokenizer import MGenVLTokenizer
 
     config = model_config(size)
@@ -99,7 +99,7 @@ def tokenizer(size: str):
 
 @contextlib.contextmanager
 def around(owner, name: str, measured: Callable[..., Any]):
-    """Within it owner.name(…) is measured(the original, …)."""
+    """Replaces owner.name(…) by measured(the original, …) for the block."""
     call, own = getattr(owner, name), vars(owner).get(name)
     setattr(owner, name, lambda *args, **kwargs: measured(call, *args, **kwargs))
     try:
@@ -136,7 +136,7 @@ def products(call: Callable[[], Any], clock: Callable[[], float], size: str) -> 
 
 
 class Way:
-    """One way of doing it, in a process of its own. Subclasses: Baseline and Ours."""
+    """A model with methods to time; see Baseline and Ours."""
 
     def __init__(self, size: str):
         import paddle
@@ -235,7 +235,7 @@ class Ours(Way):
         self.model = MGenLMHeadModel.build_lazily(config)
         tensors = self.model.state_dict()
         for name, value in made_values(parameter_shapes(config)):
-            # Without a copy, as weights are loaded: what is freed here would count as memory of what follows.
+            # Without a copy, as when weights are loaded: freed memory would count towards later measurements.
             tensors[name].get_tensor().set(value, paddle.CPUPlace(), True)
         self.model.eval()
 
@@ -271,7 +271,7 @@ class Ours(Way):
         return {"seconds": seconds, "captions": [answer.caption for answer in answers], "batch": captioner.batch_size}
 
     def decode(self, B: int, tokens: int) -> List[float]:
-        """Seconds of each of `tokens` cached steps of `generate`, all around them included."""
+        """Seconds of each of `tokens` cached steps of `generate`, including its loop."""
         import paddle
 
         class Clock:
@@ -307,7 +307,7 @@ class Ours(Way):
             def measured(call, *args, **kwargs):
                 start, nested = time.perf_counter(), spent[inside] if inside else 0.0
                 result = call(*args, **kwargs)
-                # What its projections took counts as theirs.
+                # Time inside its projections counts as theirs.
                 spent[part] += time.perf_counter() - start - (spent[inside] - nested if inside else 0.0)
                 return result
 
@@ -324,7 +324,7 @@ class Ours(Way):
         return {"all": sum(steps) / tokens, **{part: seconds / tokens for part, seconds in spent.items()}}
 
     def step_bytes(self, B: int) -> int:
-        """Bytes that one cached step must read: the decoder's weights, lm_head, the keys and values there are."""
+        """Bytes that one cached step must read: the decoder's weights, lm_head, the cached keys and values."""
         cached = 2 * self.config["num_hidden_layers"] * B * self.lengths["row"] * self.config["hidden_size"]
         layers = sum(p.size for p in self.model.transformer.llm.h.parameters())
         return 4 * int(cached + layers + self.model.lm_head.weight.size)
@@ -334,14 +334,14 @@ class Ours(Way):
 
 
 class Dispatch(Ours):
-    """Ours with as many layers as config M, but next to nothing to compute: what Python and Paddle's calls take."""
+    """Ours with config M's number of layers but tiny ones: the time of Python and Paddle's calls alone."""
 
     def __init__(self, size: str):
         super().__init__("quick", layers=model_config(size)["num_hidden_layers"])
 
 
 class Baseline(Way):
-    """PaddleNLP's QWen layers as they come, full logits, concatenated cache, one row at a time."""
+    """PaddleNLP's unmodified QWen layers, full logits, concatenated cache, one row at a time."""
 
     def __init__(self, size: str):
         from paddlenlp.transformers import QWenConfig, QWenForCausalLM
@@ -356,7 +356,7 @@ class Baseline(Way):
         self.model = QWenForCausalLM(QWenConfig(seq_length=2048, use_flash_attention=False, **stock))
         self.model.visual = Vision(config.visual)
         tensors = self.model.state_dict()
-        # What adapters are put on by.
+        # apply_lora asks for them.
         self.model.whole_shapes = lambda: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name, value in made_values(parameter_shapes(config)):
             tensors[name.replace("transformer.llm.", "qwen.")].set_value(value)
@@ -443,9 +443,9 @@ class Baseline(Way):
 
 
 class Side:
-    """A Way in a process of its own, with the project's CPU settings or Paddle's: `side("prefill")` calls a method.
+    """A Way in its own process, with the project's CPU settings or Paddle's: `side("prefill")` calls a method.
 
-    A quick run calls it here. As a context manager it ends the process; `peak` is its peak memory in bytes by then.
+    A quick run calls it here. Leaving the `with` block ends the process; `peak` is then its peak memory in bytes.
     """
 
     def __init__(self, args, make: Callable[[str], Way], stock: bool = False):
@@ -486,7 +486,7 @@ class Side:
 
 @contextlib.contextmanager
 def _environment(values: Dict[str, str]):
-    """Exactly these of the CPU settings, for a process that is started meanwhile."""
+    """Set exactly these CPU settings in the environment, for a process started in the block."""
     before = {name: os.environ.pop(name, None) for name in SETTINGS}
     os.environ.update(values)
     try:
@@ -502,7 +502,7 @@ def _serve(pipe, make, size) -> None:
     import paddlemix  # noqa: F401
 
     try:
-        # At once, so that the sides of a script load at the same time.
+        # Before the first call, so that the sides of a script load at the same time.
         way, failed = make(size), None
     except Exception:  # noqa: BLE001
         way, failed = None, traceback.format_exc()
@@ -518,7 +518,7 @@ def _serve(pipe, make, size) -> None:
 
 
 def check(name: str, one, other, tolerance: float) -> None:
-    """Both sides must compute the same before they are compared in speed.
+    """Check that both sides compute the same, before their speeds are compared.
 
     Raises:
         SystemExit: they differ by more than `tolerance`, relative to the largest value.

@@ -1,4 +1,4 @@
-"""Checkpoints with the 7B's shapes and fewer layers, made on the spot."""
+"""Generated checkpoints with the 7B's shapes and fewer layers."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ def write_lora(folder: str, size: str) -> None:
         if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.w1.weight", ".mlp.w2.weight")):
             module = name[: -len(".weight")]
             for part, sizes in (("lora_A", (shape[0], RANK)), ("lora_B", (RANK, shape[1]))):
-                tensors[f"{module}.{part}"] = ("float32", rng.standard_normal(sizes, dtype=np.float32) * 0.01)
-    tensors = {name: (dtype, array.astype(np.float32)) for name, (dtype, array) in tensors.items()}
+                tensors[f"{module}.{part}"] = ("float32", rng.normal(0, 0.01, sizes).astype(np.float32))
     write_pdparams(os.path.join(folder, LORA_WEIGHTS_NAME), tensors)
     with open(os.path.join(folder, "lora_config.json"), "w") as file:
         json.dump({"r": RANK, "lora_alpha": ALPHA, "target_modules": [".*attn.c_attn.*"]}, file)

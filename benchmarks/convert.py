@@ -1,9 +1,8 @@
 """tools/convert_labels.py against `cat IN > COPY`: `python benchmarks/convert.py [--large]`
 
-Both start from a file in the cache and write beside it, each as a command of its own, start-up included. The input has
-5 GB with --large. Ours flushes its files to disk before they get their names (fsync), cat does not; where the folder is
-in memory, as it is if there is room, that costs nothing. In the normal size also the baseline's way: all rows in a
-list, written by json.dump.
+Both read a cached file and write into the same file system, each as a command, start-up included. The input has 5 GB
+with --large. Ours flushes its files to disk before renaming them (fsync), cat does not; in memory, where the folder is
+if there is room, that costs nothing. The normal size also runs the baseline's way: all rows in a list, then json.dump.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def convert(path: str, out: str, images: str, verify: str, workers: int) -> None
 
 
 def one_pass(path: str, checks: bool) -> None:
-    """The least that Python can do: read all blocks, find all ends of lines; with `checks` look at each letter."""
+    """The least that Python can do: read all blocks and find all line ends; with `checks`, check each character."""
     from paddlemix.datasets.labels import _ALPHABET
 
     with open(path, "rb", buffering=0) as file:

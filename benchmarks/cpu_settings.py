@@ -1,7 +1,7 @@
-"""What the CPU settings of paddlemix.utils.runtime gain: `python benchmarks/cpu_settings.py`
+"""The gain of the CPU settings of paddlemix.utils.runtime: `python benchmarks/cpu_settings.py`
 
-Times a float32 matmul (2048³) and a softmax over [4, 1024, 1024] in fresh processes, once as Paddle is by itself and
-once with `import paddlemix` in front.
+Times a float32 matmul (2048³) and a softmax over [4, 1024, 1024] in fresh processes, once with Paddle alone
+and once after `import paddlemix`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One decoded token at batch 8 behind 300 tokens, config M, and where its time goes: `python benchmarks/decode_step.py`
+"""One decoded token at batch 8 after 300 tokens, config M, and where its time goes: `python benchmarks/decode_step.py`
 
 Ours is a step of `generate`, PaddleNLP's loop included; the baseline PaddleNLP's layers over a concatenated cache. The
-time is split into attention (cache and rotary included), the layers' matmuls, lm_head, and the rest, of which Python
-and Paddle's calls are what the same number of layers takes with next to nothing to compute. It is compared with
-the time in which the memory can deliver what a step reads at least, by the bandwidth measured in the same run.
+time is split into attention (cache and rotary included), the layers' matmuls, lm_head and the rest; the overhead of
+Python and Paddle's calls is measured with as many tiny layers. The total is compared with the time to read the weights
+and the cache at the memory bandwidth of the same run.
 """
 
 from __future__ import annotations

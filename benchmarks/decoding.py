@@ -1,16 +1,15 @@
 """Decoding in slots against static batches: `python benchmarks/decoding.py [--only longtail equal token calls single]`
 
-Config M, against commit c9537fc taken out of the repository: the same weights, images and settings, each side a process
-of one thread, in turns. Seconds are the processes' CPU time, which says the same on a busy machine as on a quiet one.
+Config M, against commit c9537fc, which is read from the repository: same weights, images and settings, each side a
+process with one thread, in turns. Seconds are CPU time, so that a busy machine gives the same figures as a quiet one.
 
-- longtail: 96 images, 16 rows at a time on both sides, whose answers have lengths of a long-tailed distribution
-  (log-normal: median 35 tokens, one in twenty above 150, cut at 256). Lengths are forced: a row ends with its last
-  token, and a batch of c9537fc with its longest row. Steps of a caption, and slots that had a row while others waited.
-- equal: 32 images whose answers have 40 tokens each; the captions are compared.
-- token: a decoded token at batch 8, by the difference of a long answer and a short one.
-- calls: what Python and Paddle's calls take of one, by as many layers that have next to nothing to compute.
-- single: one image from its file up to the first token and through 40; and how near the first token is to its matrix
-  products alone.
+- longtail: 96 images, 16 rows at a time on both sides, with answers of long-tailed lengths (log-normal: median 35
+  tokens, one in twenty above 150, at most 256). Lengths are forced: ours ends a row at its own, c9537fc a batch at its
+  longest row. Also steps per caption, and the share of slots in use while rows wait.
+- equal: 32 images with answers of 40 tokens each; the captions are compared.
+- token: one decoded token at batch 8: the difference between a long answer and a short one.
+- calls: the part of it that Python and Paddle's calls take, measured with as many tiny layers.
+- single: one image from its file to the first token and to 40 tokens; and the first token against its matrix products.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def long_tailed(count: int, longest: int = 256, median: float = 35.0) -> List[in
 
 
 class Decoding:
-    """One side's model; the project's code is what is first on sys.path."""
+    """One side's model, of the paddlemix that is first on sys.path."""
 
     def __init__(self, size: str = "normal"):
         self.way = baseline_model.Ours(size)
@@ -76,7 +75,7 @@ class Decoding:
         return self._token(self.way, ids, 1, image_features=features, attention_mask=mask)
 
     def calls(self) -> float:
-        """Seconds of a token of 8 rows that takes next to nothing to compute."""
+        """Seconds of a token of 8 rows with tiny layers."""
         import numpy as np
         import paddle
 
@@ -90,7 +89,7 @@ class Decoding:
         return time.process_time() - start
 
     def single_parts(self) -> Dict[str, float]:
-        """Of the first token: all of it, its matrix products, and these at the speed of a large one; seconds."""
+        """Seconds of the first token: all of it, its matrix products, and as many operations in a large matmul."""
         return baseline_model.products(lambda: self._single(1), time.process_time, self.way.size)
 
     def _single(self, tokens: int) -> None:
@@ -115,7 +114,7 @@ class Decoding:
 
     @staticmethod
     def _generate(way, ids, tokens: int, **inputs) -> None:
-        # As many stop ids as a caption has, none of which can be said.
+        # As many stop ids as a caption has, none of which can occur.
         way.model.generate(
             ids, max_new_tokens=tokens, decode_strategy="greedy_search", eos_token_id=[1 << 20, 1 << 21, 1 << 22],
             **inputs,
@@ -123,7 +122,7 @@ class Decoding:
 
 
 class Batches:
-    """c9537fc: each batch goes on for as long as its longest row needs."""
+    """c9537fc: each batch runs until its longest row ends."""
 
     def __init__(self, captioner, lengths: List[int]):
         self.counts = {"steps": 0}
@@ -156,7 +155,7 @@ class Slots:
         ends, run, cycle = self.kept
 
         def forced(engine, row, token, broken, score):
-            # A random model repeats itself: what looks for that looks, and is not heard.
+            # A random model repeats itself: the check for repetition runs, but is ignored.
             if len(row.tokens) + 1 < self.lengths[row.index]:
                 return ends(engine, row, token, broken, score)
             row.tokens.append(token)
@@ -194,14 +193,14 @@ def main(argv=None) -> None:
 
 
 def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[int]) -> None:
-    """sides: c9537fc's and ours, called with a method and its arguments."""
+    """sides: c9537fc's and ours; called with the name of a method and its arguments."""
 
     def both(*call, repeats: int = 1) -> harness.Pairs:
         for side in sides:
             side(*call)
         return harness.pairs(args, *(lambda side=side: min(side(*call) for _ in range(repeats)) for side in sides))
 
-    # The short ones first: memory that was used once stays with the process.
+    # The short ones first: a process keeps the memory it once used.
     if "single" in args.only:
         bench.ratio("one image, first token", both("single", 1, repeats=4), at_most=0.9)
         bench.ratio(f"one image, {equal[0]} tokens", both("single", equal[0]), at_most=0.9)

@@ -1,8 +1,8 @@
 """The demo for several seeds and threads: `python benchmarks/demo_seeds.py [--seeds 7 8 9] [--threads 1 2 4]`
 
-Runs tools/demo.py for each pair of them, and writes demo_seeds.md: the range of every score over all runs, and a line
-per run. README shows those ranges. A run that has finished before in --out is not run again. Exit status 1 when a run
-does not show what the demo is to show.
+Runs tools/demo.py for each combination and writes demo_seeds.md: the range of every score over all runs, which README
+quotes, and a line per run. Runs already finished in --out are not repeated. Exit status 1 if a run misses one of the
+demo's targets.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ COLUMNS = {"base": "pretrained", "tuned": "tuned", "blank": "tuned, blank images
 
 
 def run(seed: int, threads: int, out: str, more: list) -> dict:
-    """What the demo's results.json says, with seed, threads, and the processor time in seconds of all its processes."""
+    """The demo's results.json, with seed, threads, and the processor time of all its processes in seconds."""
     record = os.path.join(out, "run.json")
     if os.path.exists(record):
         with open(record, encoding="utf-8") as file:
             return json.load(file)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # All of it anew: a stage of an interrupted run that was skipped would be missing from the processor time.
+    # From the start: skipped stages of an interrupted run would be missing from the processor time.
     command = [sys.executable, os.path.join(ROOT, "tools", "demo.py"), "--restart", "--seed", str(seed), "--out", out]
     status = subprocess.call([*command, *more], env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -51,7 +51,7 @@ def shown(name: str, value: float) -> str:
 
 
 def ranges(runs: list) -> list:
-    """Rows of the table: the name of a score, and its range over the runs in each of COLUMNS."""
+    """Rows of the table: the name of a score, and its range over the runs for each of COLUMNS."""
     rows = []
     for name in runs[0]["scores"]["tuned"]:
         cells = []

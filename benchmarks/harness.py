@@ -1,6 +1,6 @@
-"""What the benchmarks share: interleaved pairs, peak memory of a process of its own, bounds, one line of JSON per run.
+"""Shared by the benchmarks: interleaved pairs, peak memory of a separate process, bounds, one line of JSON per run.
 
-A script has `main(argv=None)`, measures two or more ways of doing one thing in one run, and says what came out:
+A script has `main(argv=None)`, measures two or more ways of doing one thing in one run, and reports the results:
 
     def main(argv=None):
         args = harness.parse(argv, __doc__)
@@ -14,8 +14,8 @@ A script has `main(argv=None)`, measures two or more ways of doing one thing in 
     if __name__ == "__main__":
         main()
 
-Sizes: `normal` takes at most a few minutes, `large` is what an issue's big row says, `quick` only shows that the script
-runs: seconds, one pair, nothing in a child. A bound that is missed is shown, not an error: benchmarks measure.
+Sizes: `normal` takes at most a few minutes, `large` uses gigabytes, `quick` only shows that the script runs (seconds,
+one pair, no child process). A missed bound is reported, but is not an error.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
 PAIRS = 5
-# What a table says of a row that has a bound and meets it, misses it, has none.
+# The last column of a table: the row's bound is met, missed, or there is none.
 MET = {True: "met", False: "**missed**", None: ""}
 
 
 def parse(argv: Optional[Sequence[str]], doc: str, parts: Sequence[str] = ()) -> argparse.Namespace:
     """The options of a benchmark: size ("quick", "normal" or "large"), pairs, json; and its file's name, script.
 
-    parts: what `only` may name of the script; by default all of them.
+    parts: choices of --only; by default all of them run.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="only see that it runs")
-    size.add_argument("--large", dest="size", action="store_const", const="large", help="the issue's full size")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="only check that it runs")
+    size.add_argument("--large", dest="size", action="store_const", const="large", help="the full size (gigabytes)")
     parser.add_argument("--pairs", type=int, help=f"pairs of measurements (default: {PAIRS}; quick: 1)")
     parser.add_argument("--json", metavar="FILE", help="append the result there, as one line of JSON")
     if parts:
@@ -58,7 +58,7 @@ def parse(argv: Optional[Sequence[str]], doc: str, parts: Sequence[str] = ()) ->
     args = parser.parse_args(argv)
     args.script = os.path.basename(inspect.stack()[1].filename)
     if args.size != "quick":
-        # So that whoever ends a benchmark gets the room of its scratch files back.
+        # Exit normally, so that scratch files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.pairs = args.pairs or (1 if args.size == "quick" else PAIRS)
     return args
@@ -88,7 +88,7 @@ def timed(call: Callable[..., Any], *args: Any) -> Callable[[], float]:
 
 
 def pairs(args: argparse.Namespace, baseline: Callable[[], float], ours: Callable[[], float]) -> Pairs:
-    """Call both in turns, each returning its seconds; every other pair the other way round. Warm them up before."""
+    """Call both in turns, each returning its seconds, in alternating order. Warm them up first."""
     taken = Pairs([], [])
     for i in range(args.pairs):
         for side in (0, 1) if i % 2 == 0 else (1, 0):
@@ -97,7 +97,7 @@ def pairs(args: argparse.Namespace, baseline: Callable[[], float], ours: Callabl
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held at once, mapped files included (VmHWM)."""
+    """Peak resident memory of this process, including mapped files (VmHWM)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
@@ -116,7 +116,7 @@ def matmul_peak(clock: Callable[[], float] = time.perf_counter, side: int = 1024
 
 
 def memory_bandwidth(size: int = 512 << 20) -> float:
-    """Bytes per second that this process reads at most: sums over `size` bytes, by one thread and by two."""
+    """Read bandwidth of this process in bytes per second: the fastest sum over `size` bytes, with one thread or two."""
     import numpy as np
 
     halves = np.split(np.ones(size // 4, np.float32), 2)
@@ -137,9 +137,9 @@ class Done(NamedTuple):
 
 
 def in_child(args: argparse.Namespace, call: Callable[..., Any], *arguments: Any) -> Done:
-    """Run a function of a module's top level in a fresh process: its result (picklable), seconds and peak memory.
+    """Run a module-level function in a new process; returns its (picklable) result, seconds and peak memory.
 
-    Seconds are those of the call alone; peak memory is that of the process, Python included. A quick run does it here.
+    Seconds are those of the call alone; peak memory is that of the process, Python included. A quick run calls it here.
 
     Raises:
         RuntimeError: the process failed; its traceback is on stderr.
@@ -170,7 +170,7 @@ def _child(sender: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> N
 
 
 class Bench:
-    """Collects what one script has measured; `finish` prints it and writes the line of JSON."""
+    """Collects the measurements of a script; `finish` prints them and writes the line of JSON."""
 
     def __init__(self, args: argparse.Namespace, title: str):
         self.args, self.title = args, title
@@ -178,7 +178,7 @@ class Bench:
         self._start, self._load = time.time(), os.getloadavg()[0]
 
     def ratio(self, name: str, taken: Pairs, at_least: Optional[float] = None, at_most: Optional[float] = None) -> None:
-        """Baseline ÷ ours of some pairs: how many times as fast ours is. With at_most: ours ÷ baseline."""
+        """Median of baseline ÷ ours (the speed-up); with at_most, of ours ÷ baseline."""
         value = taken.ratio if at_most is None else Pairs(taken.ours, taken.baseline).ratio
         times = {"baseline": statistics.median(taken.baseline), "ours": statistics.median(taken.ours)}
         self.value(name, value, "×", at_least, at_most, **times, seconds=[list(side) for side in taken])

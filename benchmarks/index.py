@@ -1,7 +1,7 @@
 """Opening a train.json of many records, and one record of it: `python benchmarks/index.py [--large]`
 
-Baseline: json.load of the whole file. Ours: datasets.chatml, by the index beside the file (and once without it, which
-makes it). Records hold small images; 1,000,000 of them with --large.
+Baseline: json.load of the file. Ours: datasets.chatml, with the index next to the file (and once without, which builds
+it). Records hold small images; 1,000,000 of them with --large.
 """
 
 from __future__ import annotations

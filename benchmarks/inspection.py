@@ -22,7 +22,7 @@ MILLION = 1_000_000
 
 
 def inspect(path: str, images: int, hash_all: bool, workers: int) -> dict:
-    """Look at all rows: how many there are, processor seconds of all processes, peak bytes of the largest worker."""
+    """Inspect all rows: their number, processor seconds of all processes, peak bytes of the largest worker."""
     from paddlemix.datasets import inspection, inspection_advice
 
     options = inspection.Options(images=images, hash_all=hash_all, workers=workers, quiet=True)
@@ -35,7 +35,7 @@ def inspect(path: str, images: int, hash_all: bool, workers: int) -> dict:
 
 
 def search(count: int, crowded: bool) -> int:
-    """How many groups there are."""
+    """The number of groups."""
     import numpy as np
 
     from paddlemix.datasets.near_duplicates import near_groups

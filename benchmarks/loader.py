@@ -1,8 +1,8 @@
 """From base64 JPEG to pixel values on one core: `python benchmarks/loader.py`
 
 Baseline: Pillow decodes and resizes, numpy divides by 255, which makes float64 of it, and paddle.vision's Normalize and
-to_tensor do the rest, as PaddleMIX's processor for this architecture has it; beside it the same in float32 by numpy
-alone. Ours: processors.images, with its checks of what strangers send. Images of 512 px become 448 px; all fill batches
+to_tensor do the rest, as in PaddleMIX's processor for this architecture; for comparison, the same in float32 by numpy
+alone. Ours: processors.images, with its checks of untrusted images. Images of 512 px become 448 px; all fill batches
 of 8 on the device. Decoding and resizing are Pillow's on all sides.
 """
 

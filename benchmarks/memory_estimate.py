@@ -1,8 +1,8 @@
 """The dry run's memory estimate against the measured peak of a training step: `python benchmarks/memory_estimate.py`
 
 Runs two steps of the real trainer on small models in float32 on the CPU, large enough that activations outweigh the
-rest, and reads the most bytes that Paddle's allocator had handed out at once, less what it had before the model was
-built. Each row is estimate ÷ measured; it is held within 15 %. docs/memory.md has the formula.
+rest, and reads the peak of Paddle's allocator, minus what was allocated before the model was built. Each row is
+estimated ÷ measured, with a bound of 15 %. docs/memory.md has the formula.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """keys: of the run. model: changes to MODEL. tokens, labels: of each sample. packed: samples in a row, if so."""
+    """keys: of the run. model: changes to MODEL. tokens, labels: per sample. packed: samples per packed row, or 0."""
 
     keys: Dict[str, Any]
     model: Dict[str, Any] = {}
@@ -67,7 +67,7 @@ class _Samples:
         self.config, self.case = config, case
 
     def attempt(self, index: int, consequence: str) -> Any:
-        """Nothing here fails."""
+        """No sample fails."""
         return self[index]
 
     def __len__(self) -> int:

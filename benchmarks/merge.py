@@ -28,7 +28,7 @@ def merge(base: str, lora: str, out: str) -> None:
 
 
 def arithmetic(base: str, lora: str, out: str) -> None:
-    """What of a merge is matmul, addition and rounding, on all cores; nothing is written."""
+    """The matmuls, additions and rounding of a merge on all cores; nothing is written."""
     from concurrent.futures import ThreadPoolExecutor
 
     from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights

@@ -1,8 +1,8 @@
 """Opening a model folder against reading its bytes once: `python benchmarks/opening.py [--large]`
 
-Baseline: the weights file read into memory, in a fresh process; reading it through a buffer of 1 MB, which stays in the
-CPU's cache and gives nobody the weights, is shown beside it. Ours: a model of bfloat16 parameters, as on a GPU, filled
-from the folder, without the imports.
+Baseline: reading the weights file into memory, in a new process; for comparison, reading it through a buffer of 1 MB,
+which stays in the CPU's cache. Ours: a model of bfloat16 parameters, as on a GPU, filled from the folder, without the
+imports.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Packed sequences against batches padded to their longest sample: `python benchmarks/packing.py`
 
-Half of the samples are captioned images (289 tokens and the caption), half the same texts without their image (25 and
-the caption), captions as long as those of the public demo rows. A LoRA step (forward and backward, r = 64, vision
-frozen) over the same 8 samples: one batch padded to the longest, against one sequence of up to 2048 tokens. The own
-tokens of the samples are the same, so the ratio of the times is that of effective tokens/s.
+Half of the samples are captioned images (289 tokens and the caption), half the same texts without the image (25 and
+the caption); captions are as long as those of the public demo rows. A LoRA step (forward and backward, r = 64, vision
+frozen) over the same 8 samples: one batch padded to the longest, against one sequence of up to 2048 tokens. Both have
+the same real tokens, so the ratio of the times is that of effective tokens/s.
 
 Model: config M (hidden 512, 8 layers; ViT 448/14, width 256, 8 layers), but a vocabulary of 4,864 in place of 151,936,
 so that lm_head has the share of the decoder that it has in the 7B (a tenth; M's own is three times the decoder). Rows:
@@ -17,7 +17,7 @@ import harness
 
 # Tokens of the twenty public captions of the ten demo rows.
 CAPTIONS = (43, 39, 22, 42, 12, 32, 37, 25, 22, 39, 39, 46, 26, 33, 20, 31, 24, 37, 34, 35)
-# Tokens of a sample beside its caption, of an image's features, and of the words around those.
+# Tokens of a sample without its caption, of an image's features, and of the text around those.
 TEXT, QUERIES, PICTURE = 25, 256, 6
 MAX_LENGTH, BATCH = 2048, 8
 VOCABULARY = 4864
@@ -102,7 +102,7 @@ def main(argv=None) -> None:
         sides = epoch(padded, with_vision), epoch(packed, with_vision)
         bench.ratio(name, harness.pairs(args, *sides), at_least=bound)
 
-    # Room by itself, with more samples than there is time for.
+    # Padding alone, with more samples than could be run.
     rng = np.random.default_rng(1)
     captions, has_image = rng.choice(CAPTIONS, 8000), rng.random(8000) < 0.5
     many = SampleLengths(TEXT + captions + has_image * (QUERIES + 2 + PICTURE), has_image)

@@ -1,8 +1,8 @@
 """Run the benchmarks and write RESULTS.md: `python benchmarks/run_all.py [--large] [SCRIPT …]`
 
-Runs every script of this folder (or those named) in a process of its own, in the normal or the large size. The lines
-of JSON that they write are kept in results.jsonl, a line per script and size; RESULTS.md shows them all. With --large,
-scripts that have no larger size (LARGE below) are left out.
+Runs every script of this folder (or those named) in its own process, in the normal or the large size. Their lines of
+JSON are kept in results.jsonl, one per script and size; RESULTS.md shows them all. With --large, only scripts with a
+large size (LARGE below) run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def summary(results: list) -> list:
-    """Lines of Markdown: every figure that has a bound, whatever script it is from."""
+    """Lines of Markdown: every figure that has a bound, of all scripts."""
     lines = ["| script | what | figure | bound | |", "|---|---|---|---|---|"]
     for result in results:
         size = "" if result["size"] == "normal" else f" --{result['size']}"
@@ -83,7 +83,7 @@ def write_results(results: list) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="names in this folder (default: all)")
-    parser.add_argument("--large", action="store_true", help="the full sizes; takes disk room, and gives it back")
+    parser.add_argument("--large", action="store_true", help="the full sizes; needs disk space while it runs")
     args = parser.parse_args(argv)
     known = LARGE if args.large else scripts()
     for name in args.scripts:

@@ -1,4 +1,4 @@
-"""Scratch folders and made-up inputs of the benchmarks."""
+"""Temporary folders and generated inputs for the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MEMORY = "/dev/shm"
 
 @contextlib.contextmanager
 def folder(needed: int) -> Iterator[str]:
-    """An empty folder with room for `needed` bytes, gone afterwards: in memory if that has room for them and 4 GB more.
+    """A temporary folder with room for `needed` bytes: in memory if 4 GB more would fit there, else on disk.
 
-    In memory no disk blurs the figures, and what is flushed to disk costs neither side anything.
+    In memory no disk distorts the figures, and flushing costs neither side anything.
 
     Raises:
         SystemExit: there is no room.
@@ -27,7 +27,7 @@ def folder(needed: int) -> Iterator[str]:
     fits = os.path.isdir(MEMORY) and min(available, shutil.disk_usage(MEMORY).free) > needed + (4 << 30)
     where = MEMORY if fits else tempfile.gettempdir()
     if where != MEMORY and shutil.disk_usage(where).free < needed + (1 << 30):
-        raise SystemExit(f"error: {where} has no room for {needed / 1e9:.1f} GB; set TMPDIR to a folder that has")
+        raise SystemExit(f"error: {where} has no room for {needed / 1e9:.1f} GB: set TMPDIR to a folder with more")
     path = tempfile.mkdtemp(prefix="mgen-bench-", dir=where)
     try:
         yield path

@@ -1,7 +1,7 @@
 """Start-up of chat.py and predict.py beyond `import paddle, paddlenlp`: `python benchmarks/startup.py`
 
-Each is a fresh process, predict.py and chat.py with a tiny model and one new token, against one that imports Paddle and
-PaddleNLP and ends. Both have the same CPU settings. A quick run only asks the scripts for help.
+Each is a new process: predict.py and chat.py with a tiny model and one new token, against one that only imports Paddle
+and PaddleNLP. Both have the same CPU settings. A quick run only runs --help.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _has_working_folder() -> bool:
         return False
 
 
-# What a disk or a folder refuses is not for us to mend.
+# Errors of disks, permissions and limits: not bugs of ours.
 _OF_THE_SYSTEM = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
     errno.ENFILE, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS, errno.ESTALE,
@@ -205,7 +205,7 @@ _interrupted = -_CLEANING_UP
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """As by default, but a second Ctrl-C does not break off the cleaning up after the first."""
+    """Like the default handler, but ignores a second Ctrl-C while the first one is cleaned up after."""
     global _interrupted
     before, _interrupted = _interrupted, time.monotonic()
     if _interrupted - before > _CLEANING_UP:
@@ -216,8 +216,8 @@ def run(main: Callable[[], Optional[int]]) -> int:
     """Run `main` and turn its outcome into an exit status.
 
     0 or the return value of `main`; the `exit_code` of a UserError, shown as one line; 130 after Ctrl-C; 1, in one
-    line, if a disk or folder refuses something; 1, silently, if the reader of stdout went away (`| head`). Any other
-    exception is a bug and keeps its traceback.
+    line, if a disk or folder cannot be read or written; 1, silently, if the reader of stdout went away (`| head`). Any
+    other exception is a bug and keeps its traceback.
     """
     _start_again_if_needed(main)
     open_standard_streams()
@@ -235,7 +235,7 @@ def run(main: Callable[[], Optional[int]]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         if main.__module__ == "__main__" and signal.getsignal(signal.SIGINT) is _interrupt:
-            # What is left to do is the interpreter's.
+            # Only the interpreter's own clean-up is left.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return 130

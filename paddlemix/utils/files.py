@@ -40,7 +40,7 @@ def open_plain(path: str) -> IO[bytes]:
 
 @contextlib.contextmanager
 def made_folder(folder: str) -> Iterator[None]:
-    """Make a folder, and those above it, for the time of the block; what was written into stays."""
+    """Create a folder and its parents; on leaving the block, those still empty are removed."""
     # What a dangling link leads to can be made, the link itself cannot.
     folder = os.path.realpath(folder)
     made, above = [], folder
@@ -52,7 +52,7 @@ def made_folder(folder: str) -> Iterator[None]:
         yield
     finally:
         for one in made:
-            # Only succeeds if nothing was written.
+            # Fails unless it is empty.
             with contextlib.suppress(OSError):
                 os.rmdir(one)
 
@@ -60,7 +60,7 @@ def made_folder(folder: str) -> Iterator[None]:
 # ---- locks of output folders
 
 
-# Handles of folders that only this process may write into. Children, which may outlive it, close them.
+# Handles of folders locked by this process. Children, which may outlive it, close theirs.
 _WRITING: List[int] = []
 
 

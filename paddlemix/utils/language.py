@@ -50,7 +50,7 @@ def take(args: Sequence[str]) -> List[str]:
         elif equals or args:
             choose(value if equals else args.pop(0))
         else:
-            raise UserError(f"--lang: give one of {', '.join(LANGUAGES)} behind it")
+            raise UserError(f"--lang needs a value: {' or '.join(LANGUAGES)}")
     return left
 
 

@@ -1,4 +1,4 @@
-"""What the pages (HTML files that ask for nothing from anywhere) have in common: their looks, and what they may do."""
+"""Shared by the self-contained HTML pages: the style sheet and the content security policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools of worker processes, and a function over chunks of rows in forked ones."""
+"""Pools of worker processes, and mapping a function over chunks in forked ones."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def map_chunks(
             return future.result()
         except BrokenProcessPool:
             if lost is None:
-                why = "a worker process was killed, mostly for want of memory; fewer --workers need less"
+                why = "a worker process was killed, probably for lack of memory: use fewer --workers"
                 raise JobFailed(why) from None
         # One by one in a new pool, to find the item that is the cause.
         pool, results = start(), []

@@ -135,7 +135,7 @@ class _Around:
         return spec
 
 
-# Files that a process has open anyway.
+# File descriptors that a process needs for other things.
 _OPEN_BESIDE = 64
 
 
