@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
         help="maximum fraction of 4-grams that occurred before in the caption, e.g. 0.3",
     )
     add("--min_chinese", type=share, metavar="X", help="minimum fraction of Chinese characters, e.g. 0.5")
+    add("--drop_truncated", action="store_true", default=None, help="drop images whose file ends early")
     add("--min_side", type=count, metavar="PIXELS", help="minimum length of the image's shorter side")
     add(
         "--max_aspect", type=cli.number(float, 1), metavar="X",
@@ -188,7 +189,12 @@ def main() -> int:
     )
     unsaid = {"input", "output", "dry_run", "workers", "quiet"}
     shown = {name: value for name, value in vars(args).items() if name not in unsaid and value is not None}
+    # As on the command line.
     shown.update((name, value.pattern) for name, value in shown.items() if isinstance(value, re.Pattern))
+    if args.drop_scores:
+        shown["drop_scores"] = f"{args.drop_scores[0]}:{100 * args.drop_scores[1]:.10g}%"
+    if args.prefer:
+        shown["prefer"] = ":".join(filter(None, args.prefer))
     result = curate(args.input, None if args.dry_run else args.output, settings, shown, count_tokens)
     show(result, args)
     if not args.dry_run:

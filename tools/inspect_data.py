@@ -87,6 +87,7 @@ def main() -> None:
         other = inspect([args.compare], options, count_tokens)
         shared = overlap(found, other, options.near)
         numbers.update(other=summary(other, options.near), overlap=shared.to_json(found, other))
+    page_text = f"page: {page}" + ", in place of an earlier one" * os.path.lexists(page)
     numbers["advice"] = advice(found, numbers, n_queries)
     numbers["settings"] = {**options._asdict(), "tokenizer": args.tokenizer}
     write_page(page, found, numbers, options.seed, other, shared)
@@ -96,7 +97,7 @@ def main() -> None:
     print(tr(f"{numbers['rows']:,} rows, {numbers['good rows']:,} of them usable"))
     for text in numbers["advice"]:
         print(f"- {tr(text)}")
-    print(tr(f"page: {page}"))
+    print(tr(page_text))
 
 
 if __name__ == "__main__":

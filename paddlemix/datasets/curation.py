@@ -26,7 +26,7 @@ from paddlemix.datasets.labels import Options as RowOptions
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import keep_images, read_rows
 from paddlemix.datasets.score_files import read_scores
-from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, NO_CAPTION, check_input, row_id
+from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, NO_CAPTION, TRUNCATED, check_input, row_id
 from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
@@ -135,6 +135,7 @@ CAPTION_RULES = (
 )
 # drops: (FACTS [n], the option's value) → bool [n].
 IMAGE_RULES = (
+    Rule("drop_truncated", TRUNCATED, lambda facts, value: facts["truncated"]),
     Rule("min_side", "image too small", lambda facts, value: np.minimum(facts["width"], facts["height"]) < value),
     Rule("max_aspect", "image too narrow", lambda facts, value: _aspect(facts) > value),
     Rule("min_sharpness", "image not sharp", lambda facts, value: facts["sharpness"] < value),

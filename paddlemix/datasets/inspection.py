@@ -275,7 +275,8 @@ def _measure(values: np.ndarray) -> Optional[Dict[str, Any]]:
 def repeats(group: np.ndarray) -> Dict[str, int]:
     """How many groups have several rows, the rows after the first of each, and the size of the largest."""
     size = np.unique(group, return_counts=True)[1]
-    return {"groups": int((size > 1).sum()), "rows beyond the first": int((size - 1).sum()), "largest": int(size.max())}
+    largest = int(size.max(initial=1))
+    return {"groups": int((size > 1).sum()), "rows beyond the first": int((size - 1).sum()), "largest": largest}
 
 
 def summary(found: Inspection, near: int) -> Dict[str, Any]:
@@ -319,6 +320,7 @@ def summary(found: Inspection, near: int) -> Dict[str, Any]:
                 "aspect": _measure(np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)),
                 "sharpness": _measure(decoded["sharpness"]),
             },
+            "truncated": int(decoded["truncated"].sum()),
             "one colour": int((decoded["spread"] < ONE_COLOUR).sum()),
             "copies": repeats(found.exact),
             "near duplicates": {"bits apart": near, **repeats(found.group)},

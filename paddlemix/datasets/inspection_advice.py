@@ -8,7 +8,6 @@ import numpy as np
 
 from paddlemix.datasets.image_facts import usable
 from paddlemix.datasets.inspection import Inspection, repeats
-from paddlemix.datasets.near_duplicates import near_groups
 
 # Limits beyond which a caption counts as a loop, and an image as a sliver or a stamp.
 MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
@@ -30,9 +29,17 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
     good = found.rows[found.good & (found.rows["caption"] != 0)]
     images, n = numbers["images"], numbers["rows"]
 
-    def share(count: int) -> str:
-        return f"{count:,} ({100 * count / n:.2f} %)"
+    def share(count: int, of: int = n) -> str:
+        return f"{count:,} ({100 * count / of:.2f} %)"
 
+    def drop(rule: str, text: str, count: int, of: int = n) -> None:
+        if 2 * count > of:
+            lines.append(f"{rule} would drop {share(count, of)}, which is most of them: look at the gallery first")
+        elif count:
+            lines.append(f"{share(count, of)} {text}: drop them with {rule}")
+
+    if not numbers["captions"]["rows"]:
+        lines.append("the rows have no captions")
     if len(good):
         counted = bool(good["tokens"].any())
         tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER
@@ -53,47 +60,41 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
             (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
         ):
-            if which.any():
-                lines.append(f"{share(int(which.sum()))} {text}: drop them with {rule}")
+            drop(rule, text, int(which.sum()))
         opening = numbers["captions"]["texts"]["opening"]["listed"][:1]
         if opening and opening[0][1] > 0.2 * len(good) and len(good) > 100:
-            lines.append(
-                f"{share(opening[0][1])} captions begin with “{opening[0][0]}”: the model will, too; balance them with "
-                f"--per_opening {_up(0.05 * len(good), 10)}"
-            )
+            text = f"{share(opening[0][1])} captions begin with “{opening[0][0]}”: the model will, too"
+            # What nearly all captions begin with is their form.
+            few = opening[0][1] <= 0.5 * len(good)
+            lines.append(text + f"; balance them with --per_opening {_up(0.05 * len(good), 10)}" * few)
         for kind, text in (("control", "captions hold control characters"), ("tags", "captions hold tags")):
             count = numbers["captions"]["with"][kind]
             if count:
                 remedy = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
                 lines.append(f"{share(count)} {text}: {remedy}")
     near, closer = images["near duplicates"], images["near duplicates by bits"]
-    copies = repeats(near_groups(found.facts["content"], 0, usable(found.facts)))
+    copies = repeats(found.exact[usable(found.facts)])
     beyond, largest = (near[key] - copies[key] for key in ("rows beyond the first", "largest"))
-    looked_at = f"of the {images['decoded']:,} images looked at are near duplicates of earlier ones"
-    near_rule = f"--near_duplicates {near['bits apart']}"
-    if beyond > MOST_NEAR * images["decoded"] or largest > max(MOST_IN_GROUP * images["decoded"], SMALL_GROUP):
+    decoded = images["decoded"]
+    looked_at = f"of the {decoded:,} images looked at"
+    near_text = f"{looked_at} are near duplicates of earlier ones"
+    drop("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"])
+    if beyond > MOST_NEAR * decoded or largest > max(MOST_IN_GROUP * decoded, SMALL_GROUP):
         at = ", ".join(f"{bits}: {count:,}" for bits, count in closer.items())
         lines.append(
-            f"{share(near['rows beyond the first'])} {looked_at} at {near['bits apart']} bits, "
+            f"{share(near['rows beyond the first'], decoded)} {near_text} at {near['bits apart']} bits, "
             f"the largest group has {near['largest']:,} (at fewer bits: {at}): images of the same layout, perhaps; "
             "look at the groups on the page, and try --near_duplicates 2 or 3 before you drop any"
         )
-        near_rule = ""
+    else:
+        drop(f"--near_duplicates {near['bits apart']}", near_text, near["rows beyond the first"], decoded)
     readable = found.facts[found.readable]
     sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
-    for rule, text, count in (
-        ("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"]),
-        (near_rule, looked_at, near["rows beyond the first"]),
-        ("--min_sharpness 1", "images show one colour", images["one colour"]),
-        (f"--min_side {MIN_SIDE}", f"images have a side under {MIN_SIDE} pixels", int((sides[0] < MIN_SIDE).sum())),
-        (
-            f"--max_aspect {MAX_ASPECT}",
-            f"images are more than {MAX_ASPECT} times as long as wide",
-            int((sides[1] > float(MAX_ASPECT) * sides[0]).sum()),
-        ),
-    ):
-        if count and rule:
-            lines.append(f"{share(count)} {text}: drop them with {rule}")
+    drop("--drop_truncated", f"{looked_at} are truncated", images["truncated"], decoded)
+    drop("--min_sharpness 1", f"{looked_at} show one colour", images["one colour"], decoded)
+    drop(f"--min_side {MIN_SIDE}", f"images have a side under {MIN_SIDE} pixels", int((sides[0] < MIN_SIDE).sum()))
+    text = f"images are more than {MAX_ASPECT} times as long as wide"
+    drop(f"--max_aspect {MAX_ASPECT}", text, int((sides[1] > float(MAX_ASPECT) * sides[0]).sum()))
     if numbers["rejected"]:
         reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())
         lines.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
@@ -105,9 +106,9 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly: scores there would "
             f"not be those of unseen images; drop them with --not_in {leaks['file']}"
         )
-    if images["decoded"] < images["readable"]:
+    if decoded < images["readable"]:
         lines.append(
-            f"{images['decoded']:,} of {images['readable']:,} images were decoded: --hash all finds the near "
+            f"{decoded:,} of {images['readable']:,} images were decoded: --hash all finds the near "
             "duplicates among all"
         )
     return lines

@@ -259,7 +259,7 @@ def write_page(
     ]  # fmt: skip
     image_counts = [
         ("readable images", "images/readable"), *((name, f"images/formats/{name}") for name in formats),
-        ("decoded", "images/decoded"), ("of one colour", "images/one colour"),
+        ("decoded", "images/decoded"), ("truncated", "images/truncated"), ("of one colour", "images/one colour"),
         ("copies of earlier ones", "images/copies/rows beyond the first"),
         ("near duplicates of earlier ones", "images/near duplicates/rows beyond the first"),
         *(

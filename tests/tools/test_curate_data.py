@@ -132,7 +132,7 @@ def test_a_rule_of_the_set_is_what_a_loop_over_rows_gives(monkeypatch, rule):
     survey = curation.Survey(rows, [""], 0, None, draw.random(300) < 0.1, groups, draw.random(300))
     left = draw.random(300) < 0.8
     values = {"not_in": ["x"], "drop_scores": ("x", 0.1), "near_duplicates": 6, "per_opening": 7, "limit": 100}
-    for keep in curation.KEEP if rule == "near_duplicates" else ("first",):
+    for keep in ("first", "longest", "best") if rule == "near_duplicates" else ("first",):
         settings = Settings({rule: values[rule]}, keep=keep, per_group=2)
         there = [row for row in range(300) if left[row]]
         if rule == "not_in":
@@ -298,6 +298,35 @@ def test_without_a_row_the_reasons_are_counted(call, tmp_path, rows, reasons):
     assert (status, errors) == (1, f"error: no row of {tmp_path / 'in.tsv'} is left: {reasons}\n")
 
 
+def test_truncated_images_are_used_unless_they_are_dropped(call, data):
+    image = image_bytes(9, size=(256, 192))
+    with open(data / "in.tsv", "a") as file:
+        file.write(f"cut\t{base64.b64encode(image[: len(image) // 2]).decode()}\t一张不完整的图片\n")
+    for rule, stays in (([], True), (["--min_side", 8], True), (["--drop_truncated"], False)):
+        assert call(data / "in.tsv", data / "out.tsv", *rule)[0] == 0
+        assert ("cut" in kept(data / "out.tsv")) == stays
+    assert "cut\ttruncated image\n" in (data / "out.rejected.tsv").read_text()
+
+
+def test_a_run_is_repeated_from_its_settings(call, data):
+    for name, gain in (("old.tsv", 1), ("new.tsv", 2)):
+        (data / name).write_text("".join(f"{row}\t1\t2\t{gain * i}\t[]\n" for i, row in enumerate(ROWS)))
+    (data / "new.txt").write_text("".join(f"{row}\t新的描述{row}\n" for row in ROWS))
+    given = ["--must", "[的杯]", "--max_repetition", 0.3, "--drop_truncated", "--near_duplicates", 4, "--keep", "best"]
+    given += ["--not_in", data / "val.tsv", "--drop_scores", f"{data / 'old.tsv'}:14.5%", "--limit", 5, "--seed", 3]
+    given += ["--prefer", f"{data / 'new.txt'}:{data / 'new.tsv'}"]
+    status, _, errors = call(data / "in.tsv", data / "out.tsv", *given)
+    assert status == 0, errors
+    report = json.loads((data / "out.curation.json").read_text())
+    again = []
+    for name, value in report["settings"].items():
+        for one in value if isinstance(value, list) else [value]:
+            again += [f"--{name}"] if one is True else [f"--{name}", one]
+    assert call(report["input"], data / "again.tsv", *again)[0] == 0
+    for end in ("tsv", "rejected.tsv", "curation.json"):
+        assert (data / f"again.{end}").read_bytes() == (data / f"out.{end}").read_bytes()
+
+
 def test_draws_depend_on_the_seed_alone(call, data):
     def drawn(seed, workers):
         call(data / "in.tsv", data / "out.tsv", "--limit", 4, "--seed", seed, "--workers", workers)
@@ -339,8 +368,9 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(call, data, arguments, s
 
 def test_the_page_on_data_lists_every_rule_and_its_reason(root):
     page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    order = []
     for rule in curation.RULES:
-        (line,) = [line for line in page.splitlines() if re.match(rf"\| [^|]*`--{rule.name} ", line)]
+        (line,) = [line for line in page.splitlines() if re.match(rf"\| [^|]*`--{rule.name}[ `]", line)]
         assert rule.reason in line, rule.name
-    order = [page.index(f"`--{rule.name} ", page.index("| rule |")) for rule in curation.RULES]
+        order.append(page.index(line))
     assert order == sorted(order)

@@ -101,8 +101,8 @@ def test_what_was_planted_is_counted(run, table, tmp_path, workers):
         "1 (2.50 %) captions repeat themselves: drop them with --max_repetition 0.3",
         "2 (5.00 %) captions are less than half Chinese: drop them with --min_chinese 0.5",
         "2 (5.00 %) images are copies of earlier ones",
-        "3 (7.50 %) of the 38 images looked at are near duplicates",
-        "1 (2.50 %) images show one colour",
+        "3 (7.89 %) of the 38 images looked at are near duplicates",
+        "1 (2.63 %) of the 38 images looked at show one colour",
         "1 (2.50 %) images have a side under 64 pixels: drop them with --min_side 64",
         "2 (5.00 %) rows cannot be used: 1 × no image, 1 × not an image",
         "1 (2.50 %) rows have an id that was there before",
@@ -129,7 +129,7 @@ def test_images_of_one_layout_are_not_advised_away(run, tmp_path):
     # Copies, as in a set with several captions per image, are another matter.
     copies = [(f"c{number}", encoded(scene(number // 3)), "一件产品") for number in range(12)]
     out = run(write_rows(tmp_path / "copies.tsv", copies), "--out", tmp_path / "out", "--workers", 0)[1]
-    assert "8 (66.67 %) images are copies of earlier ones: drop them with --near_duplicates 0" in out
+    assert "--near_duplicates 0 would drop 8 (66.67 %), which is most of them" in out
     assert "same layout" not in out
 
 
@@ -147,6 +147,30 @@ def test_a_train_json_is_the_same_set_inline_and_by_reference(run, table, tmp_pa
         assert (found["rows"], found["good rows"], found["ids doubled"]) == (38, 38, 0)
         assert found["images"] == expected["images"]
         assert found["captions"]["texts"]["caption"] == expected["captions"]["texts"]["caption"]
+
+
+def test_advice_on_odd_sets(run, tmp_path):
+    def advice(rows):
+        assert run(write_rows(tmp_path / "odd.tsv", rows), "--out", tmp_path / "out", "--workers", 0)[0] == 0
+        return "\n".join(report(tmp_path / "out")["advice"])
+
+    pictures = [encoded(scene(seed, size=(96, 64))) for seed in range(120)]
+    said = advice([(f"id{i}", picture, f"A poster of {i} cups") for i, picture in enumerate(pictures)])
+    assert "--min_chinese 0.5 would drop 120 (100.00 %), which is most of them" in said and "drop them" not in said
+    assert "120 (100.00 %) captions begin with “A post”: the model will, too\n" in said + "\n"
+    cut = [picture[: len(picture) // 2] if i < 3 else picture for i, picture in enumerate(pictures)]
+    said = advice([(f"id{i}", picture, f"第{i}个杯子") for i, picture in enumerate(cut)])
+    assert "3 (2.50 %) of the 120 images looked at are truncated: drop them with --drop_truncated" in said
+    # The first rows may lack captions.
+    assert "30 (25.00 %) rows cannot be used: 30 × empty caption" in advice(
+        [(f"id{i}", picture, "一个杯子" * (i >= 30)) for i, picture in enumerate(pictures)]
+    )
+    assert advice([(f"id{i}", picture, "") for i, picture in enumerate(pictures[:5])]) == "the rows have no captions"
+
+
+def test_an_earlier_report_is_replaced_and_that_is_said(run, table, tmp_path):
+    assert "in place of" not in run(table, "--out", tmp_path / "out")[1]
+    assert run(table, "--out", tmp_path / "out")[1].endswith("report.html, in place of an earlier one\n")
 
 
 def test_leaks_into_another_set_are_found_exactly_and_nearly(run, table, tmp_path):
