@@ -13,7 +13,6 @@ at most some extra lines here, but for a power cut, which may lose lines of eith
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from typing import Optional, Tuple
 from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.results import PARTIAL, ResultsWriter
 from paddlemix.utils.errors import JobFailed, UserError
-from paddlemix.utils.files import sync_folder
+from paddlemix.utils.files import lock, sync_folder
 from paddlemix.utils.log import logger
 
 
@@ -50,12 +49,7 @@ class NBestWriter:
             if whole and there == path:
                 os.replace(path, self._partial)
             self._file = open(self._partial, "ab", buffering=0)
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is writing {self._partial}; give another file", "busy") from None
-            except OSError:  # no locks on some network file systems
-                pass
+            lock(self._file, self._partial)
             self._file.truncate(whole)
         if rows < results.done:
             text = "%s has the candidates of %d rows of %d; the others are captioned again"

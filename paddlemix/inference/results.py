@@ -19,8 +19,6 @@ million captions are some 200 MB, so the final copy takes a second.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
@@ -31,7 +29,7 @@ from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tu
 from paddlemix.datasets.tsv import TRUNCATED, clean_id
 from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
-from paddlemix.utils.files import atomic_write
+from paddlemix.utils.files import atomic_write, lock
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file
@@ -170,7 +168,7 @@ class ResultsWriter:
             self._file = open(self.journal, "a+b", buffering=0)
         self._pending = bytearray()
         try:
-            self._lock()
+            lock(self._file, self.journal)
             with self._explained():
                 self._open_journal(restart)
         except BaseException:
@@ -187,16 +185,6 @@ class ResultsWriter:
             safe = self.done and self._is_there()
             hint = f"; {self.done} lines are safe in {self.journal}, the same command resumes" if safe else ""
             raise kind(f"cannot write {self.path}: {error.strerror}{hint}", "not-writable") from error
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {self.journal}; give another output", "busy") from None
-        except OSError as error:
-            # Some network file systems have no locks.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise UserError(f"cannot lock {self.journal}: {error.strerror}", "lock") from error
 
     def _is_there(self) -> bool:
         """Whether the journal still exists under its name."""

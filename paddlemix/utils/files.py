@@ -14,7 +14,7 @@ import shutil
 import signal
 import stat
 import threading
-from typing import IO, Callable, Iterator, List, Optional, Tuple
+from typing import IO, Callable, Iterator, List, Optional, Tuple, Union
 
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
@@ -72,6 +72,21 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
+def lock(handle: Union[int, IO], path: str) -> None:
+    """Lock an open file or folder, where the file system has locks.
+
+    Raises:
+        UserError: another process has locked it, or the disk fails.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {path}: wait for it, or give another output", "busy") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL):
+            raise UserError(f"cannot lock {path}: {error.strerror}", "lock") from None
+
+
 @contextlib.contextmanager
 def only_writer(folder: str) -> Iterator[None]:
     """Lock a folder for writing, where the file system supports locks; creates it if needed.
@@ -84,13 +99,7 @@ def only_writer(folder: str) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
         _WRITING.append(handle)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = f"another process is writing into {folder}: wait for it, or give another folder"
-                raise UserError(text, "busy") from None
-            except OSError:
-                pass
+            lock(handle, folder)
             yield
         finally:
             if handle in _WRITING:

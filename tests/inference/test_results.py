@@ -1,6 +1,7 @@
 """Results: whole when they appear, resumable, never mixed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -284,7 +285,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch, code, allowed):
     def flock(*args):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(results.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     if allowed:
         write(tmp_path / "results.txt", LINES)
         assert (tmp_path / "results.txt").read_text("utf-8") == WHOLE

@@ -519,7 +519,7 @@ def test_a_tilde_is_the_home_in_every_path(run_keys, tmp_path, monkeypatch, worl
 
 def test_one_run_writes_into_a_folder(run_keys, tmp_path):
     with files.only_writer(str(tmp_path / "out")):
-        with pytest.raises(UserError, match="another process is writing into .*out: wait for it"):
+        with pytest.raises(UserError, match="another process is writing .*out: wait for it"):
             run(run_keys(**LORA))
         assert not os.listdir(tmp_path / "out")
     run(run_keys(**LORA))
