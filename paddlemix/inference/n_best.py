@@ -12,7 +12,6 @@ at most some extra lines here, but for a power cut, which may lose lines of eith
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -21,27 +20,26 @@ from typing import Optional, Tuple
 
 from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.results import PARTIAL, ResultsWriter
-from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import lock, sync_folder
 from paddlemix.utils.log import logger
+from paddlemix.utils.outputs import disk_errors
 
 
 class NBestWriter:
-    """Writes the candidates of one run; does nothing if `path` is None.
+    """Writes the candidates of one run.
 
     results: of the same run. The lines of the rows that an earlier run has answered are kept; if a power cut lost the
     last of them, `results` drops those rows, too. As a context manager it closes the file; an unfinished one stays.
 
     Raises:
-        UserError: the file cannot be written, is missing, or has other rows than the earlier run.
+        UserError: the file is missing, or has other rows than the earlier run.
+        JobFailed: it cannot be written.
     """
 
-    def __init__(self, path: Optional[str], results: ResultsWriter):
-        self._path, self._file = path, None
-        if path is None:
-            return
-        self._partial = path + PARTIAL
-        with self._explained(UserError):
+    def __init__(self, path: str, results: ResultsWriter):
+        self._path, self._partial = path, path + PARTIAL
+        with disk_errors(path):
             os.makedirs(os.path.realpath(os.path.dirname(path)), exist_ok=True)
             # The run may have been killed after this file was finished and before the results were.
             there = path if os.path.exists(path) and not os.path.exists(self._partial) else self._partial
@@ -56,36 +54,25 @@ class NBestWriter:
             logger.warning(text, there, rows, results.done)
             results.keep(rows)
 
-    @contextlib.contextmanager
-    def _explained(self, kind: type):
-        try:
-            yield
-        except OSError as error:
-            raise kind(f"cannot write {self._path}: {error.strerror}") from error
-
     def write(self, name: str, answer) -> None:
         """Write the line of the next row, unbuffered. name: the row's id. answer: a captioner's Answer.
 
         Raises:
             JobFailed: the disk is full.
         """
-        if self._file is None:
-            return
         candidates = []
         for one in answer.candidates:
             score = round(one.score, 6) if math.isfinite(one.score) else None
             candidates.append({"text": one.text, "score": score, **({"note": one.note} if one.note else {})})
         row = {"id": clean_id(name), "chosen": answer.chosen, "candidates": candidates}
         rest = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        with self._explained(JobFailed):
+        with disk_errors(self._path):
             while rest:
                 rest = rest[self._file.write(rest) :]
 
     def finish(self) -> None:
         """Rename the file to its final name."""
-        if self._file is None:
-            return
-        with self._explained(JobFailed):
+        with disk_errors(self._path):
             os.fsync(self._file.fileno())
             os.replace(self._partial, self._path)
             sync_folder(os.path.dirname(os.path.abspath(self._path)))
@@ -94,8 +81,6 @@ class NBestWriter:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        if self._file is None:
-            return
         if os.fstat(self._file.fileno()).st_size == 0 and os.path.exists(self._partial):
             os.unlink(self._partial)
         self._file.close()

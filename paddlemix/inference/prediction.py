@@ -296,7 +296,7 @@ def predict_file(
 
     with contextlib.ExitStack() as outputs:
         results = outputs.enter_context(ResultsWriter(job.output, job.run, restart))
-        listed = outputs.enter_context(NBestWriter(n_best, results))
+        listed = None if n_best is None else outputs.enter_context(NBestWriter(n_best, results))
         rows = job.rows(results)
         first = next(rows, None)
         captioner = None
@@ -323,7 +323,8 @@ def predict_file(
         numbers = count(job.share.index - 1 + results.done * job.share.of, job.share.of)
 
         def line(name: str, answer: Answer) -> Tuple[str, Optional[str]]:
-            listed.write(name, answer)
+            if listed is not None:
+                listed.write(name, answer)
             question = DEFAULT_PROMPT if prompt is None else prompt
             return postprocess(answer.caption, question) if answer.caption else fallback, answer.note
 
@@ -338,7 +339,8 @@ def predict_file(
                 "captions",
                 show,
             )
-        listed.finish()
+        if listed is not None:
+            listed.finish()
         job.finish(rows, results)
         show("------predicting finished-----")
     job.report(rows, results, fallback)
