@@ -24,7 +24,7 @@ from paddlemix.checkpoint.model_folder import (
     gather,
     inside,
 )
-from paddlemix.checkpoint.shards import Item, WeightsReader, open_weights, write_model
+from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
 from paddlemix.checkpoint.structure import VISUAL_KEYS
 from paddlemix.checkpoint.tensors import FLOATS, convert_dtype, printable
 from paddlemix.utils.errors import UserError, WeightsError
@@ -231,8 +231,6 @@ def convert_qwen_vl(
         Qwen-VL. ConfigError: config.json is invalid for MGen-VL. JobFailed: the disk is full.
     """
     check_new_folder(target, [source], overwrite)
-    if dtype is not None and dtype not in FLOATS[1:]:
-        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}", "dtype")
     if not os.path.isdir(source):
         raise UserError(f"no folder {source}", "no-folder")
     public = read_json_object(inside(source, "config.json"))
@@ -246,11 +244,10 @@ def convert_qwen_vl(
             logger.info(f"Not copied, since they are computed: {some(printable(name, 300) for name in ignored)}")
         items = []
         for name, ours, transpose in plan:
-            info = reader.info(name)
-            to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
-            shape = info.shape[::-1] if transpose else info.shape
-            item: Item = (ours, to, shape, _reading(reader, name, to, transpose))
-            items.append(item)
+            _, to, shape, read = reader.item(name, dtype)
+            if transpose:
+                shape, read = shape[::-1], functools.partial(_turned, reader, name, to)
+            items.append((ours, to, shape, read))
         files = write_model(
             target,
             items,
@@ -262,19 +259,13 @@ def convert_qwen_vl(
     return ConvertResult(len(items), ignored, files)
 
 
-def _reading(reader: WeightsReader, name: str, to: str, transpose: bool) -> Callable[[], Any]:
-    if not transpose:
-        return lambda: reader.raw(name) if to == reader.info(name).dtype else reader.read(name, to)
-
-    def read() -> np.ndarray:
-        # Before a conversion, which may double the bytes to move.
-        turned = transposed(reader.read(name))
-        try:
-            return convert_dtype(turned, reader.info(name).dtype, to)
-        except WeightsError as error:
-            raise WeightsError(f"{printable(name)}: {error}", *error.about) from None
-
-    return read
+def _turned(reader: WeightsReader, name: str, to: str) -> np.ndarray:
+    # Before a conversion, which may double the bytes to move.
+    turned = transposed(reader.read(name))
+    try:
+        return convert_dtype(turned, reader.info(name).dtype, to)
+    except WeightsError as error:
+        raise WeightsError(f"{printable(name)}: {error}", *error.about) from None
 
 
 def _write_side_files(source: str, config: Dict[str, Any], generation: Dict[str, Any], folder: str) -> List[str]:

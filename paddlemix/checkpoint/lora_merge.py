@@ -17,7 +17,7 @@ import os
 import shlex
 import shutil
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from paddlemix.checkpoint.model_folder import (
     inside,
 )
 from paddlemix.checkpoint.origin import Origin
-from paddlemix.checkpoint.shards import Item, WeightsReader, open_weights, write_model
+from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
 from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, convert_dtype, printable, rows_of
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
@@ -153,8 +153,6 @@ def merge(
     """
     inputs = [folder for folder in (base_folder, lora_folder, text_folder) if folder]
     model_folder.check_new_folder(out_folder, inputs, overwrite)
-    if dtype is not None and dtype not in FLOATS[1:]:
-        raise UserError(f"dtype must be float32, float16 or bfloat16, not {dtype}", "dtype")
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_weights(base_folder))
         lora = stack.enter_context(_open_tuned(lora_folder))
@@ -173,18 +171,12 @@ def merge(
         items = []
         adapted, full = set(merged), set(replaced)
         for name in base.keys():
-            info = base.info(name)
-            to = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
+            _, to, shape, read = base.item(name, dtype)
             if name in adapted:
-                read: Callable = _Adapted(base, lora, name, scaling, to).rows
+                read = _Adapted(base, lora, name, scaling, to).rows
             elif name in full:
                 read = functools.partial(lora.read, name, to)
-            elif to == info.dtype:
-                read = functools.partial(base.raw, name)
-            else:
-                read = functools.partial(base.read, name, to)
-            item: Item = (name, to, info.shape, read)
-            items.append(item)
+            items.append((name, to, shape, read))
         logger.info(
             f"Merging {len(merged)} adapters (r {rank}, scale {scaling:g}) and {len(replaced)} full tensors "
             f"into {len(base)} tensors of {base_folder}"

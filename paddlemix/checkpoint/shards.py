@@ -9,6 +9,7 @@ write_sharded(folder, items)           one tensor in memory at a time, in files 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -50,6 +51,9 @@ _SAMPLE, _STRETCHES = 1024, 4
 # Base name and extension of each format that is written.
 FORMATS = {"pdparams": ("model_state", ".pdparams"), "safetensors": ("model", ".safetensors")}
 
+# (name, dtype, shape, read): read() returns the array, a FileBytes to copy, or Rows to compute.
+Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes, Rows]]]
+
 # ---- reading
 
 
@@ -68,6 +72,11 @@ def _read_index(folder: str, name: str) -> Dict[str, str]:
     if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
         raise WeightsError(f"{path} has no weight_map of keys and files", "weight_map")
     return table
+
+
+def _converted(stored: str, dtype: Optional[str]) -> str:
+    """The dtype of a stored tensor that is converted to `dtype`, if any: only floating-point tensors are."""
+    return dtype if dtype is not None and stored in FLOATS else stored
 
 
 class WeightsReader:
@@ -129,12 +138,8 @@ class WeightsReader:
             self._shown.file.forget(self._shown.offset, self._shown.length)
         self._shown = tensor.where
         array = tensor.load()
-        if dtype is None or dtype == tensor.dtype:
-            return array
-        if tensor.dtype not in FLOATS and dtype in FLOATS:
-            return array
         try:
-            return convert_dtype(array, tensor.dtype, dtype)
+            return convert_dtype(array, tensor.dtype, _converted(tensor.dtype, dtype))
         except WeightsError as error:
             raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}", *error.about) from None
 
@@ -145,7 +150,7 @@ class WeightsReader:
             WeightsError: as read().
         """
         tensor = self._tensor(name)
-        to = dtype if dtype is not None and {tensor.dtype, dtype} <= set(FLOATS) else tensor.dtype
+        to = _converted(tensor.dtype, dtype)
         loaded = own_pages(tensor.shape, to)
         flat, kind = loaded.reshape(-1), NUMPY_TYPES[tensor.dtype]
         if tensor.where is None:
@@ -175,6 +180,13 @@ class WeightsReader:
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
         """The tensor's byte range in its file, for write_sharded to copy; the array if its bytes are not in C order."""
         return self._tensor(name).where or self.read(name)
+
+    def item(self, name: str, dtype: Optional[str] = None) -> Item:
+        """The tensor for write_sharded; with `dtype`, converted to it if it is of a floating-point type."""
+        info = self.info(name)
+        to = _converted(info.dtype, dtype)
+        read = functools.partial(self.raw, name) if to == info.dtype else functools.partial(self.read, name, to)
+        return name, to, info.shape, read
 
     def sample(self, name: str) -> np.ndarray:
         """Up to _SAMPLE values spread over a tensor, in one dimension; those of floating-point types as float32.
@@ -279,9 +291,6 @@ def open_weights(path: str) -> WeightsReader:
 
 
 # ---- writing
-
-# (name, dtype, shape, read): read() returns the array, a FileBytes to copy, or Rows to compute.
-Item = Tuple[str, str, Tuple[int, ...], Callable[[], Union[np.ndarray, FileBytes, Rows]]]
 
 class _Shard(NamedTuple):
     name: str
