@@ -28,7 +28,16 @@ from paddlemix.datasets import labels  # noqa: E402
 from paddlemix.datasets.json_index import scan_records  # noqa: E402
 from paddlemix.datasets.records import MAX_STRUCTURE  # noqa: E402
 from paddlemix.datasets.rows import is_json, keep_images, read_rows  # noqa: E402
-from paddlemix.datasets.tsv import PATH_LEADS_OUT, ImagePlace, Source, TsvRow, check_input, clean_id, row_id  # noqa: E402
+from paddlemix.datasets.tsv import (  # noqa: E402
+    PATH_LEADS_OUT,
+    ImagePlace,
+    Source,
+    TsvRow,
+    check_input,
+    clean_id,
+    path_inside,
+    row_id,
+)
 from paddlemix.datasets.writing import output_rows  # noqa: E402
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
@@ -87,10 +96,8 @@ def read_captions(path: str) -> Iterator[Tuple[str, List[str]]]:
 def rows_of_folder(folder: str, captions: str) -> Iterator[Tuple[TsvRow, List[str]]]:
     """(row, captions) of each record of CAPTIONS, whose image is a file in the folder."""
     for number, (name, texts) in enumerate(read_captions(captions), 1):
-        path = os.path.normpath(os.path.join(folder, name))
-        inside = os.path.relpath(path, folder)
-        outside = inside == os.pardir or inside.startswith(os.pardir + os.sep)
-        error, place = (PATH_LEADS_OUT, None) if outside else (None, ImagePlace(path))
+        path = path_inside(folder, name)
+        error, place = (PATH_LEADS_OUT, None) if path is None else (None, ImagePlace(path))
         yield TsvRow(number, name, b"", -1, 0, None, error, number, place), texts
 
 

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from statistics import fmean
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -176,12 +175,6 @@ def claim(out: str, first: str) -> None:
     open(log, "a").close()
 
 
-def _pad(text: str, columns: int) -> str:
-    """Left-justified on a terminal, where a Chinese character takes two columns."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return text + " " * (columns - len(text) - wide)
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
@@ -289,7 +282,7 @@ def run_all(args: argparse.Namespace) -> Dict[str, float]:
     seconds: Dict[str, float] = {}
     earlier_holds = True
     for number, stage in enumerate(stages, 1):
-        head = _pad(f"[{number}/{len(stages)}] {stage.title}", TITLE_WIDTH)
+        head = f"[{number}/{len(stages)}] {stage.title}".ljust(TITLE_WIDTH)
         done = finished(args.out, stage) if earlier_holds else None
         if done is None:
             earlier_holds = False
@@ -398,9 +391,9 @@ def score_lines(scores: Mapping[str, Mapping[str, float]]) -> List[Tuple[str, Li
 def report(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, float]) -> str:
     """The table, three ads with their captions, the verdicts and what to run next, as text."""
     lines = [f"{len(outcome.references)} ads that were never seen; captions tokenized by character", ""]
-    lines.append(_pad("", 24) + "".join(f"{title:>21}" for title in COLUMNS.values()))
+    lines.append(" " * 24 + "".join(f"{title:>21}" for title in COLUMNS.values()))
     for name, values in score_lines(outcome.scores):
-        lines.append(_pad(name, 24) + "".join(f"{value:>21}" for value in values))
+        lines.append(name.ljust(24) + "".join(f"{value:>21}" for value in values))
     lines += ["(The pretrained model writes the other style of captions, hence its CIDEr.)", ""]
     lines.append("✓ right, ✗ wrong (and what is true):")
     for number, key in enumerate(choose_examples(outcome, SHOWN)):
@@ -408,13 +401,13 @@ def report(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, float]
             if name != "blank" or not number:
                 caption, reference = outcome.captions[name][key], outcome.references[key]
                 text = marked(caption, reference, "✓{}".format, "✗{}({})".format)
-                lines.append(f"{_pad(f'{key}  {title}', 26)} {count_right(caption, reference)}: {text}")
+                lines.append(f"{f'{key}  {title}':<26} {count_right(caption, reference)}: {text}")
     lines.append("")
     for text, holds in verdicts(outcome.scores, args.target).items():
         lines.append(f"{'yes' if holds else 'NO '}  {text}")
     lines += [f"{_duration(sum(seconds.values()))} in all", "", "To look further:"]
     for what, how in next_steps(args):
-        lines.append(f"  {_pad(what, 26)} {how}")
+        lines.append(f"  {what:<26} {how}")
     return "\n".join(lines) + "\n"
 
 

@@ -221,6 +221,15 @@ def _is_path(line: bytes, begin: int, end: int) -> bool:
     return end - begin <= _MAX_PATH_BYTES and _PATH.fullmatch(line, begin, end) is not None
 
 
+def path_inside(folder: str, name: str) -> Optional[str]:
+    """The path of a file in a folder or below; None if `name` leads out of it."""
+    # Without resolving links, which the folder's owner may use.
+    path = os.path.normpath(os.path.join(folder, name))
+    inside = os.path.relpath(path, folder or ".")
+    outside = "\0" in name or inside == os.pardir or inside.startswith(os.pardir + os.sep)
+    return None if outside else path
+
+
 def find_image(field: bytes, folder: str, trains: bool) -> Tuple[Optional[ImagePlace], Optional[str]]:
     """(location of the image named in a column, or None; the column's error, or None).
 
@@ -229,12 +238,8 @@ def find_image(field: bytes, folder: str, trains: bool) -> Tuple[Optional[ImageP
     if len(field) <= _MAX_PATH_BYTES and _URL.match(field):
         return None, IMAGE_IS_URL
     if _is_path(field, 0, len(field)):
-        # Without resolving links, which the folder's owner may use.
-        path = os.path.normpath(os.path.join(folder, os.fsdecode(field)))
-        inside = os.path.relpath(path, folder or ".")
-        if b"\0" in field or inside == os.pardir or inside.startswith(os.pardir + os.sep):
-            return None, PATH_LEADS_OUT
-        return ImagePlace(path), None
+        path = path_inside(folder, os.fsdecode(field))
+        return (None, PATH_LEADS_OUT) if path is None else (ImagePlace(path), None)
     return None, NO_IMAGE if trains and _TOO_SHORT.fullmatch(field) else None
 
 
