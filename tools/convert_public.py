@@ -31,9 +31,9 @@ from paddlemix.datasets.rows import is_json, keep_images, read_rows  # noqa: E40
 from paddlemix.datasets.tsv import (  # noqa: E402
     PATH_LEADS_OUT,
     ImagePlace,
-    Source,
     TsvRow,
     check_input,
+    check_text,
     clean_id,
     path_inside,
     row_id,
@@ -79,7 +79,7 @@ def read_captions(path: str) -> Iterator[Tuple[str, List[str]]]:
             file.seek(begin)
             text = file.read(min(end - begin, _MAX_RECORD_BYTES)).strip(b" \t\r\n,[]")
             if not text.isascii():
-                Source(path).check(text + b"\n", want_caption=True)
+                check_text(path, text + b"\n", want_caption=True)
             try:
                 if sum(map(text.count, (b"[", b"{", b","))) > MAX_STRUCTURE:
                     raise ValueError
@@ -106,7 +106,7 @@ def rows_of_tsv(images: str, captions: str) -> Iterator[Tuple[TsvRow, List[str]]
     alone fit into memory."""
     check_input(images)
     with open(images, "rb") as file:
-        Source(images).check(file.read(_HEAD_BYTES), want_caption=True)
+        check_text(images, file.read(_HEAD_BYTES), want_caption=True)
     texts: Dict[str, List[str]] = {}
     missing: Dict[str, int] = {}
     for number, (name, found) in enumerate(read_captions(captions), 1):

@@ -30,10 +30,10 @@ from paddlemix.datasets.tsv import (
     NO_CAPTION,
     NO_IMAGE,
     ImagePlace,
-    Source,
     TsvRow,
     check_input,
     check_of,
+    check_text,
     cr_alone,
     find_image,
     is_image,
@@ -120,7 +120,7 @@ def read_rows(
     head, folder = _head(path), os.path.dirname(path)
     if _begins_json(head):
         return _json_rows(path, offset, first_line, state)
-    Source(path).check(head, want_caption)
+    check_text(path, head, want_caption)
     columns = _csv_columns(head, path)
     if columns is None:
         return tsv.read_rows(path, want_caption, offset=offset, first_line=first_line, state=state)
@@ -142,7 +142,7 @@ def _archived_rows(path: str, want_caption: bool) -> Iterator[TsvRow]:
             unpack = f"tar -xOf {quote(path)} {quote(member.name)}" if member.name else f"gzip -dc {quote(path)}"
             blocks = read_blocks(path, file, member.read)
             head = next(blocks, b"")
-            Source(name, unpack).check(head, want_caption)
+            check_text(name, head, want_caption, unpack)
             columns = _csv_columns(head, name)
             if _begins_json(head) and not member.name:
                 raise UserError(f"{path} holds JSON, not a table of rows")

@@ -135,45 +135,39 @@ def row_id(row: TsvRow) -> str:
     return clean_id(row.id) or str(row.line_no)
 
 
-class Source(NamedTuple):
-    """A table's name in messages, and the command that prints it (none for a plain file)."""
+def check_text(name: str, head: bytes, want_caption: bool = False, command: str = "") -> None:
+    """Check that a table starting with `head` may be UTF-8 text.
 
-    name: str
-    command: str = ""
+    name: for messages. want_caption: captions are needed; then lines in GBK are refused too. command: prints the table;
+    none for a plain file.
 
-    def check(self, head: bytes, want_caption: bool = False) -> None:
-        """Check that a table starting with `head` may be UTF-8 text.
-
-        want_caption: captions are needed; then lines in GBK are refused too.
-
-        Raises:
-            UserError: it is an archive, UTF-16 or GBK text; the message has the command to convert it.
-        """
-        for magic, kind in _PACKED.items():
-            if head.startswith(magic):
-                raise UserError(f"{self.name} is {kind}")
-        if is_tar(head):
-            raise UserError(f"{self.name} is a tar archive; unpack it first, with `tar -xf`")
-        start = head[:16]
-        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise self._wrong_encoding("UTF-16", "UTF-16")
-        for name, zeros, others in (("UTF-16LE", start[1::2], start[::2]), ("UTF-16BE", start[::2], start[1::2])):
-            if len(start) == 16 and not any(zeros) and all(others):
-                raise self._wrong_encoding("UTF-16", name)
-        if want_caption:
-            # The last line may be incomplete.
-            lines = [line for line in head.split(b"\n")[:-1] if not line.isascii()]
-            chinese = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
-            if 2 * chinese > len(lines):
-                raise self._wrong_encoding("GBK", "GB18030")
-
-    def _wrong_encoding(self, shown: str, name: str) -> UserError:
-        iconv = f"iconv -f {name} -t UTF-8"
-        command = f"{self.command} | {iconv}" if self.command else f"{iconv} {shlex.quote(self.name)}"
+    Raises:
+        UserError: it is an archive, UTF-16 or GBK text; the message has the command to convert it.
+    """
+    for magic, kind in _PACKED.items():
+        if head.startswith(magic):
+            raise UserError(f"{name} is {kind}")
+    if is_tar(head):
+        raise UserError(f"{name} is a tar archive; unpack it first, with `tar -xf`")
+    start, encoding = head[:16], None
+    for codec, zeros, others in (("UTF-16LE", start[1::2], start[::2]), ("UTF-16BE", start[::2], start[1::2])):
+        if len(start) == 16 and not any(zeros) and all(others):
+            encoding = codec
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "UTF-16"
+    elif want_caption and encoding is None:
+        # The last line may be incomplete.
+        lines = [line for line in head.split(b"\n")[:-1] if not line.isascii()]
+        chinese = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
+        encoding = "GB18030" if 2 * chinese > len(lines) else None
+    if encoding is not None:
+        iconv = f"iconv -f {encoding} -t UTF-8"
+        iconv = f"{command} | {iconv}" if command else f"{iconv} {shlex.quote(name)}"
         # The folders inside an archive may not exist here.
-        stem, end = os.path.splitext(os.path.basename(self.name.split(": ")[-1]) if self.command else self.name)
-        command += f" > {shlex.quote(stem + '.utf8' + (end if end in _TEXT_FILES else '.tsv'))}"
-        return UserError(f"{self.name} is {shown} text, and UTF-8 is needed: {command}", "encoding")
+        stem, end = os.path.splitext(os.path.basename(name.split(": ")[-1]) if command else name)
+        target = shlex.quote(stem + ".utf8" + (end if end in _TEXT_FILES else ".tsv"))
+        shown = "GBK" if encoding == "GB18030" else "UTF-16"
+        raise UserError(f"{name} is {shown} text, and UTF-8 is needed: {iconv} > {target}", "encoding")
 
 
 def _decodes(text: bytes, encoding: str) -> bool:
@@ -203,7 +197,7 @@ def check_input(path: str, archives: bool = False) -> int:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "unreadable") from error
     if not (archives and (head.startswith(GZIP) or is_tar(head))):
-        Source(path).check(head)
+        check_text(path, head)
     return found.st_size
 
 
