@@ -124,9 +124,9 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 
 def plan_convert(
-    reader: WeightsReader, shapes: Optional[Dict[str, Tuple[int, ...]]]
+    reader: WeightsReader, shapes: Dict[str, Tuple[int, ...]]
 ) -> Tuple[List[Tuple[str, str, bool]], List[str]]:
-    """[(public name, our name, transpose)], in the order of `shapes` if given, and the ignored buffers.
+    """[(public name, our name, transpose)], in the order of `shapes`, and the ignored buffers.
 
     shapes: those of the model of this configuration, by our names.
 
@@ -144,13 +144,14 @@ def plan_convert(
         shape = reader.info(name).shape
         if transpose and len(shape) != 2:
             wrong.append(f"{name} is {list(shape)}, not a matrix")
-        elif shapes is not None and ours in shapes and (shape[::-1] if transpose else shape) != tuple(shapes[ours]):
-            wanted = list(shapes[ours][::-1] if transpose else shapes[ours])
-            wrong.append(f"{name} is {list(shape)}, config.json makes it {wanted}")
+        elif ours in shapes:
+            wanted = shapes[ours][::-1] if transpose else shapes[ours]
+            if shape != tuple(wanted):
+                wrong.append(f"{name} is {list(shape)}, config.json makes it {list(wanted)}")
         found[ours] = (name, transpose)
     # A projection may be stored with a bias that no_bias disables.
-    surplus = [found[ours][0] for ours in found if shapes is not None and ours not in shapes]
-    missing = [ours for ours in shapes or () if ours not in found]
+    surplus = [found[ours][0] for ours in found if ours not in shapes]
+    missing = [ours for ours in shapes if ours not in found]
     problems = [
         f"{len(names)} {kind}: {some(printable(name, 300) for name in names)}"
         for kind, names in (
@@ -163,8 +164,7 @@ def plan_convert(
     ]
     if problems:
         raise WeightsError("the checkpoint is not a complete Qwen-VL: " + "; ".join(problems), "keys")
-    order = [ours for ours in shapes if ours in found] if shapes is not None else list(found)
-    return [(found[ours][0], ours, found[ours][1]) for ours in order], ignored
+    return [(found[ours][0], ours, found[ours][1]) for ours in shapes], ignored
 
 
 def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
@@ -214,17 +214,17 @@ def convert_qwen_vl(
     source: str,
     target: str,
     *,
+    shapes_of: Callable[[Dict[str, Any]], Dict[str, Tuple[int, ...]]],
     dtype: Optional[str] = None,
     format: str = "pdparams",
     max_shard_size: Union[int, str] = "10GB",
     overwrite: bool = False,
     progress: bool = True,
-    shapes_of: Optional[Callable[[Dict[str, Any]], Dict[str, Tuple[int, ...]]]] = None,
 ) -> ConvertResult:
     """Write a public checkpoint folder (safetensors or .bin, sharded or not) as a MGen-VL folder.
 
-    dtype: of the floating-point tensors written (default: each as stored). shapes_of: config.json → parameter shapes,
-    with which names and shapes are compared. `target` is written atomically.
+    shapes_of: config.json → parameter shapes, with which names and shapes are compared. dtype: of the floating-point
+    tensors written (default: each as stored). `target` is written atomically.
 
     Raises:
         UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a complete
@@ -239,7 +239,7 @@ def convert_qwen_vl(
     with open_weights(source) as reader:
         stored = [reader.info(name).dtype for name in reader.keys()]
         config = our_config(public, dtype or max(FLOATS, key=stored.count))
-        plan, ignored = plan_convert(reader, shapes_of(config) if shapes_of else None)
+        plan, ignored = plan_convert(reader, shapes_of(config))
         if ignored:
             logger.info(f"Not copied, since they are computed: {some(printable(name, 300) for name in ignored)}")
         items = []

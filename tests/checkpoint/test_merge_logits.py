@@ -8,6 +8,7 @@ import pytest
 from paddlemix.checkpoint import write_pdparams
 from paddlemix.checkpoint.convert import convert_qwen_vl
 from paddlemix.checkpoint.lora_merge import merge
+from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from tests.helpers import prompt_ids, save_tiny_model
 
 TARGETS = [".*attn.c_attn.*", ".*attn.c_proj.*", ".*mlp.w1.*", ".*mlp.w2.*"]
@@ -60,7 +61,8 @@ def test_golden_adapters(shared, tmp_path):
     (tmp_path / "lora/lora_config.json").write_text(
         json.dumps({"r": int(stored["r"]), "lora_alpha": int(stored["alpha"]), "target_modules": TARGETS})
     )
-    convert_qwen_vl(str(golden / "hf_checkpoint"), str(tmp_path / "base"), dtype="float32", progress=False)
+    base = str(tmp_path / "base")
+    convert_qwen_vl(str(golden / "hf_checkpoint"), base, dtype="float32", shapes_of=parameter_shapes, progress=False)
     merge(str(tmp_path / "base"), str(tmp_path / "lora"), str(tmp_path / "out"), progress=False)
     model = AutoModelMIX.from_pretrained(str(tmp_path / "out"), dtype="float32")
     one = np.load(golden / "forward.npz")

@@ -123,6 +123,7 @@ def test_dtype_and_shards(tmp_path, tensors):
         dtype="bfloat16",
         format="safetensors",
         max_shard_size="50KB",
+        shapes_of=parameter_shapes,
         progress=False,
     )
     assert "model.safetensors.index.json" in os.listdir(tmp_path / "out")
@@ -147,22 +148,21 @@ def test_known_buffers_are_left_out_by_name(tmp_path, tensors):
 
 
 def test_what_is_not_a_whole_qwen_vl(tmp_path, tensors):
-    def refused(match, change, shapes_of=parameter_shapes):
+    def refused(match, change):
         named = {k: v for k, v in dict(public_tensors(tensors), **change).items() if v is not None}
         folder = tmp_path / "src"
         shutil.rmtree(folder, ignore_errors=True)
         write_public(folder, named)
         with helpers.refused(WeightsError, "keys", match=match) as caught:
-            convert_qwen_vl(str(folder), str(tmp_path / "out"), shapes_of=shapes_of, progress=False)
+            convert_qwen_vl(str(folder), str(tmp_path / "out"), shapes_of=parameter_shapes, progress=False)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
     one = ("float32", np.zeros((3, 5), np.float32))
     flat = ("float32", np.zeros(3, np.float32))
     refused("1 unknown: transformer.h.0.attn.extra", {"transformer.h.0.attn.extra": one})
-    refused("1 unknown: transformer.h.0.attn.extra", {"transformer.h.0.attn.extra": one}, None)
     refused("1 missing: lm_head.weight", {"lm_head.weight": None})
     refused(r"lm_head.weight is \[3, 5\], config.json makes it \[320, 128\]", {"lm_head.weight": one})
-    refused("lm_head.weight is .3., not a matrix", {"lm_head.weight": flat}, None)
+    refused("lm_head.weight is .3., not a matrix", {"lm_head.weight": flat})
     refused("1 more than config.json has: transformer.h.0.mlp.w1.bias", {"transformer.h.0.mlp.w1.bias": flat})
     refused("more than config.json has: transformer.h.2.ln_1.weight", {"transformer.h.2.ln_1.weight": flat})
 
@@ -192,17 +192,18 @@ def test_folders_that_do_not_fit(tmp_path, tensors):
         ((source, tmp_path), "overlap", UserError),
     ):
         with helpers.refused(kind, code):
-            convert_qwen_vl(*map(str, args), progress=False)
+            convert_qwen_vl(*map(str, args), shapes_of=parameter_shapes, progress=False)
     with helpers.refused(UserError, "dtype"):
-        convert_qwen_vl(str(source), str(tmp_path / "out"), dtype="int8", progress=False)
+        convert_qwen_vl(str(source), str(tmp_path / "out"), dtype="int8", shapes_of=parameter_shapes, progress=False)
     (tmp_path / "file").write_text("")
     with helpers.refused(UserError, "not-writable"):
-        convert_qwen_vl(str(source), str(tmp_path / "file/o"), progress=False)
+        convert_qwen_vl(str(source), str(tmp_path / "file/o"), shapes_of=parameter_shapes, progress=False)
     with helpers.refused(WeightsError, "overflow"):
         named = dict(public_tensors(tensors))
         named["lm_head.weight"] = ("float32", np.full((320, 128), 1e6, np.float32))
         convert_qwen_vl(
-            str(write_public(source, named)), str(tmp_path / "out"), dtype="float16", progress=False
+            str(write_public(source, named)), str(tmp_path / "out"), dtype="float16", shapes_of=parameter_shapes,
+            progress=False,
         )
 
 
