@@ -57,7 +57,18 @@ def made_folder(folder: str) -> Iterator[None]:
                 os.rmdir(one)
 
 
-# ---- locks of output folders
+# ---- locks
+
+
+def _locked(handle: int) -> Optional[bool]:
+    """Lock an open file or folder. False if another process holds the lock, None where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 # Handles of folders locked by this process. Children, which may outlive it, close theirs.
@@ -135,28 +146,19 @@ def _sync(path: str) -> None:
 # killed process. (On a file system without locks, none is removed.)
 
 
-def _lock(path: str) -> Optional[int]:
-    """A locked handle of a file or folder of this user; None if it is another user's, or gone.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-    """
-    handle = None
+def _lock(path: str) -> Tuple[Optional[int], bool]:
+    """(a locked handle of a file or folder of this user or None, whether another process holds the lock)."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        status = os.fstat(handle)
-        if status.st_uid == os.geteuid() and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked, handle = handle, None
-            return locked
-    except BlockingIOError:
-        raise
     except OSError:
-        pass
-    finally:
-        if handle is not None:
-            os.close(handle)
-    return None
+        return None, False
+    status, locked = os.fstat(handle), None
+    if status.st_uid == os.geteuid() and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        locked = _locked(handle)
+        if locked:
+            return handle, False
+    os.close(handle)
+    return None, locked is False
 
 
 def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str, int]:
@@ -173,15 +175,8 @@ def _new_partial(path: str, folder: bool, suffix: str = ".partial") -> Tuple[str
                 handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = False
-        except BlockingIOError:
-            taken = True
-        except OSError:
-            return partial, handle
         # Another process may have taken it for a leftover before it was locked.
-        if not taken and os.path.lexists(partial):
+        if _locked(handle) is not False and os.path.lexists(partial):
             return partial, handle
         os.close(handle)
 
@@ -201,11 +196,8 @@ def remove_leftovers(path: str) -> bool:
             left += [os.path.join(place, one) for one in os.listdir(place) if pattern.fullmatch(one)]
     in_use = False
     for partial in left:
-        try:
-            handle = _lock(partial)
-        except BlockingIOError:
-            in_use = True
-            continue
+        handle, taken = _lock(partial)
+        in_use = in_use or taken
         if handle is None:
             continue
         try:
