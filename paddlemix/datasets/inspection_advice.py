@@ -86,7 +86,7 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             f"the largest group has {near['largest']:,} (at fewer bits: {at}): images of the same layout, perhaps; "
             "look at the groups on the page, and try --near_duplicates 2 or 3 before you drop any"
         )
-    else:
+    elif beyond:
         drop(f"--near_duplicates {near['bits apart']}", near_text, near["rows beyond the first"], decoded)
     readable = found.facts[found.readable]
     sides = np.minimum(readable["width"], readable["height"]), np.maximum(readable["width"], readable["height"])
