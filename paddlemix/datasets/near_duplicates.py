@@ -157,8 +157,9 @@ def nearest_in(hashes: np.ndarray, others: np.ndarray, distance: int) -> Tuple[n
     best = place.copy()
     for i, j, apart in _near_pairs(distinct, distance):
         for mine, other in ((i, j), (j, i)):
-            there = place[other] < none
-            np.minimum.at(best, mine[there], (apart[there].astype(np.int64) << 40) + place[other[there]])
+            value = (apart.astype(np.int64) << 40) + place[other]
+            better = value < best[mine]
+            np.minimum.at(best, mine[better], value[better])
     found = best[number[: len(hashes)]]
     missing = found == none
     return np.where(missing, -1, found & ((1 << 40) - 1)), np.where(missing, -1, found >> 40)
