@@ -345,8 +345,7 @@ def test_what_several_processes_cannot(parse, monkeypatch, changes, about):
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.says[:40])
 def test_every_rule_has_a_run_that_breaks_it(base, rule):
     def broken(changes, cards):
-        arguments = keys.blocks_of({**base, **changes}, cards)
-        return rule.broken(arguments.model, arguments.data, arguments.training, arguments)
+        return rule.broken(rules.all_keys(keys.blocks_of({**base, **changes}, cards)))
 
     assert not broken({}, 1) and not broken({}, 3)
     wrong = [(changes, 1) for changes, _ in WRONG] + [(changes, 3) for changes, _ in WRONG_TOGETHER]
