@@ -58,6 +58,7 @@ def main() -> int:
 
     from paddlemix.contest import pack
     from paddlemix.utils.errors import UserError
+    from paddlemix.utils.outputs import check_file
 
     out = os.path.abspath(args.out)
     archive, beside = out + ".zip", out + ".weights"
@@ -65,6 +66,8 @@ def main() -> int:
     for path in wanted:
         if os.path.exists(path) and not args.overwrite:
             raise UserError(f"{path} is there already: give another --out, or --overwrite to replace it")
+    if wanted:
+        check_file(archive, plain=True)
     if args.split_weights:
         pack.check_beside(beside)
     packed = pack.pack_submission(ROOT, args.weights, out, args.requirements, args.overwrite)

@@ -115,6 +115,9 @@ def pack_submission(project: str, weights: str, out: str, requirements: str, ove
         folder = os.path.dirname(os.path.abspath(reader.files[0]))
         weight_bytes = sum(os.path.getsize(path) for path in reader.files)
     model = os.path.basename(os.path.realpath(folder))
+    for name in (os.path.basename(os.path.abspath(out)), model):
+        if os.fsencode(name).decode("utf-8", "replace") != name:
+            raise UserError(f"the folder name {name} is not UTF-8, as names in an archive must be: rename it")
     needed = (model_folder.CONFIG, model_folder.TOKENIZER, model_folder.TEMPLATE)
     small = gather([folder], *needed, model_folder.FONT, model_folder.LICENCE)
     index = find_weights(folder)

@@ -165,6 +165,16 @@ def test_what_is_never_replaced(call, merged, tmp_path, root):
     assert not (tmp_path / "other").exists()
 
 
+def test_archives_that_cannot_be(call, merged, tmp_path):
+    (tmp_path / "other.zip").mkdir()
+    assert "other.zip is a folder" in refused(call, "--zip", "--overwrite", out=tmp_path / "other")
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert "\\udcff is not UTF-8" in refused(call, "--zip", out=strange)
+    shutil.copytree(merged, strange)
+    assert "\\udcff is not UTF-8" in refused(call, weights=strange)
+    assert sorted(os.listdir(tmp_path)) == ["other.zip", "\udcff"]
+
+
 def test_the_archive(call, tmp_path, packed, monkeypatch):
     # As if a file of 10 kB were one of 5 GB.
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)
