@@ -43,6 +43,7 @@ from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.outputs import disk_errors  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
 from paddlemix.utils.texts import ranked  # noqa: E402
 
@@ -139,8 +140,8 @@ def main() -> int:
     options = labels.Options(images=args.images, verify="header")
     images = written = 0
     rejected: Counter = Counter()
-    with bar, atomic_write(names[0]) as references, atomic_write(names[1]) as rejects, output_rows(
-        args.output, args.source, args.images == "reference", DEFAULT_PROMPT
+    with disk_errors(args.output), bar, atomic_write(names[0]) as references, atomic_write(names[1]) as rejects, (
+        output_rows(args.output, args.source, args.images == "reference", DEFAULT_PROMPT)
     ) as add:
         for row, texts in rows:
             bar.reach(row.next_offset)

@@ -153,13 +153,14 @@ def check_scores(args: argparse.Namespace) -> None:
 
 def show(result, args: argparse.Namespace) -> None:
     """The numbers, a line per rule."""
-    print(f"{'rule':<34}{'alone':>12}{'together':>12}")
-    print(f"{'rows':<34}{'':>12}{result.rows:>12}")
-    for reason, count in sorted(result.unusable.items(), key=lambda item: -item[1]):
-        print(f"{'unusable: ' + reason:<34}{-count:>12}{-count:>12}")
-    for name, count in result.alone.items():
-        print(f"{'--' + name:<34}{-count:>12}{-result.together[name]:>12}")
-    print(f"{'kept':<34}{'':>12}{result.kept:>12}")
+    unusable = sorted(result.unusable.items(), key=lambda item: -item[1])
+    lines = [("rule", "alone", "together"), ("rows", "", result.rows)]
+    lines += [(f"unusable: {reason}", -count, -count) for reason, count in unusable]
+    lines += [(f"--{name}", -count, -result.together[name]) for name, count in result.alone.items()]
+    lines.append(("kept", "", result.kept))
+    width = max(len(name) for name, *_ in lines)
+    for name, alone, together in lines:
+        print(f"{name:<{width}}{alone:>12}{together:>12}")
     if args.prefer:
         print(f"{result.preferred} rows have a caption of {args.prefer[0]}")
     if result.unscored:

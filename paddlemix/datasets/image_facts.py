@@ -228,7 +228,8 @@ def all_image_facts(path: str, workers: int = 0, quiet: bool = False) -> np.ndar
         stored = _load(final, header)
         if stored is not None:
             return stored
-        offset, line = _resume(file, header)
+        with disk_errors(partial):
+            offset, line = _resume(file, header)
         for piece in _compute(path, size, state, offset, line, workers, quiet):
             with disk_errors(partial):
                 if file.write(piece) != len(piece):

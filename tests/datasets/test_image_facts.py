@@ -1,6 +1,7 @@
 """Facts of images, and the file of them beside the data: made once, resumed, and believed only while it is true."""
 
 import base64
+import errno
 import fcntl
 import os
 import time
@@ -256,12 +257,15 @@ def test_records_that_cannot_be_are_made_anew(table):
         assert all_image_facts(table, quiet=True).tobytes() == expected.tobytes()
 
 
-def test_a_full_disk_is_one_line(table, monkeypatch):
+@pytest.mark.parametrize("header", [True, False])
+def test_a_full_disk_is_one_line(table, monkeypatch, header):
     class Full:
         def __init__(self, file):
             self.file = file
 
         def write(self, data):
+            if not header:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # What the disk still takes of it.
             return self.file.write(data[: module._HEADER.size])
 
@@ -276,5 +280,5 @@ def test_a_full_disk_is_one_line(table, monkeypatch):
 
     plain = module._open_partial
     monkeypatch.setattr(module, "_open_partial", lambda path: Full(plain(path)))
-    with pytest.raises(JobFailed, match="No space left on device"):
+    with pytest.raises(JobFailed, match="cannot write .*partial: No space left on device"):
         all_image_facts(table, quiet=True)

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -157,3 +158,14 @@ def test_several_references_reach_the_scores(call, muge, tmp_path, root):
     assert found["CIDEr-D"]["value"] == pytest.approx(Cider(4).compute_score(references, ours)[0])
     assert found["ROUGE-L"]["value"] == pytest.approx(Rouge().compute_score(references, ours)[0])
     assert found["BLEU-2"]["value"] == pytest.approx(Bleu(4).compute_score(references, ours, verbose=0)[0][1])
+
+
+def test_what_a_disk_refuses_names_the_file(call, muge, tmp_path):
+    muge[1].write_text(json.dumps({"image_id": "100", "text": ["杯" * 100_000]}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        status, _, errors = call(*muge, tmp_path / "out.tsv")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and errors == f"error: cannot write {tmp_path / 'out.tsv'}: File too large\n"
