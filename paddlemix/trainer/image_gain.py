@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Dict, List
 
-import numpy as np
 import paddle
 
 from paddlemix.trainer.tuned_model import base_of
@@ -16,7 +15,7 @@ class ImageGain:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._blank: Any = None
-        self.gains: List[np.ndarray] = []
+        self.gains: List[Any] = []  # on the device, where reading would wait for each batch
 
     def add(self, model, inputs: Dict[str, Any], loss) -> None:
         """Measure a batch with this loss. A collective call."""
@@ -30,11 +29,11 @@ class ImageGain:
                 without = dict(trainer._prepare_inputs(inputs), images=None, image_features=features)
                 gain = trainer.compute_loss(model, without) - loss
         rows = len(inputs["input_ids"])
-        self.gains.append(trainer._nested_gather(paddle.tile(gain, [rows, 1])).numpy().flatten())
+        self.gains.append(trainer._nested_gather(paddle.tile(gain, [rows, 1])).flatten())
 
     def mean(self, samples: int) -> float:
         """The mean gain of this many samples per tensor-parallel process. Those that fill up the last batches of the
         processes come last, and are left out."""
         args = self._trainer.args
         copies = args.world_size // args.dataset_world_size
-        return float(np.concatenate(self.gains)[: samples * copies].mean())
+        return float(paddle.concat(self.gains)[: samples * copies].mean())

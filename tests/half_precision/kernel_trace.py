@@ -13,9 +13,15 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from paddlemix.auto import AutoConfigMIX, AutoModelMIX
+from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
+from paddlemix.inference.loading import Loaded
+from paddlemix.inference.scoring import Scorer, _Pair
 from paddlemix.models.mgen_vl import language
-from paddlemix.trainer.numerics import gradient_norm
+from paddlemix.models.mgen_vl.captioning import _by_beams
+from paddlemix.models.mgen_vl.engine import Decoding, Engine, Prompt
+from paddlemix.processors.mgen_vl_processing import ChatTemplate
+from paddlemix.trainer.image_gain import ImageGain
+from paddlemix.trainer.numerics import Numerics, gradient_norm
 from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.training_args import FinetuneArguments
 from paddlemix.trainer.tuned_model import add_neftune
@@ -79,12 +85,13 @@ class Steps:
     def train(self, model, values=None, steps=2):
         """Two batches accumulated, scaled back as GradScaler does, clipped, one optimizer step."""
         self.simulation.decorate(model, self.level)
-        optimizer = self.optimizer(model)
+        optimizer, numerics = self.optimizer(model), Numerics()
         model.train()
         for _ in range(steps):
             with self.simulation.autocast(self.level):
                 loss = model(**(values or self.values)).loss
             (loss / steps).backward()
+            numerics.watch(loss, scaled=True)
         found = [p.grad for p in model.parameters() if not p.stop_gradient and p.grad is not None]
         say("CALLER", "GradScaler")
         for dtype in {gradient.dtype for gradient in found}:
@@ -95,7 +102,10 @@ class Steps:
         optimizer.clear_grad()
 
     def lora(self):
-        self.train(world.with_lora(self.fresh(), dropout=0.05))
+        self.train(self.adapted(0.05))
+
+    def adapted(self, dropout=0.0):
+        return world.with_lora(self.fresh(), dropout)
 
     def full(self):
         model = self.fresh()
@@ -129,9 +139,66 @@ class Steps:
         with paddle.no_grad(), self.simulation.autocast(self.level):
             model(**self.values).logits.astype("float32")
 
-    def generate(self, **options):
+    def image_gain(self):
+        model = self.fresh()
+        self.simulation.decorate(model, self.level)
+        blank = np.zeros([3, world.SIDE, world.SIDE], np.float32)
+        trainer = types.SimpleNamespace(
+            autocast_smart_context_manager=lambda: self.simulation.autocast(self.level),
+            eval_dataset=types.SimpleNamespace(image_processor=types.SimpleNamespace(blank=lambda: blank)),
+            compute_loss=lambda model, inputs: model(**inputs).loss,
+            _prepare_inputs=dict, _nested_gather=lambda tensor: tensor,
+            args=types.SimpleNamespace(world_size=1, dataset_world_size=1),
+        )  # fmt: skip
+        gain = ImageGain(trainer)
+        gain.add(model, self.values, paddle.zeros([], "float32"))
+        gain.mean(3)
+
+    def scores(self, model=None):
+        """tools/score_rows.py: captions with their images, and continuing the cached question of a blank one."""
+        model = model or self.fresh()
+        self.simulation.decorate(model, "O2")
+        size = types.SimpleNamespace(blank=lambda: np.zeros([3, world.SIDE, world.SIDE], np.float32))
+        tokenizer = AutoTokenizerMIX.from_pretrained(self.folder)
+        scorer = Scorer(Loaded(getattr(model, "model", model), tokenizer, None, size, ChatTemplate.default()))
+        encoded = [scorer._encoded(None, caption) for caption in ("a", "bc")]
+        begin = int(np.argmax(encoded[0]["labels"] >= 0)) - 1
+        pairs = [_Pair(one["input_ids"], one["labels"], begin, size.blank(), None) for one in encoded]
+        scorer._losses(pairs)
+
+    def scores_unmerged(self):
+        self.scores(self.adapted())
+
+    def slots(self, model=None, **options):
+        """More prompts than slots, with and without an image: places are taken again, the ring grows and shrinks."""
+        model = model or self.fresh()
+        self.simulation.decorate(model, "O2")
+        model.eval()
+        ids, pixels = world.batch(1, 5)["input_ids"][0, :24].tolist(), world.pictures(5, 5)[0]
+        prompts = [Prompt(ids, pixels[i : i + 1]) if i % 2 else Prompt([9] * (60 * i + 3)) for i in range(5)]
+        decoding = Decoding(max_new_tokens=70, stop_repeating=4, **options)
+        list(Engine(getattr(model, "model", model), decoding, [478], 2, scores=True).run(prompts))
+
+    def slots_sampling(self):
+        options = {"top_k": 20, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
+        self.slots(sample=True, samples=2, min_new_tokens=2, **options)
+
+    def slots_unmerged(self):
+        self.slots(self.adapted())
+
+    def beams_of_captions(self):
         model = self.fresh()
         self.simulation.decorate(model, "O2")
+        model.eval()
+        ids, pixels = world.batch(1, 5)["input_ids"][0, :24].tolist(), world.pictures(2, 5)[0]
+        options = {"min_new_tokens": 2, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "samples": 2}
+        decoding = Decoding(max_new_tokens=4, num_beams=3, **options)
+        list(_by_beams(model, [Prompt(ids, one[None]) for one in pixels], decoding, [478, 479], 2))
+
+    def generate(self, model=None, **options):
+        model = model or self.fresh()
+        self.simulation.decorate(model, "O2")
+        model = getattr(model, "model", model)
         ids = np.array(world.batch(3, 5)["input_ids"])[:, :24]
         mask = np.ones_like(ids)
         # One row is shorter, padded in front.
@@ -155,6 +222,9 @@ class Steps:
     def beams(self):
         self.generate(decode_strategy="beam_search", num_beams=3, eos_token_id=478)
 
+    def beams_unmerged(self):
+        self.generate(self.adapted(), decode_strategy="beam_search", num_beams=3, eos_token_id=478)
+
     def broken(self):
         """Not a step of the project: a loss that autocast's lists do not keep in float32."""
         logits = paddle.zeros([2, 8], HALF)
@@ -162,8 +232,11 @@ class Steps:
         F.cross_entropy(logits, paddle.zeros([2], "int64"))
 
 
-TRAINING = ("load", "lora", "full", "plain_attention", "recompute", "packing", "neftune", "evaluation")
-GENERATION = ("greedy", "greedy_with_options", "sampling", "beams")
+TRAINING = ("load", "lora", "full", "plain_attention", "recompute", "packing", "neftune", "evaluation", "image_gain")
+GENERATION = (
+    "greedy", "greedy_with_options", "sampling", "beams", "beams_unmerged", "beams_of_captions", "slots",
+    "slots_sampling", "slots_unmerged", "scores", "scores_unmerged",
+)  # fmt: skip
 
 
 def stand_in(simulation):

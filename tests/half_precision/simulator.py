@@ -43,6 +43,8 @@ from paddle import _C_ops
 from paddle.amp import amp_lists
 from paddle.base import core, framework
 
+from paddlemix.models.mgen_vl import attention, engine, language
+
 HALF, FLOAT32 = paddle.float32, paddle.float64
 Tensor = core.eager.Tensor
 _to_tensor = paddle.to_tensor
@@ -359,8 +361,7 @@ class Simulation:
             for name in names:
                 self._replace(owner, name, self._literal(getattr(owner, name)))
         self._replace(F, "scaled_dot_product_attention", self._attention)
-        from paddlemix.models.mgen_vl import attention, engine, language
-
+        language.frequencies.cache_clear()  # they have the dtype that was asked for first
         for module in (attention, language):
             self._replace(module, "widened", lambda tensor: tensor.astype("float32"))
         for module in (attention, engine, language):
@@ -376,6 +377,7 @@ class Simulation:
         for owner, name, original in reversed(self._originals):
             setattr(owner, name, original)
         self._originals.clear()
+        language.frequencies.cache_clear()
 
     @contextlib.contextmanager
     def autocast(self, level: str, white=()) -> Iterator[None]:

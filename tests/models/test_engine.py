@@ -5,6 +5,7 @@ import paddle
 import pytest
 
 from paddlemix.models.mgen_vl import engine as module
+from paddlemix.models.mgen_vl import language
 from paddlemix.models.mgen_vl.captioning import generate_captions
 from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK, Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.generation import is_number
@@ -148,6 +149,19 @@ def test_the_host_waits_once_a_step(model, prompts, monkeypatch):
     prefills = len(waits) - engine.steps
     # One of a prefill is for the places of its images.
     assert engine.steps >= 29 and prefills <= 4
+
+
+def test_nothing_is_copied_from_the_host_between_the_vit_and_the_first_tokens(model, prompts, monkeypatch):
+    """A copy to a GPU waits for what was launched before it."""
+    events = []
+    numpy, to_tensor, visual = paddle.Tensor.numpy, paddle.to_tensor, model.visual.forward
+    monkeypatch.setattr(paddle.Tensor, "numpy", lambda self: events.append("read") or numpy(self))
+    monkeypatch.setattr(paddle, "to_tensor", lambda *args, **how: events.append("copy") or to_tensor(*args, **how))
+    monkeypatch.setattr(model.visual, "forward", lambda images: events.append("ViT") or visual(images))
+    language.frequencies.cache_clear()
+    decode(model, [prompt for prompt in prompts if len(prompt.images)] * 2, 4)
+    behind = [events[at + 1 : at + 2] for at, event in enumerate(events) if event == "ViT"]
+    assert len(behind) > 1 and behind[1:] == [["read"]] * (len(behind) - 1)
 
 
 def test_the_ring_grows_and_shrinks(model, prompts, monkeypatch):

@@ -127,6 +127,8 @@ def test_places_given_spare_the_host_a_wait(model, monkeypatch):
 
     expected = run()
 
+    to_tensor = paddle.to_tensor
+
     def waits(*args, **kwargs):
         raise AssertionError("the host waited")
 
@@ -134,11 +136,24 @@ def test_places_given_spare_the_host_a_wait(model, monkeypatch):
         patch.setattr(paddle, "nonzero", waits)
         for name in ("numpy", "item", "tolist", "__bool__", "__float__", "__int__"):
             patch.setattr(paddle.Tensor, name, waits)
-        loss = model(batch(*rows), **inputs, **places).loss
-        loss.backward()
-        model.clear_gradients()
+        rows = batch(*rows)
+        visual = model.visual.forward
+
+        def launched(images):
+            # From here on, copying from the host waits for the ViT.
+            patch.setattr(paddle, "to_tensor", waits)
+            return visual(images)
+
+        patch.setattr(model.visual, "forward", launched)
+        for packed in ({}, {"sample_lengths": [[12], [12]]}):
+            patch.setattr(paddle, "to_tensor", to_tensor)
+            loss = model(rows, **inputs, **places, **packed).loss
+            loss.backward()
+            model.clear_gradients()
+        patch.setattr(paddle, "to_tensor", to_tensor)
         with pytest.raises(AssertionError, match="waited"):
-            model(batch(*rows), **inputs)
+            model(rows, **inputs)
+    rows = rows.numpy()
     for one, other in zip(run(**places), expected):
         np.testing.assert_array_equal(one, other)
 

@@ -221,8 +221,8 @@ class Engine:
         output = self.model(
             paddle.to_tensor(ids),
             attention_mask=paddle.to_tensor(mask),
-            image_positions=image_positions(ids, n_images, config.image_start_id, config.n_queries),
-            image_features=self._features(prompts),
+            image_positions=paddle.to_tensor(image_positions(ids, n_images, config.image_start_id, config.n_queries)),
+            image_features=self._features(prompts),  # last: copying from the host waits for what runs
             past_key_values=cache,
             use_cache=True,
             last_logits_only=True,

@@ -9,6 +9,7 @@ Shapes: B batch, T new tokens, L tokens before them in the cache, S cache capaci
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -47,16 +48,23 @@ def ntk_alpha(length: int, seq_length: int) -> int:
     return max(2 ** math.ceil(math.log2(length / seq_length) + 1) - 1, 1)
 
 
+@functools.lru_cache(maxsize=16)
+def frequencies(dim: int, base: float, alphas, place: str):
+    """Rotary frequencies, float32 [len(alphas), 1, dim / 2], kept: copying them to a GPU waits for all its kernels."""
+    bases = [base * alpha ** (dim / (dim - 2)) for alpha in alphas]
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    values = np.stack([1.0 / np.power(np.float32(b), exponents) for b in bases]).astype(np.float32)
+    return paddle.to_tensor(values).unsqueeze(1)
+
+
 def rotary_factors(position_ids, dim: int, base: float, alphas):
     """cos and sin of RoFormer's angles (Su et al. 2021), in float32.
 
     position_ids: int64 [B, T]; alphas: one NTK factor per row, a list of B or of 1. Returns two [B, 1, T, dim], for
     rotate: the sine of the second half is negated.
     """
-    bases = [base * alpha ** (dim / (dim - 2)) for alpha in alphas]
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    frequencies = np.stack([1.0 / np.power(np.float32(b), exponents) for b in bases]).astype(np.float32)
-    angles = position_ids.astype("float32").unsqueeze(-1) * paddle.to_tensor(frequencies).unsqueeze(1)
+    kept = frequencies(dim, base, tuple(alphas), str(position_ids.place))
+    angles = position_ids.astype("float32").unsqueeze(-1) * kept
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
     return paddle.concat([cos, cos], axis=-1), paddle.concat([sin, -sin], axis=-1)
 
@@ -272,11 +280,12 @@ class MGenDecoder(MGenPretrainedModel):
     def get_input_embeddings(self):
         return self.wte
 
-    def _packed(self, lengths, T):
+    def packed(self, lengths, T):
         """Segments for attend_within, and positions, int64 [B, T], of packed samples.
 
-        lengths: int64 numpy [B, K], 0 where a row has fewer samples.
+        lengths: lists or a host array [B, K] (a tensor would synchronise), 0 where a row has fewer samples.
         """
+        lengths = np.asarray(lengths)
         longest, scaled = int(lengths.max()), self.config.use_dynamic_ntk and not self.training
         if lengths.sum(axis=1).max() > T:
             raise ValueError(f"sample_lengths {lengths.tolist()} are more than {T} tokens")
@@ -362,23 +371,19 @@ class MGenDecoder(MGenPretrainedModel):
         now = slice(cache.length - first, cache.length - first + 1)
         return cos[:, :, :, now], sin[:, :, :, now], bias[:, :, now]
 
-    def forward(
-        self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, sample_lengths=None, last_only=False
-    ):
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, packed=None, last_only=False):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm; last_only: [B, 1, D].
 
         attention_mask: 0/1 over past and new tokens [B, L + T], or a full pattern [B, 1, T, T]; None masks only what
         the cache's prompt masked. position_ids: int64 [B, T]; by default derived from the mask. cache: a KVCache, empty
-        at prefill; extended. sample_lengths: lists or a host array [B, K] (a tensor would synchronise): lengths of the
-        samples packed in each row (0 where a row has fewer). Each is then computed as if it were alone; mask and
-        positions follow from them.
+        at prefill; extended. packed: from `packed`; each sample of a row is then computed as if it were alone.
         """
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
         if past and T == 1 and attention_mask is None and position_ids is None:
             cos, sin, bias = self._step(cache, inputs_embeds)
         else:
-            cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, sample_lengths)
+            cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, packed)
         hidden = self.through(inputs_embeds, cos, sin, bias, cache, last_only)
         if cache is not None:
             cache.length = past + T
@@ -409,15 +414,15 @@ class MGenDecoder(MGenPretrainedModel):
                 x = call(block, x, bias, cos, sin, cache, i, fused_norm)
         return self.ln_f(x[:, -1:] if last_only else x, None, fused_norm)
 
-    def _pass(self, inputs_embeds, attention_mask, position_ids, cache, sample_lengths):
+    def _pass(self, inputs_embeds, attention_mask, position_ids, cache, packed):
         """(cos, sin, bias) of any forward; bias may be segments for attend_within."""
         B, T, _ = inputs_embeds.shape
         past = cache.length if cache is not None else 0
         bias = None
-        if sample_lengths is not None:
+        if packed is not None:
             if cache is not None:
                 raise ValueError("packed samples have no cache")
-            bias, position_ids = self._packed(np.asarray(sample_lengths), T)
+            bias, position_ids = packed
         if past:
             cache.reserve(past + T)
             if attention_mask is None:

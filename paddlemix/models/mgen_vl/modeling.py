@@ -119,16 +119,16 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         """
         given = images if image_features is None else image_features
         n_images = 0 if given is None else given.shape[0]
-        # Before the ViT: reading the ids on the host would wait for it.
+        # Before the ViT: reading ids on the host, or copying places to the card, would wait for it.
         if places is None:
             places = image_positions(input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries)
         embeds = self.transformer.llm.wte(input_ids)
         if n_images == 0:
             return embeds
+        places = places if isinstance(places, paddle.Tensor) else paddle.to_tensor(places)
         if image_features is None:
             image_features = self.visual(images)
         B, T, D = embeds.shape
-        places = places if isinstance(places, paddle.Tensor) else paddle.to_tensor(places)
         features = image_features.reshape([-1, D]).astype(embeds.dtype)
         # Autocast would run this in float32, and with it the residual stream of all blocks.
         with full_precision():
@@ -185,7 +185,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         """input_ids: int64 [B, T], including image spans. images: [N, 3, S, S], in row-major order of their spans
         (image_features [N, Q, D] skip the vision tower). attention_mask: 0/1 [B, T] (with a cache [B, past + T]), or a
         custom pattern [B, 1, T, T]. position_ids: int64 [B, T]. labels: int64 [B, T], not shifted, -100 without a loss.
-        sample_lengths: [B, K] for packed samples, see MGenDecoder.forward; the first label of a sample must be -100
+        sample_lengths: [B, K] of packed samples, see MGenDecoder.packed; the first label of a sample must be -100
         then. image_positions, label_positions: int64, flat, from the processors' functions of these names; computing
         them here synchronises with the device. Returns MGenOutput, or a tuple (loss, logits) / (logits,).
 
@@ -193,6 +193,8 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             UserError: the spans in the text do not match the images.
         """
         past = past_key_values.length if past_key_values is not None else 0
+        # Before the ViT, as in embed.
+        packed = None if sample_lengths is None else self.transformer.llm.packed(sample_lengths, input_ids.shape[1])
         if past:
             embeds = self.transformer.llm.wte(input_ids)
         else:
@@ -201,7 +203,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         if use_cache and cache is None:
             cache = self.new_cache()
         last_only = last_logits_only and labels is None and return_dict
-        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, sample_lengths, last_only)
+        hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, packed, last_only)
         loss = self._loss(hidden, labels, label_positions) if labels is not None else None
         if not return_dict:
             logits = self._logits(hidden)
