@@ -146,7 +146,7 @@ def read_references(path: str, quiet: bool = True) -> References:
             named = reason in (IMAGE_IS_URL, PATH_LEADS_OUT) and row.caption is not None
             if row.place is not None or named or is_image(second):
                 has_images = True
-                captions, reason = [row.caption], None if named else reason
+                captions, reason = [row.text], None if named else reason
             else:
                 # A line of text; TsvRow says what it lacks as a row with an image.
                 if reason in (NO_IMAGE, EMPTY_CAPTION, NO_CAPTION, IMAGE_IS_URL, PATH_LEADS_OUT):

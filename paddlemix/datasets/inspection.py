@@ -31,7 +31,7 @@ from paddlemix.datasets.image_facts import (
 )
 from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import find_image_of, is_json, read_rows
-from paddlemix.datasets.tsv import TsvRow, check_input, unquoted
+from paddlemix.datasets.tsv import TsvRow, check_input
 from paddlemix.processors.images import FORMATS
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.parallel import chunks_of, map_chunks
@@ -130,7 +130,7 @@ class Inspection:
         return row
 
     def caption(self, index: int) -> str:
-        return unquoted(self.row(index).caption or "")
+        return self.row(index).text
 
 
 def _hash(text: str) -> int:
@@ -210,7 +210,7 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
             for row in read_rows(path, found.captions[file]):
                 if row.error:
                     found.rejected[row.error] += 1
-                caption = None if row.caption is None or row.error else unquoted(row.caption)
+                caption = None if row.caption is None or row.error else row.text
                 image = find_image_of(row, path) if known[file] is None else None
                 yield file, start, first, row.id, caption, row.error, image, draw.random() < share
                 bar.update(row.next_offset - start)

@@ -15,7 +15,7 @@ import numpy as np
 from paddlemix.datasets.inspection import Inspection, Overlap, groups_of
 from paddlemix.datasets.rows import find_image_of, image_bytes
 from paddlemix.datasets.thumbnails import shrink
-from paddlemix.datasets.tsv import TsvRow, unquoted
+from paddlemix.datasets.tsv import TsvRow
 from paddlemix.utils.errors import ImageError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.language import chosen, tr
@@ -158,7 +158,7 @@ def _picture(row: TsvRow, path: str) -> str:
 
 def _card(found: Inspection, index: int, note: str = "") -> str:
     row, path = found.row(index), found.paths[found.rows[index]["file"]]
-    caption = unquoted(row.caption or "")
+    caption = row.text
     shown = caption[:_MOST_CHARS] + "…" * (len(caption) > _MOST_CHARS)
     place = f"{path}:{row.line}" + (f" · {note}" if note else "")
     return (
@@ -187,7 +187,7 @@ def _group(found: Inspection, members: np.ndarray) -> str:
     rows = [found.row(i) for i in members[:MEMBERS].tolist()]
     names = "  ·  ".join(f"{row.id} ({row.line})" for row in rows)
     captions = "".join(
-        f'<p class="reference" dir="auto">{_text(unquoted(row.caption or "")[:120])}</p>' for row in rows
+        f'<p class="reference" dir="auto">{_text(row.text[:120])}</p>' for row in rows
     )
     title = _text(tr(f"{len(members):,} rows"))
     return (

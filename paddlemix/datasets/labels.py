@@ -44,7 +44,6 @@ from paddlemix.datasets.tsv import (
     check_input,
     is_image,
     row_id,
-    unquoted,
 )
 from paddlemix.datasets.writing import RecordText, encode_json, record_files
 from paddlemix.processors.content import NAMED_IMAGE
@@ -183,7 +182,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
             return Checked(row, b"", "", _exchanged(row) or BAD_BASE64)
         if inline:
             image = base64.b64encode(data)
-    caption = unquoted(row.caption or "")
+    caption = row.text
     if options.clean:
         caption = mend_caption(caption)
         if not caption:

@@ -120,6 +120,12 @@ class TsvRow(NamedTuple):
         return self.turns[0][0] if self.turns else None
 
     @property
+    def text(self) -> str:
+        """The caption, in a table without the quotes of a CSV writer; "" if there is none."""
+        caption = self.caption or ""
+        return caption if self.turns else unquoted(caption)
+
+    @property
     def line(self) -> str:
         """Its line for files and messages."""
         return f"{self.member}:{self.line_no}" if self.member else str(self.line_no)

@@ -22,7 +22,7 @@ import paddle
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.rows import BAD_RECORD
 from paddlemix.datasets.score_files import COLUMNS, read_scores
-from paddlemix.datasets.tsv import TsvRow, unquoted
+from paddlemix.datasets.tsv import TsvRow
 from paddlemix.inference.captioner import MAX_BATCH, Answer, Sample, ahead, decoded, free_memory, rows_that_fit
 from paddlemix.inference.loading import Loaded, load_model
 from paddlemix.inference.prediction import RowJob, base64_or_answer
@@ -132,7 +132,7 @@ class Scorer:
         if not isinstance(image, Sample):
             return image
         try:
-            encoded = self._encoded(row.prompt if self.prompt is None else self.prompt, unquoted(row.caption))
+            encoded = self._encoded(row.prompt if self.prompt is None else self.prompt, row.text)
         except UserError:
             return Answer(None, BAD_RECORD)
         # The token before the caption predicts its first one.

@@ -97,9 +97,9 @@ def test_references_as_lines_of_text(tmp_path):
 
 
 def test_references_as_training_rows(tmp_path):
-    path = write(tmp_path, f"a\t{IMAGE}\t红杯\tmore\nb\t{IMAGE}\t蓝瓶\na\t{IMAGE}\t杯子\n")
+    path = write(tmp_path, f"a\t{IMAGE}\t红杯\tmore\nb\t{IMAGE}\t\"蓝\"\"瓶\"\na\t{IMAGE}\t杯子\n")
     found = read_references(path)
-    assert found.texts == {"a": ["红杯\tmore", "杯子"], "b": ["蓝瓶"]} and found.has_images
+    assert found.texts == {"a": ["红杯\tmore", "杯子"], "b": ['蓝"瓶']} and found.has_images
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -214,6 +214,15 @@ def test_tables_and_records_in_tables_and_records_out(call, tmp_path, out, image
             assert isinstance(first["image"], dict) == (images == "reference")
 
 
+def test_quotes_are_those_of_a_csv_writer_in_tables_alone(call, tmp_path):
+    caption, image = '"新品""上市"', image_base64(1)
+    (tmp_path / "in.json").write_text(json.dumps([{"id": "a", "conversations": [["看", caption]], "image": image}]))
+    (tmp_path / "in.tsv").write_text(f"a\t{image}\t{caption}\n")
+    for name, said in (("in.json", caption), ("in.tsv", '新品"上市')):
+        assert call(tmp_path / name, tmp_path / "out.json")[0] == 0
+        assert json.loads((tmp_path / "out.json").read_text())[0]["conversations"][0][1] == said
+
+
 def test_preferred_captions(call, data):
     """All of them without scores; with scores those with the higher gain, by which rows are then dropped."""
     names = list(ROWS)
