@@ -35,23 +35,28 @@ def physical_cores() -> int:
     return len(cores) or 1
 
 
-def _is_amd() -> bool:
+def _mkl_cpu_type(cpuinfo: str = "/proc/cpuinfo") -> Optional[str]:
+    """MKL's code path for this processor if it is AMD's: "7" for AVX-512, "5" for AVX2; None on others."""
     try:
-        with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read(4096)
+        with open(cpuinfo) as file:
+            words = set(file.read(8192).split())
     except OSError:
-        return False
+        return None
+    if "AuthenticAMD" not in words:
+        return None
+    return "7" if words.issuperset(["avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"]) else "5"
 
 
 def set_cpu_defaults() -> None:
-    """Set OMP_NUM_THREADS, and MKL_DEBUG_CPU_TYPE=5 on AMD, unless the user has set them.
+    """Set OMP_NUM_THREADS, and MKL_DEBUG_CPU_TYPE on AMD, unless the user has set them.
 
-    Together they make Paddle's float32 matmul about five times faster on AMD machines, where MKL takes its slow path by
-    default. They have no effect once Paddle is imported.
+    Together they make Paddle's float32 matmul five to ten times faster on AMD machines, where MKL takes its slow path
+    by default. They have no effect once Paddle is imported.
     """
     defaults = {"OMP_NUM_THREADS": str(physical_cores())}
-    if _is_amd():
-        defaults["MKL_DEBUG_CPU_TYPE"] = "5"
+    cpu_type = _mkl_cpu_type()
+    if cpu_type:
+        defaults["MKL_DEBUG_CPU_TYPE"] = cpu_type
     for name, value in defaults.items():
         if name not in os.environ:
             os.environ[name] = value

@@ -152,12 +152,27 @@ SHOW = (
 def test_thread_defaults_and_the_users_own():
     omp, mkl, line = fresh(SHOW)
     assert omp == str(runtime.physical_cores())
-    assert mkl == ("5" if runtime._is_amd() else None)
+    assert mkl == runtime._mkl_cpu_type()
     assert f"OMP_NUM_THREADS={omp} (default)" in line
     assert ("freed memory is kept" in line) == sys.platform.startswith("linux")
     omp, mkl, line = fresh(SHOW, OMP_NUM_THREADS="1", MKL_DEBUG_CPU_TYPE="7", MALLOC_ARENA_MAX="2")
     assert (omp, mkl) == ("1", "7") and line.count("from the environment") == 2
     assert "freed memory" not in line
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("AuthenticAMD", "fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl", "7"),
+        ("AuthenticAMD", "fma avx2 avx512f", "5"),
+        ("AuthenticAMD", "fma avx2", "5"),
+        ("GenuineIntel", "fma avx2 avx512f avx512dq avx512cd avx512bw avx512vl", None),
+    ],
+)
+def test_mkls_code_path_is_the_widest_that_an_amd_processor_has(tmp_path, vendor, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} pku\n")
+    assert runtime._mkl_cpu_type(str(tmp_path / "cpuinfo")) == expected
+    assert runtime._mkl_cpu_type(str(tmp_path / "none")) is None
 
 
 def test_zlib_works_after_paddle():
