@@ -115,6 +115,8 @@ def decoding_options(values: Dict[str, Any], stream: bool = False) -> Dict[str, 
     samplers = [name for name in ("temperature", "top_p", "top_k", "seed") if name in given]
     if given.get("min_new_tokens", 0) > (values.get("max_new_tokens") or math.inf):
         raise UserError("--min_new_tokens is more than --max_new_tokens")
+    if given.get("stop_repeating") == 1:
+        raise UserError("--stop_repeating 1 would end every answer: give 2 or more, or 0 for never")
     if beams > 1:
         if samplers:
             listed = ", ".join(f"--{name}" for name in samplers)

@@ -323,8 +323,8 @@ class CaptionGeneration:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text has digits and no letters."""
-    return any(map(str.isdigit, text)) and not any(map(str.isalpha, text))
+    """Whether a text has digits, and no letters except for the units of prices: 138-1388, 99元."""
+    return any(map(str.isdigit, text)) and not any(c.isalpha() and c not in "元角分块折" for c in text)
 
 
 def check_positions(config, ids) -> None:
