@@ -334,7 +334,7 @@ def _integer(n: int) -> bytes:
 
 
 class PdparamsWriter:
-    """Writes a state dict to a Sink: begin(); for each tensor tensor(), its bytes and after_tensor(); end()."""
+    """Writes a state dict to a Sink: for each tensor tensor(), its bytes and after_tensor(); then end()."""
 
     # Memo slots of what every array repeats. Dtypes follow.
     _RECONSTRUCT, _NDARRAY, _DTYPE, _SHAPE0, _CODE = range(5)
@@ -343,7 +343,6 @@ class PdparamsWriter:
         self._sink = sink
         self._dtypes: Dict[str, int] = {}
 
-    def begin(self) -> None:
         def remember(slot: int) -> bytes:
             return b"q" + bytes([slot]) + b"0"
 

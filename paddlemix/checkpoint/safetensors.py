@@ -1,7 +1,6 @@
 """safetensors files: eight bytes of length, a JSON header, then the arrays end to end.
 
-The reader maps the file and checks the header against the file's size before using anything; the writer holds one
-tensor in memory at a time.
+The reader maps the file and checks the header against the file's size before using anything.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ import json
 import struct
 from typing import Any, Dict, List, Tuple
 
-from paddlemix.checkpoint.sink import Sink
 from paddlemix.checkpoint.tensors import (
     MAX_NAME,
-    NUMPY_TYPES,
     SAFETENSORS_TYPES,
     FileBytes,
     MappedFile,
@@ -88,34 +85,14 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
     return tensors
 
 
-class SafetensorsWriter:
-    """Writes tensors to a Sink in the order of `plan`, which must be known first: the header comes first."""
-
-    def __init__(self, sink: Sink, plan: List[Tuple[str, str, Tuple[int, ...]]]):
-        self._sink = sink
-        self._plan = plan
-
-    def begin(self) -> None:
-        header: Dict[str, Any] = {"__metadata__": {"format": "np"}}
-        at = 0
-        for name, dtype, shape in self._plan:
-            end = at + size_of(dtype, shape)
-            header[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [at, end]}
-            at = end
-        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        data += b" " * (-(8 + len(data)) % _ALIGN)
-        self._sink.write(struct.pack("<Q", len(data)) + data)
-
-    def tensor(self, name: str, dtype: str, shape: Tuple[int, ...]) -> None:
-        """There are no bytes between two arrays."""
-
-    def after_tensor(self) -> None:
-        """There are no bytes between two arrays."""
-
-    def end(self) -> None:
-        """The file ends with the last array."""
-
-
-def alignment(dtype: str) -> int:
-    """Sort key that keeps contiguous arrays aligned: wide types first."""
-    return -NUMPY_TYPES[dtype].itemsize
+def header(plan: List[Tuple[str, str, Tuple[int, ...]]]) -> bytes:
+    """What precedes the arrays of a file with these tensors (name, dtype, shape), in this order."""
+    table: Dict[str, Any] = {"__metadata__": {"format": "np"}}
+    at = 0
+    for name, dtype, shape in plan:
+        end = at + size_of(dtype, shape)
+        table[name] = {"dtype": _NAME_OF[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    data = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    data += b" " * (-(8 + len(data)) % _ALIGN)
+    return struct.pack("<Q", len(data)) + data

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -292,12 +292,8 @@ def open_weights(path: str) -> WeightsReader:
 
 # ---- writing
 
-class _Shard(NamedTuple):
-    name: str
-    items: List[Item]
-
-
-def _plan(items: List[Item], format: str, base: str, extension: str, limit: int) -> List[_Shard]:
+def _plan(items: List[Item], format: str, limit: int) -> Dict[str, List[Item]]:
+    """File name → the tensors in it: one file if all fit the limit in bytes, else shards."""
     groups: List[List[Item]] = [[]]
     used = 0
     for item in items:
@@ -308,28 +304,31 @@ def _plan(items: List[Item], format: str, base: str, extension: str, limit: int)
         groups[-1].append(item)
         used += nbytes
     if format == "safetensors":
-        groups = [sorted(group, key=lambda item: safetensors.alignment(item[1])) for group in groups]
-    if len(groups) == 1:
-        return [_Shard(base + extension, groups[0])]
+        # Wide types first, so that the contiguous arrays are aligned.
+        groups = [sorted(group, key=lambda item: -NUMPY_TYPES[item[1]].itemsize) for group in groups]
+    base, extension = FORMATS[format]
     n = len(groups)
-    return [_Shard(f"{base}-{i:05d}-of-{n:05d}{extension}", group) for i, group in enumerate(groups, 1)]
+    names = [f"{base}-{i:05d}-of-{n:05d}{extension}" for i in range(1, n + 1)] if n > 1 else [base + extension]
+    return dict(zip(names, groups))
 
 
 def _write_file(file: Any, format: str, items: List[Item], progress: Optional[Callable[[int], None]]) -> None:
     with Sink(file, progress) as sink:
-        if format == "pdparams":
-            writer: Any = pdparams.PdparamsWriter(sink)
-        else:
-            writer = safetensors.SafetensorsWriter(sink, [item[:3] for item in items])
-        writer.begin()
-        for name, dtype, shape, read in items:
-            writer.tensor(name, dtype, shape)
-            _write_tensor(sink, name, dtype, shape, read())
+        if format == "safetensors":
+            sink.write(safetensors.header([item[:3] for item in items]))
+            for item in items:
+                _write_tensor(sink, *item)
+            return
+        writer = pdparams.PdparamsWriter(sink)
+        for item in items:
+            writer.tensor(*item[:3])
+            _write_tensor(sink, *item)
             writer.after_tensor()
         writer.end()
 
 
-def _write_tensor(sink: Sink, name: str, dtype: str, shape: Tuple[int, ...], data: Any) -> None:
+def _write_tensor(sink: Sink, name: str, dtype: str, shape: Tuple[int, ...], read: Callable[[], Any]) -> None:
+    data = read()
     if isinstance(data, Rows):
         sink.rows(data, NUMPY_TYPES[dtype], shape)
     elif isinstance(data, FileBytes):
@@ -372,7 +371,7 @@ def write_sharded(
         if dtype not in NUMPY_TYPES:
             raise WeightsError(f"{name}: tensors of type {dtype} cannot be written", "dtype")
         seen.add(name)
-    shards = _plan(items, format, base, extension, parse_size(max_shard_size))
+    shards = _plan(items, format, parse_size(max_shard_size))
     # All are renamed at the end, so all are open at once.
     allow_open_files(len(shards), "give a larger --max_shard_size")
     with disk_errors(f"the weights into {folder}"):
@@ -382,19 +381,19 @@ def write_sharded(
         if other:
             text = f"{folder} already holds {other[0]}: give another folder, or remove it first"
             raise WeightsError(text, "other-format")
-        written = [shard.name for shard in shards]
+        written = list(shards)
         with contextlib.ExitStack() as stack:
             if len(shards) > 1:
                 # Entered first, so renamed last: an index never names a missing file.
                 written.append(base + extension + INDEX_SUFFIX)
                 index_file = stack.enter_context(atomic_write(os.path.join(folder, written[-1])))
                 total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
-                table = {item[0]: shard.name for shard in shards for item in shard.items}
+                table = {item[0]: name for name, group in shards.items() for item in group}
                 json.dump({"metadata": {"total_size": total}, "weight_map": table}, index_file, indent=2)
                 index_file.write("\n")
-            for shard in shards:
-                file = stack.enter_context(atomic_write(os.path.join(folder, shard.name), "wb", buffering=0))
-                _write_file(file, format, shard.items, progress)
+            for name, group in shards.items():
+                file = stack.enter_context(atomic_write(os.path.join(folder, name), "wb", buffering=0))
+                _write_file(file, format, group, progress)
         for name in set(old) - set(written):
             os.unlink(os.path.join(folder, name))
     return written

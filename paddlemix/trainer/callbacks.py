@@ -56,11 +56,6 @@ class ProgressLines:
         self.close()
 
 
-def format_logs(logs: dict) -> str:
-    """`loss: 4.1, learning_rate: 9.755e-06, global_step: 1, …`"""
-    return ", ".join(f"{name}: {value}" for name, value in logs.items())
-
-
 class LogLines(TrainerCallback):
     """Log lines from the first process, and progress bars of training and evaluation unless disable_tqdm.
 
@@ -114,7 +109,7 @@ class LogLines(TrainerCallback):
             shown = [f"{logs[name]:.4g} {unit}" for name, unit in rates if name in logs]
             self._bar.note(", ".join([f"loss {logs['loss']:.4f}", *shown]))
         if state.is_world_process_zero:
-            line = format_logs(logs)
+            line = ", ".join(f"{name}: {value}" for name, value in logs.items())
             if "loss" in logs and state.max_steps > 0:
                 step, begin, end = state.global_step, self._first_step, state.max_steps
                 left = time_left(step - begin, end - begin, time.monotonic() - self._began)
