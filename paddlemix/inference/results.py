@@ -220,7 +220,8 @@ class ResultsWriter:
                 # New, or killed before its first line was complete.
                 self._file.truncate(0)
                 header = dict(self.run, format=_JOURNAL_FORMAT)
-                self._pending += json.dumps(header, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+                text = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                self._pending += text + b"\n"
                 self._write_pending()
                 return
             self._check_header(header)

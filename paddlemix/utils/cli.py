@@ -31,6 +31,8 @@ class Parser(argparse.ArgumentParser):
         if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
             options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
+        # Of arguments without a type.
+        self.register("type", None, _text)
         self.add_argument(
             "--lang", choices=language.LANGUAGES, default=argparse.SUPPRESS,
             help="language of help and reports (default: from the locale)",
@@ -56,6 +58,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _text(text: str) -> str:
+    """Argument type: text, such as a prompt. In the encoding of another terminal it would be another text."""
+    if os.fsencode(text).decode("utf-8", "replace") != text:
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, not {os.fsencode(text)!r}")
+    return text
 
 
 def path(text: str) -> str:

@@ -228,6 +228,8 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
     if "b" not in mode:
         open_kwargs.setdefault("encoding", "utf-8")
         open_kwargs.setdefault("newline", "\n")
+        # Of names that are not UTF-8. In JSON this is the escape of that character.
+        open_kwargs.setdefault("errors", "backslashreplace")
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, mode, **open_kwargs) as file:
             yield file

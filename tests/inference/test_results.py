@@ -68,6 +68,14 @@ def test_a_journal_cut_anywhere_goes_on_to_the_same_output(tmp_path, cut):
     assert dict(writer.notes) == {"not an image": 1}
 
 
+def test_a_run_with_a_name_that_is_not_utf8_goes_on_and_is_recorded(tmp_path):
+    out = tmp_path / "results.txt"
+    run = dict(RUN, settings={"n_best": "\udcff.jsonl"})
+    write(out, LINES, run, finish=False)
+    assert write(out, LINES[:4], run).done == 4
+    assert json.loads((tmp_path / "results.txt.run.json").read_text("utf-8"))["settings"] == run["settings"]
+
+
 def test_a_journal_cut_in_its_first_line_starts_anew(tmp_path):
     out = tmp_path / "results.txt"
     write(out, LINES, finish=False)

@@ -81,6 +81,15 @@ def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
         cli.run(lambda: open(tmp_path / "none"))
 
 
+def test_text_must_be_utf8_and_paths_need_not(capsys):
+    parser = cli.Parser(prog="it.py")
+    parser.add_argument("--prompt")
+    parser.add_argument("--out", type=cli.path)
+    assert parser.parse_args(["--prompt", "描述", "--out", "\udcff"]).out == "\udcff"
+    assert cli.run(lambda: parser.parse_args(["--prompt", "\udcc3\udce8"])) == 2
+    assert "argument --prompt: must be UTF-8 text, not b'\\xc3\\xe8' (see it.py" in capsys.readouterr().err
+
+
 def test_a_working_folder_that_was_removed_is_said(capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, and locks."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -258,6 +259,14 @@ def test_links_are_followed(tmp_path):
             file.write("new")
         assert (tmp_path / name).is_symlink() and (tmp_path / "far" / name).read_text() == "new"
     assert sorted(os.listdir(tmp_path / "far")) == ["dangling", "there"]
+
+
+def test_names_that_are_not_utf8_go_into_json(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.json")
+    with files.atomic_write(path) as file:
+        json.dump({"path": path}, file, ensure_ascii=False)
+    with open(path, encoding="utf-8") as file:
+        assert json.load(file) == {"path": path}
 
 
 def test_what_a_dangling_link_leads_to_is_made(tmp_path):
