@@ -67,11 +67,11 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
             # What nearly all captions begin with is their form.
             few = opening[0][1] <= 0.5 * len(good)
             lines.append(text + f"; balance them with --per_opening {_up(0.05 * len(good), 10)}" * few)
-        for kind, text in (("control", "captions hold control characters"), ("tags", "captions hold tags")):
-            count = numbers["captions"]["with"][kind]
-            if count:
-                remedy = "--clean of convert_labels removes them" if kind == "control" else "--must_not '<' drops them"
-                lines.append(f"{share(count)} {text}: {remedy}")
+        marks = numbers["captions"]["with"]
+        if marks["control"]:
+            text = "captions hold control characters: --clean of convert_labels removes them"
+            lines.append(f"{share(marks['control'])} {text}")
+        drop("--must_not '<'", "captions hold tags", marks["tags"])
     near, closer = images["near duplicates"], images["near duplicates by bits"]
     copies = repeats(found.exact[usable(found.facts)])
     beyond, largest = (near[key] - copies[key] for key in ("rows beyond the first", "largest"))
