@@ -3,7 +3,7 @@
     python tools/make_tiny_model.py OUT --captions A.tsv [B.tsv …] [--pretrain CONFIG.json [--key value …]]
 
 The model is the project's own code with a small configuration. Its vocabulary is a byte-pair encoding trained
-on the last column of the caption files, so that a caption is a dozen tokens, and common words are one. With
+on the captions of the tables, so that a caption is a dozen tokens, and common words are one. With
 --pretrain the model in OUT is trained in full by `supervised_finetune.py CONFIG.json`, to which everything
 that follows is handed on.
 """
@@ -22,6 +22,7 @@ from typing import Iterable, List, Optional, Tuple
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from paddlemix.datasets.rows import read_rows  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
@@ -86,24 +87,15 @@ def train_vocabulary(texts: Iterable[str], merges: int) -> List[bytes]:
 
 
 def read_captions(paths: List[str]) -> List[str]:
-    """The last column of every line.
+    """The captions of tables (datasets/rows.py).
 
     Raises:
-        UserError: a file cannot be read, or there is no caption in any.
+        UserError: a file cannot be read, or no row of any has a caption.
     """
-    captions = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                for line in file:
-                    columns = line.rstrip(b"\r\n").split(b"\t")
-                    if len(columns) > 1:
-                        captions.append(columns[-1].decode("utf-8", "replace"))
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not captions:
-        raise UserError(f"no captions in {', '.join(paths)}: rows of tab-separated columns, the last one the caption")
-    return captions
+    captions = [row.caption for path in paths for row in read_rows(path, want_caption=True)]
+    if not any(captions):
+        raise UserError(f"no captions in {', '.join(paths)}: rows are `id \\t base64 \\t caption`")
+    return [caption for caption in captions if caption]
 
 
 def fixed_texts() -> List[str]:
@@ -220,7 +212,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("out", type=cli.output_folder, help="folder of the new model")
     parser.add_argument(
-        "--captions", type=cli.path, nargs="+", required=True, help="TSV files whose last column is a caption"
+        "--captions", type=cli.path, nargs="+", required=True, help="tables of id, image and caption"
     )
     parser.add_argument("--pretrain", nargs="...", help="configuration and --key value pairs; must come last")
     parser.add_argument("--merges", type=int, default=120, help="vocabulary entries longer than a character")

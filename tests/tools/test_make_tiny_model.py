@@ -35,7 +35,7 @@ def _is_text(rank):
     return True
 
 
-def test_captions_are_the_last_column(tmp_path):
+def test_captions_of_tables(tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_bytes("a\tZm9v\t红色\r\nb\tZm9v\t蓝 色\nlonely\n".encode())
     assert make_tiny_model.read_captions([str(path)]) == ["红色", "蓝 色"]
