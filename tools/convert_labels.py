@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         "input", type=cli.path, metavar="IN",
         help="TSV or CSV; images are JPEG, PNG, WebP, GIF or BMP",
     )
-    parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR")
+    parser.add_argument("out_dir", type=cli.output_folder, metavar="OUT_DIR", help="folder to write")
     parser.add_argument(
         "--prompt", default=labels.Options().prompt,
         help="prompt of every record (default: %(default)s)",

@@ -52,8 +52,8 @@ def captions_and_scores(text: str) -> Tuple[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("input", type=cli.path, metavar="IN")
-    parser.add_argument("output", type=cli.output_file, metavar="OUT")
+    parser.add_argument("input", type=cli.path, metavar="IN", help="images with captions")
+    parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
     share, count = cli.number(float, 0, 1), cli.positive
     rules = parser.add_argument_group("rules, applied in this order")
     add = rules.add_argument

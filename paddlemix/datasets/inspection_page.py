@@ -183,8 +183,9 @@ def _ends(found: Inspection, field: str, most: bool) -> List[int]:
 
 
 def _group(found: Inspection, members: np.ndarray) -> str:
-    pictures = "".join(_picture(found.row(i), found.paths[found.rows[i]["file"]]) for i in members[:MEMBERS].tolist())
-    rows = [found.row(i) for i in members[:MEMBERS].tolist()]
+    shown = members[:MEMBERS].tolist()
+    rows = [found.row(i) for i in shown]
+    pictures = "".join(_picture(row, found.paths[found.rows[i]["file"]]) for i, row in zip(shown, rows))
     names = "  ·  ".join(f"{row.id} ({row.line})" for row in rows)
     captions = "".join(
         f'<p class="reference" dir="auto">{_text(row.text[:120])}</p>' for row in rows
