@@ -17,6 +17,7 @@ from paddlemix.datasets.tsv import (
     NO_IMAGE,
     PATH_LEADS_OUT,
     check_input,
+    check_text,
     clean_id,
     find_image,
     is_image,
@@ -79,12 +80,15 @@ def caption_lines(path: str, file: Iterable[bytes]) -> Iterator[Tuple[int, bytes
     """(number, line, its columns, none if it is not UTF-8) of each line that is not blank.
 
     Raises:
-        UserError: as check_captions.
+        UserError: as check_captions, or they are in GBK.
     """
     for number, line in enumerate(file, 1):
         try:
             fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
         except UnicodeDecodeError:
+            if number == 1:
+                with open(path, "rb") as head:
+                    check_text(path, head.read(1 << 16), want_caption=True)
             fields = []
         if not fields or any(map(str.strip, fields)):
             check_captions(path, fields)

@@ -36,6 +36,13 @@ def test_lines_that_are_no_captions_are_listed(tmp_path):
         read_captions(str(tmp_path / "none"))
 
 
+def test_captions_in_gbk_get_the_command_that_converts_them(tmp_path):
+    path = write(tmp_path, "".join(f"{i}\t红色的杯子\n" for i in range(3)).encode("gbk"))
+    for read in (read_captions, lambda path: list(new_captions(path))):
+        with refused(UserError, "encoding", match="iconv -f GB18030"):
+            read(path)
+
+
 SCORES = 'a\t0.51\t0.73\t0.22\t[["杯", 1.5]]\n'
 
 
