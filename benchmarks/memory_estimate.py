@@ -162,7 +162,7 @@ def measure(case: Case) -> Dict[str, int]:
     held = rows * max(case.packed, 1)
     squares = (held * case.tokens**2, case.tokens) if case.packed else None
     batch = memory.Batch(rows, case.tokens * max(case.packed, 1), held, held * case.labels, squares)
-    return {"measured": measured, "estimated": memory.estimate(memory.plain(config), trained, batch, setting).peak}
+    return {"measured": measured, "estimated": memory.estimate(config, trained, batch, setting).peak}
 
 
 def main(argv=None) -> None:

@@ -12,7 +12,6 @@ import os
 import random
 import statistics
 import sys
-import types
 from typing import Any, Dict, List, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -46,7 +45,7 @@ class Model:
             from paddlemix.models.mgen_vl.configuration import MGenConfig
 
             config = MGenConfig()
-        self.config = memory.plain(config)
+        self.config = config
         shapes = parameter_shapes(config)
         adapters = adapter_shapes(shapes, TARGETS, 64)
         pool = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], lora=True).trainable
@@ -80,7 +79,7 @@ class Model:
         return 2 * (self.layers + self.head) + batch * context * self.cache_per_token()
 
     def cache_per_token(self) -> int:
-        return 2 * 2 * self.config["hidden_size"] * self.config["num_hidden_layers"]
+        return 2 * 2 * self.config.hidden_size * self.config.num_hidden_layers
 
     def decode_seconds(self, card: machine.Card, batch: int, context: int) -> float:
         """Of one token for each of `batch` rows, bound by memory or by computing."""
@@ -166,11 +165,10 @@ def slots(model: Model) -> List[str]:
     """Captions whose answers differ in length: batches that wait for their longest row, and slots."""
     rows, lengths = [], answer_lengths(4096)
     mean = sum(lengths) / len(lengths)
-    config = types.SimpleNamespace(**model.config)
     for name, card in CARDS.items():
         # As free_memory and generates_fused have it, for answers of up to 512 tokens.
         free = int(0.9 * (card.memory * GIB - 2 * model.parameters))
-        held = rows_that_fit(config, 300, 512, "float16", free, card.capability >= (8, 0))
+        held = rows_that_fit(model.config, 300, 512, "float16", free, card.capability >= (8, 0))
         for batch in (8, min(32, held)):
             longest = [max(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
             static = sum(longest)

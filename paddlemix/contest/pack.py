@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import zipfile
+from types import SimpleNamespace
 from typing import List, NamedTuple, Set
 
 from paddlemix.checkpoint import WeightsReader, find_weights, model_folder, open_weights
@@ -201,16 +202,7 @@ def split_weights(packed: Packed, out: str) -> Set[str]:
             with open(os.path.join(partial, SUMS_NAME), "w", encoding="utf-8") as sums:
                 for name in packed.large:
                     link_or_copy(os.path.join(folder, name), os.path.join(partial, name))
-                    digest = _Digest()
-                    copy_file(os.path.join(folder, name), digest, bar.update)
+                    digest = hashlib.sha256()
+                    copy_file(os.path.join(folder, name), SimpleNamespace(write=digest.update), bar.update)
                     sums.write(f"{digest.hexdigest()}  {name}\n")
     return {os.path.join(folder, name) for name in packed.large}
-
-
-class _Digest:
-    """SHA-256 with the interface of a file that is written."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self.write = self._sha.update
-        self.hexdigest = self._sha.hexdigest

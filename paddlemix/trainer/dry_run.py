@@ -121,8 +121,7 @@ class Forecast:
 
     def estimate(self, **changes: Any) -> memory.Estimate:
         """Memory of a training step, with some fields of the Setting replaced."""
-        config = memory.plain(self.run.config)
-        return memory.estimate(config, self.trained, self.batch, self.setting._replace(**changes))
+        return memory.estimate(self.run.config, self.trained, self.batch, self.setting._replace(**changes))
 
 
 def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
@@ -384,8 +383,8 @@ def sample_work(found: Forecast) -> Optional[float]:
     tokens, labels, images = (float(values.mean()) for values in (data.lengths, data.labels, data.images))
     # Padding is computed too; packed sequences have almost none.
     tokens = tokens / (1 - data.padding) if found.packs is None else tokens
-    config = memory.plain(found.run.config)
-    return work.sample(config, found.trained, round(tokens), round(labels), found.setting.recompute, images)
+    recompute = found.setting.recompute
+    return work.sample(found.run.config, found.trained, round(tokens), round(labels), recompute, images)
 
 
 def _time_lines(found: Forecast) -> List[str]:

@@ -201,8 +201,8 @@ def _adapters(shapes: Shapes, block: str, N: int, setting: Setting) -> int:
 
 
 def _decoder_layer(config: Any, shapes: Shapes, layer: int, batch: Batch, setting: Setting) -> _Counts:
-    D, F = config["hidden_size"], config["intermediate_size"] // 2 // setting.tensor
-    N, H = batch.rows * batch.tokens, config["num_attention_heads"] // setting.tensor
+    D, F = config.hidden_size, config.intermediate_size // 2 // setting.tensor
+    N, H = batch.rows * batch.tokens, config.num_attention_heads // setting.tensor
     A = D // setting.tensor  # width of this card's heads
     act = 4 if setting.precision == "float32" else 2
     wide = 4 if setting.precision != "O2" else 2  # residual stream
@@ -247,7 +247,7 @@ def _vision_layer(visual: Dict[str, Any], shapes: Shapes, images: int, setting: 
 
 
 def _connector(config: Any, shapes: Shapes, batch: Batch, setting: Setting) -> int:
-    visual = config["visual"]
+    visual = config.visual
     n, D, w, Q = batch.images, visual["output_dim"], visual["width"], visual["n_queries"]
     P = (visual["image_size"] // visual["patch_size"]) ** 2
     act = 2 if setting.precision != "float32" else 4
@@ -265,12 +265,12 @@ def _connector(config: Any, shapes: Shapes, batch: Batch, setting: Setting) -> i
 
 
 def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> Estimate:
-    """The memory of a training step on one card. config: the plain values of an MGenConfig (see `plain`)."""
+    """The memory of a training step on one card. config: an MGenConfig."""
     shapes = trained.shapes
     trainable = [name for name in trained.trainable if name not in CONSTANTS]
-    visual, D, V = config["visual"], config["hidden_size"], config["vocab_size"] // setting.tensor
+    visual, D, V = config.visual, config.hidden_size, config.vocab_size // setting.tensor
     n = batch.images
-    N, layers = batch.rows * batch.tokens, config["num_hidden_layers"]
+    N, layers = batch.rows * batch.tokens, config.num_hidden_layers
     half = setting.precision != "float32"
     act = 2 if half else 4
     wide = 2 if setting.precision == "O2" else 4
@@ -310,9 +310,9 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
         else:
             working.append(max(one.working for one in counts))
     # Masks and rotary tables (for queries, keys, values), shared by all layers; on the CPU expanded to full shape.
-    H = config["num_attention_heads"] // setting.tensor
+    H = config.num_attention_heads // setting.tensor
     if setting.gpu:
-        stored["masks and tables"] = batch.masked * 4 + 6 * N * config["kv_channels"] * wide
+        stored["masks and tables"] = batch.masked * 4 + 6 * N * config.kv_channels * wide
     else:
         stored["masks and tables"] = batch.masked * H * 4 + 6 * N * D * wide
     # Final norm, hidden states of labelled positions, and their logits: the float32 softmax, and its gradient on top.
@@ -324,11 +324,3 @@ def estimate(config: Any, trained: Trained, batch: Batch, setting: Setting) -> E
     clipped = held["gradients"] if setting.clip else 0
     in_vision = stored["images"] + stored.get("vision activations", 0) + (layer.kept + layer.working if n else 0)
     return Estimate(held, stored, max(working), in_vision, clipped, GPU_ALLOWANCE if setting.gpu else 0)
-
-
-def plain(config: Any) -> Dict[str, Any]:
-    """The values of an MGenConfig that `estimate` reads."""
-    keys = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size",
-    )  # fmt: skip
-    return dict({key: getattr(config, key) for key in keys}, visual=dict(config.visual))

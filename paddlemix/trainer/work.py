@@ -12,25 +12,25 @@ from paddlemix.trainer.memory import Trained
 FLOPS_SHARE = 0.35
 
 
-def vit(config: Dict[str, Any]) -> float:
-    """Forward of one image through the ViT. config: from memory.plain, here and below."""
-    v = config["visual"]
+def vit(config: Any) -> float:
+    """Forward of one image through the ViT. config: an MGenConfig, here and below."""
+    v = config.visual
     width, patches = v["width"], (v["image_size"] // v["patch_size"]) ** 2
     mlp = int(width * v["mlp_ratio"])
     layer = 2 * patches * (4 * width * width + 2 * width * mlp) + 4 * patches * patches * width
     return 2 * patches * 3 * v["patch_size"] ** 2 * width + v["layers"] * layer
 
 
-def connector(config: Dict[str, Any]) -> float:
+def connector(config: Any) -> float:
     """Forward of one image through attn_pool and proj."""
-    v = config["visual"]
+    v = config.visual
     w, D, Q, P = v["width"], v["output_dim"], v["n_queries"], (v["image_size"] // v["patch_size"]) ** 2
     return 2 * P * w * D + 4 * P * D * D + 2 * Q * D * D + 4 * Q * P * D + 4 * Q * D * D
 
 
-def attention(config: Dict[str, Any], tokens: int, keys: int) -> float:
+def attention(config: Any, tokens: int, keys: int) -> float:
     """Products of `tokens` queries with `keys` keys and values, in all decoder layers."""
-    return tokens * 4 * keys * config["hidden_size"] * config["num_hidden_layers"]
+    return tokens * 4 * keys * config.hidden_size * config.num_hidden_layers
 
 
 def _matrices(trained: Trained) -> Dict[str, int]:
@@ -45,7 +45,7 @@ def _matrices(trained: Trained) -> Dict[str, int]:
 
 
 def sample(
-    config: Dict[str, Any], trained: Trained, tokens: int, labels: int, recompute: bool = False, images: float = 1
+    config: Any, trained: Trained, tokens: int, labels: int, recompute: bool = False, images: float = 1
 ) -> float:
     """Forward and backward of one sample.
 

@@ -63,14 +63,14 @@ def kept_and_estimated(lora, level, paddle_3, dropout=0.0, flash=False, rows=1):
     assert loss.dtype == paddle.float64
     trained = memory.Trained(shapes, [n for n, p in base.state_dict().items() if not p.stop_gradient])
     setting = memory.Setting(level, gpu=True, paddle_3=paddle_3, lora_dropout=dropout, flash=flash)
-    batch, plain = memory.Batch(rows, TOKENS, rows, rows * LABELS), memory.plain(config)
+    batch = memory.Batch(rows, TOKENS, rows, rows * LABELS)
     estimated = {
-        "decoder layer": memory._decoder_layer(plain, shapes, 1, batch, setting).kept,
-        "connector": memory._connector(plain, shapes, batch, setting),
-        "all": sum(memory.estimate(plain, trained, batch, setting).stored.values()),
+        "decoder layer": memory._decoder_layer(config, shapes, 1, batch, setting).kept,
+        "connector": memory._connector(config, shapes, batch, setting),
+        "all": sum(memory.estimate(config, trained, batch, setting).stored.values()),
     }
     if not lora:
-        estimated["ViT layer"] = memory._vision_layer(plain["visual"], shapes, rows, setting).kept
+        estimated["ViT layer"] = memory._vision_layer(config.visual, shapes, rows, setting).kept
     found = dict(kept.layers, all=sum(kept.layers.values()))
     return {name: (found[name], size) for name, size in estimated.items()}
 

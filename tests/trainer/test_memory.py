@@ -51,7 +51,7 @@ BATCH = memory.Batch(1, 512, 1, 128)
 
 
 def needed(config, trained, batch=BATCH, **setting):
-    return memory.estimate(memory.plain(config), trained, batch, memory.Setting(gpu=True, **setting))
+    return memory.estimate(config, trained, batch, memory.Setting(gpu=True, **setting))
 
 
 def test_what_is_held_at_each_precision(config_7b, lora_7b):
