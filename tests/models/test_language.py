@@ -171,6 +171,20 @@ def test_a_fused_norm_is_the_formula(monkeypatch):
     assert [added for *_, added in calls[2:]] == [False, True, False, True, False]
 
 
+def test_rms_by_one_kernel_is_the_formula_with_its_gradient():
+    rng = np.random.default_rng(0)
+    values, weights = rng.standard_normal((3, 4, 24)), rng.standard_normal((3, 4, 24))
+    values[0, 0] = 0.0  # padding
+    found = []
+    for formula in (compat.over_rms, lambda x, eps: x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps)):
+        x = paddle.to_tensor(values.astype("float32"), stop_gradient=False)
+        y = formula(x, 1e-3)
+        (y * paddle.to_tensor(weights.astype("float32"))).sum().backward()
+        found.append((y.numpy(), x.grad.numpy()))
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_recompute_gives_the_same_gradients():
     gradients = []
     for recompute in (False, True):
