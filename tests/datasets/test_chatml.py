@@ -421,11 +421,9 @@ def test_open_files_are_few_and_not_shared(make, tmp_path, monkeypatch):
     for _ in range(2):
         for number in range(6):
             assert np.array_equal(dataset.sample(number)["images"][0], pixels(image_bytes(number)))
-            assert len(dataset._files._handles) <= 3
+            assert len(dataset._files._files) <= 3
     again = copy.copy(dataset._files)
-    assert pickle.loads(pickle.dumps(dataset._files))._handles == again._handles == {}
-    dataset._files.close()
-    assert len(dataset.sample(0)["images"]) == 1
+    assert pickle.loads(pickle.dumps(dataset._files))._files == again._files == {}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -463,12 +461,3 @@ def test_text_is_base64_when_no_such_file_exists(tmp_path):
     value = json.dumps({"conversations": [[f"<img>{text}</img>", "b"]]}).encode()
     assert parse_record(value, str(tmp_path)).images == [text]
     assert decode_base64(text) == image_bytes(1)
-
-
-def test_files_close_without_the_modules_names(tmp_path, monkeypatch):
-    (tmp_path / "f").write_bytes(b"abc")
-    files = open_files.OpenFiles()
-    assert files.read(str(tmp_path / "f"), 1, 2) == b"bc"
-    monkeypatch.setattr(open_files, "os", None)
-    files.__del__()
-    assert not files._handles
