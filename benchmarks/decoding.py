@@ -14,6 +14,7 @@ process with one thread, in turns. Seconds are CPU time, so that a busy machine 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import sys
@@ -56,12 +57,11 @@ class Decoding:
         captioner = self.way.captioner(max(lengths))
         captioner.batch_size = SLOTS if self.way.size != "quick" else 2
         pictures = scratch.jpegs(count, 512 if self.way.size != "quick" else 64)
-        forced = Slots(lengths) if hasattr(captioner, "decoding") else Batches(captioner, lengths)
-        with forced:
+        with slots(lengths) if hasattr(captioner, "decoding") else batches(captioner, lengths) as counts:
             start = time.process_time()
             answers = [answer.caption for answer in captioner.captions(pictures)]
             seconds = time.process_time() - start
-        return {"seconds": seconds, "captions": answers, "peak": harness.peak_bytes(), **forced.counts}
+        return {"seconds": seconds, "captions": answers, "peak": harness.peak_bytes(), **counts}
 
     def token(self) -> float:
         """Seconds of a decoded token of 8 rows."""
@@ -121,59 +121,45 @@ class Decoding:
         )  # fmt: skip
 
 
-class Batches:
-    """c9537fc: each batch runs until its longest row ends."""
+@contextlib.contextmanager
+def batches(captioner, lengths: List[int]):
+    """c9537fc: each batch runs until its longest row ends. Yields what is counted."""
+    counts, generate, rows = {"steps": 0}, captioner.generate, iter(lengths)
 
-    def __init__(self, captioner, lengths: List[int]):
-        self.counts = {"steps": 0}
-        generate, rows = captioner.generate, iter(lengths)
+    def forced(samples):
+        captioner.max_new_tokens = max(next(rows) for _ in samples)
+        counts["steps"] += captioner.max_new_tokens - 1
+        return generate(samples)
 
-        def forced(samples):
-            captioner.max_new_tokens = max(next(rows) for _ in samples)
-            self.counts["steps"] += captioner.max_new_tokens - 1
-            return generate(samples)
-
-        captioner.generate = forced
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        pass
+    captioner.generate = forced
+    yield counts
 
 
-class Slots:
-    """The engine, with a limit for each row."""
+@contextlib.contextmanager
+def slots(lengths: List[int]):
+    """The engine, with a limit for each row. Yields what is counted."""
+    from paddlemix.models.mgen_vl import engine as module
+    from paddlemix.models.mgen_vl.engine import Engine
 
-    def __init__(self, lengths: List[int]):
-        from paddlemix.models.mgen_vl import engine
+    counts, ends, run, cycle = {}, Engine._ends, Engine.run, module._cycle
 
-        self.lengths, self.module, self.counts = lengths, engine, {}
-        self.kept = engine.Engine._ends, engine.Engine.run, engine._cycle
+    def forced(engine, row, token, broken, score):
+        # A random model repeats itself: the check for repetition runs, but is ignored.
+        if len(row.tokens) + 1 < lengths[row.index]:
+            return ends(engine, row, token, broken, score)
+        row.tokens.append(token)
+        engine._finish(row, row.tokens, None)
+        return True
 
-    def __enter__(self):
-        ends, run, cycle = self.kept
+    def counted(engine, prompts):
+        yield from run(engine, prompts)
+        counts.update((name, getattr(engine, name)) for name in ("steps", "busy", "filled", "waited", "slots"))
 
-        def forced(engine, row, token, broken, score):
-            # A random model repeats itself: the check for repetition runs, but is ignored.
-            if len(row.tokens) + 1 < self.lengths[row.index]:
-                return ends(engine, row, token, broken, score)
-            row.tokens.append(token)
-            engine._finish(row, row.tokens, None)
-            return True
-
-        def counted(engine, prompts):
-            yield from run(engine, prompts)
-            self.counts.update(
-                steps=engine.steps, busy=engine.busy, filled=engine.filled, waited=engine.waited, slots=engine.slots
-            )
-
-        self.module.Engine._ends, self.module.Engine.run = forced, counted
-        self.module._cycle = lambda *arguments: cycle(*arguments) * 0
-        return self
-
-    def __exit__(self, *exc_info):
-        self.module.Engine._ends, self.module.Engine.run, self.module._cycle = self.kept
+    Engine._ends, Engine.run, module._cycle = forced, counted, lambda *arguments: cycle(*arguments) * 0
+    try:
+        yield counts
+    finally:
+        Engine._ends, Engine.run, module._cycle = ends, run, cycle
 
 
 def main(argv=None) -> None:
