@@ -5,7 +5,7 @@
     base_fingerprint          model_fingerprint of each
     text_fingerprint
 
-The folder names are only hints, and the file may be a stranger's: the fingerprints identify the models.
+The folder names are only hints, and the file may be untrusted: the fingerprints identify the models.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Origin(NamedTuple):
     def find(self) -> Tuple[Optional[str], Optional[str]]:
         """(base, text) as recorded, each None unless the model there has the recorded fingerprint.
 
-        So a stranger's file can only lead to a model that the stranger already knows.
+        So an untrusted file can only lead to a model whose fingerprint its author knows.
         """
         pairs = ((self.base, self.base_fingerprint), (self.text, self.text_fingerprint))
         return tuple(folder if folder is not None and _is_model(folder, noted) else None for folder, noted in pairs)

@@ -51,7 +51,7 @@ _KINDS = {
 
 
 def type_name(hint: Any) -> str:
-    """The type as docs and errors name it: "a whole number", "a text or null", …"""
+    """The type as docs and errors name it: "an integer", "a string or null", …"""
     optional, kind, _ = _parts(hint)
     return _KINDS[kind] + (" or null" if optional else "")
 

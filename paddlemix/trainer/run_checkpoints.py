@@ -95,7 +95,7 @@ def checkpoints(output_dir: str) -> List[str]:
     return sorted((path for path in found if os.path.isdir(path)), key=step_of)
 
 
-def last_whole(output_dir: str) -> Optional[str]:
+def last_complete(output_dir: str) -> Optional[str]:
     """The newest complete checkpoint; newer broken ones are logged and skipped."""
     for path in reversed(checkpoints(output_dir)):
         if read_seal(path) is not None:
@@ -106,12 +106,13 @@ def last_whole(output_dir: str) -> Optional[str]:
 
 def thin_out(output_dir: str, keep: Optional[int], best: Optional[str]) -> None:
     """Delete the oldest checkpoints so that `keep` complete ones remain, and the best one. None keeps all."""
-    whole = [path for path in checkpoints(output_dir) if read_seal(path) is not None]
-    if not keep or len(whole) < keep:
+    complete = [path for path in checkpoints(output_dir) if read_seal(path) is not None]
+    if not keep or len(complete) < keep:
         return
     # Broken ones do not count: they may be newer than what a resumed run has just saved.
+    kept = None if best is None else os.path.abspath(best)
     for path in checkpoints(output_dir):
-        if step_of(path) < step_of(whole[-keep]) and (best is None or os.path.abspath(path) != os.path.abspath(best)):
+        if step_of(path) < step_of(complete[-keep]) and os.path.abspath(path) != kept:
             logger.info(f"Deleting older checkpoint [{path}] due to save_total_limit={keep}")
             shutil.rmtree(path)
 
@@ -134,7 +135,7 @@ def check_output(
             f"resume_from_checkpoint: {resume_from} is not a complete checkpoint of this program",
             "resume_from_checkpoint",
         )
-    last, result = last_whole(output_dir), os.path.join(output_dir, RESULT_NAME)
+    last, result = last_complete(output_dir), os.path.join(output_dir, RESULT_NAME)
     finished = [result] if os.path.isfile(result) else []
     if resume_from:
         if last is not None and not os.path.samefile(last, resume_from):

@@ -17,8 +17,8 @@ _LONG_SECONDS = 10.0
 
 
 class Throughput(TrainerCallback):
-    """Counts samples and tokens, and replaces PaddleNLP's rates, which count planned samples and include evaluations,
-    after a resume or a signal also steps that were not run."""
+    """Counts samples and tokens, and replaces PaddleNLP's rates: those include evaluations and, after a resume or a
+    signal, steps that were not run."""
 
     def __init__(self, args):
         self._args = args

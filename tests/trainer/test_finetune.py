@@ -462,7 +462,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run_keys, tmp_path, log, number, r
     assert signal.getsignal(number) is signal.SIG_DFL
     assert f"{signal.Signals(number).name}: stopping after step 3" in log.text
     assert trainer.stop.received and trainer.state.global_step == 3
-    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-3")
+    assert run_checkpoints.last_complete(str(tmp_path / "out")).endswith("checkpoint-3")
 
 
 def test_a_log_names_no_folder_that_is_there_for_a_moment(run_keys, tmp_path, capsys):
@@ -542,7 +542,7 @@ def test_sigterm_ends_an_evaluation(run_keys, tmp_path, monkeypatch, moment):
     monkeypatch.setattr(owner, name, with_signal)
     trainer.train()
     assert seen == [2] and trainer.state.global_step == 2
-    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-2")
+    assert run_checkpoints.last_complete(str(tmp_path / "out")).endswith("checkpoint-2")
     assert not any("eval_cider" in line for line in trainer.state.log_history)
 
 
@@ -558,7 +558,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run_keys, tmp_path, monkeypat
     monkeypatch.setattr(trainer, "_save", full)
     with refused(JobFailed, "disk", match="checkpoint-2 .*No space left on device"):
         trainer.train()
-    assert run_checkpoints.last_whole(str(tmp_path / "out")).endswith("checkpoint-1")
+    assert run_checkpoints.last_complete(str(tmp_path / "out")).endswith("checkpoint-1")
     assert not list((tmp_path / "out").glob(".partial*"))
 
 

@@ -40,7 +40,7 @@ def test_killed_at_five_moments_ends_with_the_weights_of_one_go(start):
             run.wait_for(f"checkpoint-{step}")
             time.sleep(chance.uniform(0, 0.1))
         assert run.kill() == -signal.SIGKILL
-        last = run_checkpoints.last_whole(str(run.out))
+        last = run_checkpoints.last_complete(str(run.out))
         assert last is not None and run_checkpoints.step_of(last) >= step - 1
         run = start(resume=True)
     assert run.status() == 0, run.log.read_text()
@@ -57,7 +57,7 @@ def test_killed_while_the_first_checkpoint_is_written(start):
     run = start()
     run.stop_inside_saving([1])
     run.kill()
-    assert run_checkpoints.last_whole(str(run.out)) is None
+    assert run_checkpoints.last_complete(str(run.out)) is None
     again = start(max_steps=1)
     assert again.status() == 0, again.log.read_text()
 
@@ -81,7 +81,7 @@ def test_sigterm_ends_with_status_0_and_says_how_to_go_on(start, workers):
     for pid in [*loaders, run.pid]:
         os.kill(pid, signal.SIGTERM)
     assert run.status() == 0, run.log.read_text()
-    last = run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out)))
+    last = run_checkpoints.step_of(run_checkpoints.last_complete(str(run.out)))
     assert f"stopped after step {last}: resume with --resume" in run.log.read_text()
     assert not (run.out / run_checkpoints.RESULT_NAME).exists()
 
@@ -130,7 +130,7 @@ def test_no_room_on_the_disk_is_one_line_and_the_last_checkpoint_stands(start):
     last = run.log.read_text().splitlines()[-1]
     assert last.startswith("error: checkpoint-") and "free the disk and add --resume" in last
     assert "Traceback" not in run.log.read_text()
-    assert run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out))) >= 2
+    assert run_checkpoints.step_of(run_checkpoints.last_complete(str(run.out))) >= 2
     assert not list(run.out.glob(".*"))
     again = start(resume=True, max_steps=4)
     assert again.status() == 0

@@ -78,7 +78,7 @@ def test_resuming_several_processes_ends_with_the_weights_of_one_go(alike, start
     part.wait_for("checkpoint-2")
     part.stop_inside_saving([4])
     part.kill()
-    assert run_checkpoints.last_whole(str(part.out)).endswith("checkpoint-2")
+    assert run_checkpoints.last_complete(str(part.out)).endswith("checkpoint-2")
     again = start_run("part", 2, **dict(ALIKE, **keys, resume=True))
     assert again.status() == 0, again.log.read_text()[-3000:]
     assert "global_step: 3" in again.log.read_text()
@@ -112,7 +112,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(start_run):
     os.kill(run.pid, signal.SIGTERM)
     assert run.status() == 0, run.log.read_text()[-3000:]
     assert "resume with --resume" in run.lines()[-1]
-    step = run_checkpoints.step_of(run_checkpoints.last_whole(str(run.out)))
+    step = run_checkpoints.step_of(run_checkpoints.last_complete(str(run.out)))
     assert f"stopped after step {step}:" in run.lines()[-1] and step < 400
     assert f"stopped after step {step}:" in run.log.with_suffix(".1").read_text()
 

@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, log, damage):
     else:
         seal.write_text(json.dumps([1]))
     assert run_checkpoints.read_seal(bad) is None
-    assert run_checkpoints.last_whole(str(tmp_path)) == good
+    assert run_checkpoints.last_complete(str(tmp_path)) == good
     assert "checkpoint-12 is incomplete" in log.text
 
 
@@ -67,7 +67,7 @@ def test_order_is_by_step_not_by_name(tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     assert [run_checkpoints.step_of(path) for path in run_checkpoints.checkpoints(str(tmp_path))] == [9, 20, 100]
-    assert run_checkpoints.last_whole(str(tmp_path)).endswith("-100")
+    assert run_checkpoints.last_complete(str(tmp_path)).endswith("-100")
 
 
 def test_thin_out_keeps_the_newest_and_the_best(tmp_path):
@@ -86,7 +86,7 @@ def test_a_broken_checkpoint_does_not_count(tmp_path):
     assert run_checkpoints.checkpoints(str(tmp_path)) == [old, new, broken]
     run_checkpoints.thin_out(str(tmp_path), 1, None)
     assert run_checkpoints.checkpoints(str(tmp_path)) == [new, broken]
-    assert run_checkpoints.last_whole(str(tmp_path)) == new
+    assert run_checkpoints.last_complete(str(tmp_path)) == new
 
 
 def test_fresh_folder_starts_anew_with_or_without_resume(tmp_path):
