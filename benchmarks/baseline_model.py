@@ -249,13 +249,13 @@ class Ours(Way):
             out = self.model(ids, images=pixels, attention_mask=mask, use_cache=True, last_logits_only=True)
         return out.logits
 
-    def captioner(self, new_tokens: int):
+    def captioner(self, new_tokens: int, **options: Any):
         from paddlemix.inference.captioner import Captioner
         from paddlemix.processors.images import MGenVLImageProcessor
 
         return Captioner(
             self.model, tokenizer(self.size), MGenVLImageProcessor.from_config(self.model.config),
-            max_new_tokens=new_tokens, decoding={"stop_repeating": 0},  # random weights repeat themselves
+            max_new_tokens=new_tokens, **options,
         )  # fmt: skip
 
     def products(self, method: str, *arguments: Any) -> Dict[str, float]:
@@ -264,7 +264,8 @@ class Ours(Way):
 
     def caption(self, pictures: List[bytes], new_tokens: int) -> Dict[str, Any]:
         """Caption base64 images in batches of the program's choice."""
-        captioner = self.captioner(new_tokens)
+        # Random weights repeat themselves.
+        captioner = self.captioner(new_tokens, decoding={"stop_repeating": 0})
         start = time.perf_counter()
         answers = list(captioner.captions(pictures))
         seconds = time.perf_counter() - start
