@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="caption of rows whose image cannot be read (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch_size", type=cli.positive,
+        "--batch_size", type=cli.number(int, 1, 4096),
         help="images per batch (default: by available memory, up to 32)",
     )
     add_model_options(parser)

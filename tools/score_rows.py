@@ -57,7 +57,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="longer samples are truncated, as in training (default: 2048)",
     )
     parser.add_argument(
-        "--batch_size", type=cli.positive,
+        "--batch_size", type=cli.number(int, 1, 4096),
         help="rows per batch (default: by available memory, up to 32)",
     )
     add_model_options(parser, answers=False)
