@@ -69,6 +69,8 @@ def _text(text: str) -> str:
 
 def path(text: str) -> str:
     """Argument type: a path. Expands a leading ~, which shells leave in `--out=~/x` and within quotes."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not empty")
     return os.path.expanduser(text)
 
 

@@ -86,8 +86,11 @@ def test_text_must_be_utf8_and_paths_need_not(capsys):
     parser.add_argument("--prompt")
     parser.add_argument("--out", type=cli.path)
     assert parser.parse_args(["--prompt", "描述", "--out", "\udcff"]).out == "\udcff"
-    assert cli.run(lambda: parser.parse_args(["--prompt", "\udcc3\udce8"])) == 2
-    assert "argument --prompt: must be UTF-8 text, not b'\\xc3\\xe8' (see it.py" in capsys.readouterr().err
+    for argument in ("--out=", "--prompt=\udcc3\udce8"):
+        assert cli.run(lambda words=[argument]: parser.parse_args(words)) == 2
+    empty, foreign = capsys.readouterr().err.splitlines()
+    assert "argument --out: must be a path, not empty" in empty
+    assert "argument --prompt: must be UTF-8 text, not b'\\xc3\\xe8'" in foreign
 
 
 def test_a_working_folder_that_was_removed_is_said(capsys, tmp_path, monkeypatch):
