@@ -115,7 +115,8 @@ def test_references_as_records(tmp_path, indent):
         {"id": f"identity_{i}", "conversations": [["问", f"答{i}"], ["再问", "再答"]], "image": IMAGE} for i in range(3)
     ]
     path = write(tmp_path, json.dumps(records, indent=indent, ensure_ascii=False), "val.json")
-    assert read_references(path).texts == {f"identity_{i}": [f"答{i}"] for i in range(3)}
+    found = read_references(path)
+    assert found.texts == {f"identity_{i}": [f"答{i}"] for i in range(3)} and found.has_images
 
 
 @pytest.mark.parametrize(
