@@ -135,7 +135,7 @@ def main() -> int:
         raise UserError("--images reference needs an OUT.json")
     rows = (rows_of_folder if folder else rows_of_tsv)(args.source, args.captions)
     size = check_input(args.captions if folder else args.source)
-    bar = Progress(None if folder else size, "images", "image" if folder else "B", args.quiet, unit_scale=not folder)
+    bar = Progress(None if folder else size, "images", "image" if folder else "B", args.quiet)
     # That an image can be read is seen at its header.
     options = labels.Options(images=args.images, verify="header")
     images = written = 0

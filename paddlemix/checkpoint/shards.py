@@ -417,7 +417,7 @@ def write_model(
     """
     total = sum(size_of(dtype, shape) for _, dtype, shape, _ in items)
     with disk_errors(target), atomic_folder(target) as folder:
-        with Progress(total, desc=progress or "", unit="B", unit_scale=True, disable=progress is None) as bar:
+        with Progress(total, desc=progress or "", unit="B", disable=progress is None) as bar:
             files = write_sharded(folder, items, format=format, max_shard_size=max_shard_size, progress=bar.update)
         return files + beside(folder)
 

@@ -141,7 +141,7 @@ def pack_submission(project: str, weights: str, out: str, requirements: str, ove
         for name, path in small.items():
             shutil.copyfile(path, os.path.join(target, name))
         linked = []
-        with Progress(weight_bytes, desc="weights", unit="B", unit_scale=True) as bar:
+        with Progress(weight_bytes, desc="weights", unit="B") as bar:
             for name in large:
                 linked.append(link_or_copy(inside(folder, name), os.path.join(target, name), bar.update))
     nbytes = sum(os.path.getsize(path) for path, _ in packed_files(out))
@@ -179,7 +179,7 @@ def write_zip(folder: str, path: str, leave_out: Set[str] = frozenset()) -> int:
     total = sum(os.path.getsize(file) for file, _ in files)
     with disk_errors(path), atomic_write(path, "wb") as target:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with Progress(total, desc=os.path.basename(path), unit="B", unit_scale=True) as bar:
+            with Progress(total, desc=os.path.basename(path), unit="B") as bar:
                 for file, name in files:
                     # With known sizes, zipfile uses ZIP64 only for entries that need it.
                     entry = zipfile.ZipInfo.from_file(file, name, strict_timestamps=False)
@@ -198,7 +198,7 @@ def split_weights(packed: Packed, out: str) -> Set[str]:
     folder = os.path.join(packed.folder, WEIGHTS, packed.model)
     total = sum(os.path.getsize(os.path.join(folder, name)) for name in packed.large)
     with disk_errors(out), atomic_folder(out) as partial:
-        with Progress(total, desc="SHA-256", unit="B", unit_scale=True) as bar:
+        with Progress(total, desc="SHA-256", unit="B") as bar:
             with open(os.path.join(partial, SUMS_NAME), "w", encoding="utf-8") as sums:
                 for name in packed.large:
                     link_or_copy(os.path.join(folder, name), os.path.join(partial, name))

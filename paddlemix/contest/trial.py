@@ -210,7 +210,7 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Tria
 
     total = sum(os.path.getsize(os.path.join(p, name)) for p, _, names in os.walk(submission) for name in names)
     try:
-        with Progress(total, desc="copy", unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress(total, desc="copy", unit="B", disable=not progress) as bar:
 
             def copy(source: str, target: str) -> None:
                 if os.path.getsize(source) >= _LINK_FROM:

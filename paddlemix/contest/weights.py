@@ -93,7 +93,7 @@ def look_through(
     """
     bad: Dict[str, int] = {}
     changes: Dict[str, Change] = {}
-    with Progress(reader.total_bytes, desc="values", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Progress(reader.total_bytes, desc="values", unit="B", disable=not progress) as bar:
         for name in reader.keys():
             info = reader.info(name)
             array = reader.read(name)

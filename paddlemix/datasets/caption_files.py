@@ -37,7 +37,7 @@ class References(NamedTuple):
 
 
 def _reading(path: str, size: int, quiet: bool) -> Progress:
-    return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=quiet)
+    return Progress(size, os.path.basename(path), unit="B", disable=quiet)
 
 
 def _is_number(field: str) -> bool:

@@ -171,7 +171,7 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
     options = RowOptions(prompt=settings.prompt, images=settings.images, verify="header")
     # Which of the score files have had no score yet.
     empty = {at for at in (0, 2) if files[at]}
-    with Progress(state.size, title, "B", settings.quiet, unit_scale=True) as bar:
+    with Progress(state.size, title, "B", settings.quiet) as bar:
         for row in read_rows(path, want_caption=True, state=state):
             bar.reach(row.next_offset)
             score, caption, new_score = (file and file.take(row_id(row)) for file in files)

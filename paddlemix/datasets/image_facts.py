@@ -295,7 +295,7 @@ def _compute(
         for row in read_rows(path, captions, offset=offset, first_line=line, state=state)
     )
     chunks = chunks_of(found, lambda item: held_bytes(item[2]))
-    with Progress(size, f"images of {os.path.basename(path)}", "B", quiet, unit_scale=True, initial=offset) as bar:
+    with Progress(size, f"images of {os.path.basename(path)}", "B", quiet, initial=offset) as bar:
         for piece in map_chunks(_facts_of_rows, chunks, workers):
             yield piece
             bar.reach(int(np.frombuffer(piece, FACTS)[-1]["next"]))

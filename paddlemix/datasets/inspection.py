@@ -217,7 +217,7 @@ def inspect(paths: Sequence[str], options: Options, count_tokens: Optional[Calla
                 start, first = row.next_offset, row.line_no + 1
 
     pieces: List[Tuple[np.ndarray, np.ndarray]] = []
-    with Progress(size, "rows", "B", options.quiet, unit_scale=True) as bar:
+    with Progress(size, "rows", "B", options.quiet) as bar:
         for part, facts, texts, marks, sampled in map_chunks(
             lambda chunk: _look(chunk, count_tokens),
             chunks_of(rows(), lambda item: held_bytes(item[6])),

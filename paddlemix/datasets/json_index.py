@@ -146,10 +146,7 @@ def scan_records(path: str) -> np.ndarray:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         layout, indent = _sniff(file)
-        with Progress(
-            total=size, desc=f"indexing {os.path.basename(path)}", unit="B", unit_scale=True,
-            disable=size < _PROGRESS_FROM_BYTES,
-        ) as bar:  # fmt: skip
+        with Progress(size, f"indexing {os.path.basename(path)}", "B", disable=size < _PROGRESS_FROM_BYTES) as bar:
             if layout == "lines":
                 return _line_bounds(file, bar.update)
             if layout == "indent":

@@ -282,9 +282,9 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
                 f"({size / 1e9:.1f} GB): --images reference leaves them there",
                 "disk",
             )
-        with only_writer(out_dir), Progress(
-            total=size, desc="convert", unit="B", unit_scale=True, disable=disable_progress
-        ) as bar, atomic_write(os.path.join(out_dir, "rejected.tsv")) as reject_file:
+        with only_writer(out_dir), Progress(size, "convert", "B", disable_progress) as bar, atomic_write(
+            os.path.join(out_dir, "rejected.tsv")
+        ) as reject_file:
             try:
                 counts = _convert(path, out_dir, options, rejected, doubts, reject_file, bar)
             except _NothingAccepted:

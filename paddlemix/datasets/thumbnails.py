@@ -45,7 +45,7 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
     wanted = set(ids)
     found: Dict[str, Thumbnail] = {}
     size = check_input(path)
-    with Progress(size, "images", unit="B", unit_scale=True, disable=quiet) as bar:
+    with Progress(size, "images", unit="B", disable=quiet) as bar:
         for row in read_rows(path, want_caption=False):
             if row.id in wanted and row.id not in found:
                 try:

@@ -32,7 +32,7 @@ class FileFacts(NamedTuple):
 def reading(path: str) -> Progress:
     """A progress bar over the bytes of a file, shown for large files."""
     size = os.path.getsize(path)
-    return Progress(size, os.path.basename(path), unit="B", unit_scale=True, disable=size < _BAR_BYTES)
+    return Progress(size, os.path.basename(path), unit="B", disable=size < _BAR_BYTES)
 
 
 def file_facts(path: str) -> FileFacts:

@@ -49,7 +49,7 @@ def bars_aside() -> Iterator[None]:
 class Progress:
     """A progress bar. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
 
-    total: units of work; None if unknown. disable: show nothing. unit_scale: show 12345678 as 12.3M, for bytes.
+    total: units of work; None if unknown. unit: "B" shows 12345678 as 11.8M. disable: show nothing.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class Progress:
         desc: str = "",
         unit: str = "row",
         disable: bool = False,
-        unit_scale: bool = False,
         initial: int = 0,
     ):
         from tqdm import tqdm
@@ -68,8 +67,8 @@ class Progress:
             total=total,
             desc=desc,
             unit=unit,
-            unit_scale=unit_scale,
-            unit_divisor=1024 if unit == "B" else 1000,
+            unit_scale=unit == "B",
+            unit_divisor=1024,
             disable=disable,
             initial=initial,
             mininterval=0.1 if terminal else LOG_SECONDS,

@@ -254,7 +254,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
         on_cpu = paddle.get_device() == "cpu"
         stored = {name: reader.info(name) for name in parameters if names is None or name in names}
         size = sum(info.nbytes for info in stored.values())
-        with Progress(size, "loading", unit="B", unit_scale=True, disable=size < _BAR_BYTES) as bar:
+        with Progress(size, "loading", unit="B", disable=size < _BAR_BYTES) as bar:
             for name, info in stored.items():
                 tensor = parameters[name]
                 dtype = str(tensor.dtype).replace("paddle.", "")
