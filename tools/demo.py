@@ -37,6 +37,7 @@ sys.path.insert(0, ROOT)
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.json_files import write_json  # noqa: E402
 
 PAGE = os.path.join(ROOT, "tools", "demo_page.html")
 # Columns of the terminal that a stage's number and title take.
@@ -267,8 +268,8 @@ def run_stage(out: str, stage: Stage, head: str) -> float:
         sys.stderr.writelines(last)
         raise JobFailed(f"stage {stage.name} ended with status {status}; its whole output is in {log_path}")
     line_of_stage.end(_duration(seconds))
-    with atomic_write(_record_path(out, stage)) as file:
-        json.dump({"fingerprint": fingerprint(stage), "seconds": seconds, "files": _files(stage)}, file)
+    record = {"fingerprint": fingerprint(stage), "seconds": seconds, "files": _files(stage)}
+    write_json(_record_path(out, stage), record)
     return seconds
 
 
@@ -527,9 +528,8 @@ def main() -> int:
     with atomic_write(os.path.join(args.out, "results.txt")) as file:
         file.write(text)
     holds = verdicts(outcome.scores, args.target)
-    with atomic_write(os.path.join(args.out, "results.json")) as file:
-        record = {"scores": outcome.scores, "verdicts": holds, "seconds": seconds}
-        json.dump(record, file, ensure_ascii=False, indent=2)
+    record = {"scores": outcome.scores, "verdicts": holds, "seconds": seconds}
+    write_json(os.path.join(args.out, "results.json"), record)
     print("\n" + text, end="")
     return 0 if next(iter(holds.values())) else JobFailed.exit_code
 

@@ -15,7 +15,6 @@ and unknown ids are listed and end the run. docs/evaluation.md explains each num
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Dict, List, Optional
@@ -24,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
-from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.json_files import write_json  # noqa: E402
 from paddlemix.utils.outputs import keep_apart  # noqa: E402
 
 # Columns of the table: name, value, interval.
@@ -184,9 +183,7 @@ def main() -> None:
     print()
     print_table(evaluation)
     if args.json:
-        with atomic_write(args.json) as file:
-            json.dump(evaluation.to_json(), file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        write_json(args.json, evaluation.to_json())
     if args.html:
         write_page(args, evaluation, args.images or (args.references if references.has_images else None), gains)
 

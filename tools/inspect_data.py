@@ -14,14 +14,13 @@ beside IN, and an interrupted run continues from there.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from paddlemix.utils import cli  # noqa: E402
-from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.json_files import write_json  # noqa: E402
 from paddlemix.utils.language import tr  # noqa: E402
 
 
@@ -91,9 +90,7 @@ def main() -> None:
     numbers["advice"] = advice(found, numbers, n_queries)
     numbers["settings"] = {**options._asdict(), "tokenizer": args.tokenizer}
     write_page(page, found, numbers, options.seed, other, shared)
-    with atomic_write(numbers_file) as file:
-        json.dump(numbers, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+    write_json(numbers_file, numbers)
     print(tr(f"{numbers['rows']:,} rows, {numbers['good rows']:,} of them usable"))
     for text in numbers["advice"]:
         print(f"- {tr(text)}")

@@ -10,7 +10,6 @@ Shapes: n rows.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -31,6 +30,7 @@ from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
+from paddlemix.utils.json_files import write_json
 from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
@@ -345,9 +345,7 @@ def curate(
         raise JobFailed(text)
     with disk_errors(output):
         _write(path, output, settings, state, survey, found)
-        with atomic_write(output_names(output)[2]) as file:
-            json.dump({"input": path, "settings": shown, **result._asdict()}, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+        write_json(output_names(output)[2], {"input": path, "settings": shown, **result._asdict()})
     return result
 
 

@@ -30,7 +30,7 @@ from paddlemix.datasets.tsv import TRUNCATED, clean_id
 from paddlemix.inference.facts import file_facts
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write, lock
-from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.json_files import read_config_object, write_json
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file
 
@@ -82,10 +82,8 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
     if written.lines != rows:
         raise JobFailed(f"{path} has {written.lines} lines for {rows} rows", "lines")
     output = {"bytes": written.size, "sha256": written.sha256}
-    with atomic_write(path + SIDECAR) as file:
-        summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
-        json.dump(summary, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
+    write_json(path + SIDECAR, summary)
 
 
 def recorded_input(path: str) -> Optional[str]:

@@ -16,7 +16,6 @@ Shapes: T tokens, N images, S image side.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -33,8 +32,7 @@ from paddlemix.processors.content import (
     with_images,
 )
 from paddlemix.utils.errors import ConfigError, UserError
-from paddlemix.utils.files import atomic_write
-from paddlemix.utils.json_files import read_config_object
+from paddlemix.utils.json_files import read_config_object, write_json
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_PROMPT = "请描述图片内容"
@@ -108,9 +106,7 @@ class ChatTemplate(NamedTuple):
         values = {"conversation": ["{{user}}".join(self.user), "{{bot}}".join(self.assistant)]}
         if self.system != DEFAULT_SYSTEM:
             values["system"] = self.system
-        with atomic_write(f"{folder}/{CHAT_TEMPLATE_NAME}") as file:
-            json.dump(values, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        write_json(f"{folder}/{CHAT_TEMPLATE_NAME}", values)
 
     def head(self, tokenizer) -> List[Segment]:
         """The start of every sequence."""

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Tuple, Type, Union
 
 from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
-from paddlemix.utils.files import open_plain
+from paddlemix.utils.files import atomic_write, open_plain
 
 # A configuration has a few KB, the index of a 7B 80 KB, the log of a million steps some MB.
 MAX_CONFIG_BYTES = 4 << 20
@@ -98,7 +98,7 @@ def read_json_object(path: str, constants: bool = False) -> Dict[str, Any]:
 
 
 def write_json(path: str, value: Dict[str, Any]) -> None:
-    """Write a JSON file, not atomically: for folders that are renamed as a whole."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Write a JSON file, atomically."""
+    with atomic_write(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
         file.write("\n")
