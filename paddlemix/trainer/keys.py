@@ -45,7 +45,7 @@ class ModelArguments:
     )
     lora: bool = key(False, "Train LoRA adapters; the adapted weights stay frozen.")
     lora_path: Optional[str] = key(None, "Folder of a LoRA checkpoint to start from.", path=True)
-    lora_rank: int = key(64, "Rank r of the adapters.", at_least=1)
+    lora_rank: int = key(64, "Rank r of the adapters.", at_least=1, at_most=65536)
     lora_alpha: int = key(16, "Adapters are scaled by lora_alpha / lora_rank.", at_least=1)
     lora_dropout: float = key(0.05, "Dropout on the adapters' input.", at_least=0, at_most=0.99)
     lora_target_modules: List[str] = key(
@@ -132,8 +132,10 @@ class TrainingKeys:
     do_eval: bool = key(
         False, 'Evaluate; with evaluation_strategy "no", once after training. Any other strategy implies do_eval.'
     )
-    per_device_train_batch_size: int = key(8, "Samples per batch and card (with mixtoken: sequences).", at_least=1)
-    per_device_eval_batch_size: int = key(8, "Samples per evaluation batch and card.", at_least=1)
+    per_device_train_batch_size: int = key(
+        8, "Samples per batch and card (with mixtoken: sequences).", at_least=1, at_most=4096
+    )
+    per_device_eval_batch_size: int = key(8, "Samples per evaluation batch and card.", at_least=1, at_most=4096)
     gradient_accumulation_steps: int = key(
         1, "Batches per optimizer step; their losses are averaged batch by batch.", at_least=1
     )
@@ -176,7 +178,7 @@ class TrainingKeys:
     device: Optional[str] = key(None, "cpu, gpu or gpu:N (default: a GPU if there is one).")
     no_cuda: bool = key(False, "Use the CPU even if there is a GPU.")
     dataloader_num_workers: int = key(
-        0, "Worker processes that load samples; 0: load in the training process.", at_least=0
+        0, "Worker processes that load samples; 0: load in the training process.", at_least=0, at_most=1024
     )
     dataloader_drop_last: bool = key(False, "Drop the last batch if it is not full.")
     remove_unused_columns: bool = key(

@@ -177,6 +177,20 @@ class Numerics(TrainerCallback):
             )
         self.overflow.step(state.global_step + 1, True, math.isfinite(self._take_losses()), scale)
 
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Check, before a save, that what was trained is finite: the last step can spoil it after a finite loss."""
+        if not (control.should_save or control.should_training_stop):
+            return
+        for name, parameter in model.named_parameters():
+            if not parameter.stop_gradient and not bool(paddle.isfinite(parameter).all()):
+                raise JobFailed(
+                    f"step {state.global_step} made {name} infinite or NaN: lower learning_rate, or add warmup_steps; "
+                    f"{_INTACT}",
+                    "loss",
+                )
+
+    on_epoch_end = on_step_end
+
     def scalars(self) -> Dict[str, float]:
         """For a log line: grad_norm (before clipping), and with a loss scale loss_scale and skipped_steps."""
         found: Dict[str, float] = {}

@@ -116,6 +116,10 @@ def expand_path(key: Key, value: Any) -> Any:
     return os.path.expanduser(value) if value and key.limits.get("path") else value
 
 
+# Of integers without a limit: what visualdl, Paddle and numpy take.
+_MOST = 2**31 - 1
+
+
 def check_limits(key: Key, value: Any) -> None:
     """Raise ConfigError if a value of the right type is outside the key's limits."""
     if value is None:
@@ -131,8 +135,9 @@ def check_limits(key: Key, value: Any) -> None:
             raise ConfigError(f"{key.name} must be at least {limits['at_least']}, not {one}", key.name)
         if "above" in limits and not one > limits["above"]:
             raise ConfigError(f"{key.name} must be above {limits['above']}, not {one}", key.name)
-        if "at_most" in limits and not one <= limits["at_most"]:
-            raise ConfigError(f"{key.name} must be at most {limits['at_most']}, not {one}", key.name)
+        most = limits.get("at_most", _MOST if type(one) is int else None)
+        if most is not None and not one <= most:
+            raise ConfigError(f"{key.name} must be at most {most}, not {shown(one)}", key.name)
 
 
 def _check_texts(value: Any) -> None:

@@ -167,7 +167,7 @@ def _path_problems(k: Any) -> List[str]:
         if folder is not None and not os.path.isfile(os.path.join(folder, "config.json")):
             state = "is not a folder" if not os.path.isdir(folder) else "has no config.json"
             problems.append(Problem(f"{name}: {folder} {state}", name))
-    if k.output_dir is None:
+    if not k.output_dir:
         problems.append(Problem("output_dir is missing: where to write the result", "output_dir"))
     elif os.path.exists(k.output_dir) and not os.path.isdir(k.output_dir):
         problems.append(Problem(f"output_dir: {k.output_dir} is a file", "output_dir"))

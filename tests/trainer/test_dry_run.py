@@ -239,6 +239,7 @@ def test_missing_model_and_output(words):
     assert not found.run.trained and found.run.order is None
     assert any("/no/model is not a folder" in problem for problem in found.problems)
     assert any("output_dir is missing" in problem for problem in found.problems)
+    assert any("output_dir is missing" in problem for problem in dry_run.foresee(words(output_dir="")).problems)
     shown = "\n".join(dry_run.render(found))
     assert "problems: 2" in shown and "that file alone, in the folder of model_name_or_path, is enough" in shown
 

@@ -20,7 +20,7 @@ from paddlemix.utils import runtime
 from paddlemix.utils.errors import JobFailed
 from tests.helpers import refused
 from tests.trainer import half_states
-from tests.trainer.runs import LORA, start
+from tests.trainer.runs import LORA, run, start
 
 
 def gpu_scaler(monkeypatch, scale=1024.0):
@@ -172,6 +172,16 @@ def test_without_a_scale_the_first_bad_loss_ends_the_run(run_keys, bad):
         trainer.train()
     now = trainer.model.model.transformer.llm.h[0].attn.c_attn.lora_B.numpy()
     assert len(seen) == 6 and np.array_equal(now, weights[-1]) and not np.array_equal(now, weights[0])
+
+
+@pytest.mark.parametrize("saves", ["no", "steps", "epoch"])
+def test_what_the_last_step_spoils_is_not_saved(run_keys, tmp_path, saves):
+    rate = {"learning_rate": 1e300, "lr_scheduler_type": "constant"}
+    keys = run_keys(**LORA, **rate, max_steps=1, save_strategy=saves, save_steps=1)
+    with refused(JobFailed, "loss", match="step 1 made .* infinite or NaN: lower learning_rate"):
+        run(keys)
+    assert "lora_model_state.pdparams" not in [path.name for path in (tmp_path / "out").rglob("*")]
+
 
 
 @pytest.mark.parametrize("scaled", [False, True])
