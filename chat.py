@@ -17,6 +17,7 @@ from paddlemix.inference.options import (
 )
 from paddlemix.utils import cli
 from paddlemix.utils.errors import ImageError, UserError
+from paddlemix.utils.outputs import keep_apart
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
 EXAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "example.jpg")
@@ -92,6 +93,7 @@ def main() -> int:
     sources = ([] if args.image is None else [args.image]) + args.images
     if not sources and not args.interactive:
         sources = [EXAMPLE]
+    keep_apart(sources, [boxes])
     try:
         images = [fetch(source) for source in sources]
     except ImageError as error:

@@ -154,6 +154,13 @@ def test_what_cannot_go_together_is_refused_before_the_model_is_loaded(call, fla
     assert status == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_boxes_are_not_drawn_over_an_image(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("paddlemix.inference.loading.load_model", None)
+    (tmp_path / "a.jpg").write_bytes(image_bytes(1))
+    status, _, _, err = call(tmp_path / "a.jpg", "--boxes", tmp_path / "a.jpg")
+    assert status == 2 and "a.jpg would be overwritten" in err
+
+
 def test_boxes_of_an_answer_are_drawn(call, tmp_path, monkeypatch):
     from PIL import Image
 

@@ -20,7 +20,7 @@ from paddlemix.checkpoint.model_folder import (
     LICENCE,
     TOKENIZER,
     VOCABULARIES,
-    check_new_folder,
+    check_new_model,
     gather,
     inside,
 )
@@ -230,7 +230,7 @@ def convert_qwen_vl(
         UserError: target overlaps source or is not empty. WeightsError: the files are broken, or not a complete
         Qwen-VL. ConfigError: config.json is invalid for MGen-VL. JobFailed: the disk is full.
     """
-    check_new_folder(target, [source], overwrite)
+    check_new_model(target, [source], overwrite)
     if not os.path.isdir(source):
         raise UserError(f"no folder {source}", "no-folder")
     public = read_json_object(inside(source, "config.json"))

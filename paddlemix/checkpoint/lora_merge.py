@@ -152,7 +152,7 @@ def merge(
         JobFailed: the disk is full.
     """
     inputs = [folder for folder in (base_folder, lora_folder, text_folder) if folder]
-    model_folder.check_new_folder(out_folder, inputs, overwrite)
+    model_folder.check_new_model(out_folder, inputs, overwrite)
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_weights(base_folder))
         lora = stack.enter_context(_open_tuned(lora_folder))

@@ -180,3 +180,15 @@ def check_new_folder(new: str, inputs: Sequence[str], overwrite: bool) -> None:
     check_folder(new)
     if os.path.isdir(out) and not is_empty(out) and not overwrite:
         raise UserError(f"{new} is not empty: give another folder, or --overwrite to replace it")
+
+
+def check_new_model(new: str, inputs: Sequence[str], overwrite: bool) -> None:
+    """check_new_folder; `overwrite` only replaces a folder with a config.json or weights, whatever else it holds.
+
+    Raises:
+        UserError: as check_new_folder, or it holds other things.
+    """
+    check_new_folder(new, inputs, overwrite)
+    there = os.listdir(new) if os.path.isdir(new) and not is_empty(new) else ["config.json"]
+    if not any(name == "config.json" or name.endswith((".pdparams", ".safetensors", ".bin")) for name in there):
+        raise UserError(f"{new} holds other things than a model: give another folder, or remove it", "other-files")

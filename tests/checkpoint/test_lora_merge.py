@@ -283,6 +283,7 @@ def test_folders_that_do_not_fit(folders, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     fails("overwrite", base_folder, lora_folder, out)
+    fails("other-files", base_folder, lora_folder, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
     fails("is-a-file", base_folder, lora_folder, tmp_path / "file")
