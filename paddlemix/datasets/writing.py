@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from paddlemix.datasets.json_index import IndexWriter
-from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_of, row_id
+from paddlemix.datasets.tsv import ImagePlace, TsvRow, check_of, row_id, unquoted
 from paddlemix.utils.files import atomic_write
 
 # Bytes buffered before a write; more would leave the CPU's cache.
@@ -194,6 +194,9 @@ def output_rows(
 
             def add_line(row, image, caption):
                 one_line = caption.replace("\r", " ").replace("\n", " ")
+                if unquoted(one_line) != one_line:
+                    # What looks like the quotes of a CSV writer is the caption's own, and readers would take it away.
+                    one_line = '"' + one_line.replace('"', '""') + '"'
                 file.writelines((f"{row_id(row)}\t".encode(), image, f"\t{one_line}\n".encode()))
 
             yield add_line

@@ -221,6 +221,8 @@ def test_quotes_are_those_of_a_csv_writer_in_tables_alone(call, tmp_path):
     for name, said in (("in.json", caption), ("in.tsv", '新品"上市')):
         assert call(tmp_path / name, tmp_path / "out.json")[0] == 0
         assert json.loads((tmp_path / "out.json").read_text())[0]["conversations"][0][1] == said
+        assert call(tmp_path / name, tmp_path / "out.tsv")[0] == 0
+        assert [row.text for row in read_rows(str(tmp_path / "out.tsv"), True)] == [said]
 
 
 def test_preferred_captions(call, data):
