@@ -23,12 +23,12 @@ MILLION = 1_000_000
 
 def inspect(path: str, images: int, hash_all: bool, workers: int) -> dict:
     """Inspect all rows: their number, processor seconds of all processes, peak bytes of the largest worker."""
-    from paddlemix.datasets import inspection, inspection_advice
+    from paddlemix.curation import advice, inspection
 
     options = inspection.Options(images=images, hash_all=hash_all, workers=workers, quiet=True)
     found = inspection.inspect([path], options)
     numbers = inspection.summary(found, options.near)
-    inspection_advice.advice(found, numbers)
+    advice.advice(found, numbers)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in usage)
     return {"rows": numbers["rows"], "cpu": cpu, "worker": usage[1].ru_maxrss * 1024}
@@ -38,7 +38,7 @@ def search(count: int, crowded: bool) -> int:
     """The number of groups."""
     import numpy as np
 
-    from paddlemix.datasets.near_duplicates import near_groups
+    from paddlemix.curation.near_duplicates import near_groups
 
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 1 << 64, count, dtype=np.uint64)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "models": {"checkpoint", "processors", "utils"},
     "auto": {"models", "processors", "utils"},
     "datasets": {"processors", "utils"},
+    "curation": {"datasets", "processors", "utils"},
     "metrics": {"utils"},
     "trainer": {"auto", "checkpoint", "datasets", "metrics", "models", "processors", "utils"},
     "inference": {"auto", "checkpoint", "datasets", "metrics", "models", "processors", "utils"},

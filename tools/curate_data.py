@@ -170,7 +170,7 @@ def show(result, args: argparse.Namespace) -> None:
 def main() -> int:
     args = parse_arguments()
 
-    from paddlemix.datasets.curation import RULES, Settings, curate, output_names
+    from paddlemix.curation.selection import RULES, Settings, curate, output_names
 
     rules = {rule.name: getattr(args, rule.name) for rule in RULES if getattr(args, rule.name) is not None}
     check(args, rules)

@@ -58,9 +58,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from paddlemix.datasets.inspection import Options, inspect, overlap, summary
-    from paddlemix.datasets.inspection_advice import advice
-    from paddlemix.datasets.inspection_page import write_page
+    from paddlemix.curation.advice import advice
+    from paddlemix.curation.inspection import Options, inspect, overlap, summary
+    from paddlemix.curation.report_page import write_page
     from paddlemix.datasets.rows import keep_images
     from paddlemix.datasets.tsv import check_input
 

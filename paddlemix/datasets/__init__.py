@@ -10,10 +10,6 @@
     chatml                       records to samples
     lengths, packing, collator   lengths of samples in tokens, several samples in a sequence, samples to a batch
     caption_files, score_files   results, references and scores by id
-    caption_facts, image_facts   what is counted of a caption and of an image
-    near_duplicates              groups of images with nearly the same hash
-    inspection, …_advice, …_page statistics of a set and their report: tools/inspect_data.py
-    curation                     rows that rules keep: tools/curate_data.py
     thumbnails                   small pictures for pages
 
 Training: train.json → json_index → chatml → (packing) → collator. Prediction: rows → inference.captioner.

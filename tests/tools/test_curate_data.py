@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from paddlemix.datasets import curation
+from paddlemix.curation import selection
+from paddlemix.curation.caption_facts import caption_facts
+from paddlemix.curation.selection import Settings, decide, survey_rows
 from paddlemix.datasets.blocks import FileState
-from paddlemix.datasets.caption_facts import caption_facts
-from paddlemix.datasets.curation import Settings, decide, survey_rows
 from paddlemix.datasets.rows import image_text, read_rows
 from paddlemix.utils import cli
 from tests.helpers import byte_vocab_tokenizer, image_base64, image_bytes
@@ -120,16 +120,16 @@ def test_a_dry_run_says_what_each_rule_drops_alone_and_together_and_writes_nothi
     assert os.stat(data / ".in.tsv.facts").st_mtime_ns == facts.st_mtime_ns
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in curation.SET_RULES])
+@pytest.mark.parametrize("rule", [rule.name for rule in selection.SET_RULES])
 def test_a_rule_of_the_set_is_what_a_loop_over_rows_gives(monkeypatch, rule):
     """On 300 random rows: groups, gains with gaps and ties, openings."""
     draw = np.random.default_rng(1)
-    rows = np.zeros(300, curation.ROW)
+    rows = np.zeros(300, selection.ROW)
     rows["chars"], rows["opening"] = draw.integers(1, 9, 300), draw.integers(0, 20, 300)
     rows["gain"] = np.where(draw.random(300) < 0.2, np.nan, draw.integers(0, 30, 300))
     groups = draw.integers(0, 80, 300)
     groups = np.array([np.flatnonzero(groups == group)[0] for group in groups])
-    survey = curation.Survey(rows, [""], 0, None, draw.random(300) < 0.1, groups, draw.random(300))
+    survey = selection.Survey(rows, [""], 0, None, draw.random(300) < 0.1, groups, draw.random(300))
     left = draw.random(300) < 0.8
     values = {"not_in": ["x"], "drop_scores": ("x", 0.1), "near_duplicates": 6, "per_opening": 7, "limit": 100}
     for keep in ("first", "longest", "best") if rule == "near_duplicates" else ("first",):
@@ -150,7 +150,7 @@ def test_a_rule_of_the_set_is_what_a_loop_over_rows_gives(monkeypatch, rule):
             }[keep]  # fmt: skip
             order = sorted(there, key=(lambda row: survey.draw[row]) if rule == "per_opening" else best)
             wanted = {row for at, row in enumerate(order) if sum(name[one] == name[row] for one in order[:at]) >= most}
-        drops = next(one.drops for one in curation.SET_RULES if one.name == rule)
+        drops = next(one.drops for one in selection.SET_RULES if one.name == rule)
         assert set(np.flatnonzero(drops(survey, settings, left)).tolist()) == wanted and wanted
 
 
@@ -201,8 +201,8 @@ def test_tables_and_records_in_tables_and_records_out(call, tmp_path, out, image
         for _ in range(2):
             status, _, errors = call(tmp_path / name, tmp_path / out, "--images", images, "--must_not", "第[135]")
             assert status == 0, errors
-            bytes_now = [(tmp_path / file).read_bytes() for file in curation.output_names(out)]
-        assert bytes_now == [(tmp_path / file).read_bytes() for file in curation.output_names(out)]
+            bytes_now = [(tmp_path / file).read_bytes() for file in selection.output_names(out)]
+        assert bytes_now == [(tmp_path / file).read_bytes() for file in selection.output_names(out)]
         rows = list(read_rows(str(tmp_path / out), True))
         assert [(row.id, row.caption) for row in rows] == [(f"ad{n}", f"第{n}张图片") for n in (0, 2, 4, 6, 7)]
         assert [base64.b64decode(bytes(image_text(row))) for row in rows] == [image_bytes(n) for n in (0, 2, 4, 6, 7)]
@@ -380,7 +380,7 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(call, data, arguments, s
 def test_the_page_on_data_lists_every_rule_and_its_reason(root):
     page = (root / "docs" / "data.md").read_text(encoding="utf-8")
     order = []
-    for rule in curation.RULES:
+    for rule in selection.RULES:
         (line,) = [line for line in page.splitlines() if re.match(rf"\| [^|]*`--{rule.name}[ `]", line)]
         assert rule.reason in line, rule.name
         order.append(page.index(line))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddlemix.datasets.image_facts import facts_path
-from paddlemix.datasets.inspection import Frequent
+from paddlemix.curation.image_facts import facts_path
+from paddlemix.curation.inspection import Frequent
 from paddlemix.utils import cli, language
 from tests.helpers import byte_vocab_tokenizer, encoded, scene
 from tools import convert_labels, inspect_data

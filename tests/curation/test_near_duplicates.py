@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from paddlemix.datasets import near_duplicates
-from paddlemix.datasets.image_facts import image_facts, perceptual_hash
-from paddlemix.datasets.near_duplicates import MAX_DISTANCE, bits_apart, near_groups, nearest_in
+from paddlemix.curation import near_duplicates
+from paddlemix.curation.image_facts import image_facts, perceptual_hash
+from paddlemix.curation.near_duplicates import MAX_DISTANCE, bits_apart, near_groups, nearest_in
 from paddlemix.utils.errors import UserError
 from tests.helpers import encoded
 from tools import make_demo_data
@@ -179,7 +179,7 @@ def real_ads(shared):
 
 @pytest.mark.parametrize("kind", ["drawn", "real"])
 def test_changed_copies_are_found_and_other_pictures_are_not(kind, request):
-    """The table of docs/data.md: `python -m pytest -s tests/datasets/test_near_duplicates.py -k changed`."""
+    """The table of docs/data.md: `python -m pytest -s tests/curation/test_near_duplicates.py -k changed`."""
     pictures = drawn_ads() if kind == "drawn" else real_ads(request.getfixturevalue("shared"))
     hashes = np.array([perceptual_hash(image.convert("RGB")) for image in pictures], np.uint64)
     recall = {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paddlemix.datasets.caption_facts import caption_facts, repetition, style
+from paddlemix.curation.caption_facts import caption_facts, repetition, style
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
+from paddlemix.curation.caption_facts import caption_facts
+from paddlemix.curation.image_facts import PROBLEMS, all_image_facts, hash64, usable
+from paddlemix.curation.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.blocks import FileState
-from paddlemix.datasets.caption_facts import caption_facts
 from paddlemix.datasets.caption_files import InOrder, new_captions
-from paddlemix.datasets.image_facts import PROBLEMS, all_image_facts, hash64, usable
 from paddlemix.datasets.labels import Checked, check_row
 from paddlemix.datasets.labels import Options as RowOptions
-from paddlemix.datasets.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import keep_images, read_rows
 from paddlemix.datasets.score_files import read_scores
 from paddlemix.datasets.tsv import CAPTION_NOT_UTF8, EMPTY_CAPTION, NO_CAPTION, TRUNCATED, check_input, row_id

@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 
-from paddlemix.datasets.caption_facts import CaptionFacts, caption_facts
-from paddlemix.datasets.image_facts import (
+from paddlemix.curation.caption_facts import CaptionFacts, caption_facts
+from paddlemix.curation.image_facts import (
     FACTS,
     ONE_COLOUR,
     PROBLEMS,
@@ -29,7 +29,7 @@ from paddlemix.datasets.image_facts import (
     stored_facts,
     usable,
 )
-from paddlemix.datasets.near_duplicates import near_groups, nearest_in
+from paddlemix.curation.near_duplicates import near_groups, nearest_in
 from paddlemix.datasets.rows import find_image_of, is_json, read_rows
 from paddlemix.datasets.tsv import TsvRow, check_input
 from paddlemix.processors.images import FORMATS

@@ -6,8 +6,8 @@ from typing import Any, Dict, List
 
 import numpy as np
 
-from paddlemix.datasets.image_facts import usable
-from paddlemix.datasets.inspection import Inspection, repeats
+from paddlemix.curation.image_facts import usable
+from paddlemix.curation.inspection import Inspection, repeats
 
 # Limits beyond which a caption counts as a loop, and an image as a sliver or a stamp.
 MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from paddlemix.datasets.inspection import Inspection, Overlap, groups_of
+from paddlemix.curation.inspection import Inspection, Overlap, groups_of
 from paddlemix.datasets.rows import find_image_of, image_bytes
 from paddlemix.datasets.thumbnails import shrink
 from paddlemix.datasets.tsv import TsvRow

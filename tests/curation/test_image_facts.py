@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from paddlemix.datasets import image_facts as module
-from paddlemix.datasets.image_facts import (
+from paddlemix.curation import image_facts as module
+from paddlemix.curation.image_facts import (
     FACTS,
     ONE_COLOUR,
     PROBLEMS,
@@ -21,7 +21,7 @@ from paddlemix.datasets.image_facts import (
     image_facts,
     usable,
 )
-from paddlemix.datasets.near_duplicates import bits_apart
+from paddlemix.curation.near_duplicates import bits_apart
 from paddlemix.utils import parallel
 from paddlemix.utils.errors import ImageError, JobFailed
 from tests.helpers import encoded, refused, scene
