@@ -51,7 +51,7 @@ def captions_and_scores(text: str) -> Tuple[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("input", type=cli.path, metavar="IN", help="images with captions")
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
     share, count = cli.number(float, 0, 1), cli.positive

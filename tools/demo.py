@@ -495,7 +495,7 @@ def write_page(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, fl
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "--out", type=cli.output_folder, default="demo", help="output folder (default: demo)"
     )

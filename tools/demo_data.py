@@ -161,7 +161,7 @@ def report(out: str, planted: Dict[str, Dict[int, str]]) -> None:
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--demo", type=cli.path, default="demo", help="what make demo has written (default: demo)")
     parser.add_argument("--out", type=cli.output_folder, default="demo/curation", help="output folder")
     parser.add_argument("--seed", type=int, default=7, help="random seed (default: 7)")

@@ -31,7 +31,7 @@ _WIDTHS = (28, 11, 19)
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("results", type=cli.path, metavar="RESULTS", help="id \\t caption")
     parser.add_argument("references", type=cli.path, metavar="REFERENCES", help="see above")
     parser.add_argument(

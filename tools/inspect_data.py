@@ -25,7 +25,7 @@ from paddlemix.utils.language import tr  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("input", type=cli.path, metavar="IN", nargs="+", help="images with captions")
     parser.add_argument(
         "--out", type=cli.output_folder, metavar="DIR", default="inspection",

@@ -415,7 +415,7 @@ def make_demo_data(
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     count = cli.number(int, 0)
     parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
     parser.add_argument("--pretrain", type=count, default=6000, help="rows with captions in the plain style")

@@ -209,7 +209,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
         words, handed_on = words[:at], words[at + 1 :]
         if not handed_on:
             raise UserError("--pretrain needs the configuration for supervised_finetune.py")
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("out", type=cli.output_folder, help="folder of the new model")
     parser.add_argument(
         "--captions", type=cli.path, nargs="+", required=True, help="tables of id, image and caption"

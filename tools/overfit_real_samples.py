@@ -110,7 +110,7 @@ def overfit(args: argparse.Namespace) -> Tuple[int, int, int]:
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("samples", type=cli.path, help="id and base64 image")
     parser.add_argument("captions", type=cli.path, help="id and caption")
     parser.add_argument("out", type=cli.output_folder, help="output folder")

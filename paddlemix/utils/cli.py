@@ -18,6 +18,7 @@ from paddlemix.utils.errors import UserError
 from paddlemix.utils.outputs import check_file, check_folder
 from paddlemix.utils.runtime import physical_cores
 from paddlemix.utils.surroundings import open_standard_streams
+from paddlemix.utils.texts import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         # Keep the line breaks of texts that have any.
         if "\n" in (options.get("description") or "") + (options.get("epilog") or ""):
             options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**options)
+        # An abbreviation would change its meaning with each new option.
+        super().__init__(allow_abbrev=False, **options)
         # Of arguments without a type.
         self.register("type", None, _text)
         self.add_argument(
@@ -57,6 +59,9 @@ class Parser(argparse.ArgumentParser):
         return formatter
 
     def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = nearest(unknown.group(1), list(self._option_string_actions)) if unknown else None
+        message += f"; did you mean {near}?" if near else ""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -56,6 +56,14 @@ def test_bad_usage_is_one_line(capsys):
         assert line.startswith("error: ") and line.endswith("(see tool --help)\n") and line.count("\n") == 1
 
 
+def test_abbreviations_are_refused_with_the_nearest_option(capsys):
+    parser = cli.Parser(prog="tool")
+    parser.add_argument("--dedupe", action="store_true")
+    for word, says in (("--dedup", "; did you mean --dedupe?"), ("--dedup=1", "; did you mean --dedupe?"), ("--x", "")):
+        assert cli.run(lambda word=word: parser.parse_args([word])) == 2
+        assert capsys.readouterr().err == f"error: unrecognized arguments: {word}{says} (see tool --help)\n"
+
+
 def test_a_closed_pipe_is_quiet(capsys):
     assert cli.run(fail(BrokenPipeError())) == 1
     assert capsys.readouterr().err == ""
