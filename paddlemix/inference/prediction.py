@@ -26,7 +26,7 @@ from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file, keep_apart
-from paddlemix.utils.progress import Progress
+from paddlemix.utils.progress import Progress, bars_aside
 from paddlemix.utils.runtime import rank, world_size
 
 _NO_STEPS = PostProcessing()
@@ -353,11 +353,7 @@ def show(text: str) -> None:
     """
     text = harmless(text)
     try:
-        if sys.stdout.isatty() and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stdout)
-        else:
+        with bars_aside():
             print(text, flush=True)
     except OSError as error:
         logger.warning("captions can no longer be printed (%s), only written", error.strerror)

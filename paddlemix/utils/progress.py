@@ -40,14 +40,17 @@ def bars_aside() -> Iterator[None]:
         yield
     finally:
         for bar in _SHOWN:
-            # A loader worker has an outdated copy of its parent's bar.
-            if bar.drawn_by == os.getpid():
+            # A loader worker has an outdated copy of its parent's bar; a bar that is not due yet stays away.
+            if bar.drawn_by == os.getpid() and bar.last_print_t >= bar.start_t + bar.delay:
                 with contextlib.suppress(OSError):
                     bar.refresh(nolock=True)
 
 
 class Progress:
     """A progress bar. `with Progress(total=n, desc="rows", unit="row") as bar: bar.update()`.
+
+    It appears after a second. At the end of the block, without an exception, it is at 100 %: the total may be an upper
+    bound.
 
     total: units of work; None if unknown. unit: "B" shows 12345678 as 11.8M. disable: show nothing.
     """
@@ -72,6 +75,7 @@ class Progress:
             disable=disable,
             initial=initial,
             mininterval=0.1 if terminal else LOG_SECONDS,
+            delay=min(1.0, LOG_SECONDS),
             # A log has no width.
             ncols=None if terminal else 100,
             ascii=not terminal,
@@ -103,5 +107,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, kind: Any, *exc_info) -> None:
+        if kind is None and self._bar.total is not None:
+            self._bar.total = self._bar.n
         self.close()

@@ -89,6 +89,7 @@ def tune(folder):
 @pytest.mark.slow
 def test_what_was_packed_passes(submission, merged, tmp_path, monkeypatch, capfd):
     """The real thing, end to end: the packed program predicts, and the report has a line per rule."""
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 0.0)
     tune(submission)
     rows = "".join(f"行 {i}\t{image_base64(i)}\n" for i in range(3))
     (tmp_path / "rows.tsv").write_text(rows + "bad\t!\n", encoding="utf-8")

@@ -106,6 +106,7 @@ def test_only_what_a_prediction_reads(call, merged, tmp_path):
 
 def test_copies_where_links_cannot_be(call, merged, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError("another disk")))
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 0.0)
     status, out, err = call()
     assert status == 0 and "(copied)" in out and "weights: 100%" in err
     path = tmp_path / "submission" / "weights" / "mgen_vl_lora_merge" / "model_state.pdparams"
@@ -178,6 +179,7 @@ def test_archives_that_cannot_be(call, merged, tmp_path):
 def test_the_archive(call, tmp_path, packed, monkeypatch):
     # As if a file of 10 kB were one of 5 GB.
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10_000)
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 0.0)
     status, out, err = call("--zip")
     monkeypatch.undo()
     assert status == 0 and "submission.zip" in out and "submission.zip: 100%" in err

@@ -151,6 +151,25 @@ def test_progress_shows_rate_and_count(capsys, monkeypatch):
     with Progress(total=4, disable=True) as bar:
         bar.update()
     assert capsys.readouterr().err == ""
+    # A total that was an upper bound does not leave the bar at 75 %; a failure does.
+    with Progress(total=4) as bar:
+        bar.update(3)
+    assert "100%" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(OSError), Progress(total=4) as bar:
+        bar.update(3)
+        raise OSError
+    assert "75%" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_job_that_is_done_at_once_shows_no_bar(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 1e9)
+    monkeypatch.setattr("tqdm.std.time", lambda: 0.0)
+    with Progress(total=4, desc="rows") as bar:
+        bar.update()
+        logger.info("a line")
+    assert "rows" not in capsys.readouterr().err
 
 
 def screen(text):
@@ -170,6 +189,7 @@ def screen(text):
 def test_a_message_stands_above_the_bar_of_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("paddlemix.utils.progress.LOG_SECONDS", 0.0)
     with Progress(total=4, desc="rows") as bar:
         for _ in range(4):
             logger.info("a line")
