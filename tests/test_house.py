@@ -340,6 +340,15 @@ def test_readme_names_files_that_exist():
                 assert (ROOT / name).is_file(), name
 
 
+@pytest.mark.parametrize("page", [str(path) for path in house_files("docs/*.md", "docs/zh/*.md", "*/README.md")])
+def test_pages_have_the_paths_of_the_readme(page):
+    def outside(path):
+        blocks = " ".join(block for language, block in fences(path) if language == "bash")
+        return set(re.findall(r"(?<!\S)\.\./(?:weights/\S+|\w+)", blocks))
+
+    assert outside(page) - outside("README.md") == set()
+
+
 def test_no_paths_of_one_machine():
     # Written apart, so that this file is none of the finds.
     pattern = re.compile(rb"(^|[^\w.])/(wo" + rb"rk|ro" + rb"ot|ho" + rb"me|Us" + rb"ers)/")

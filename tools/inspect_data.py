@@ -69,12 +69,14 @@ def main() -> None:
     for path in inputs:
         check_input(path)
     keep_images(inputs, [page, numbers_file])
-    count_tokens, n_queries = None, 256
+    count_tokens, frame = None, ()
     if args.tokenizer:
         from paddlemix.auto import AutoTokenizerMIX
+        from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate, LengthCounter
 
         tokenizer = AutoTokenizerMIX.from_pretrained(args.tokenizer)
-        n_queries = tokenizer.n_queries
+        length = LengthCounter(tokenizer, ChatTemplate.of_folder(args.tokenizer), sys.maxsize)
+        frame = tokenizer.n_queries, length([(DEFAULT_PROMPT, "")], 1)
 
         def count_tokens(text: str) -> int:
             return len(tokenizer.plain_ids(text))
@@ -87,7 +89,7 @@ def main() -> None:
         shared = overlap(found, other, options.near)
         numbers.update(other=summary(other, options.near), overlap=shared.to_json(found, other))
     page_text = f"page: {page}" + ", in place of an earlier one" * os.path.lexists(page)
-    numbers["advice"] = advice(found, numbers, n_queries)
+    numbers["advice"] = advice(found, numbers, *frame)
     numbers["settings"] = {**options._asdict(), "tokenizer": args.tokenizer}
     write_page(page, found, numbers, options.seed, other, shared)
     write_json(numbers_file, numbers)

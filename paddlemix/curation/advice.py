@@ -14,8 +14,6 @@ MAX_REPETITION, MIN_CHINESE, MAX_ASPECT, MIN_SIDE = 0.3, 0.5, 8, 64
 # Limits beyond which near duplicates that are not copies are rather images of the same layout: of all images decoded,
 # those in the groups and in the largest one, which then has more than some rows.
 MOST_NEAR, MOST_IN_GROUP, SMALL_GROUP = 0.2, 0.05, 50
-# Of a sample that takes the default prompt: system, user and assistant around image and caption.
-_TEMPLATE_TOKENS = 32
 _TOKENS_A_CHARACTER = 0.75
 
 
@@ -23,8 +21,11 @@ def _up(value: float, step: int) -> int:
     return int(-(-value // step) * step)
 
 
-def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> List[str]:
-    """Recommended settings and filters, with the numbers they are based on."""
+def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, around: int = 289) -> List[str]:
+    """Recommended settings and filters, with the numbers they are based on.
+
+    around: tokens of a sample with one image and the default prompt, without its caption; the defaults are the 7B's.
+    """
     lines: List[str] = []
     good = found.rows[found.good & (found.rows["caption"] != 0)]
     images, n = numbers["images"], numbers["rows"]
@@ -44,18 +45,21 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
         counted = bool(good["tokens"].any())
         tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER
         longest, most = int(np.ceil(tokens.max())), int(np.ceil(np.percentile(tokens, 99.9)))
-        around = n_queries + 2 + _TEMPLATE_TOKENS
-        how = "" if counted else f" (estimated as {_TOKENS_A_CHARACTER} a character: --tokenizer counts them)"
         lines.append(
-            f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
-            f"{n_queries + 2} of them for the image and {longest} for the caption{how}"
+            f"max_length {_up(longest + around, 64)}: the longest sample takes {longest + around} tokens with the "
+            f"default prompt, {n_queries + 2} of them for the image and {longest} for the caption"
+            if counted
+            else f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
+            f"{n_queries + 2} of them for the image, as in the 7B, and {longest} for the caption, estimated as "
+            f"{_TOKENS_A_CHARACTER} a character: --tokenizer counts them"
         )
         if _up(most + around, 64) < _up(longest + around, 64):
             lines.append(
                 f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most "
                 f"{most} tokens"
             )
-        lines.append(f"max_new_tokens {_up(most + 1, 16)}: 99.9 % of the captions and their end fit in it")
+        new, fit = _up(most + 1, 16), "captions and their end fit in it"
+        lines.append(f"max_new_tokens {new}: " + (f"all {fit}" if longest < new else f"99.9 % of the {fit}"))
         for rule, text, which in (
             (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
             (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
@@ -79,7 +83,8 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
     looked_at = f"of the {decoded:,} images looked at"
     near_text = f"{looked_at} are near duplicates of earlier ones"
     drop("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"])
-    if beyond > MOST_NEAR * decoded or largest > max(MOST_IN_GROUP * decoded, SMALL_GROUP):
+    layouts = beyond > MOST_NEAR * decoded or largest > max(MOST_IN_GROUP * decoded, SMALL_GROUP)
+    if layouts:
         at = ", ".join(f"{bits}: {count:,}" for bits, count in closer.items())
         lines.append(
             f"{share(near['rows beyond the first'], decoded)} {near_text} at {near['bits apart']} bits, "
@@ -102,9 +107,12 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256) -> 
         lines.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
     leaks = numbers.get("overlap")
     if leaks and leaks["exact"] + leaks["near"]:
+        text = f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly"
         lines.append(
-            f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly: scores there would "
-            f"not be those of unseen images; drop them with --not_in {leaks['file']}"
+            f"{text}: these have the same layout, perhaps; look at them on the page, and try --near_duplicates 2 or 3 "
+            f"with --not_in {leaks['file']} before you drop any"
+            if layouts and leaks["near"]
+            else f"{text}: scores there would not be those of unseen images; drop them with --not_in {leaks['file']}"
         )
     if decoded < images["readable"]:
         lines.append(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paddlemix.auto import AutoTokenizerMIX
 from paddlemix.curation.image_facts import facts_path
 from paddlemix.curation.inspection import Frequent
+from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_example
 from paddlemix.utils import cli, language
 from tests.helpers import byte_vocab_tokenizer, encoded, scene
 from tools import convert_labels, inspect_data
@@ -106,7 +108,7 @@ def test_what_was_planted_is_counted(run, table, tmp_path, workers):
         "1 (2.50 %) images have a side under 64 pixels: drop them with --min_side 64",
         "2 (5.00 %) rows cannot be used: 1 × no image, 1 × not an image",
         "1 (2.50 %) rows have an id that was there before",
-        "max_new_tokens 96: 99.9 % of the captions and their end fit in it",
+        "max_new_tokens 96: all captions and their end fit in it",
     ):
         assert text in said
     assert all(f"- {text}" in out for text in found["advice"])
@@ -126,6 +128,10 @@ def test_images_of_one_layout_are_not_advised_away(run, tmp_path):
     assert images["near duplicates"] == {"bits apart": 6, "groups": 1, "rows beyond the first": 8, "largest": 9}
     counts = ", ".join(f"{bits}: {count}" for bits, count in closer.items())
     assert f"the largest group has 9 (at fewer bits: {counts}): images of the same layout, perhaps" in out
+    # Nor are those that are near to images of another set.
+    other = write_rows(tmp_path / "val.tsv", [("val", encoded(scene(0)), "另一件")])
+    out = run(tmp_path / "rows.tsv", "--compare", other, "--out", tmp_path / "out", "--workers", 0)[1]
+    assert f"0 images are also in {other}, and 9 nearly: these have the same layout, perhaps" in out
     # Copies, as in a set with several captions per image, are another matter.
     copies = [(f"c{number}", encoded(scene(number // 3)), "一件产品") for number in range(12)]
     out = run(write_rows(tmp_path / "copies.tsv", copies), "--out", tmp_path / "out", "--workers", 0)[1]
@@ -224,7 +230,12 @@ def test_several_files_are_one_set_and_tokens_are_counted(run, table, tmp_path):
     lengths = [len(caption.encode()) for _, _, caption in planted()[:-1]] + [15]
     assert found["captions"]["measures"]["tokens"]["most"] == max(lengths) == 360
     assert found["captions"]["measures"]["tokens"]["mean"] == pytest.approx(np.mean(lengths))
-    assert "max_length 448: the longest sample takes some 398 tokens, 6 of them for the image" in found["advice"][0]
+    # With the end of the turn and what stands before the caption, as in training.
+    tokenizer = AutoTokenizerMIX.from_pretrained(str(tmp_path / "model"))
+    ids = encode_example(tokenizer, [(DEFAULT_PROMPT, planted()[-2][2])], 1, max_length=4096)["labels"]
+    longest = len(ids) - lengths[-2] + max(lengths)
+    said = f"the longest sample takes {longest} tokens with the default prompt, 6 of them for the image and 360 for"
+    assert said in found["advice"][0]
 
 
 def test_frequent_texts_are_bounded_and_none_that_is_frequent_is_lost():
