@@ -17,6 +17,7 @@ from paddlemix.inference.options import (
 )
 from paddlemix.utils import cli
 from paddlemix.utils.errors import ImageError, UserError
+from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import keep_apart
 
 # Drawn for the project: a red cup of coffee on a wooden table, with a price tag.
@@ -93,6 +94,7 @@ def main() -> int:
     sources = ([] if args.image is None else [args.image]) + args.images
     if not sources and not args.interactive:
         sources = [EXAMPLE]
+        logger.info("no IMAGE is given: about %s", EXAMPLE)
     keep_apart(sources, [boxes])
     try:
         images = [fetch(source) for source in sources]
@@ -118,7 +120,7 @@ def main() -> int:
     response = conversation.ask(prompt, write_piece if args.stream else None)
     print("" if args.stream else f"response: {cli.harmless(' '.join(response.split()))}")
     print("------------------")
-    print("It took", time.time() - start, "seconds!")
+    print(f"It took {time.time() - start:.2f} seconds!")
     save_boxes(response, conversation.picture, boxes, model.base)
     return 0
 

@@ -36,13 +36,13 @@ def call(model, monkeypatch, capsys):
 
 
 def test_what_it_prints(call):
-    status, response, out, _ = call()
-    assert status == 0
+    status, response, out, err = call()
+    assert status == 0 and f"about {chat.EXAMPLE}" in err
     lines = out.split("\n")
     assert lines[0] == "prompt: 请描述图片内容"
     assert lines[1] == f"response: {response}" and response
     assert lines[2] == "------------------"
-    assert re.fullmatch(r"It took \d+\.\d+(e-\d+)? seconds!", lines[3])
+    assert re.fullmatch(r"It took \d+\.\d\d seconds!", lines[3])
     assert lines[4:] == [""]
 
 
@@ -248,15 +248,15 @@ def test_several_turns(talk, call, tmp_path, server, monkeypatch):
     alone = call(path, "what?")[1]
     lines = [f"/image {path}", "what?", "", "and now?", "/reset", f"/image '{path}'", "what?", "/quit", "x"]
     status, out, err = talk(lines)
-    assert status == 0, err
+    assert status == 0 and "no image yet: /image PATH" in err, err
     taken, first, second, forgotten, again, anew = out.rstrip("\n").split("\n")
     assert (taken, forgotten, again) == ("image added; ask about it", "conversation reset", taken)
     assert first == anew == alone
     # History counts: the second turn is not what the question alone gets.
     assert talk(["and now?"])[1].rstrip("\n") != second
     # The same turns with the answers streamed, the image given in front, and a first question.
-    status, out, _ = talk(["and now?"], "--stream", path, "what?")
-    assert out == f"> what?\n{first}\n{second}\n\n"
+    status, out, err = talk(["and now?"], "--stream", path, "what?")
+    assert "no image yet" not in err and out == f"> what?\n{first}\n{second}\n\n"
     monkeypatch.setenv("no_proxy", "*")
     _, out, err = talk([f"/image {server}none", f"/image {server}", "what?"])
     assert "answered 404" in err and out == f"image added; ask about it\n{alone}\n\n"
@@ -271,11 +271,13 @@ def test_an_empty_answer_is_said(talk, monkeypatch, flags):
 
 
 def test_a_mistake_costs_its_own_turn(talk, call):
-    lines = ["/image no/such.jpg", "/image", "/what", KeyboardInterrupt(), "/help", "what?"]
+    files = [chat.EXAMPLE, f"'{chat.EXAMPLE}'"]
+    lines = ["/image no/such.jpg", "/image", "/what", *files, KeyboardInterrupt(), "/help", "what?"]
     status, out, err = talk(lines, "--image", image_base64(3))
     assert status == 0
     errors = [line for line in err.split("\n") if line.startswith("error: ")]
-    assert len(errors) == 3 and "/help lists them" in errors[2]
+    assert len(errors) == 5 and "/help lists them" in errors[2]
+    assert errors[3:] == [f"error: that is an image file: /image {path} adds it" for path in files]
     assert "type /quit to leave" in out and "/image PATH" in out
     assert out.split("\n")[-3] == call(image_base64(3), "what?")[1]
 

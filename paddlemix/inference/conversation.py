@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from paddlemix.inference.boxes import save_boxes
+from paddlemix.inference.boxes import FORMATS, save_boxes
 from paddlemix.inference.loading import Loaded
 from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, is_out_of_memory
 from paddlemix.utils.cli import harmless
@@ -120,6 +120,18 @@ def numbered(path: str, number: int) -> str:
     return path if number == 1 else f"{stem}-{number}{ending}"
 
 
+def unquoted(path: str) -> str:
+    """A path as typed or dropped on a terminal: without quotes around it, and with ~ expanded."""
+    path = path.strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
+        path = path[1:-1]
+    return os.path.expanduser(path)
+
+
+def is_image_file(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in FORMATS and os.path.isfile(path)
+
+
 def converse(
     conversation: Conversation,
     fetch: Callable[[str], bytes],
@@ -138,6 +150,8 @@ def converse(
     except ImportError:  # not in every Python
         pass
     print("/help lists the commands", file=sys.stderr)
+    if not conversation._pending:
+        print("no image yet: /image PATH adds one", file=sys.stderr)
     drawn = 0
     while True:
         try:
@@ -162,13 +176,13 @@ def converse(
                 conversation.reset()
                 print("conversation reset")
             elif command == "/image":
-                path = argument.strip()
-                if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
-                    path = path[1:-1]
+                path = unquoted(argument)
                 if not path:
                     raise UserError("/image PATH: a path, a URL or base64")
-                conversation.add_image(fetch(os.path.expanduser(path)))
+                conversation.add_image(fetch(path))
                 print("image added; ask about it")
+            elif is_image_file(unquoted(line)):
+                raise UserError(f"that is an image file: /image {line} adds it")
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")
             elif line:

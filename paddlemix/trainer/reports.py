@@ -190,19 +190,15 @@ def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], Li
     return found
 
 
-def smoothed(values: Sequence[float]) -> List[float]:
-    """An exponential moving average in both directions, over a thirtieth of the values, at least ten."""
-    keep = 1 - 1 / max(10, len(values) / 30)
-
-    def behind(values: Sequence[float]) -> List[float]:
-        found, total, weight = [], 0.0, 0.0
-        for value in values:
-            total, weight = keep * total + value, keep * weight + 1
-            found.append(total / weight)
-        return found
-
-    # In one direction only, the average would lag behind.
-    return [(one + other) / 2 for one, other in zip(behind(values), behind(values[::-1])[::-1])]
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """A centred running mean over a thirtieth of the values, at least 11. Near the ends the window is shorter, down
+    to 3 values, and still centred: a longer one would draw a steep beginning too low, and the end too high."""
+    count = len(values)
+    place = np.arange(count)
+    half = np.clip(np.minimum(place, place[::-1]), 2, max(5, count // 60))
+    first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, count)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def loss_figure(history: Sequence[Dict[str, float]], title: str = ""):
@@ -219,15 +215,18 @@ def loss_figure(history: Sequence[Dict[str, float]], title: str = ""):
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     alone = "o-" if len(steps) == 1 else "-"
+    shown = losses + found["eval_loss"][1]
     calm = smoothed(losses)
+    logarithmic = min(shown) > 0 and max(calm) > 10 * min(calm)
+    if logarithmic:
+        calm = np.exp(smoothed(np.log(losses)))
     many = len(losses) >= _SMOOTHED_FROM
     above.plot(steps, losses, alone, color="tab:blue", linewidth=1, alpha=0.35 if many else 1.0, label="training")
     if many:
         above.plot(steps, calm, "-", color="tab:blue", linewidth=2, label="training, smoothed")
     if found["eval_loss"][0]:
         above.plot(*found["eval_loss"], "o-", color="tab:orange", markersize=4, label="validation")
-    shown = losses + found["eval_loss"][1]
-    if min(shown) > 0 and max(calm) > 10 * min(calm):
+    if logarithmic:
         above.set_yscale("log")
     above.set_ylabel("loss")
     above.set_title(title.encode("ascii", "replace").decode().replace("$", "\\$"))

@@ -230,7 +230,22 @@ def test_a_long_loss_is_smoothed_and_drawn_on_a_logarithmic_scale():
 
 def test_smoothing_leaves_a_straight_line_where_it_is():
     assert reports.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
-    assert reports.smoothed(range(1000))[300:700] == pytest.approx(range(300, 700), rel=1e-3)
+    assert reports.smoothed(range(1000))[2:-2] == pytest.approx(range(2, 998))
+    assert reports.smoothed([7.0]) == [7.0]
+
+
+@pytest.mark.parametrize("floor", [0.04, 4.0], ids=["logarithmic", "linear"])
+def test_a_smoothed_loss_stays_within_its_neighbours(floor):
+    steps = np.arange(1, 1201)
+    values = floor + 6 * np.exp(-steps / 20) + 0.01 * np.sin(steps * 2.5)
+    axes = reports.loss_figure([{"loss": x, "global_step": int(step)} for step, x in zip(steps, values)]).axes[0]
+    calm = next(line.get_ydata() for line in axes.lines if line.get_label() == "training, smoothed")
+    assert axes.get_yscale() == ("log" if floor < 1 else "linear")
+    for place, value in enumerate(calm):
+        near = values[max(place - 20, 0) : place + 21]
+        assert near.min() <= value <= near.max()
+    # Neither an average over a steep fall nor its long tail lies beside the curve.
+    assert np.abs(np.log(calm / (values - 0.01 * np.sin(steps * 2.5))))[2:-2].max() < 0.15
 
 
 def test_where_to_report(monkeypatch):
