@@ -794,6 +794,15 @@ def test_an_output_that_is_an_input_is_refused(call, tmp_path, there):
     assert (tmp_path / "test.tsv").read_bytes() == content
 
 
+def test_an_output_of_another_kind_is_refused(call, tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    status, _, _, err = call(tsv(("a", image(1))), output="notes.md")
+    assert status == 2 and "notes.md exists and is not results" in err
+    status, _, _, err = call(tsv(("a", image(1))), "--samples", "2", "--n_best", str(tmp_path / "notes.md"))
+    assert status == 2 and "notes.md exists and is not a file of --n_best" in err
+    assert (tmp_path / "notes.md").read_text() == "# Notes\n"
+
+
 CHILD = """
 import sys, time, types
 import paddlemix

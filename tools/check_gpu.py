@@ -364,6 +364,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     from paddlemix.utils.errors import UserError
     from paddlemix.utils.log import logger, print_like_ours
+    from paddlemix.utils.outputs import check_kind
     from paddlemix.utils.runtime import resolve_device
 
     logger.setLevel("ERROR")
@@ -373,6 +374,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         for row in Checks(world, Run(*run)).rows(models):
             print("ROW " + json.dumps(row), flush=True)
         return 0
+    if args.json:
+        check_kind(args.json, "a JSON report")
     start, device = time.time(), resolve_device(args.device)
     if device.value == "cpu" and (args.device or "").startswith("gpu"):
         raise UserError(f"--device {args.device}: {device.reason}", "device")

@@ -46,13 +46,14 @@ def main() -> int:
     from paddlemix.inference.combining import combine
     from paddlemix.inference.results import SIDECAR
     from paddlemix.utils.errors import UserError
-    from paddlemix.utils.outputs import check_file, keep_apart
+    from paddlemix.utils.outputs import check_file, check_kind, keep_apart
 
     check_file(args.output, plain=True)
     keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
-    if args.output.endswith(SIDECAR) or holds_images(args.output):
-        what = f"is named as a run record ({SIDECAR})" if args.output.endswith(SIDECAR) else "holds images or records"
-        raise UserError(f"OUT {args.output} {what}: the order is RESULTS… OUT", "argument-order")
+    if holds_images(args.output):
+        text = f"OUT {args.output} holds images or records: the order is RESULTS… OUT"
+        raise UserError(text, "argument-order")
+    check_kind(args.output, "results")
     done = combine(args.results, args.output, args.workers, args.quiet)
     taken = ", ".join(f"{one['taken']} of {one['path']}" for one in done["combined"])
     print(f"{args.output}: {done['rows']} rows, {taken}")

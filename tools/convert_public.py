@@ -43,7 +43,7 @@ from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
-from paddlemix.utils.outputs import disk_errors  # noqa: E402
+from paddlemix.utils.outputs import check_earlier, disk_errors  # noqa: E402
 from paddlemix.utils.progress import Progress  # noqa: E402
 from paddlemix.utils.texts import ranked  # noqa: E402
 
@@ -63,6 +63,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",
         help="for .json: inline copies an image into each of its rows; reference stores where it is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace OUT even if it is not from an earlier run, which has OUT.references.tsv beside it",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
@@ -127,6 +131,7 @@ def main() -> int:
     stem = os.path.splitext(args.output)[0]
     names = [f"{stem}.references.tsv", f"{stem}.rejected.tsv"]
     keep_images([args.source, args.captions], [args.output, *names])
+    check_earlier(args.output, names[0], args.overwrite)
     folder = os.path.isdir(args.source)
     if os.path.isdir(args.captions) or os.path.isfile(args.source) and is_json(args.source):
         text = f"{args.captions} is not a file of captions, or {args.source} not images: give IMAGES CAPTIONS OUT"

@@ -121,6 +121,10 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="random seed (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="write nothing, only show the numbers")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace OUT even if it is not from an earlier run, which has OUT.curation.json beside it",
+    )  # fmt: skip
     cli.add_work_options(parser)
     return parser.parse_args()
 
@@ -188,7 +192,7 @@ def main() -> int:
     settings = Settings(
         rules, prefer=args.prefer, images=args.images, seed=args.seed, workers=args.workers, quiet=args.quiet, **chosen
     )
-    unsaid = {"input", "output", "dry_run", "workers", "quiet"}
+    unsaid = {"input", "output", "dry_run", "overwrite", "workers", "quiet"}
     shown = {name: value for name, value in vars(args).items() if name not in unsaid and value is not None}
     # As on the command line.
     shown.update((name, value.pattern) for name, value in shown.items() if isinstance(value, re.Pattern))
@@ -196,7 +200,7 @@ def main() -> int:
         shown["drop_scores"] = f"{args.drop_scores[0]}:{100 * args.drop_scores[1]:.10g}%"
     if args.prefer:
         shown["prefer"] = ":".join(filter(None, args.prefer))
-    result = curate(args.input, None if args.dry_run else args.output, settings, shown, count_tokens)
+    result = curate(args.input, None if args.dry_run else args.output, settings, shown, count_tokens, args.overwrite)
     show(result, args)
     if not args.dry_run:
         print("written: " + ", ".join(output_names(args.output)))

@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import UserError  # noqa: E402
 from paddlemix.utils.json_files import write_json  # noqa: E402
-from paddlemix.utils.outputs import keep_apart  # noqa: E402
+from paddlemix.utils.outputs import check_kind, keep_apart  # noqa: E402
 
 # Columns of the table: name, value, interval.
 _WIDTHS = (28, 11, 19)
@@ -132,6 +132,9 @@ def main() -> None:
 
     inputs = [args.results, args.references, *args.compare, args.images, args.attributes, args.scores]
     keep_apart(inputs, [args.json, args.html])
+    for path, kind in ((args.json, "a JSON report"), (args.html, "a report page")):
+        if path is not None:
+            check_kind(path, kind)
 
     from paddlemix.datasets.caption_files import common_ids, read_captions, read_references
     from paddlemix.datasets.score_files import read_scores

@@ -63,12 +63,15 @@ def main() -> None:
     from paddlemix.curation.report_page import write_page
     from paddlemix.datasets.rows import keep_images
     from paddlemix.datasets.tsv import check_input
+    from paddlemix.utils.outputs import check_kind
 
     page, numbers_file = (os.path.join(args.out, name) for name in ("report.html", "report.json"))
     inputs = [*args.input, *([args.compare] if args.compare else [])]
     for path in inputs:
         check_input(path)
     keep_images(inputs, [page, numbers_file])
+    check_kind(page, "a report page")
+    check_kind(numbers_file, "a JSON report")
     count_tokens, frame = None, ()
     if args.tokenizer:
         from paddlemix.auto import AutoTokenizerMIX

@@ -58,7 +58,7 @@ def main() -> int:
 
     from paddlemix.contest import pack
     from paddlemix.utils.errors import UserError
-    from paddlemix.utils.outputs import check_file
+    from paddlemix.utils.outputs import check_file, check_kind
 
     out = os.path.abspath(args.out)
     archive, beside = out + ".zip", out + ".weights"
@@ -68,6 +68,7 @@ def main() -> int:
             raise UserError(f"{path} is there already: give another --out, or --overwrite to replace it")
     if wanted:
         check_file(archive, plain=True)
+        check_kind(archive, "a zip archive")
     if args.split_weights:
         pack.check_beside(beside)
     packed = pack.pack_submission(ROOT, args.weights, out, args.requirements, args.overwrite)

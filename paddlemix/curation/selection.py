@@ -31,7 +31,7 @@ from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import write_json
-from paddlemix.utils.outputs import disk_errors
+from paddlemix.utils.outputs import check_earlier, disk_errors
 from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.texts import ranked
@@ -312,10 +312,12 @@ def curate(
     settings: Settings,
     shown: Dict[str, Any],
     count_tokens: Optional[Callable[[str], int]] = None,
+    overwrite: bool = False,
 ) -> Result:
     """Write the rows of `path` that stay to `output`, and beside it the other files of output_names; nothing if None.
 
-    shown: the settings as the report has them. count_tokens: needed by rules of tokens.
+    shown: the settings as the report has them. count_tokens: needed by rules of tokens. overwrite:
+    replace an `output` that no earlier run wrote.
 
     Raises:
         UserError: a file cannot be read, or would be overwritten.
@@ -327,6 +329,7 @@ def curate(
     state = FileState.of(path)
     if output is not None:
         keep_images([path, *settings.inputs], output_names(output))
+        check_earlier(output, output_names(output)[2], overwrite)
     survey = survey_rows(path, settings, state, count_tokens)
     found = decide(survey, settings)
     problems = np.bincount(survey.rows["problem"], minlength=len(survey.problems)).tolist()

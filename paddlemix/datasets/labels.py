@@ -51,6 +51,7 @@ from paddlemix.processors.images import decode_base64, open_image, read_header
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, ChatTemplate
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.files import atomic_write, only_writer
+from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_folder, nearest_folder
 from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
@@ -271,6 +272,13 @@ def convert(path: str, out_dir: str, options: Options, disable_progress: bool = 
         raise UserError(f"--prompt shows {shown} images as <img>…</img>, but each row has one")
     check_folder(out_dir)
     keep_images([path, options.captions], [os.path.join(out_dir, name) for name in OUTPUTS])
+    old, ids = (os.path.join(out_dir, name) for name in ("train.json", "ids.tsv"))
+    if os.path.isfile(old) and os.path.getsize(old):
+        rows = "unknown number of rows"
+        if os.path.isfile(ids):
+            with open(ids, "rb") as file:
+                rows = f"{sum(1 for _ in file):,} rows"
+        logger.warning("train.json and val.json in %s (%s) will be replaced", out_dir, rows)
     rejected: Counter = Counter()
     doubts = Doubts()
     try:

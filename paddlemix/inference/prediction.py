@@ -25,7 +25,7 @@ from paddlemix.processors.postprocess import PostProcessing, single_line
 from paddlemix.utils.cli import harmless, let_go
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from paddlemix.utils.log import logger
-from paddlemix.utils.outputs import check_file, keep_apart
+from paddlemix.utils.outputs import check_file, check_kind, keep_apart
 from paddlemix.utils.progress import Progress, bars_aside
 from paddlemix.utils.runtime import rank, world_size
 
@@ -133,6 +133,7 @@ class RowJob:
         if holds_images(self.output):
             text = f"OUTPUT {self.output} holds images or records, not results: the order is {order}"
             raise UserError(text, "argument-order")
+        check_kind(self.output, "results")
         self.facts = input_facts(input)
         self.source = find_source(model, lora_path)
         self.run = {
@@ -289,6 +290,7 @@ def predict_file(
         n_best = n_best if job.shard is None else job.shard.path(n_best)
         for path in (n_best, n_best + PARTIAL):
             check_file(path, plain=True)
+        check_kind(n_best, "a file of --n_best")
         written = [job.output, job.output + PARTIAL, job.output + SIDECAR, n_best, n_best + PARTIAL]
         keep_apart([input], written)
     if not restart and job.is_done(beside=n_best):

@@ -27,7 +27,7 @@ from paddlemix.utils.errors import ConfigError, UserError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
-from paddlemix.utils.outputs import check_file, keep_apart
+from paddlemix.utils.outputs import check_file, check_kind, keep_apart
 from paddlemix.utils.surroundings import allow_open_files
 from paddlemix.utils.texts import some
 
@@ -98,6 +98,7 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         logger.info("%s is complete, written by a single process: nothing to join", output)
         return whole
     check_file(output, plain=True)
+    check_kind(output, "results")
     shards = _find(output, input)
     keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
     allow_open_files(len(shards), "raise it (ulimit -n)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from typing import Iterable, Iterator, Optional
 
@@ -57,6 +58,41 @@ def check_file(path: str, plain: bool = False) -> None:
     # A writable file is enough in a read-only folder.
     if not (os.path.exists(path) and os.access(path, os.W_OK)):
         _check_above(path)
+
+
+# How the outputs of the tools begin, by what a message calls them.
+_BEGINNINGS = {
+    "a report page": rb"<!doctype html>",
+    "a JSON report": rb'\{\s*"(files|machine|rows)":',
+    "results": rb"[^\t\n]*\t",
+    "a file of --n_best": rb'\{"id":',
+    "a zip archive": rb"PK",
+}
+
+
+def check_kind(path: str, kind: str) -> None:
+    """Check that an output replaces nothing but an empty file or one of its kind, a key of _BEGINNINGS.
+
+    Raises:
+        UserError: it does.
+    """
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+        if head and not re.match(_BEGINNINGS[kind], head):
+            raise UserError(f"{path} exists and is not {kind}: give another output", "other-kind")
+
+
+def check_earlier(output: str, beside: str, overwrite: bool) -> None:
+    """Check that an output replaces nothing but an empty file or an earlier output of the same command, which has the
+    file `beside` it; anything with `overwrite`.
+
+    Raises:
+        UserError: it does.
+    """
+    if os.path.isfile(output) and os.path.getsize(output) and not os.path.isfile(beside) and not overwrite:
+        text = f"{output} exists, and not from this command (no {beside}): give another output, or --overwrite"
+        raise UserError(text, "overwrite")
 
 
 def check_folder(path: str) -> None:

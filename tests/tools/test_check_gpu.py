@@ -166,3 +166,9 @@ def test_a_card_that_is_asked_for_must_be_there(capfd, monkeypatch):
     monkeypatch.setattr(runtime, "resolve_device", lambda asked: Choice("cpu", "no card"))
     with pytest.raises(UserError, match="--device gpu: no card"):
         check_gpu.main(["--device", "gpu"])
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    (tmp_path / "train.json").write_text('[{"id": "1"}]')
+    with pytest.raises(UserError, match="train.json exists and is not a JSON report"):
+        check_gpu.main(["--json", str(tmp_path / "train.json"), "--device", "gpu:99"])

@@ -6,10 +6,11 @@ import pytest
 
 from paddlemix.utils import cli
 from tests.helpers import image_base64, image_bytes
-from tools import combine_results, convert_labels, convert_public, curate_data, inspect_data
+from tools import combine_results, convert_labels, convert_public, curate_data, evaluate_captions, inspect_data
 
 CURATE, LABELS, PUBLIC = [curate_data, "--workers", "0"], [convert_labels], [convert_public]
 INSPECT, COMBINE = [inspect_data, "--workers", "0"], [combine_results]
+EVALUATE = [evaluate_captions, "--resamples", "0", "--workers", "0"]
 
 
 def files(folder):
@@ -43,6 +44,7 @@ def data(tmp_path, monkeypatch, call):
     for name in ("p.txt", "q.txt"):
         (tmp_path / name).write_text("r0\t杯子\n", encoding="utf-8")
     (tmp_path / "p.txt.run.json").write_text("{}")
+    (tmp_path / "notes.md").write_text("# Notes\n")
     (tmp_path / "empty.tsv").write_text("")
     return tmp_path
 
@@ -60,10 +62,19 @@ def data(tmp_path, monkeypatch, call):
         ([*INSPECT, "a.tsv", "--compare", "held/report.json.refers.json", "--out", "held"], "would be overwritten"),
         ([*COMBINE, "p.txt", "q.txt", "a.tsv"], "a.tsv holds images or records"),
         ([*COMBINE, "p.txt", "q.txt", "c.json"], "c.json holds images or records"),
-        ([*COMBINE, "q.txt", "q.txt", "p.txt.run.json"], "is named as a run record"),
+        ([*COMBINE, "q.txt", "q.txt", "p.txt.run.json"], "p.txt.run.json holds images or records"),
         ([*COMBINE, "p.txt", "q.txt", "/dev/null"], "a device or a pipe"),
         ([*CURATE, "a.tsv", "/dev/null"], "a device or a pipe"),
         ([*PUBLIC, "a.tsv", "captions.jsonl", "/dev/null"], "a device or a pipe"),
+        # Nor is anything of another kind, or data that no earlier run wrote.
+        ([*CURATE, "a.tsv", "other.tsv", "--limit", "3"], "or --overwrite"),
+        ([*PUBLIC, "a.tsv", "captions.jsonl", "other.tsv"], "or --overwrite"),
+        ([*PUBLIC, "a.tsv", "captions.jsonl", "c.json"], "or --overwrite"),
+        ([*COMBINE, "p.txt", "q.txt", "notes.md"], "notes.md exists and is not results"),
+        ([*EVALUATE, "p.txt", "q.txt", "--html", "other.tsv"], "other.tsv exists and is not a report page"),
+        ([*EVALUATE, "p.txt", "q.txt", "--json", "c.json"], "c.json exists and is not a JSON report"),
+        ([*EVALUATE, "p.txt", "q.txt", "--json", "p.txt.run.json"], "is not a JSON report"),
+        ([*INSPECT, "a.tsv", "--out", "held"], "report.json exists and is not a JSON report"),
         # What cannot be made.
         ([*PUBLIC, "a.tsv", "captions.jsonl", "/proc/x/y.json"], "cannot write /proc/x/y.json"),
         ([*INSPECT, "a.tsv", "--out", "/proc/x"], "cannot write /proc/x"),
@@ -82,8 +93,8 @@ def test_what_is_refused_leaves_everything_as_it_was(call, data, words, says):
     assert status and says in said and said.count("error: ") == 1 and "Traceback" not in said
     after = files(data)
     assert {name: after[name] for name in before} == before and not (data / "new").exists()
-    # Facts of images are kept, even of a run that fails.
-    assert all(name.endswith((".facts", ".facts.partial")) for name in set(after) - set(before))
+    # Facts of images are kept, even of a run that fails, and indexes of records.
+    assert all(name.endswith((".facts", ".facts.partial", ".idx")) for name in set(after) - set(before))
 
 
 def test_facts_that_cannot_be_kept_are_a_line(call, data):
@@ -91,3 +102,23 @@ def test_facts_that_cannot_be_kept_are_a_line(call, data):
     status, said = call(*CURATE, "a.tsv", "out.tsv", "--min_side", "8")
     assert status == 0 and "kept in memory only" in said and (data / "out.tsv").is_file()
     assert not list((data / ".a.tsv.facts").iterdir())
+
+
+def test_what_an_earlier_run_wrote_is_replaced(call, data):
+    runs = [
+        [*CURATE, "a.tsv", "new.tsv", "--limit", "3"],
+        [*CURATE, "a.tsv", "other.tsv", "--overwrite"],
+        [*PUBLIC, "a.tsv", "captions.jsonl", "new.json"],
+        [*PUBLIC, "a.tsv", "captions.jsonl", "c.json", "--overwrite"],
+        [*COMBINE, "p.txt", "q.txt", "r.txt"],
+        [*EVALUATE, "p.txt", "q.txt", "--html", "page.html", "--json", "scores.json"],
+        [*INSPECT, "a.tsv", "--out", "report"],
+    ]  # fmt: skip
+    for words in runs * 2:
+        assert call(*words)[0] == 0, words
+
+
+def test_converting_into_a_dataset_says_what_it_replaces(call, data):
+    assert "replaced" not in call(*LABELS, "a.tsv", "set")[1]
+    status, said = call(*LABELS, "pictures.tsv", "set")
+    assert status == 0 and "train.json and val.json in set (6 rows) will be replaced" in said
