@@ -122,17 +122,17 @@ def test_the_page_and_what_there_is_to_look_at(demo, root):
     links = re.findall(r'(?:href|src)="((?!data:)[^"]+)"', page)
     assert len(links) >= 10 and all((out / link).is_file() for link in links)
     assert "http" not in page.split("</head>")[0].replace("http-equiv", "")
-    # Each command that is printed was run; chat.py answered about the picture.
+    # Each command that is printed was run, that of chat.py with another picture, about which it answered.
     here = str(root) + os.sep
     python = sys.executable.replace(here, "", 1)
     commands = [line[29:] for line in printed.splitlines() if line[29:].startswith(python)]
     assert len(commands) == 2
     logged = "".join((out / "logs" / f"{name}.log").read_text(encoding="utf-8") for name in ("score", "chat"))
     # What is printed is typed in the top folder.
-    logged = logged.replace(here, "")
+    logged = logged.replace(here, "").replace("ad0.jpg", "ad1.jpg")
     assert all(f"$ {command}\n" in logged for command in commands)
     assert "response: " in logged
-    for name in ("report.html", "data/ad0.jpg"):
+    for name in ("report.html", "data/ad1.jpg"):
         assert (out / name).stat().st_size > 1000
 
 

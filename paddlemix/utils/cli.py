@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         self.register("type", None, _text)
         self.add_argument(
             "--lang", choices=language.LANGUAGES, default=argparse.SUPPRESS,
-            help="language of help and reports (default: from the locale)",
+            help="language of help, the dry run, and reports of check_submission.py and inspect_data.py (default: from "
+            "the locale)",
         )  # fmt: skip
 
     def format_help(self) -> str:

@@ -1,4 +1,5 @@
-"""The language of help and reports: English as in the code, or Chinese from the table zh.json.
+"""The language of help, the dry run and the reports that are passed through `tr`: English as in the code, or Chinese
+from the table zh.json.
 
 The table maps an English text, or a template with {} for values, to the Chinese one, where {} or {0}, {1}, … insert the
 same values: unchanged by default, translated with {:t}, as a list of names with {:l}. Texts that are not in the table
