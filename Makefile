@@ -69,8 +69,9 @@ define make_venv
 	"$(1)/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv "$(1)"
 	@test -n "$$("$(1)/bin/python" $(paddle_of))" || test -z "$$("$(PYTHON)" $(paddle_of))" || \
 		"$(PYTHON)" $(packages_of) > "$$("$(1)/bin/python" $(packages_of))/paddle-of-python.pth"
-	@export PIP_CONSTRAINT="file://$$(pwd | sed 's/ /%20/g')/$(2)" PIP_USE_PEP517=1; \
-	"$(1)/bin/python" -m pip install --quiet -r requirements/build.txt && \
+	@export PIP_CONSTRAINT="file://$$(pwd | sed 's/ /%20/g')/$(2)" PIP_USE_PEP517=1 PIP_QUIET=1; \
+	echo "installing into $(1): 2 GB if nothing is there yet, a few minutes …"; \
+	"$(1)/bin/python" -m pip install -r requirements/build.txt && \
 	set -- "$(4)" && found=$$("$(1)/bin/python" $(paddle_of)) && \
 	case "$$found,$(4)" in paddlepaddle* | ,none) set -- ;; esac && \
 	"$(1)/bin/python" -m pip install "$$@" $(PROGRAM:%=-r %) && \
