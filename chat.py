@@ -86,7 +86,10 @@ def main() -> int:
 
     def fetch(source: str) -> bytes:
         data = load_image_source(source)
-        read_header(data)
+        try:
+            read_header(data)
+        except ImageError as error:
+            raise ImageError(error.reason, f"{source}: {error}") from None
         return data
 
     # Before the model, which takes a minute to load.
@@ -99,9 +102,10 @@ def main() -> int:
     try:
         images = [fetch(source) for source in sources]
     except ImageError as error:
-        if args.prompt is None or not os.path.isfile(args.prompt):
+        lacks_image = error.reason == "no such file" and args.image and not os.path.isfile(args.image)
+        if not lacks_image or args.prompt and not os.path.isfile(args.prompt):
             raise
-        raise UserError(f"{error}; {args.prompt} is a file: IMAGE comes before PROMPT") from None
+        raise UserError(f"{error}; the order is MODEL IMAGE PROMPT") from None
     loaded = load_model(model, args.dtype, args.device)
     conversation = Conversation(loaded, args.system, decoding.get("choose", "first"), **options)
     for image in images:

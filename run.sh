@@ -71,7 +71,9 @@ for folder in "$caller" "$source_folder"; do
     base=$folder
     break
 done
-[ -n "$base" ] || fail "no $lacks: looked in $caller and $source_folder"
+looked=$caller
+[ "$caller" = "$source_folder" ] || looked="$caller and $source_folder"
+[ -n "$base" ] || fail "no $lacks: looked in $looked"
 
 absolute() {
     case $1 in

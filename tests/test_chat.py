@@ -58,7 +58,11 @@ def test_path_and_base64_and_data_uri_are_one_image(call, tmp_path):
 
 def test_image_and_prompt_exchanged(call):
     status, _, _, err = call("What is it?", chat.EXAMPLE)
-    assert status == 2 and err.splitlines()[-1].endswith("is a file: IMAGE comes before PROMPT")
+    assert status == 2 and err.splitlines()[-1].endswith("; the order is MODEL IMAGE PROMPT")
+    said = call("请描述图片内容")[3]
+    assert "请描述图片内容 is not a file" in said and said.endswith("; the order is MODEL IMAGE PROMPT\n")
+    assert "MODEL IMAGE PROMPT" not in call("no/such/file.jpg", "What is it?")[3]
+    assert "example.jpg is a file, not a model folder" in call("a.jpg", weights=chat.EXAMPLE)[3]
 
 
 def test_the_prompt_and_the_folder_that_holds_the_model(call, model, tmp_path):
@@ -81,6 +85,7 @@ def test_chat_and_predict_agree(call, model, tmp_path):
     "image, says",
     [
         ("no/such/file.jpg", "no/such/file.jpg is not a file"),
+        (__file__, "test_chat.py: not a JPEG"),
         ("http://127.0.0.1:9/x.jpg", "cannot fetch http://127.0.0.1:9/x.jpg"),
         ("ftp://example.org/x.jpg", "only http and https"),
     ],

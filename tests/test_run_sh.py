@@ -233,7 +233,7 @@ def test_missing_modules_are_named(tmp_path):
         (("a", "b", "c", "d", "e"), "usage: "),
         (("a", "b", "c", "d", "", "--e"), "usage: "),
         (("input", "", "c"), "empty argument"),
-        (("missing", "b", "c"), "no input missing"),
+        (("missing", "b", "c"), "no input missing: looked in "),
         (("input", "b", "c"), "no weights c where input input exists"),
         (("/", "b", "c"), "no weights c where input / exists"),
         (("input", "b", "w", "no-such-python"), "no Python interpreter"),
@@ -247,6 +247,8 @@ def test_bad_usage_is_one_line_and_2(tmp_path, arguments, says):
     done = run(project, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
+    # No folder is named twice.
+    assert "looked in" not in says or done.stderr.count(str(project)) == 1
 
 
 def test_help_and_a_lonely_script(tmp_path):

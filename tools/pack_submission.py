@@ -57,12 +57,14 @@ def main() -> int:
     args = parse_args()
 
     from paddlemix.contest import pack
+    from paddlemix.inference.source import find_model_folder
     from paddlemix.utils.errors import UserError
     from paddlemix.utils.outputs import check_file, check_kind
 
     out = os.path.abspath(args.out)
     archive, beside = out + ".zip", out + ".weights"
     wanted = ([archive] if args.zip or args.split_weights else []) + ([beside] if args.split_weights else [])
+    find_model_folder(args.weights)
     for path in wanted:
         if os.path.exists(path) and not args.overwrite:
             raise UserError(f"{path} is there already: give another --out, or --overwrite to replace it")

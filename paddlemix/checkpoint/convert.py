@@ -173,6 +173,8 @@ def our_config(public: Dict[str, Any], dtype: str) -> Dict[str, Any]:
     Raises:
         WeightsError: it has no visual part, or required keys are missing.
     """
+    if public.get("model_type") == "mgen":
+        raise WeightsError("this is a MGen-VL model already: use it as it is", "converted")
     visual = public.get("visual")
     if not isinstance(visual, dict):
         raise WeightsError("config.json has no visual part: this is a text model, not Qwen-VL", "visual")

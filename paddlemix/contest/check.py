@@ -286,6 +286,8 @@ def check_submission(
     Raises:
         UserError: no such folder, base or sample. JobFailed: no room for a copy, or no fresh environment.
     """
+    if os.path.isfile(folder):
+        raise UserError(f"{folder} is a file: give the folder; unpack an archive first", "is-a-file")
     if not os.path.isdir(folder):
         command = f"python tools/pack_submission.py --weights MODEL --out {shlex.quote(folder)}"
         raise UserError(f"no folder {folder}: make it with: {command}", "no-folder")

@@ -53,8 +53,6 @@ def open_model(path: str) -> WeightsReader:
     Raises:
         UserError: not a merged model (a LoRA or partial checkpoint), or a file or tensor is missing.
     """
-    if not os.path.isdir(path):
-        raise UserError(f"no folder {path}: give a merged model folder", "no-folder")
     if find_tuned_weights(path) is not None:
         # Raises an error with the merge command, unless there are full weights too.
         find_weights(path)

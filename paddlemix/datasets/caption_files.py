@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
-from paddlemix.datasets.rows import read_rows
+from paddlemix.datasets.rows import is_json, read_rows
 from paddlemix.datasets.score_files import COLUMNS
 from paddlemix.datasets.tsv import (
     CAPTION_NOT_UTF8,
@@ -103,6 +103,9 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
         ids (the first ten).
     """
     size = check_input(path)
+    if is_json(path):
+        text = f"{path} is JSON, not lines of id, tab, caption: results come before references"
+        raise UserError(text, "argument-order")
     found: Dict[str, str] = {}
     doubled: Dict[str, int] = {}
     bad: List[str] = []

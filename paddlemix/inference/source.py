@@ -50,6 +50,8 @@ def find_model_folder(path: str) -> str:
     Raises:
         UserError: there is none, or more than one.
     """
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file, not a model folder: --help has the order of the arguments", "is-a-file")
     if not os.path.isdir(path):
         raise UserError(f"no folder {path}: give a model folder, or the folder that holds it", "no-folder")
     if _is_model(path):

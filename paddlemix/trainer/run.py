@@ -281,13 +281,16 @@ def _decide_output(run: Run) -> None:
     elif training.do_train and training.benchmark:
         run.notes.append("benchmark: this run only measures speed; it saves nothing and leaves output_dir unchanged")
     elif training.do_train and (not training.resume_from_checkpoint or os.path.isdir(training.resume_from_checkpoint)):
-        run.resume_from, run.old_files = run.attempt(
+        decided = run.attempt(
             run_checkpoints.check_output,
             training.output_dir,
             overwrite=training.overwrite_output_dir,
             resume=training.resume,
             resume_from=training.resume_from_checkpoint,
-        ) or (None, [])
+        )
+        run.resume_from, run.old_files = decided or (None, [])
+        if training.resume and decided == (None, []):
+            run.warnings.append(f"nothing to resume in {training.output_dir}: starting from step 0")
     if run.resume_from is not None:
         run.notes.append(f"resumes from {run.resume_from}")
     elif run.old_files:

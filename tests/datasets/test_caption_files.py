@@ -32,6 +32,8 @@ def test_lines_that_are_no_captions_are_listed(tmp_path):
         read_captions(write(tmp_path, "a\tx\nb\tx\na\ty\nb\tx\na\tz\n"))
     with refused(UserError, "empty"):
         read_captions(write(tmp_path, "\n \n"))
+    with refused(UserError, "argument-order", match="is JSON, not lines of id, tab, caption"):
+        read_captions(write(tmp_path, '[{"id": "a"}]'))
     with refused(UserError, "unreadable"):
         read_captions(str(tmp_path / "none"))
 

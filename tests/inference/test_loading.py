@@ -28,6 +28,8 @@ def test_the_folder_itself_or_the_one_inside(tmp_path):
 def test_none_or_several(tmp_path):
     with refused(UserError, "no-folder"):
         find_model_folder(str(tmp_path / "missing"))
+    with refused(UserError, "is-a-file"):
+        find_model_folder(__file__)
     with refused(UserError, "no-model"):
         find_model_folder(str(tmp_path))
     model_folder(tmp_path / "one")

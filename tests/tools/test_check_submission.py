@@ -124,6 +124,7 @@ def test_status_and_bad_usage(stand_in, tmp_path, monkeypatch, capfd):
     assert out.endswith("1 rules failed, 0 could not be checked because of them\n")
     for words, text in (
         ([tmp_path / "none"], "no folder"),
+        ([__file__], "is a file: give the folder; unpack an archive first"),
         ([stand_in(), "--sample", tmp_path / "none"], "none"),
         ([stand_in(), "--base", tmp_path], "no config.json"),
         ([stand_in(), "--base", tmp_path / "none"], "no folder"),

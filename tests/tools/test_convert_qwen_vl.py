@@ -170,6 +170,7 @@ def test_what_is_not_a_whole_qwen_vl(tmp_path, tensors):
 @pytest.mark.parametrize(
     "change, key",
     [
+        ({"model_type": "mgen"}, "converted"),
         ({"visual": None}, "visual"),
         ({"hidden_size": None}, "hidden_size"),
         ({"visual": {"width": 3}}, "visual.image_size"),

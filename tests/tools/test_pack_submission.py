@@ -160,6 +160,8 @@ def test_what_is_never_replaced(call, merged, tmp_path, root):
     assert "overlap" in refused(call, "--overwrite", weights=out / "weights" / "mgen_vl_lora_merge")
     (tmp_path / "other.zip").write_text("x")
     assert "other.zip is there" in refused(call, "--zip", out=tmp_path / "other")
+    # Of two faults the weights come first: the other is about what they would become.
+    assert "no folder nope" in refused(call, "--zip", weights="nope", out=tmp_path / "other")
     assert "other.zip exists and is not a zip archive" in refused(call, "--zip", "--overwrite", out=tmp_path / "other")
     (tmp_path / "other.zip").write_bytes(b"PK\3\4")
     (tmp_path / "other.weights").mkdir()

@@ -310,6 +310,12 @@ def test_weights_of_another_shape_are_a_problem(words, tmp_path, world):
     assert len(problems) == 1 and "unexpected: transformer.llm.h.2.ln_1.weight" in problems[0]
 
 
+def test_nothing_to_resume_is_said(words, tmp_path):
+    says = f"nothing to resume in {tmp_path / 'out'}: starting from step 0"
+    assert says in dry_run.foresee(words(resume=True)).notes
+    assert says not in dry_run.foresee(words()).notes
+
+
 def test_an_unfinished_run_in_output_dir(words, world, tmp_path):
     from tests.trainer.runs import run
 
