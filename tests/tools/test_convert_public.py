@@ -160,7 +160,10 @@ def test_several_references_reach_the_scores(call, muge, tmp_path, root):
     assert found["BLEU-2"]["value"] == pytest.approx(Bleu(4).compute_score(references, ours, verbose=0)[0][1])
 
 
-def test_what_a_disk_refuses_names_the_file(call, muge, tmp_path):
+def test_what_a_disk_refuses_names_the_file(call, muge, tmp_path, monkeypatch):
+    # The file of coverage would be refused, too.
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
     muge[1].write_text(json.dumps({"image_id": "100", "text": ["杯" * 100_000]}))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
