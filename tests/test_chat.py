@@ -174,7 +174,7 @@ def test_boxes_of_an_answer_are_drawn(call, tmp_path, monkeypatch):
     says = "<ref>杯子</ref><box>(100,100),(900,900)</box>"
     monkeypatch.setattr(generation, "decode_response", lambda *args: says)
     status, response, out, err = call("--boxes", tmp_path / "cup.png")
-    assert status == 0 and response == says and "1 boxes drawn in" in err
+    assert status == 0 and response == says and f"boxes drawn in {tmp_path / 'cup.png'}: 1" in err
     assert len(out.split("\n")) == 5
     with Image.open(tmp_path / "cup.png") as drawn, Image.open(chat.EXAMPLE) as original:
         assert drawn.size == original.size

@@ -212,13 +212,14 @@ class Checks:
         history, adapters = self.train(config, out)
         losses = [line["loss"] for line in history]
         falls = all(0 < loss < 1e4 for loss in losses) and losses[-1] < losses[0]
-        yield f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps", falls, {"losses": losses}
         checkpoint = os.path.join(out, f"checkpoint-{STEPS // 2}")
         _, again = self.train(*self.config(model, **LORA, resume_from_checkpoint=checkpoint))
         apart = {name: float(abs(array - again[name]).max()) for name, array in adapters.items()}
         equal = sum(difference == 0 for difference in apart.values())
-        words = f"resumed: {equal} of {len(apart)} tensors equal bit for bit, at most {max(apart.values()):.1e} apart"
-        yield words, equal == len(apart), {"equal": equal, "apart": apart}
+        words = f"loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps; "
+        words += f"resumed: {equal} of {len(apart)} tensors equal bit for bit"
+        words += f", at most {max(apart.values()):.1e} apart" * (equal < len(apart))
+        yield words, falls and equal == len(apart), {"losses": losses, "equal": equal, "apart": apart}
 
     def overflow(self, model: str) -> Iterator[Found]:
         """A loss scale that is far too large must be seen, cost some steps, and leave the weights alone."""

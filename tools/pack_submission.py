@@ -60,6 +60,7 @@ def main() -> int:
     from paddlemix.inference.source import find_model_folder
     from paddlemix.utils.errors import UserError
     from paddlemix.utils.outputs import check_file, check_kind
+    from paddlemix.utils.texts import counted
 
     out = os.path.abspath(args.out)
     archive, beside = out + ".zip", out + ".weights"
@@ -75,14 +76,14 @@ def main() -> int:
         pack.check_beside(beside)
     packed = pack.pack_submission(ROOT, args.weights, out, args.requirements, args.overwrite)
     print(
-        f"{out}: {packed.model} in {len(packed.large)} weights files "
-        f"({'hard links' if packed.linked else 'copied'}), {packed.nbytes / 1e9:.2f} GB in all"
+        f"{out}: {packed.model} in {counted(len(packed.large), 'weights file')} "
+        f"({'hard linked' if packed.linked else 'copied'}), {packed.nbytes / 1e9:,.3g} GB in all"
     )
     large = pack.split_weights(packed, beside) if args.split_weights else set()
     if args.split_weights:
         print(f"{beside}: {', '.join(packed.large)}, {pack.SUMS_NAME}")
     if wanted:
-        print(f"{archive}: {pack.write_zip(out, archive, large) / 1e9:.2f} GB")
+        print(f"{archive}: {pack.write_zip(out, archive, large) / 1e9:,.3g} GB")
     return 0
 
 

@@ -381,7 +381,7 @@ def _weights_rules(
         models.append(_Model(model, values, reader))
         check_weights(reader, parameter_shapes(values), model)
         elements = count(reader.shapes())
-        found.notes.append(f"{elements:,} parameters in {len(reader)} tensors and {len(reader.files)} files")
+        found.notes.append(f"{elements:,} parameters in {len(reader)} tensors; files: {len(reader.files)}")
         files = {os.path.basename(path) for path in reader.files}
         others = sorted(name for name in set(os.listdir(model)) - files if name.endswith(_WEIGHTS_LIKE))
         if others:

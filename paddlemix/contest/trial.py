@@ -26,6 +26,7 @@ from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.files import link_or_copy
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
+from paddlemix.utils.texts import counted
 
 # Smaller files are copied instead of linked, so that making them read-only does not affect the original.
 _LINK_FROM = 1 << 20
@@ -60,6 +61,7 @@ def write_sample(path: str) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for number, data in enumerate(rows):
             file.write(f"sample{number}\t{base64.b64encode(data).decode()}\n")
+    logger.info("%s to caption; the last two are broken on purpose", counted(len(rows), "row"))
 
 
 class Trial(NamedTuple):

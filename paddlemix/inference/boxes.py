@@ -106,5 +106,5 @@ def save_boxes(answer: str, image, path: str, folder: str) -> Optional[int]:
     except (OSError, ValueError) as error:  # ValueError: too large for the format
         logger.warning("the boxes could not be written to %s: %s", path, getattr(error, "strerror", None) or error)
     else:
-        logger.info("%d boxes drawn in %s", len(boxes), path)
+        logger.info("boxes drawn in %s: %d", path, len(boxes))
     return len(boxes)

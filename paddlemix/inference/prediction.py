@@ -28,6 +28,7 @@ from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file, check_kind, keep_apart
 from paddlemix.utils.progress import Progress, bars_aside
 from paddlemix.utils.runtime import rank, world_size
+from paddlemix.utils.texts import counted
 
 _NO_STEPS = PostProcessing()
 # Rows without a caption are logged at the first and then every thousandth occurrence of a reason.
@@ -345,6 +346,7 @@ def predict_file(
             listed.finish()
         job.finish(rows, results)
         show("------predicting finished-----")
+    logger.info("%s: %s", job.output, counted(rows.count, "row"))
     job.report(rows, results, fallback)
 
 

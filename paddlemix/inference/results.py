@@ -33,6 +33,7 @@ from paddlemix.utils.files import atomic_write, lock
 from paddlemix.utils.json_files import read_config_object, write_json
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import check_file
+from paddlemix.utils.texts import counted
 
 # Of OUTPUT.run.json, and of the journal.
 FORMAT, _JOURNAL_FORMAT = 1, 2
@@ -66,7 +67,8 @@ def report_notes(rows: int, notes: Dict[str, int], fallback: Optional[str]) -> O
         logger.warning("of %d rows: %s", rows, described)
     failed = sum(count for note, count in notes.items() if not {*note.split(", ")} <= {TRUNCATED, REPEATING})
     if failed:
-        logger.warning("%d rows have %s", failed, f"the fallback caption {fallback}" if fallback else "no score")
+        lacks = f"the fallback caption {fallback}" if fallback else "no score"
+        logger.warning("%s %s %s", counted(failed, "row"), "has" if failed == 1 else "have", lacks)
     if failed and failed == rows:
         return f"not one of the {failed} rows could be {'captioned' if fallback else 'scored'}: {described}"
     return None

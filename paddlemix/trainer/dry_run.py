@@ -13,6 +13,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from paddlemix.checkpoint.model_folder import VOCABULARIES
+from paddlemix.datasets.collator import PAD_TO
 from paddlemix.trainer import freeze, memory, work
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
@@ -21,6 +23,7 @@ from paddlemix.trainer.run import Run, contributions, resolve
 from paddlemix.utils.compat import PADDLE_3
 from paddlemix.utils.language import tr_row
 from paddlemix.utils.outputs import nearest_folder
+from paddlemix.utils.texts import counted
 
 # Other files in a checkpoint: mostly the vocabulary.
 _SIDE_FILES = 4 << 20
@@ -136,8 +139,8 @@ def foresee(argv: Sequence[str], plan_for: Optional[str] = None) -> Forecast:
     found = Forecast(run, list(run.problems), [*run.warnings, *run.notes], _setting(run))
     if not run.shapes:
         found.notes.append(
-            "without the model's config.json its memory cannot be estimated; that file alone, in the folder of "
-            "model_name_or_path, is enough"
+            "without the model's config.json its memory cannot be estimated; that file in the folder of "
+            f"model_name_or_path is enough, and with {VOCABULARIES[0]} there, data, steps and hours are shown, too"
         )
     _look_at_data(found)
     if arguments.training.do_train and run.trained:
@@ -289,8 +292,13 @@ def render(found: Forecast) -> List[str]:
     lines += _time_lines(found)
     if found.batch is not None:
         lines += ["", "==== memory per card, estimated"]
-        seen = "the longest sample inspected" if found.data.get("train") else "max_length, as there is no data"
-        seen = seen if found.packs is None else "the fullest sequence"
+        if found.packs is not None:
+            seen = "the fullest sequence"
+        elif "train" in found.data and len(found.data["train"].lengths):
+            seen = f"the longest sample inspected, padded to a multiple of {PAD_TO}"
+        else:
+            lacks = "tokenizer" if found.run.tokenizer is None else "data"
+            seen = f"max_length, as there is no {lacks}"
         lines.append(
             f"a batch of {found.batch.rows} × {found.batch.tokens:,} tokens ({seen}); images: {found.batch.images}, "
             f"labelled positions: {found.batch.labels:,}"
@@ -316,7 +324,7 @@ def _device_lines(found: Forecast) -> List[str]:
         degrees.append(f"tensor parallel {setting.tensor}")
     return [
         "==== device",
-        f"{machine.cards} × {machine.name}, {_size(machine.memory)} each; computes in {run.precision.compute}{level}",
+        f"{machine.cards} × {machine.name} with {_size(machine.memory)}; computes in {run.precision.compute}{level}",
         ", ".join(degrees),
     ]
 
@@ -331,7 +339,7 @@ def _model_lines(run: Run) -> List[str]:
     if run.weights is not None:
         tensors, files, size, found = run.weights
         dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in found.most_common())
-        stored = f"{tensors} tensors in {files} files, {_size(size)}, {dtypes}"
+        stored = f"{tensors} tensors in {counted(files, 'file')}, {_size(size)}, {dtypes}"
     return [*lines, f"weights: {stored}"]
 
 
@@ -404,7 +412,7 @@ def _time_lines(found: Forecast) -> List[str]:
 def _hours(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
 
 
 def dry_run(argv: Sequence[str], plan_for: Optional[str] = None) -> int:

@@ -23,6 +23,11 @@ def nearest(name: str, known: Sequence[str]) -> Optional[str]:
     return near[0] if near else None
 
 
+def counted(count: int, noun: str) -> str:
+    """"1 row", "2 rows", "1,000 rows"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     """The first names, and the number of further ones."""
     names = list(names)

@@ -35,6 +35,13 @@ LINES = [("a", "一只猫"), ("b", "备用", "not an image"), ("a", "two  spaces
 WHOLE = "a\t一只猫\nb\t备用\na\ttwo  spaces\n\tno id\n"
 
 
+def test_one_row_is_not_rows(capsys):
+    results.report_notes(1000, {"empty image": 1}, "x")
+    results.report_notes(2000, {"empty image": 1500}, None)
+    said = capsys.readouterr().err
+    assert "1 row has the fallback caption x\n" in said and "1,500 rows have no score\n" in said
+
+
 def test_whole_output_and_its_sidecar(tmp_path):
     out = tmp_path / "new folder" / "results.txt"
     write(out, LINES)

@@ -61,6 +61,8 @@ def test_all_rows_pass_on_the_cpu(tool, tmp_path, capsys):
         "a LoRA step": "measured", "loss, gradients": "ok", "LoRA, resumed": "ok", "batched captions": "ok",
         "a token": "measured",
     }  # fmt: skip
+    (resumed,) = (row["found"] for row in rows if row["check"] == "LoRA, resumed")
+    assert " in 10 steps; resumed: " in resumed and resumed.endswith(" tensors equal bit for bit")
     numbers = {name: number for row in rows for name, number in row["numbers"].items()}
     assert numbers["equal"] == 16 and len(numbers["losses"]) == 10
     assert "paddle" in found["machine"].lower()

@@ -490,12 +490,13 @@ def test_a_submission_made_by_the_notebook(submission, root):
     assert len(note) == 1 and "tests (" in note[0] and "paddlemix" not in note[0]
 
 
-def test_the_sample_that_is_made(tmp_path):
+def test_the_sample_that_is_made(tmp_path, capsys):
     write_sample(str(tmp_path / "rows.tsv"))
     rows = list(read_rows(str(tmp_path / "rows.tsv"), want_caption=False))
     assert len(rows) == 4 and not any(row.error for row in rows)
     data = [base64.b64decode(bytes(row.image)) for row in rows]
     assert data[0][:2] == data[1][:2] == data[2][:2] == struct.pack("BB", 0xFF, 0xD8) and data[3] == b"no image"
+    assert "4 rows to caption; the last two are broken on purpose\n" in capsys.readouterr().err
 
 
 def test_the_fresh_environment_is_the_fourth_argument(stand_in, tmp_path, monkeypatch):

@@ -197,7 +197,7 @@ def test_7b_weights_are_headers_only_within_1_gb(words, tmp_path, root):
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(root)))
     out = done.stdout
     assert done.returncode == 0 and "problems: none" in out, out + done.stderr
-    assert "853 tensors in 1 files, 17.99 GiB, bfloat16 (853)" in out and "2 × A100-80GB" in out
+    assert "853 tensors in 1 file, 17.99 GiB, bfloat16 (853)" in out and "2 × A100-80GB" in out
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stderr).group(1)) * 1024 < 1e9
 
 
@@ -241,7 +241,19 @@ def test_missing_model_and_output(words):
     assert any("output_dir is missing" in problem for problem in found.problems)
     assert any("output_dir is missing" in problem for problem in dry_run.foresee(words(output_dir="")).problems)
     shown = "\n".join(dry_run.render(found))
-    assert "problems: 2" in shown and "that file alone, in the folder of model_name_or_path, is enough" in shown
+    assert "problems: 2" in shown and "that file in the folder of model_name_or_path is enough, and with mgen" in shown
+
+
+def test_the_batch_that_memory_is_estimated_for(words, tmp_path, world):
+    found = dry_run.foresee(words())
+    longest = int(found.data["train"].lengths.max())
+    heading = f"a batch of 2 × {-(-longest // 8) * 8} tokens (the longest sample inspected, padded to a multiple of 8);"
+    assert any(line.startswith(heading) for line in dry_run.render(found))
+    shutil.copy(os.path.join(world[0], "config.json"), tmp_path)
+    shown = dry_run.render(dry_run.foresee(words(model_name_or_path=str(tmp_path))))
+    assert any(line.startswith("a batch of 2 × 256 tokens (max_length, as there is no tokenizer);") for line in shown)
+    shown = dry_run.render(dry_run.foresee(words(dataset={"train": [{"data_files": "/no/such.json"}]})))
+    assert any(line.startswith("a batch of 2 × 256 tokens (max_length, as there is no data);") for line in shown)
 
 
 def test_a_template_that_says_nothing_of_the_user_is_a_problem(words, tmp_path, world):

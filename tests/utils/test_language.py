@@ -91,8 +91,8 @@ def test_values_of_a_template_are_put_in_their_places_and_translated(chinese):
     assert language.tr("no run.sh") == "缺少 run.sh"
     assert language.tr("llm: 3 of 5 tensors differ, by at most 0.1") == "llm：5 个张量里有 3 个不同，最大相差 0.1"
     assert language.tr("weights: none usable") == "权重：没有可用的"
-    weights = language.tr("weights: 53 tensors in 1 files, 3.0 MiB, float32 (53)")
-    assert weights == "权重：53 个张量，1 个文件，3.0 MiB，float32 (53)"
+    weights = "权重：53 个张量，1 个文件，3.0 MiB，float32 (53)"
+    assert language.tr("weights: 53 tensors in 1 file, 3.0 MiB, float32 (53)") == weights
     assert language.tr("it wrote a, b and 7 more") == "写了 a, b 等，另有 7 个"
     # A file may be named like a word of the table.
     assert language.tr("no weights") == "缺少 weights"
