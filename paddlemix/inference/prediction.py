@@ -134,7 +134,7 @@ class RowJob:
         if holds_images(self.output):
             text = f"OUTPUT {self.output} holds images or records, not results: the order is {order}"
             raise UserError(text, "argument-order")
-        check_kind(self.output, "results")
+        check_kind(self.output, "scores" if want_caption else "results")
         self.facts = input_facts(input)
         self.source = find_source(model, lora_path)
         self.run = {

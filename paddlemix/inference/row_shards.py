@@ -98,7 +98,6 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         logger.info("%s is complete, written by a single process: nothing to join", output)
         return whole
     check_file(output, plain=True)
-    check_kind(output, "results")
     shards = _find(output, input)
     keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
     allow_open_files(len(shards), "raise it (ulimit -n)")
@@ -108,6 +107,8 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
         if different:
             raise UserError(f"{shard.path(output)} and shard 1 are of different runs: {different}", "other-run")
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
+    columns = run["settings"].get("columns", 1)
+    check_kind(output, "results" if columns == 1 else "scores")
     if input is not None:
         facts = input_facts(input)
         if facts.sha256 != run["input"].get("sha256"):
@@ -121,7 +122,6 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     with contextlib.ExitStack() as opened:
         files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
         out = opened.enter_context(atomic_write(output, "wb"))
-        columns = run["settings"].get("columns", 1)
         for number, line in enumerate(_in_turn(files, rows), 1):
             out.write(line)
             if line.count(b"\t") != columns:

@@ -64,7 +64,8 @@ def check_file(path: str, plain: bool = False) -> None:
 _BEGINNINGS = {
     "a report page": rb"<!doctype html>",
     "a JSON report": rb'\{\s*"(files|machine|rows)":',
-    "results": rb"[^\t\n]*\t",
+    "results": rb"[^\t\n]*\t[^\t\n]*$",
+    "scores": rb"[^\t\n]*(\t[^\t\n]*){4}$",
     "a file of --n_best": rb'\{"id":',
     "a zip archive": rb"PK",
 }
@@ -79,7 +80,7 @@ def check_kind(path: str, kind: str) -> None:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             head = file.read(1 << 16)
-        if head and not re.match(_BEGINNINGS[kind], head):
+        if head and not re.match(_BEGINNINGS[kind], head, re.MULTILINE):
             raise UserError(f"{path} exists and is not {kind}: give another output", "other-kind")
 
 

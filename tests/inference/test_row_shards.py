@@ -199,3 +199,13 @@ def test_sidecars(shards, tmp_path):
         other = tmp_path / f"out.shard-{index}-of-3.run.json"
         other.write_text(json.dumps(dict(json.loads(other.read_text()), input_rows=70)))
     assert "has 3 lines, but 24 of the 70 rows are its share" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["# Notes\n", "a\t0.5\t1.5\t1\t4\n"])
+def test_only_results_are_replaced(shards, tmp_path, text):
+    (tmp_path / "out").write_text(text)
+    with pytest.raises(UserError, match="out exists and is not results"):
+        merge(tmp_path)
+    assert (tmp_path / "out").read_text() == text
+    (tmp_path / "out").write_text("a\t旧\n", encoding="utf-8")
+    assert merge(tmp_path)["rows"] == 7

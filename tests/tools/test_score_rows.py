@@ -172,3 +172,10 @@ def test_arguments_in_another_order_are_refused(call, tmp_path):
     (tmp_path / "scores.tsv").write_bytes(table())
     status, _, err = call(table())
     assert status == 2 and re.search("OUTPUT .* the order is MODEL DATA OUT", err)
+
+
+def test_captions_are_not_replaced_by_scores(call, tmp_path):
+    (tmp_path / "scores.tsv").write_text("r0\t一只猫\n", encoding="utf-8")
+    status, _, err = call(table())
+    assert status == 2 and "scores.tsv exists and is not scores" in err
+    assert call(table(), output="new.tsv")[0] == call(table(), "--restart", output="new.tsv")[0] == 0
