@@ -229,8 +229,8 @@ def _interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
 
-def run(main: Callable[[], Optional[int]]) -> int:
-    """Run `main` and turn its outcome into an exit status.
+def run(main: Callable[[], Optional[int]], resumes: str = "") -> int:
+    """Run `main` and turn its outcome into an exit status. resumes: what is said after Ctrl-C of how to go on.
 
     0 or the return value of `main`; the `exit_code` of a UserError, shown as one line; 130 after Ctrl-C; 1, in one
     line, if a disk or folder cannot be read or written; 1, silently, if the reader of stdout went away (`| head`). Any
@@ -254,7 +254,7 @@ def run(main: Callable[[], Optional[int]]) -> int:
         if main.__module__ == "__main__" and signal.getsignal(signal.SIGINT) is _interrupt:
             # Only the interpreter's own clean-up is left.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted: {resumes}" if resumes else "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Python flushes stdout again at exit.

@@ -28,6 +28,9 @@ def test_exit_statuses(capsys):
     assert capsys.readouterr().err == "error: mend it\n"
     assert cli.run(fail(errors.JobFailed("some rows failed"))) == 1
     assert cli.run(fail(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: some rows failed\ninterrupted\n"
+    assert cli.run(fail(KeyboardInterrupt()), "try again") == 130
+    assert capsys.readouterr().err == "interrupted: try again\n"
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 // 0)
 
