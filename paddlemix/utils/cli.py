@@ -61,8 +61,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        near = nearest(unknown.group(1), list(self._option_string_actions)) if unknown else None
-        message += f"; did you mean {near}?" if near else ""
+        if unknown:
+            word, options = unknown.group(1), list(self._option_string_actions)
+            # An abbreviation may be much shorter than its option.
+            near = next((name for name in options if name.startswith(word)), nearest(word, options))
+            message += f"; did you mean {near}?" if near else ""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -62,7 +62,11 @@ def test_bad_usage_is_one_line(capsys):
 def test_abbreviations_are_refused_with_the_nearest_option(capsys):
     parser = cli.Parser(prog="tool")
     parser.add_argument("--dedupe", action="store_true")
-    for word, says in (("--dedup", "; did you mean --dedupe?"), ("--dedup=1", "; did you mean --dedupe?"), ("--x", "")):
+    parser.add_argument("--merge_model_path")
+    for word, near in (
+        ("--merge", "--merge_model_path"), ("--dedup", "--dedupe"), ("--dedup=1", "--dedupe"), ("--x", None),
+    ):  # fmt: skip
+        says = f"; did you mean {near}?" if near else ""
         assert cli.run(lambda word=word: parser.parse_args([word])) == 2
         assert capsys.readouterr().err == f"error: unrecognized arguments: {word}{says} (see tool --help)\n"
 
