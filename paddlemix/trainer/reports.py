@@ -191,11 +191,11 @@ def curves(history: Sequence[Dict[str, float]]) -> Dict[str, Tuple[List[int], Li
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """A centred running mean over a thirtieth of the values, at least 11. Near the ends the window is shorter, down
-    to 3 values, and still centred: a longer one would draw a steep beginning too low, and the end too high."""
+    """A centred running mean over a thirtieth of the values, at least 5. Near the ends the window is shorter, down
+    to 2 values: a longer one would draw a steep beginning too low, and the end too high."""
     count = len(values)
     place = np.arange(count)
-    half = np.clip(np.minimum(place, place[::-1]), 2, max(5, count // 60))
+    half = np.clip(np.minimum(place, place[::-1]), 1, max(2, count // 60))
     first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, count)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[end] - sums[first]) / (end - first)
