@@ -131,7 +131,7 @@ def main() -> int:
     stem = os.path.splitext(args.output)[0]
     names = [f"{stem}.references.tsv", f"{stem}.rejected.tsv"]
     keep_images([args.source, args.captions], [args.output, *names])
-    check_earlier(args.output, names[0], args.overwrite)
+    check_earlier(args.output, os.path.isfile(names[0]), args.overwrite)
     folder = os.path.isdir(args.source)
     if os.path.isdir(args.captions) or os.path.isfile(args.source) and is_json(args.source):
         text = f"{args.captions} is not a file of captions, or {args.source} not images: give IMAGES CAPTIONS OUT"

@@ -30,7 +30,7 @@ from paddlemix.datasets.writing import output_rows
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write
-from paddlemix.utils.json_files import write_json
+from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.outputs import check_earlier, disk_errors
 from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
@@ -329,7 +329,10 @@ def curate(
     state = FileState.of(path)
     if output is not None:
         keep_images([path, *settings.inputs], output_names(output))
-        check_earlier(output, output_names(output)[2], overwrite)
+        record = output_names(output)[2]
+        # The record of a train.json that was made of a train.tsv lies beside both.
+        source = str(read_json_object(record).get("input")) if os.path.isfile(record) else output
+        check_earlier(output, os.path.realpath(source) != os.path.realpath(output), overwrite)
     survey = survey_rows(path, settings, state, count_tokens)
     found = decide(survey, settings)
     problems = np.bincount(survey.rows["problem"], minlength=len(survey.problems)).tolist()

@@ -84,15 +84,15 @@ def check_kind(path: str, kind: str) -> None:
             raise UserError(f"{path} exists and is not {kind}: give another output", "other-kind")
 
 
-def check_earlier(output: str, beside: str, overwrite: bool) -> None:
-    """Check that an output replaces nothing but an empty file or an earlier output of the same command, which has the
-    file `beside` it; anything with `overwrite`.
+def check_earlier(output: str, ours: bool, overwrite: bool) -> None:
+    """Check that an output replaces nothing but an empty file, or one that an earlier run wrote (`ours`); anything with
+    `overwrite`.
 
     Raises:
         UserError: it does.
     """
-    if os.path.isfile(output) and os.path.getsize(output) and not os.path.isfile(beside) and not overwrite:
-        text = f"{output} exists, and not from this command (no {beside}): give another output, or --overwrite"
+    if os.path.isfile(output) and os.path.getsize(output) and not ours and not overwrite:
+        text = f"{output} exists and is not from an earlier run of this command: give another output, or --overwrite"
         raise UserError(text, "overwrite")
 
 

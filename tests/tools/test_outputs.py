@@ -108,6 +108,7 @@ def test_what_an_earlier_run_wrote_is_replaced(call, data):
     runs = [
         [*CURATE, "a.tsv", "new.tsv", "--limit", "3"],
         [*CURATE, "a.tsv", "other.tsv", "--overwrite"],
+        [*CURATE, "a.tsv", "a.json"],
         [*PUBLIC, "a.tsv", "captions.jsonl", "new.json"],
         [*PUBLIC, "a.tsv", "captions.jsonl", "c.json", "--overwrite"],
         [*COMBINE, "p.txt", "q.txt", "r.txt"],
@@ -116,6 +117,9 @@ def test_what_an_earlier_run_wrote_is_replaced(call, data):
     ]  # fmt: skip
     for words in runs * 2:
         assert call(*words)[0] == 0, words
+    # The record beside a.tsv is that of a.json.
+    status, said = call(*CURATE, "a.json", "a.tsv")
+    assert status == 2 and "a.tsv exists and is not from an earlier run" in said
 
 
 def test_converting_into_a_dataset_says_what_it_replaces(call, data):
