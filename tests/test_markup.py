@@ -13,8 +13,8 @@ from paddlemix.processors.images import MGenVLImageProcessor
 from paddlemix.processors.mgen_vl_processing import ChatTemplate, encode_prompt
 from paddlemix.processors.postprocess import without_grounding
 from paddlemix.trainer.command_line import from_values
-from paddlemix.trainer.dry_run import foresee
 from paddlemix.trainer.finetune import finetune
+from paddlemix.trainer.forecast import foresee
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import byte_vocab_tokenizer, image_base64, save_tiny_model
 from tests.inference.talking import save_talking_model

@@ -239,7 +239,7 @@ class Checks:
         import cost_7b
         import paddle
 
-        from paddlemix.trainer.dry_run import foresee
+        from paddlemix.trainer.forecast import foresee
 
         config, out = self.config(model, **LORA)
         planned = foresee([config])

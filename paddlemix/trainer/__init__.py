@@ -12,5 +12,5 @@ supervised_finetune.py
                             log: callbacks.LogLines, reports
                             evaluate: eval_captions, image_gain
                             _save_checkpoint: run_checkpoints, tuned_model.save_tuned; resume reads it again
-dry_run prints a resolved run with estimates: data_statistics, memory, work.
+forecast adds estimates to a resolved run (data_statistics, memory, work), which dry_run prints.
 """

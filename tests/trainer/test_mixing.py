@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paddlemix.trainer import dry_run
+from paddlemix.trainer import dry_run, forecast
 from paddlemix.trainer.order import EpochSampler, Order, plan_draws
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import refused
@@ -86,7 +86,7 @@ def test_log_and_dry_run_say_what_each_entry_contributes(run_keys, entries, log,
     path = tmp_path / "run.json"
     values = {"model_name_or_path": keys.model.model_name_or_path, "output_dir": str(tmp_path / "plan")}
     path.write_text(json.dumps(dict(values, do_train=True, dataset={"train": train}, max_length=256)))
-    planned = dry_run.render(dry_run.foresee([str(path)]))
+    planned = dry_run.render(forecast.foresee([str(path)]))
     assert [line.split(": ", 1)[1] for line in lines[:2]] == planned[planned.index("==== data: train") + 1 :][:2]
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from paddlemix.trainer import command_line, dry_run, reports, trainer
+from paddlemix.trainer import command_line, dry_run, forecast, reports, trainer
 from paddlemix.trainer.freeze import count_groups
 from paddlemix.trainer.run import resolve
 from paddlemix.trainer.tuned_model import base_of
@@ -70,7 +70,7 @@ def test_what_goes_on_in_the_run_is_no_problem_in_the_plan(words, log, capsys, k
 def test_what_stops_the_run_is_a_problem_in_the_plan_in_the_same_words(words, tmp_path, keys, says, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
-    found = dry_run.foresee(words(**keys))
+    found = forecast.foresee(words(**keys))
     assert any(says in problem for problem in found.problems)
     arguments, _ = command_line.read(words(**keys))
     with pytest.raises(ConfigError) as caught:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_seen_by_both(words, tmp
     other = save_tiny_model(tmp_path / "other", seed=9)
     checkpoint = str(tmp_path / "out" / "checkpoint-1")
     resumed = dict(keys, resume_from_checkpoint=checkpoint, output_dir=str(tmp_path / "new"))
-    assert dry_run.foresee(words(**LORA, **resumed)).problems == []
+    assert forecast.foresee(words(**LORA, **resumed)).problems == []
     for changes, says in (
         ({"lora": False}, "is a LoRA checkpoint, not a model"),
         (dict(LORA, lora_rank=8), "of another shape"),
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_seen_by_both(words, tmp
         (dict(LORA, model_name_or_path=other), "was tuned from other weights than"),
     ):
         command = words(**{**resumed, **changes})
-        (problem,) = dry_run.foresee(command).problems
+        (problem,) = forecast.foresee(command).problems
         assert says in problem
         with pytest.raises(UserError) as caught:
             run(command_line.parse(command))
@@ -143,7 +143,7 @@ def test_adapters_of_another_base_are_a_warning_in_both(words, tmp_path, log):
     run(command_line.parse(words(**LORA)))
     other = save_tiny_model(tmp_path / "other", seed=9)
     keys = dict(LORA, lora_path=str(tmp_path / "out"), model_name_or_path=other, output_dir=str(tmp_path / "new"))
-    found = dry_run.foresee(words(**keys))
+    found = forecast.foresee(words(**keys))
     assert found.problems == [] and any("is another model" in note for note in found.notes)
     run(command_line.parse(words(**keys)))
     assert "is another model" in log.text
@@ -160,5 +160,5 @@ def test_the_trainers_head_names_every_override():
 
 def test_a_report_without_its_package_is_a_problem_in_both(words, monkeypatch):
     monkeypatch.setattr(reports.importlib.util, "find_spec", lambda package: None)
-    (problem,) = dry_run.foresee(words(report_to=["tensorboard"])).problems
+    (problem,) = forecast.foresee(words(report_to=["tensorboard"])).problems
     assert problem.startswith("report_to tensorboard needs the package tensorboardX")

@@ -63,7 +63,7 @@ def reported(path):
                 yield text, node.lineno
 
 
-@pytest.mark.parametrize("name", ["contest/check.py", "contest/fresh.py", "trainer/dry_run.py", "trainer/run.py"])
+@pytest.mark.parametrize("name", ["contest/check.py", "contest/fresh.py", "trainer/forecast.py", "trainer/run.py"])
 def test_every_finding_of_a_report_has_a_chinese_text(root, chinese, name):
     found = list(reported(root / "paddlemix" / name))
     assert found
