@@ -101,7 +101,7 @@ def stages(args: argparse.Namespace) -> List[Stage]:
             "{python} tools/convert_labels.py {out}/{table} {out}/{name} --val_every 0",
             "{python} supervised_finetune.py config/mgen_vl/lora_sft_demo.json --seed {seed} "
             "--model_name_or_path {demo}/pretrained --output_dir {out}/lora_{name} --do_eval false "
-            "--max_steps {steps} --dataset {dataset}",
+            "--max_steps {steps} --learning_rate 0.001 --dataset {dataset}",
             "{python} predict.py {out}/unseen.tsv {out}/{name}.txt {out}/lora_{name}",
         ]
         title = f"tune {name} curation, caption unseen ads"
