@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 import os
-from typing import Any, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import numpy as np
 
@@ -117,6 +117,12 @@ def refused(kind: type, *about: str, match: Optional[str] = None) -> Iterator[An
     with pytest.raises(kind, match=match) as caught:
         yield caught
     assert set(about) <= set(caught.value.about), caught.value
+
+
+def without_coverage() -> Dict[str, str]:
+    """The environment for a process that is not measured: an interrupt between taking and releasing coverage's lock
+    makes it wait forever, and a limit on files makes its own file fail."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS_")}
 
 
 def scene(seed, size=(512, 340)):

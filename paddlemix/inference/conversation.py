@@ -120,7 +120,7 @@ def numbered(path: str, number: int) -> str:
     return path if number == 1 else f"{stem}-{number}{ending}"
 
 
-def unquoted(path: str) -> str:
+def typed_path(path: str) -> str:
     """A path as typed or dropped on a terminal: without quotes around it, and with ~ expanded."""
     path = path.strip()
     if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
@@ -128,7 +128,7 @@ def unquoted(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def is_image_file(path: str) -> bool:
+def has_image_name(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in FORMATS and os.path.isfile(path)
 
 
@@ -176,12 +176,12 @@ def converse(
                 conversation.reset()
                 print("conversation reset")
             elif command == "/image":
-                path = unquoted(argument)
+                path = typed_path(argument)
                 if not path:
                     raise UserError("/image PATH: a path, a URL or base64")
                 conversation.add_image(fetch(path))
                 print("image added; ask about it")
-            elif is_image_file(unquoted(line)):
+            elif has_image_name(typed_path(line)):
                 raise UserError(f"that is an image file: /image {line} adds it")
             elif command.startswith("/"):
                 raise UserError(f"no command {command}; /help lists them")

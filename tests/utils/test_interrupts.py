@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.helpers import image_base64
+from tests.helpers import image_base64, without_coverage
 
 # Read by every Python at its start: whoever opens an image says so, and takes a while.
 SLOW = """
@@ -34,10 +34,7 @@ def start(root, tmp_path):
     (tmp_path / "site" / "sitecustomize.py").write_text(SLOW)
     at_work = tmp_path / "at_work"
     at_work.mkdir()
-    environment = dict(os.environ, PYTHONPATH=str(tmp_path / "site"), AT_WORK=str(at_work))
-    # Interrupted between taking and releasing its own lock, coverage waits for that lock forever.
-    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
-        environment.pop(name, None)
+    environment = dict(without_coverage(), PYTHONPATH=str(tmp_path / "site"), AT_WORK=str(at_work))
     started = []
 
     def start(tool, *words):
