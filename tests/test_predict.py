@@ -813,13 +813,13 @@ from paddlemix.inference import prediction
 from paddlemix.inference.captioner import Answer
 
 class Captioner:
-    '''Takes a millisecond per row and knows it by its base64.'''
+    '''Takes three milliseconds per row and knows it by its base64.'''
     batch_size = workers = 1
     decoding = types.SimpleNamespace(stop_repeating=0)
     def __init__(self, *args, **kwargs): pass
     def captions(self, images, numbers):
         for image in images:
-            time.sleep(0.001)
+            time.sleep(0.003)
             yield image if isinstance(image, Answer) else Answer("一只" + bytes(image[:8]).decode())
 
 prediction.load_model = lambda *args: types.SimpleNamespace(
@@ -895,16 +895,6 @@ def test_launched_on_two_processes(root, model, tmp_path):
     source, whole = str(tmp_path / "in.tsv"), tmp_path / "whole.tsv"
     prediction.predict_file(source, str(whole), model, max_new_tokens=8, batch_size=8)
     assert (tmp_path / "out.tsv").read_bytes() == whole.read_bytes()
-
-
-def test_help_is_quick(root):
-    begin = time.monotonic()
-    for script in ("predict.py", "chat.py"):
-        done = subprocess.run([sys.executable, str(root / script), "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.startswith("usage: " + script)
-        assert "paddle" not in done.stderr
-    # The limit is a second each (issue 2, point 1); a busy machine may be slower.
-    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.slow

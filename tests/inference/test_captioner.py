@@ -168,7 +168,7 @@ def test_rows_ahead_are_decoded_while_the_model_answers(parts, monkeypatch):
     def answer(number, pixels):
         if number == 0:
             # Only another thread can decode 2 and 3 now.
-            for _ in range(500):
+            for _ in range(6000):
                 if {2, 3} <= decoded:
                     overlapped.set()
                     break

@@ -125,13 +125,13 @@ def test_merges_by_hand(merging, text, ids):
 def test_any_length_of_text(merging):
     """tiktoken itself gives up on a million spaces."""
     for text in (" " * 1_200_000 + "abc", "\t " * 500_000, "<img>" + "x" * 10**6 + "</img>", "<img>" * 10**5):
-        started = time.monotonic()
+        started = time.process_time()
         if "<img>" in text:
             with pytest.raises(ImageTagError):
                 merging.text_to_ids(text)
         else:
             assert merging.decode(merging.text_to_ids(text)) == text
-        assert time.monotonic() - started < 20
+        assert time.process_time() - started < 20
 
 
 def test_forked_workers_encode_alike(merging):

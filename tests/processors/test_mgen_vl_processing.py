@@ -162,9 +162,9 @@ def test_lengths_without_sequences(small, max_length):
 
 
 def test_tags_without_end_cost_no_time(small):
-    started = time.monotonic()
+    started = time.process_time()
     encode_example(small, [["<img>" * 200_000, "a"]], 1)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_history_leaves_from_the_far_end(small):

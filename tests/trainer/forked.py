@@ -47,8 +47,11 @@ class Run:
         """Freeze the run in the middle of writing one of these checkpoints; returns which."""
         for step in steps:
             partial = self.out / f"{run_checkpoints.PARTIAL_PREFIX}{step}"
+            linger = self.out.with_name("linger" + partial.name)
+            linger.touch()
             self.wait_for(partial.name, f"checkpoint-{step}")
             os.kill(self.pid, signal.SIGSTOP)
+            linger.unlink()
             if partial.exists() and not (self.out / f"checkpoint-{step}").exists():
                 return step
             os.kill(self.pid, signal.SIGCONT)

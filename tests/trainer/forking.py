@@ -9,6 +9,7 @@ With several processes, the log of process i is FILE.i, and when one fails the o
 Gloo's own connecting fails once in hundreds of runs on a busy machine (a time-out between two processes that both run):
 such a start is made again.
 stand_ins: a module of this folder whose `install` they call first, or null.
+While a file `linger.partial-N` is beside the log, checkpoint N is not sealed: its save can be stopped in time.
 """
 
 import json
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import pytest
 
@@ -24,7 +26,7 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 import supervised_finetune  # noqa: E402
-from paddlemix.trainer import finetune  # noqa: E402, F401  what takes long
+from paddlemix.trainer import finetune, run_checkpoints  # noqa: E402, F401  what takes long
 from paddlemix.utils import cli  # noqa: E402
 from tests.trainer import cpu_tensor_parallel, half_states  # noqa: E402
 
@@ -79,6 +81,14 @@ def child(stand_ins, words, log, environment) -> int:
     paddle.distributed.parallel._global_parallel_env = None
     if stand_ins is not None:
         STAND_INS[stand_ins].install(pytest.MonkeyPatch())
+    seal = run_checkpoints.seal
+
+    def seal_late(folder, *arguments):
+        while os.path.exists(os.path.join(os.path.dirname(log), "linger" + os.path.basename(folder))):
+            time.sleep(0.001)
+        seal(folder, *arguments)
+
+    run_checkpoints.seal = seal_late
     sys.argv = ["supervised_finetune.py", *words]
     status = cli.run(supervised_finetune.main)
     sys.stderr.flush()
