@@ -3,7 +3,7 @@
 Baseline: Pillow decodes and resizes, numpy divides by 255, which makes float64 of it, and paddle.vision's Normalize and
 to_tensor do the rest, as in PaddleMIX's processor for this architecture; for comparison, the same in float32 by numpy
 alone. Ours: processors.images, with its checks of untrusted images. Images of 512 px become 448 px; all fill batches
-of 8 on the device. Decoding and resizing are Pillow's on all sides.
+of 8 on the device. Decoding and resizing are Pillow's on all sides: they are the limit, measured alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def main(argv=None) -> None:
 
     texts = scratch.jpegs(2 if args.size == "quick" else 48)
 
+    def limit() -> None:
+        for text in texts:
+            resized(text)
+
     def epoch(one):
         def run() -> None:
             for begin in range(0, len(texts), 8):
@@ -60,8 +64,9 @@ def main(argv=None) -> None:
     baseline, floats, mine = epoch(theirs), epoch(plain), epoch(ours)
     baseline(), floats(), mine()
     taken = harness.pairs(args, baseline, mine)
-    bench.ratio(f"images/s against Pillow and paddle.vision ({len(texts)} images)", taken, at_least=1.5)
+    bench.ratio(f"images/s against Pillow and paddle.vision ({len(texts)} images)", taken)
     bench.ratio("images/s against Pillow and numpy in float32", harness.pairs(args, floats, mine))
+    bench.ratio("all of it ÷ decoding and resizing", harness.pairs(args, harness.timed(limit), mine), at_most=1.4)
     bench.value("images/s", len(texts) / sorted(taken.ours)[len(taken.ours) // 2], "/s")
     scale = 255 * std.reshape(3, 1, 1)
     apart = max(float((abs(theirs(text).numpy() - ours(text)) * scale).max()) for text in texts)
