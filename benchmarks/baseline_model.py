@@ -1,4 +1,4 @@
-"""Shared by the model's benchmarks: config M, the baseline's captioning and tuning and ours, each in its own process.
+"""Shared by the model's benchmarks: config M, the baseline's captioning and tuning, and ours.
 
 The baseline follows the public reference and the contest's notebook, on the same weights: PaddleNLP's unmodified QWen
 layers (attention over a cache that grows by concatenation and is transposed at every step), logits of all positions,
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import multiprocessing
-import os
 import sys
 import tempfile
 import time
-import traceback
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List
 
 import harness
@@ -25,7 +23,6 @@ import harness
 # Paddle's own defaults: one thread, MKL's slow path on AMD, freed memory returned. paddlemix leaves a variable that is
 # set to an empty value alone, and the libraries treat it as unset.
 STOCK = {"OMP_NUM_THREADS": "1", "MKL_DEBUG_CPU_TYPE": "", "GLIBC_TUNABLES": ""}
-SETTINGS = ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "GLIBC_TUNABLES")
 
 # Tokens of a training row and of a prompt, of a padded row; labelled tokens at the row's end.
 ROW_TOKENS = 300
@@ -164,9 +161,6 @@ class Way:
         pixels = rng.standard_normal((B, 3, side, side), np.float32)
         return tuple(paddle.to_tensor(array) for array in (ids, mask, labels, pixels))
 
-    def settings(self) -> Dict[str, str]:
-        return {name: os.environ.get(name, "") for name in SETTINGS}
-
     def prepare_training(self, dropout: float = LORA["dropout"], recompute: bool = False) -> None:
         """Put adapters on; from here on the model trains. recompute: the layers' activations are computed twice."""
         import paddle
@@ -219,7 +213,7 @@ class Way:
 class Ours(Way):
     """The project's own code."""
 
-    def __init__(self, size: str, layers: int = 0):
+    def __init__(self, size: str):
         import paddle
 
         from paddlemix.models.mgen_vl.configuration import MGenConfig
@@ -229,8 +223,6 @@ class Ours(Way):
 
         resolve_device("cpu")
         super().__init__(size)
-        self.on_tick = None
-        self.config.update(num_hidden_layers=layers or self.config["num_hidden_layers"])
         config = MGenConfig(**self.config)
         self.model = MGenLMHeadModel.build_lazily(config)
         tensors = self.model.state_dict()
@@ -275,54 +267,18 @@ class Ours(Way):
         """Seconds of each of `tokens` cached steps of `generate`, including its loop."""
         import paddle
 
-        class Clock:
-            ticks: List[float] = []
-
-            def put(clock, value):  # noqa: N805
-                clock.ticks.append(time.perf_counter())
-                if self.on_tick:
-                    self.on_tick(clock.ticks)
-
-            def end(clock):  # noqa: N805
-                pass
-
         ids, mask, _, pixels = self.batch(B, self.lengths["row"])
         with paddle.no_grad():
             features = self.model.visual(pixels[:1]).expand([B, -1, -1])
-        clock = Clock()
+        ticks: List[float] = []
+        clock = SimpleNamespace(put=lambda value: ticks.append(time.perf_counter()), end=lambda: None)
         self.model.generate(
             ids, image_features=features, attention_mask=mask, max_new_tokens=tokens + 1, streamer=clock,
             decode_strategy="greedy_search", eos_token_id=[self.config["eos_token_id"]],
         )  # fmt: skip
         # A step puts a token for each row.
-        ticks = clock.ticks[B - 1 :: B]
-        return [after - before for before, after in zip(ticks[-tokens - 1 :], ticks[-tokens:])]
-
-    def decode_parts(self, B: int, tokens: int) -> Dict[str, float]:
-        """Seconds per step inside attention, the decoder's matmuls and lm_head, and in all of it (with the clocks)."""
-        from paddlemix.models.mgen_vl import attention
-
-        spent = {"attention": 0.0, "matmul": 0.0, "lm_head": 0.0}
-
-        def clock(owner, method, part, inside=None):
-            def measured(call, *args, **kwargs):
-                start, nested = time.perf_counter(), spent[inside] if inside else 0.0
-                result = call(*args, **kwargs)
-                # Time inside its projections counts as theirs.
-                spent[part] += time.perf_counter() - start - (spent[inside] - nested if inside else 0.0)
-                return result
-
-            return around(owner, method, measured)
-
-        self.on_tick = lambda ticks: spent.update(dict.fromkeys(spent, 0.0)) if len(ticks) == 2 * B else None
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, self, "on_tick", None)
-            stack.enter_context(clock(attention, "linear", "matmul"))
-            for block in self.model.transformer.llm.h:
-                stack.enter_context(clock(block.attn, "forward", "attention", inside="matmul"))
-            stack.enter_context(clock(self.model, "_logits", "lm_head"))
-            steps = self.decode(B, tokens)
-        return {"all": sum(steps) / tokens, **{part: seconds / tokens for part, seconds in spent.items()}}
+        ends = ticks[B - 1 :: B]
+        return [after - before for before, after in zip(ends[-tokens - 1 :], ends[-tokens:])]
 
     def step_bytes(self, B: int) -> int:
         """Bytes that one cached step must read: the decoder's weights, lm_head, the cached keys and values."""
@@ -332,13 +288,6 @@ class Ours(Way):
 
     def bandwidth(self) -> float:
         return harness.memory_bandwidth((16 if self.size == "quick" else 512) << 20)
-
-
-class Dispatch(Ours):
-    """Ours with config M's number of layers but tiny ones: the time of Python and Paddle's calls alone."""
-
-    def __init__(self, size: str):
-        super().__init__("quick", layers=model_config(size)["num_hidden_layers"])
 
 
 class Baseline(Way):
@@ -441,81 +390,6 @@ class Baseline(Way):
             new, _ = self._greedy(ids, paddle.ones_like(ids), pixels, new_tokens)
             captions.append(single_line(decode_response(words, new[0].tolist(), stop)))
         return {"seconds": time.perf_counter() - start, "captions": captions, "batch": 1}
-
-
-class Side:
-    """A Way in its own process, with the project's CPU settings or Paddle's: `side("prefill")` calls a method.
-
-    A quick run calls it here. Leaving the `with` block ends the process; `peak` is then its peak memory in bytes.
-    """
-
-    def __init__(self, args, make: Callable[[str], Way], stock: bool = False):
-        self.peak = 0
-        self._here = None
-        if args.size == "quick":
-            self._here = make(args.size)
-            return
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, args.size), daemon=True)
-        with _environment(STOCK if stock else {}):
-            self._process.start()
-        theirs.close()
-
-    def __call__(self, method: str, *arguments) -> Any:
-        if self._here is not None:
-            return getattr(self._here, method)(*arguments)
-        self._pipe.send((method, arguments))
-        fine, result = self._pipe.recv()
-        if not fine:
-            raise RuntimeError(result)
-        return result
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        if self._here is not None:
-            self.peak = harness.peak_bytes()
-        elif exc_info[0] is None:
-            self._pipe.send(None)
-            self.peak = self._pipe.recv()
-            self._process.join()
-        else:
-            self._process.terminate()
-
-
-@contextlib.contextmanager
-def _environment(values: Dict[str, str]):
-    """Set exactly these CPU settings in the environment, for a process started in the block."""
-    before = {name: os.environ.pop(name, None) for name in SETTINGS}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _serve(pipe, make, size) -> None:
-    import paddlemix  # noqa: F401
-
-    try:
-        # Before the first call, so that the sides of a script load at the same time.
-        way, failed = make(size), None
-    except Exception:  # noqa: BLE001
-        way, failed = None, traceback.format_exc()
-    while True:
-        asked = pipe.recv()
-        if asked is None:
-            pipe.send(harness.peak_bytes())
-            return
-        try:
-            pipe.send((False, failed) if failed else (True, getattr(way, asked[0])(*asked[1])))
-        except Exception:  # noqa: BLE001
-            pipe.send((False, traceback.format_exc()))
 
 
 def check(name: str, one, other, tolerance: float) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import harness
 import scratch
-from baseline_model import Baseline, Ours, Side
+from baseline_model import STOCK, Baseline, Ours
+from harness import Side
 
 
 def main(argv=None) -> None:
@@ -17,7 +18,7 @@ def main(argv=None) -> None:
     bench = harness.Bench(args, "captions of 32 images, config M")
     many, few, tokens = {"quick": (3, 2, 4), "normal": (32, 2, 40), "large": (32, 8, 40)}[args.size]
     pictures = scratch.jpegs(many, 64 if args.size == "quick" else 512)
-    with Side(args, Ours) as ours, Side(args, Baseline) as tuned, Side(args, Baseline, stock=True) as stock:
+    with Side(args, Ours) as ours, Side(args, Baseline) as tuned, Side(args, Baseline, STOCK) as stock:
         mine, theirs = (side("caption", pictures[:2], tokens)["captions"] for side in (ours, tuned))
         if mine != theirs:
             raise SystemExit(f"error: the two sides' captions differ: {mine} {theirs}")
@@ -32,7 +33,7 @@ def main(argv=None) -> None:
                     batch = done["batch"]
         parts = ours("products", "caption", pictures, tokens)
     bench.ratio("one by one ÷ ours, per image", harness.Pairs(took["tuned"], took["ours"]))
-    # How far Paddle's own settings are from the project's depends on the processor's maker: see cpu_settings.py.
+    # How far Paddle's own settings are from the project's depends on the processor's maker.
     bench.ratio("one by one as Paddle comes ÷ ours, per image", harness.Pairs(took["stock"], took["ours"]))
     bench.value("all of it ÷ its matrix products", parts["all"] / parts["products"], "×", at_most=2)
     bench.value("images at a time, chosen", batch, "")

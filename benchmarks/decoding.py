@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import sys
 import time
 from typing import Dict, List
 
@@ -45,7 +44,7 @@ def long_tailed(count: int, longest: int = 256, median: float = 35.0) -> List[in
 class Decoding:
     """One side's model, of the paddlemix that is first on sys.path."""
 
-    def __init__(self, size: str = "normal"):
+    def __init__(self, size: str):
         self.way = baseline_model.Ours(size)
         self.few = launch.Model(self.way.config["num_hidden_layers"], 1, gpu=False)
         self.picture = scratch.jpegs(1, 512 if size != "quick" else 64)[0]
@@ -165,17 +164,11 @@ def slots(lengths: List[int]):
 def main(argv=None) -> None:
     args = harness.parse(argv, __doc__, PARTS)
     bench = harness.Bench(args, "decoding in slots, config M, against commit " + launch.BASELINE)
-    if args.size == "quick":
-        made = Decoding("quick")
-        sides = [lambda method, *rest: getattr(made, method)(*rest)] * 2
-        measure(args, bench, sides, long_tailed(5, 12, 4.0), [3] * 3)
-        return
-    with scratch.folder(64 << 20) as folder:
-        launch.check_out(folder)
-        sides = [launch.Side(where, __file__) for where in (folder, harness.ROOT)]
-        measure(args, bench, sides, long_tailed(96), [EQUAL] * 32)
-        for side in sides:
-            side.close()
+    quick = args.size == "quick"
+    lengths, equal = (long_tailed(5, 12, 4.0), [3] * 3) if quick else (long_tailed(96), [EQUAL] * 32)
+    with launch.sides(args, Decoding) as sides:
+        measure(args, bench, sides, lengths, equal)
+    bench.finish()
 
 
 def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[int]) -> None:
@@ -204,7 +197,6 @@ def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[i
             if part == "equal" and done[0]["captions"] != done[1]["captions"]:
                 raise SystemExit("error: the two sides' captions differ")
             report(bench, part, taken, *done)
-    bench.finish()
 
 
 SHARES = {"products": "its matrix products", "limit": "these at the speed of a large one"}
@@ -226,4 +218,4 @@ def report(bench: harness.Bench, part: str, lengths: List[int], theirs: Dict, ou
 
 
 if __name__ == "__main__":
-    launch.serve(Decoding) if sys.argv[1:] == ["--serve"] else main()
+    main()

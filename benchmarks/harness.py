@@ -29,8 +29,10 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if ROOT not in sys.path:
@@ -167,6 +169,69 @@ def _child(sender: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> N
     start = time.perf_counter()
     result = call(*arguments)
     sender.send(Done(result, time.perf_counter() - start, peak_bytes()))
+
+
+class Side:
+    """Something to time in a process of its own: `side("prefill", 8)` calls its method `prefill(8)` there.
+
+    make: a module-level function or class, called in that process with the size of the run. environment: variables to
+    set there. folder: where its paddlemix is imported from (default: this project). A quick run makes and calls it
+    here. Leaving the `with` block ends the process; `peak` is then its peak memory in bytes.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, make: Callable[[str], Any], environment: Optional[Mapping[str, str]] = None,
+        folder: str = ROOT,
+    ):  # fmt: skip
+        self.peak = 0
+        self._here = make(args.size) if args.size == "quick" else None
+        if self._here is not None:
+            return
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args.size, folder), daemon=True)
+        with mock.patch.dict(os.environ, environment or {}):
+            self._process.start()
+        theirs.close()
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        if self._here is not None:
+            return getattr(self._here, method)(*arguments)
+        self._pipe.send((method, arguments))
+        fine, result = self._pipe.recv()
+        if not fine:
+            raise RuntimeError(result)
+        return result
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, kind: Any, *exc_info: Any) -> None:
+        if self._here is not None:
+            self.peak = peak_bytes()
+        elif kind is None:
+            self._pipe.send(None)
+            self.peak = self._pipe.recv()
+            self._process.join()
+        else:
+            self._process.terminate()
+
+
+def _serve(pipe: Any, make: Callable[[str], Any], size: str, folder: str) -> None:
+    sys.path.insert(0, folder)
+    import paddlemix  # noqa: F401 (the CPU settings)
+
+    try:
+        # Before the first call, so that the sides of a script load at the same time.
+        made, failed = make(size), None
+    except Exception:  # noqa: BLE001
+        made, failed = None, traceback.format_exc()
+    for method, arguments in iter(pipe.recv, None):
+        try:
+            pipe.send((False, failed) if failed else (True, getattr(made, method)(*arguments)))
+        except Exception:  # noqa: BLE001
+            pipe.send((False, traceback.format_exc()))
+    pipe.send(peak_bytes())
 
 
 class Bench:

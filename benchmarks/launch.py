@@ -12,12 +12,10 @@ in neither. "In half precision" is a step under autocast, with what Paddle and b
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import operator
 import subprocess
-import sys
 import time
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
 import harness
 import scratch
@@ -26,8 +24,6 @@ BASELINE = "c9537fc"
 LAYERS = 32, 48
 TOKENS = 20
 START, END = 90, 91
-# What a Side prints before an answer; Paddle prints, too.
-REPLY = "reply "
 
 
 class Model:
@@ -69,10 +65,10 @@ class Model:
         )  # fmt: skip
         return time.thread_time() - start
 
-    def token(self, repeats: int = 5) -> List[float]:
+    def token(self) -> List[float]:
         """Seconds of one decoded token, and of the prefill with its image."""
         self.generate(2)
-        few, many = (min(self.generate(n) for _ in range(repeats)) for n in (4, 4 + TOKENS))
+        few, many = (min(self.generate(n) for _ in range(5)) for n in (4, 4 + TOKENS))
         token = (many - few) / TOKENS
         return [token, few - 3 * token]
 
@@ -154,40 +150,6 @@ def one_call(x, weight, epsilon, added=None):
     return added, added
 
 
-class Side:
-    """A script's `serve` in a process of its own, over the project in `folder`."""
-
-    def __init__(self, folder: str, script: str = __file__, threads: str = "1"):
-        self._folder = folder
-        environment = dict(os.environ, PYTHONPATH=folder, OMP_NUM_THREADS=threads)
-        self._process = subprocess.Popen(
-            [sys.executable, os.path.abspath(script), "--serve"], cwd=folder, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        self._process.stdin.write(json.dumps([method, *arguments]) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith(REPLY):
-                return json.loads(line[len(REPLY) :])
-        raise SystemExit(f"error: the side in {self._folder} ended with status {self._process.wait()}")
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve(make: Callable[[], Any]) -> None:
-    """Call methods of what `make` makes, as a Side asks for."""
-    # This folder's own harness put the other project first.
-    sys.path[:] = [os.getcwd()] + [path for path in sys.path if path != harness.ROOT]
-    made = make()
-    for line in sys.stdin:
-        method, *arguments = json.loads(line)
-        print(REPLY + json.dumps(getattr(made, method)(*arguments)), flush=True)
-
-
 def check_out(folder: str) -> None:
     """The baseline's files, in `folder`."""
     archive = subprocess.run(["git", "archive", BASELINE, "paddlemix"], cwd=harness.ROOT, capture_output=True)
@@ -196,39 +158,39 @@ def check_out(folder: str) -> None:
     subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
 
 
+def make(size: str) -> Model:
+    return Model(1, 1, gpu=False) if size == "quick" else Model(*LAYERS)
+
+
+@contextlib.contextmanager
+def sides(args, make: Callable[[str], Any]) -> Iterator[List[harness.Side]]:
+    """The baseline's side and ours, of one thread each; in a quick run both are ours."""
+    with scratch.folder(64 << 20) as folder, contextlib.ExitStack() as stack:
+        if args.size != "quick":
+            check_out(folder)
+        thread = {"OMP_NUM_THREADS": "1"}
+        yield [stack.enter_context(harness.Side(args, make, thread, where)) for where in (folder, harness.ROOT)]
+
+
 def main(argv=None) -> None:
     args = harness.parse(argv, __doc__)
     bench = harness.Bench(args, "Launching at the 7B's depth, CPU time of the launching thread")
-    if args.size == "quick":
-        report(bench, *[[[1e-3, 1e-3]]] * 6)
-        return
-    with scratch.folder(64 << 20) as folder:
-        check_out(folder)
-        sides = Side(folder), Side(harness.ROOT)
-        tokens, steps, half = ([], []), ([], []), ([], [])
+    token, step, half = ("token",), ("step",), ("step", True)
+    taken = {call: ([], []) for call in (token, step, half)}
+    with sides(args, make) as both:
         for number in range(args.pairs):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
-                tokens[which].append(sides[which]("token"))
-                steps[which].append(sides[which]("step"))
-                half[which].append(sides[which]("step", True))
-        for side in sides:
-            side.close()
-    report(bench, *tokens, *steps, *half)
-
-
-def report(bench, base_tokens, tokens, base_steps, steps, base_half, half) -> None:
-    """Each a list of pairs of seconds."""
-    def both(theirs, ours, pick):
-        return harness.Pairs([pick(pair) for pair in theirs], [pick(pair) for pair in ours])
-
-    bench.ratio("a decoded token", both(base_tokens, tokens, lambda pair: pair[0]), at_most=0.5)
-    bench.ratio("prefill with an image", both(base_tokens, tokens, lambda pair: pair[1]), at_most=1)
-    bench.ratio("a LoRA micro-step", both(base_steps, steps, sum), at_most=0.75)
-    for name, part in (("forward", 0), ("backward", 1)):
-        bench.ratio("of it " + name, both(base_steps, steps, lambda pair, part=part: pair[part]), at_most=1)
-    bench.ratio("a LoRA micro-step in half precision", both(base_half, half, sum), at_most=0.75)
+                for call, seconds in taken.items():
+                    seconds[which].append(both[which](*call))
+    first, second = operator.itemgetter(0), operator.itemgetter(1)
+    for name, call, pick, bound in (
+        ("a decoded token", token, first, 0.5), ("prefill with an image", token, second, 1),
+        ("a LoRA micro-step", step, sum, 0.75), ("of it forward", step, first, 1), ("of it backward", step, second, 1),
+        ("a LoRA micro-step in half precision", half, sum, 0.75),
+    ):  # fmt: skip
+        bench.ratio(name, harness.Pairs(*(list(map(pick, seconds)) for seconds in taken[call])), at_most=bound)
     bench.finish()
 
 
 if __name__ == "__main__":
-    serve(lambda: Model(*LAYERS)) if sys.argv[1:] == ["--serve"] else main()
+    main()

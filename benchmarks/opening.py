@@ -54,17 +54,6 @@ def open_model(folder: str) -> list:
     return [seconds, before, harness.peak_bytes()]
 
 
-def lazily(folder: str) -> list:
-    """[seconds, memory before, peak] of opening the file and reading one tensor."""
-    from paddlemix.checkpoint.shards import open_weights
-
-    before = harness.peak_bytes()
-    start = time.perf_counter()
-    with open_weights(folder) as reader:
-        reader.read("transformer.llm.h.0.attn.c_proj.weight").sum()
-        return [time.perf_counter() - start, before, harness.peak_bytes()]
-
-
 def measure(args, bench: harness.Bench, base: str, format: str) -> None:
     total = checkpoints.write(base, args.size, format)
     opened = []
@@ -83,9 +72,6 @@ def measure(args, bench: harness.Bench, base: str, format: str) -> None:
     bench.value(f"reading through 1 MB, {format}", through, "s")
     memory = max(peak - before for _, before, peak in opened) / total
     bench.value(f"memory beyond the imports, {format}", memory, "× the weights", at_most=1.1)
-    seconds, before, peak = harness.in_child(args, lazily, base).result
-    bench.value(f"one tensor of the file, {format}", seconds * 1e3, "ms")
-    bench.value(f"memory of that, {format}", (peak - before) / 1e6 + 0.001, "MB")
 
 
 def main(argv=None) -> None:

@@ -11,7 +11,8 @@ import statistics
 
 import baseline_model
 import harness
-from baseline_model import Baseline, Ours, Side
+from baseline_model import Baseline, Ours
+from harness import Side
 
 
 def main(argv=None) -> None:
