@@ -142,7 +142,7 @@ class TrainingKeys:
     eval_accumulation_steps: Optional[int] = key(
         None, "Evaluation batches whose losses are kept on the card before they are fetched.", at_least=1
     )
-    num_train_epochs: float = key(1.0, "Epochs: passes over the data.", above=0)
+    num_train_epochs: float = key(1.0, "Epochs: passes over the data.", above=0, at_most=1_000_000)
     max_steps: int = key(-1, "Optimizer steps; if positive, overrides num_train_epochs.", at_least=-1)
     learning_rate: float = key(5e-5, "Peak learning rate.", at_least=0)
     mm_projector_lr: Optional[float] = key(

@@ -105,7 +105,7 @@ def from_text(key: Key, args: List[str]) -> Any:
             return text.lower() in TRUE
         raise _wrong_kind(key, text)
     try:
-        value = float(text) if kind in (int, float) and text.lower() not in ("nan", "inf") else json.loads(text)
+        value = float(text) if kind in (int, float) else json.loads(text)
     except ValueError:
         raise _wrong_kind(key, text) from None
     return from_json(key, value)
@@ -116,8 +116,8 @@ def expand_path(key: Key, value: Any) -> Any:
     return os.path.expanduser(value) if value and key.limits.get("path") else value
 
 
-# Of integers without a limit: what visualdl, Paddle and numpy take.
-_MOST = 2**31 - 1
+# Of numbers without a limit: what visualdl, Paddle and numpy take, and what float32 holds.
+_MOST = {int: 2**31 - 1, float: 3e38}
 
 
 def check_limits(key: Key, value: Any) -> None:
@@ -135,7 +135,7 @@ def check_limits(key: Key, value: Any) -> None:
             raise ConfigError(f"{key.name} must be at least {limits['at_least']}, not {one}", key.name)
         if "above" in limits and not one > limits["above"]:
             raise ConfigError(f"{key.name} must be above {limits['above']}, not {one}", key.name)
-        most = limits.get("at_most", _MOST if type(one) is int else None)
+        most = limits.get("at_most", _MOST.get(type(one)))
         if most is not None and not one <= most:
             raise ConfigError(f"{key.name} must be at most {most}, not {shown(one)}", key.name)
 

@@ -127,6 +127,8 @@ def test_key_like_none_points_to_the_list(parse):
         ("per_device_train_batch_size", 10**9, "at most 4096"),
         ("lora_rank", 10**9, "at most 65536"),
         ("num_train_epochs", 0, "above 0"),
+        ("num_train_epochs", 1e10, "at most 1000000"),
+        ("max_grad_norm", 1e300, "at most 3e+38"),
         ("lr_scheduler_type", "cosin", 'did you mean "cosine"'),
         ("fp16_opt_level", "O3", '"O1", "O2"'),
         ("report_to", ["wandb"], '"visualdl"'),
@@ -208,6 +210,15 @@ def test_wrong_words_on_the_command_line(parse, words, about):
     with pytest.raises(ConfigError) as caught:
         parse({}, *words)
     assert caught.value.about == (about,)
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-infinity", "1e999"])
+def test_every_number_is_finite(parse, word):
+    for name, key in keys.known_keys().items():
+        if "float" in str(key.hint):
+            with pytest.raises(ConfigError) as caught:
+                parse({}, f"--{name}={word}")
+            assert caught.value.about == (name,)
 
 
 def test_broken_config_files(tmp_path):
