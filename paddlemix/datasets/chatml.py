@@ -28,7 +28,7 @@ from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
 from paddlemix.datasets.rows import image_bytes
 from paddlemix.datasets.tsv import MAX_ROW_BYTES, ImagePlace
-from paddlemix.processors.content import count_images
+from paddlemix.processors.content import NAMED_IMAGE, as_text, count_images, with_images
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.processors.mgen_vl_processing import (
     ChatTemplate,
@@ -65,7 +65,12 @@ class _Part(NamedTuple):
         if not self.prompts or not record.images:
             return record
         prompt = random.Random(f"{self.seed} {row}").choice(self.prompts)
-        return record._replace(turns=[(prompt, record.turns[0][1]), *record.turns[1:]])
+        (question, answer), *later = record.turns
+        if any(NAMED_IMAGE.search(text) for text, _ in later):
+            # Images are placed before the first prompt only if no prompt shows where they belong.
+            missing = len(NAMED_IMAGE.findall(question)) - len(NAMED_IMAGE.findall(prompt))
+            prompt = as_text(with_images(prompt, missing))
+        return record._replace(turns=[(prompt, answer), *later])
 
 
 class Source(NamedTuple):
@@ -247,8 +252,10 @@ class ChatmlDataset:
 
         Computed once and cached next to each JSON file (see datasets.lengths). Unusable records have length 0.
         """
-        found = []
+        found: Dict[int, Tuple[np.ndarray, ...]] = {}
         for part in self._parts:
+            if id(part) in found:  # repeated
+                continue
             counter = LengthCounter(self.tokenizer, part.template, self.max_length)
             asked = (part.prompts, part.seed) if part.prompts else ()
             key = lengths_key(self.tokenizer, part.template, self.max_length, *asked)
@@ -258,8 +265,8 @@ class ChatmlDataset:
                 return counter(record.turns, len(record.images)), bool(record.images)
 
             arrays = cached_lengths(part.path, key, len(part.bounds), measure)
-            found.append(arrays if part.kept is None else tuple(values[part.kept] for values in arrays))
-        return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*found)))
+            found[id(part)] = arrays if part.kept is None else tuple(values[part.kept] for values in arrays)
+        return SampleLengths(*map(np.concatenate, zip(*(found[id(part)] for part in self._parts))))
 
     def sample(self, index: int) -> Sample:
         """The sample at `index`: input_ids, labels int64 [t], images float32 [n, 3, S, S].

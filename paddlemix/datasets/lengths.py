@@ -23,7 +23,7 @@ from paddlemix.utils.runtime import physical_cores
 
 # Magic with the format's number, size and mtime_ns of the JSON, number of records, key.
 _HEADER = struct.Struct("<8sqqq32s")
-_MAGIC = b"MGENLEN2"
+_MAGIC = b"MGENLEN3"
 # From here on, a progress bar and worker processes are worthwhile.
 _MANY_RECORDS = 20_000
 _CHUNK = 2_000

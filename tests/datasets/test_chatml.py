@@ -405,6 +405,13 @@ def test_limit_repeat_and_prompts_of_an_entry(tmp_path, tokenizer):
     assert prompts[60] == "描述" and set(prompts[:60]) == set(asked) and prompts[:61] == prompts[61:]
     assert prompts != [built(2, prompt=asked, repeat=2).record(i).turns[0][0] for i in range(122)]
     assert prompted.question(0).answer == "标题0"
+    # Later prompts keep their images, and the first one's are placed before its new text.
+    turns = [["一<img></img>", "甲"], ["二<img></img>", "乙"]]
+    talk = write(tmp_path / "talk.json", [record(0, conversations=turns, image=[image_base64(0), image_base64(1)])])
+    several = build_dataset([Entry("chatml_dataset", (talk,), prompt=asked[:1])], tokenizer, IMAGE_PROCESSOR, run)
+    questions = [text for text, _ in several.record(0).turns]
+    assert questions == ["Picture 1: <img></img>\n图中有什么？", "二<img></img>"]
+    assert len(several.sample(0)["images"]) == 2
     # The counted lengths are those of the samples, and kept apart from those of other prompts.
     for dataset in (prompted, limited, built(prompt=asked[:1]), whole):
         lengths = dataset.lengths().tokens.tolist()

@@ -34,6 +34,17 @@ def record(number, caption="words", **values):
     return json.dumps(dict({"id": str(number), "conversations": [["what?", caption]]}, **values))
 
 
+def test_a_repeated_file_is_measured_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(lengths, "_load", lambda *args: None)
+    calls = []
+    measure_all = lengths._measure_all
+    monkeypatch.setattr(lengths, "_measure_all", lambda *args: calls.append(args) or measure_all(*args))
+    path = write(tmp_path / "train.json", [record(number, "w" * number) for number in range(3)])
+    once = dataset(path, tokenizer).lengths().tokens.tolist()
+    assert dataset(path, tokenizer, repeat=3).lengths().tokens.tolist() == 3 * once
+    assert len(calls) == 2
+
+
 def dataset(path, tokenizer, **options):
     return ChatmlDataset(path, options.pop("template", None), tokenizer, MGenVLImageProcessor(56), **options)
 
