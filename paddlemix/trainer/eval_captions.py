@@ -34,6 +34,15 @@ def _prompts(group: Iterable[Tuple[int, Question]], asked: List[Caption]) -> Ite
         yield Prompt(question.ids, question.images, key=index)
 
 
+def caption_count(arguments: Arguments, samples: int) -> int:
+    """How many captions an evaluation of so many validation samples generates."""
+    data, training = arguments.data, arguments.training
+    if not data.eval_with_do_generation:
+        return 0 if training.benchmark else min(data.shown_captions, samples)
+    batches = training.max_evaluate_steps
+    return min(batches * training.per_device_eval_batch_size, samples) if batches > 0 else samples
+
+
 class CaptionEvaluator:
     """Generates the first caption of each validation sample.
 
@@ -51,11 +60,10 @@ class CaptionEvaluator:
             top_p=generation.top_p,
             stop_repeating=STOP_REPEATING,
         )
-        self.batch_size, batches = training.per_device_eval_batch_size, training.max_evaluate_steps
+        self.batch_size = training.per_device_eval_batch_size
         self.scored, self.saved = data.eval_with_do_generation, data.save_generation_output
         self.shown = 0 if training.benchmark else data.shown_captions
-        most = self.batch_size * batches if batches > 0 else len(dataset)
-        self.limit = min(most if self.scored else self.shown, len(dataset))
+        self.limit = caption_count(arguments, len(dataset))
 
     def captions(
         self, model, between: Callable[[], None] = lambda: None, done: Callable[[], None] = lambda: None

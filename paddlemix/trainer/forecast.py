@@ -17,6 +17,7 @@ from paddlemix.checkpoint.model_folder import VOCABULARIES
 from paddlemix.trainer import memory, work
 from paddlemix.trainer.command_line import read
 from paddlemix.trainer.data_statistics import DataStatistics, data_statistics, padded
+from paddlemix.trainer.eval_captions import caption_count
 from paddlemix.trainer.machine import card
 from paddlemix.trainer.run import Run, resolve
 from paddlemix.utils.compat import PADDLE_3
@@ -72,11 +73,11 @@ def evaluations(run: Run) -> Optional[Evaluations]:
     if not training.evaluates or "eval" not in run.datasets or order is None:
         return None
     batch = training.per_device_eval_batch_size * run.data_parallel
-    samples = len(run.datasets["eval"])
-    batches = math.ceil(samples / batch)
+    rows = len(run.datasets["eval"])
+    batches = math.ceil(rows / batch)
     if training.max_evaluate_steps > 0:
         batches = min(batches, training.max_evaluate_steps)
-    samples = min(samples, batches * batch)
+    samples = min(rows, batches * batch)
     every = {
         "steps": training.eval_steps or training.logging_steps, "epoch": order.steps_per_epoch,
     }.get(training.evaluation_strategy, order.steps)  # fmt: skip
@@ -85,7 +86,6 @@ def evaluations(run: Run) -> Optional[Evaluations]:
     # A step's passes over the weights: forward, gradients of activations, of what trains, and the forward once more.
     passes = 2 + trained / sum(sum(count) for count in run.counts().values()) + training.recompute
     per_step = order.per_step * order.samples / order.count
-    generated = samples if data.eval_with_do_generation else min(data.shown_captions, samples)
     return Evaluations(
         times=times,
         batches=batches,
@@ -93,7 +93,7 @@ def evaluations(run: Run) -> Optional[Evaluations]:
         every=every,
         # The decoder sees each batch a second time, with blank images.
         steps=samples * (1 + data.eval_image_gain) / passes / per_step,
-        captions=generated,
+        captions=caption_count(run.arguments, rows),
         tokens=run.arguments.generation.max_new_tokens,
     )
 

@@ -13,6 +13,7 @@ from paddlemix.checkpoint.shards import WeightsReader
 from paddlemix.models.mgen_vl.configuration import MGenConfig
 from paddlemix.models.mgen_vl.parameters import parameter_shapes
 from paddlemix.trainer import command_line, dry_run, forecast, machine, run_checkpoints
+from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import IMAGE_START_ID, byte_vocab_tokenizer
 from tests.trainer.runs import LORA, LORA_POOL, write_data
@@ -138,6 +139,12 @@ def test_what_evaluations_cost_is_in_the_plan(words, world):
     assert not [note for note in found.notes if "an evaluation" in note]
     text = "\n".join(dry_run.render(found))
     assert "each with 4 samples in 1 batches" in text and "; each generates 4 captions of at most 9 tokens" in text
+    # As many as are generated: the cards do not share them, and a benchmark shows none.
+    keys.update(shown_captions=3)
+    for changes, count in (({}, 4), ({"eval_with_do_generation": False, "benchmark": True}, 0)):
+        run = forecast.foresee(words(**LORA, **dict(keys, **changes)), "2xA100-80GB").run
+        assert forecast.evaluations(run).captions == count
+        assert CaptionEvaluator(run.datasets["eval"], run.tokenizer, run.arguments).limit == count
     assert forecast.evaluations(forecast.foresee(words(do_eval=True, max_steps=6, dataset=dataset)).run).times == 1
     assert forecast.evaluations(forecast.foresee(words(max_steps=6)).run) is None
 
