@@ -169,6 +169,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.received, self._name = False, "SIGTERM"
+        self._saved = -1  # step of the last checkpoint
         self._previous: Dict[int, Any] = {}
 
     def asked(self) -> bool:
@@ -212,6 +213,10 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.asked():
             control.should_evaluate = False
+            control.should_save = control.should_save and self._saved != state.global_step
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = state.global_step
 
     def disarm(self):
         """Restore the former signal handlers, however training ended."""

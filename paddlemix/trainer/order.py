@@ -141,6 +141,8 @@ class Order(NamedTuple):
             "accumulation": self.accumulation,
             "seed": self.seed,
         }
+        if self.drop_last:
+            settings["dataloader_drop_last"] = 1
         if self.packs is not None:
             settings.update(mixtoken=self.packs.digest(), sequences=self.packs.count, max_length=self.packs.max_length)
         if self.lengths is not None:

@@ -293,7 +293,8 @@ def _decide_output(run: Run) -> None:
             run.warnings.append(f"nothing to resume in {training.output_dir}: starting from step 0")
     if run.resume_from is not None:
         run.notes.append(f"resumes from {run.resume_from}")
-    elif run.old_files:
+    # A run that goes on in its own folder deletes only the note that it was finished.
+    if run.old_files and (run.resume_from is None or len(run.old_files) > 1):
         names = [os.path.basename(path) for path in run.old_files]
         more = " …" if len(names) > 6 else ""
         run.notes.append(f"overwrite_output_dir: deletes from {training.output_dir} {', '.join(names[:6])}{more}")

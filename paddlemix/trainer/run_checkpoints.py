@@ -124,8 +124,8 @@ def check_output(
 
     resume: from the newest complete checkpoint in output_dir; without one the folder must hold no result. resume_from:
     from this folder, which must be the newest in output_dir if that has any. Otherwise a folder with an unfinished run
-    is refused, and the result of a finished one is replaced only with `overwrite`. A finished run that is resumed
-    counts as unfinished again, so its RESULT_NAME is to be deleted.
+    is refused. A finished run that is resumed counts as unfinished again, so its RESULT_NAME is to be deleted; any
+    other result is replaced only with `overwrite`.
 
     Raises:
         ConfigError: the folder holds a run and neither resume nor overwrite is set.
@@ -137,16 +137,14 @@ def check_output(
         )
     last, result = last_complete(output_dir), os.path.join(output_dir, RESULT_NAME)
     finished = [result] if os.path.isfile(result) else []
-    if resume_from:
-        if last is not None and not os.path.samefile(last, resume_from):
-            # With both, the next --resume would take the newest, whichever run it belongs to.
-            raise ConfigError(
-                f"{output_dir} also contains {os.path.basename(last)}, from which --resume would continue; to "
-                f"resume from {resume_from}, set another output_dir, or delete the newer checkpoints",
-                "resume_from_checkpoint",
-            )
-        return resume_from, finished
-    if resume and last is not None:
+    if resume_from and last is not None and not os.path.samefile(last, resume_from):
+        # With both, the next --resume would take the newest, whichever run it belongs to.
+        raise ConfigError(
+            f"{output_dir} also contains {os.path.basename(last)}, from which --resume would continue; to "
+            f"resume from {resume_from}, set another output_dir, or delete the newer checkpoints",
+            "resume_from_checkpoint",
+        )
+    if last is not None and (resume or resume_from):
         return last, finished
     old = checkpoints(output_dir)
     if os.path.isdir(output_dir):
@@ -172,7 +170,7 @@ def check_output(
             f"{output_dir} contains the result of a run: set overwrite_output_dir=true or another output_dir",
             "overwrite_output_dir",
         )
-    return None, old
+    return resume_from, old
 
 
 def clear_output(output_dir: str, old: List[str]) -> None:

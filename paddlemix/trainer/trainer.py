@@ -244,6 +244,10 @@ class FinetuneTrainer(Trainer):
         final = os.path.join(output_dir, f"checkpoint-{step}")
         partial = os.path.join(output_dir, f"{run_checkpoints.PARTIAL_PREFIX}{step}")
         written = os.path.join(partial, f"checkpoint-{step}")
+        deciding = "eval_" + (self.args.metric_for_best_model or "loss").replace("eval_", "")
+        if metrics is not None and not math.isfinite(metrics[deciding]):
+            # NaN would remain the best: no later value compares as better.
+            metrics = None
         with run_checkpoints.disk_errors(f"checkpoint-{step}", partial):
             with self._writing_to(partial):
                 super()._save_checkpoint(model, metrics)
@@ -341,6 +345,14 @@ class FinetuneTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; load the best weights at the end with load_best_model_at_end. Returns the metrics."""
+        metrics = self._train(resume_from_checkpoint, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.load_best and best is not None:
+            logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
+            self.load_weights(best)
+        return metrics
+
+    def _train(self, resume_from_checkpoint, **kwargs) -> Dict[str, float]:
         given = contextlib.nullcontext()
         if resume_from_checkpoint is not None:
             position = resume.read_position(resume_from_checkpoint)
@@ -360,7 +372,7 @@ class FinetuneTrainer(Trainer):
             # Optimizer states get generated names too (see finetune.build).
             with paddle.utils.unique_name.guard(), given:
                 metrics = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs).metrics
-                metrics.update(peak_memory())
+                return dict(metrics, **peak_memory())
         except SystemError as error:
             # Paddle's message for a dead loader worker; the worker's own error is lost.
             if "DataLoader process" not in str(error):
@@ -372,8 +384,3 @@ class FinetuneTrainer(Trainer):
         finally:
             self.stop.disarm()
             self.lines.close()
-        best = self.state.best_model_checkpoint
-        if self.load_best and best is not None:
-            logger.info(f"Loading best model from {best} (score: {self.state.best_metric})")
-            self.load_weights(best)
-        return metrics

@@ -167,30 +167,46 @@ def test_benchmark_leaves_an_earlier_result(run_keys, tmp_path):
 
 
 def test_best_model_is_loaded_at_the_end(run_keys, tmp_path):
-    # The second step, with an absurd rate, makes it worse.
-    keys = run_keys(
-        **LORA,
+    # The loss falls, and the highest is asked for: the last weights are not the best.
+    keys = dict(
+        LORA,
         max_steps=2,
-        learning_rate=3.0,
+        learning_rate=1e-2,
         save_steps=1,
         eval_steps=1,
         evaluation_strategy="steps",
         load_best_model_at_end=True,
+        greater_is_better=True,
         lr_scheduler_type="constant",
     )
-    run(keys)
+    run(run_keys(**keys))
     out = tmp_path / "out"
     state = json.loads((out / "trainer_state.json").read_text())
-    losses = {
-        line["step" if "step" in line else "epoch"]: line["eval_loss"]
-        for line in state["log_history"]
-        if "eval_loss" in line
-    }
-    best = min(range(2), key=list(losses.values()).__getitem__) + 1
-    assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
-    final = paddle.load(str(out / "lora_model_state.pdparams"), return_numpy=True)
-    expected = paddle.load(str(out / f"checkpoint-{best}" / "lora_model_state.pdparams"), return_numpy=True)
+    losses = [line["eval_loss"] for line in state["log_history"] if "eval_loss" in line]
+    assert losses[0] > losses[1] and state["best_metric"] == losses[0]
+    assert state["best_model_checkpoint"] == str(out / "checkpoint-1")
+    final, expected = final_weights(out), final_weights(out / "checkpoint-1")
     assert all(np.array_equal(final[name], expected[name]) for name in expected)
+    # Also of a run that was killed before it could write the result.
+    (out / "train_results.json").unlink()
+    run(run_keys(**keys, resume=True))
+    again = final_weights(out)
+    assert all(np.array_equal(again[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_whose_loss_is_not_finite_is_never_the_best(run_keys, tmp_path, monkeypatch):
+    keys = dict(LORA, save_steps=1, eval_steps=1, evaluation_strategy="steps", load_best_model_at_end=True)
+    trainer = start(run_keys(**keys))
+    evaluate = trainer.evaluate
+
+    def overflowing(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        return dict(metrics, eval_loss=float("nan")) if trainer.state.global_step == 1 else metrics
+
+    monkeypatch.setattr(trainer, "evaluate", overflowing)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-2")
+    assert trainer.state.best_metric > 0
 
 
 def test_merged_folder_gives_the_adapters_logits(run_keys, world, tmp_path):
@@ -420,6 +436,9 @@ def test_resuming_with_another_order_of_samples_is_refused(run_keys):
     run(run_keys(save_steps=1, **LORA))
     with refused(ConfigError, "seed", match="42.* 7"):
         run(run_keys(save_steps=1, resume=True, seed=7, max_steps=4, **LORA))
+    # It decides where epochs end.
+    with refused(ConfigError, "dataloader_drop_last"):
+        run(run_keys(save_steps=1, resume=True, dataloader_drop_last=True, max_steps=4, **LORA))
 
 
 def test_an_unfinished_run_is_not_overwritten(run_keys, tmp_path):
@@ -450,7 +469,8 @@ def test_the_old_result_stays_until_the_new_run_can_start(run_keys, tmp_path):
 def test_a_signal_saves_and_says_how_to_go_on(run_keys, tmp_path, log, number, request):
     before = signal.signal(number, signal.SIG_DFL)  # which may be to ignore it
     request.addfinalizer(lambda: signal.signal(number, before))
-    trainer = start(run_keys(max_steps=50, save_strategy="no", **LORA))
+    # With an epoch, too, the checkpoint is written once: there may be only seconds.
+    trainer = start(run_keys(max_steps=50, save_strategy="epoch", **LORA))
     step = trainer.training_step
 
     def step_with_signal(*args, **kwargs):
@@ -464,6 +484,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run_keys, tmp_path, log, number, r
     assert f"{signal.Signals(number).name}: stopping after step 3" in log.text
     assert trainer.stop.received and trainer.state.global_step == 3
     assert run_checkpoints.last_complete(str(tmp_path / "out")).endswith("checkpoint-3")
+    assert log.text.count("Saved model checkpoint to") == 1
 
 
 def test_a_log_names_no_folder_that_is_there_for_a_moment(run_keys, tmp_path, capsys):

@@ -115,6 +115,17 @@ def test_going_on_from_another_checkpoint_leaves_none_behind_unsaid(tmp_path, in
     assert prepare(tmp_path / "other", resume_from=path) == path
 
 
+def test_a_run_from_elsewhere_replaces_a_result_only_on_demand(tmp_path):
+    path = make(tmp_path / "elsewhere", 2)
+    for name in ("train_results.json", "lora_model_state.pdparams"):
+        (tmp_path / name).write_text("x")
+    with refused(ConfigError, "overwrite_output_dir"):
+        prepare(tmp_path, resume_from=path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert prepare(tmp_path, overwrite=True, resume_from=path) == path
+    assert [left.name for left in tmp_path.iterdir()] == ["elsewhere"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("left", ["train_results.json", "lora_model_state.pdparams", "a broken checkpoint"])
 def test_resuming_without_a_checkpoint_never_replaces_a_result(tmp_path, left, overwrite):
