@@ -250,7 +250,7 @@ def test_the_chinese_readme_leads_to_the_chinese_pages():
         "config", "predict", "evaluation", "submission", "troubleshooting",
     }  # fmt: skip
     for english, chinese in pages.items():
-        assert f"`{chinese}`" in text and f"`{english}`" not in text, chinese
+        assert f"({chinese})" in text and f"({english})" not in text, chinese
 
 
 @pytest.mark.parametrize("english, chinese", list(chinese_pages()))
