@@ -47,7 +47,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """Decoding options, to be read by decoding_options."""
     chosen = parser.add_argument_group(
         "decoding",
-        "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search. "
+        "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search.\n"
         "docs/evaluation.md compares their scores.",
     )
     up_to_100 = number(float, above=0, most=100)

@@ -11,14 +11,14 @@ from paddlemix.utils.language import tr, wrap
 from paddlemix.utils.texts import shown
 
 _MAIN_KEYS = (
-    ("the model", ("model_name_or_path", "output_dir")),
-    ("the data", ("dataset", "max_length", "label_all_turn_markers", "dataloader_num_workers")),
-    ("what trains", ("freeze_include", "freeze_exclude", "lora", "lora_rank", "lora_alpha", "lora_target_modules")),
-    ("the run", ("do_train", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                 "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "fp16", "bf16",
-                 "fp16_opt_level", "recompute")),
-    ("logs, checkpoints, evaluation", ("logging_steps", "save_steps", "save_total_limit", "evaluation_strategy",
-                                       "resume", "overwrite_output_dir", "disable_tqdm")),
+    ("the model:", ("model_name_or_path", "output_dir")),
+    ("the data:", ("dataset", "max_length", "label_all_turn_markers", "dataloader_num_workers")),
+    ("what trains:", ("freeze_include", "freeze_exclude", "lora", "lora_rank", "lora_alpha", "lora_target_modules")),
+    ("the run:", ("do_train", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                  "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "fp16", "bf16",
+                  "fp16_opt_level", "recompute")),
+    ("logs, checkpoints, evaluation:", ("logging_steps", "save_steps", "save_total_limit", "evaluation_strategy",
+                                        "resume", "overwrite_output_dir", "disable_tqdm")),
 )  # fmt: skip
 
 
@@ -49,10 +49,10 @@ def help_text() -> str:
     known = known_keys()
     lines = tr(_HEAD).splitlines()
     for title, names in _MAIN_KEYS:
-        lines += ["", f"{tr(title)}:"]
+        lines += ["", tr(title)]
         for name in names:
             one = known[name]
-            text = f"{tr(one.meaning)} " + tr(f"({type_name(one.hint)}; default {shown(one.default)})")
+            text = tr(one.meaning) + tr(f" ({type_name(one.hint)}; default {shown(one.default)})")
             wrapped = wrap(text, 82)
             lines.append(f"  {name:<28} {wrapped[0]}")
             lines += [f"  {'':<28} {line}" for line in wrapped[1:]]

@@ -49,7 +49,9 @@ class Parser(argparse.ArgumentParser):
             group.title, group.description = language.tr(group.title), language.tr(group.description)
         for action in self._actions:
             action.help = language.tr(action.help)
-        return super().format_help().replace("usage: ", language.tr("usage: "), 1)
+        text = super().format_help().replace("usage: ", language.tr("usage: "), 1)
+        # argparse puts an ASCII colon behind a group's title.
+        return re.sub(r"(?m)^(\S.*):$", r"\1：", text)
 
     def _get_formatter(self) -> argparse.HelpFormatter:
         formatter = super()._get_formatter()
