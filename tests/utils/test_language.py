@@ -168,7 +168,7 @@ def test_help_is_chinese_throughout(root, script):
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", env=dict(os.environ, COLUMNS="200"))
     assert done.returncode == 0 and done.stdout.startswith("用法：")
     body = done.stdout.split("\n\n", 1)[1]
-    assert not re.search(r"(?m)^\S.*:$|。 ", body)
+    assert not re.search(r"(?m)^\S.*:$|。 （", body)
     for line in body.splitlines():
         option = re.match(r" {2}-?\S.*? {2,}(\S.*)$", line)
         if option and "python" not in line:
