@@ -29,6 +29,7 @@ sys.path.insert(0, ROOT)
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.texts import one_line  # noqa: E402
 
 SIZES = {
     "tiny": "--image_size 56 --patch_size 14 --vit_width 64 --vit_heads 2 --n_queries 4 --hidden 128 --layers 2 "
@@ -132,7 +133,7 @@ class Checks:
                     yield Row(name, model, self.run._replace(fused=self.fused), *found)
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1]}"
-                yield Row(name, model, self.run, cli.one_line(text, 300), False, {})
+                yield Row(name, model, self.run, one_line(text, 300), False, {})
 
     # ---- training
 
@@ -319,7 +320,7 @@ def in_child(world: str, run: Run, models: List[str]) -> Iterator[Row]:
             yield Row(check, model, Run(*done_as), *found)
     if done.returncode:
         words = f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
-        yield Row("its process", "", run, cli.one_line(words, 300), False, {})
+        yield Row("its process", "", run, one_line(words, 300), False, {})
 
 
 def choose_runs(device: str) -> Tuple[List[Run], List[str]]:

@@ -25,12 +25,12 @@ from paddlemix.checkpoint.model_folder import (
     inside,
 )
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
-from paddlemix.checkpoint.structure import VISUAL_KEYS
-from paddlemix.checkpoint.tensors import FLOATS, convert_dtype, printable
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS
+from paddlemix.checkpoint.tensors import FLOATS, convert_dtype
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
-from paddlemix.utils.texts import some
+from paddlemix.utils.texts import one_line, some
 
 # Public name → ours; w_b stands for weight or bias.
 _RULES = tuple(
@@ -60,35 +60,13 @@ IGNORED = re.compile(
     r"transformer\.(rotary_emb\.inv_freq|h\.\d+\.attn\.(bias|masked_bias|rotary_emb\.inv_freq|logn_tensor)|logn_tensor)"
 )
 
-# The keys of config.json that are kept.
+# The keys of config.json that are kept; a model has at least the first six.
 _CONFIG_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "kv_channels",
-    "intermediate_size",
-    "seq_length",
-    "max_position_embeddings",
-    "rotary_emb_base",
-    "rotary_pct",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "no_bias",
-    "use_dynamic_ntk",
-    "use_logn_attn",
-    "attn_dropout_prob",
-    "emb_dropout_prob",
-    "tie_word_embeddings",
-)
+    *LANGUAGE_KEYS, "max_position_embeddings", "initializer_range", "attn_dropout_prob", "emb_dropout_prob",
+)  # fmt: skip
 _GENERATION_KEYS = (
-    "max_new_tokens",
-    "max_window_size",
-    "top_k",
-    "top_p",
-    "temperature",
-    "repetition_penalty",
-)
+    "max_new_tokens", "max_window_size", "top_k", "top_p", "temperature", "repetition_penalty",
+)  # fmt: skip
 
 # <img> comes this many ids after <|endoftext|>: two chat marks, 205 extras, six tags of references and boxes.
 _IMG_AFTER_EOD = 214
@@ -153,7 +131,7 @@ def plan_convert(
     surplus = [found[ours][0] for ours in found if ours not in shapes]
     missing = [ours for ours in shapes if ours not in found]
     problems = [
-        f"{len(names)} {kind}: {some(printable(name, 300) for name in names)}"
+        f"{len(names)} {kind}: {some(one_line(name, 300) for name in names)}"
         for kind, names in (
             ("unknown", unknown),
             ("more than config.json has", surplus),
@@ -243,7 +221,7 @@ def convert_qwen_vl(
         config = our_config(public, dtype or max(FLOATS, key=stored.count))
         plan, ignored = plan_convert(reader, shapes_of(config))
         if ignored:
-            logger.info(f"Not copied, since they are computed: {some(printable(name, 300) for name in ignored)}")
+            logger.info(f"Not copied, since they are computed: {some(one_line(name, 300) for name in ignored)}")
         items = []
         for name, ours, transpose in plan:
             _, to, shape, read = reader.item(name, dtype)
@@ -267,7 +245,7 @@ def _turned(reader: WeightsReader, name: str, to: str) -> np.ndarray:
     try:
         return convert_dtype(turned, reader.info(name).dtype, to)
     except WeightsError as error:
-        raise WeightsError(f"{printable(name)}: {error}", *error.about) from None
+        raise WeightsError(f"{one_line(name)}: {error}", *error.about) from None
 
 
 def _write_side_files(source: str, config: Dict[str, Any], generation: Dict[str, Any], folder: str) -> List[str]:

@@ -7,9 +7,9 @@ import os
 from typing import Dict
 
 from paddlemix.checkpoint.model_folder import LORA_CONFIG_NAME
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.json_files import read_json_object
+from paddlemix.utils.texts import one_line
 
 # Variants of LoRA in PaddleNLP with another scale or other matrices, which merging here does not cover.
 _VARIANTS = ("rslora", "pissa", "loraga", "use_mora", "lora_use_mixer", "do_qat", "enable_lora_list")
@@ -28,9 +28,9 @@ def read_lora_config(folder: str) -> Dict:
     config = read_json_object(path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise WeightsError(f"{path}: r must be a positive integer, not {printable(repr(rank))}", "r")
+        raise WeightsError(f"{path}: r must be a positive integer, not {one_line(repr(rank))}", "r")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise WeightsError(f"{path}: lora_alpha must be positive, not {printable(repr(alpha))}", "lora_alpha")
+        raise WeightsError(f"{path}: lora_alpha must be positive, not {one_line(repr(alpha))}", "lora_alpha")
     targets = config.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -41,6 +41,6 @@ def read_lora_config(folder: str) -> Dict:
             raise WeightsError(f"{path}: {name} is a variant of LoRA that is not supported here", name)
     scaling = config.get("scaling")
     if scaling is not None and scaling != alpha / rank:
-        text = f"{path}: scaling is {printable(str(scaling))}, but lora_alpha / r is {alpha / rank}: which is right?"
+        text = f"{path}: scaling is {one_line(str(scaling))}, but lora_alpha / r is {alpha / rank}: which is right?"
         raise WeightsError(text, "scaling")
     return config

@@ -33,11 +33,11 @@ from paddlemix.checkpoint.model_folder import (
 )
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
-from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, convert_dtype, printable, rows_of
+from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, convert_dtype, rows_of
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
-from paddlemix.utils.texts import some
+from paddlemix.utils.texts import one_line, some
 
 # Elements that a thread adds and rounds at a time: few enough to stay in the cache, enough that threads do not contend
 # for Python's lock.
@@ -73,8 +73,8 @@ def _open_tuned(folder: str) -> WeightsReader:
 def _check_text_folder(origin: Origin, tuned: str, text: Optional[str]) -> None:
     if text is None and origin.text is not None:
         raise UserError(
-            f"the run in {tuned} took its LLM from {printable(origin.text, 300)}: "
-            f"add --text_model_name_or_path {shlex.quote(printable(origin.text, 300))}, or the folder where it is now"
+            f"the run in {tuned} took its LLM from {one_line(origin.text, 300)}: "
+            f"add --text_model_name_or_path {shlex.quote(one_line(origin.text, 300))}, or the folder where it is now"
         )
     if text is not None and origin.text is None:
         raise UserError(f"the run in {tuned} took its LLM from the base: leave --text_model_name_or_path out")
@@ -116,7 +116,7 @@ def plan_merge(base: WeightsReader, lora: WeightsReader, rank: Optional[int]) ->
                 wrong.append(f"the adapter of {name} is not floating-point")
     kinds = (("fit no tensor of the base", unknown), ("do not fit", wrong))
     problems = [
-        f"{len(names)} {kind}: {some(printable(name, 300) for name in names)}" for kind, names in kinds if names
+        f"{len(names)} {kind}: {some(one_line(name, 300) for name in names)}" for kind, names in kinds if names
     ]
     if problems:
         raise WeightsError(f"keys of {lora.files[0]}: " + "; ".join(problems), "keys")

@@ -10,10 +10,10 @@ import re
 import shlex
 from typing import Dict, List, Optional, Sequence
 
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.files import is_empty, remove_leftovers
 from paddlemix.utils.outputs import check_folder
+from paddlemix.utils.texts import one_line
 
 LORA_WEIGHTS_NAME = "lora_model_state.pdparams"
 # Written by a run that trains parts of the model without adapters: the trained tensors.
@@ -96,7 +96,7 @@ def inside(folder: str, name: str) -> str:
         WeightsError: it leads elsewhere.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise WeightsError(f"{folder}: refused: the file name {printable(name)} leads out of the folder", "leads-out")
+        raise WeightsError(f"{folder}: refused: the file name {one_line(name)} leads out of the folder", "leads-out")
     path = os.path.join(folder, name)
     if os.path.islink(path):
         real_folder, real_path = os.path.realpath(folder), os.path.realpath(path)

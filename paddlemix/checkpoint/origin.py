@@ -18,10 +18,10 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 from paddlemix.checkpoint.model_folder import TUNED_FROM_NAME, VOCABULARIES, inside
 from paddlemix.checkpoint.shards import open_weights
 from paddlemix.checkpoint.structure import structure
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import one_line
 
 _KEYS = ("model_name_or_path", "text_model_name_or_path", "base_fingerprint", "text_fingerprint")
 
@@ -89,7 +89,7 @@ class Origin(NamedTuple):
             if folder is None or noted is None or model_fingerprint(folder) == noted:
                 continue
             again = Origin.read(folder).base_fingerprint == noted
-            problem = f"{tuned} was tuned from {printable(str(there), 300)}, and {folder} is another model" + (
+            problem = f"{tuned} was tuned from {one_line(str(there), 300)}, and {folder} is another model" + (
                 ", itself tuned from that one: has this run been merged into it already?" if again else ""
             )
             if not force:

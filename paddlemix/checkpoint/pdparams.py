@@ -24,11 +24,11 @@ from paddlemix.checkpoint.tensors import (
     StoredTensor,
     check_shape,
     check_total,
-    printable,
     size_of,
 )
 from paddlemix.checkpoint.unpickle import Blob, Buildable, LazyText, Unpickler, make_dict
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import one_line
 
 # Paddle's own entries in a state dict: structured name → parameter name, and arrays cut in pieces (protocols 2 and 3).
 NAME_TABLE = "StructuredToParameterName@@"
@@ -51,7 +51,7 @@ class _Dtype(Buildable):
     def __init__(self, code: Any, align: Any = False, copy: Any = False):
         # Only a string is shown: nested lists may be endless.
         if type(code) is not str or code not in _CODES:
-            shown = printable(code) if type(code) is str else "without a name"
+            shown = one_line(code) if type(code) is str else "without a name"
             raise WeightsError(f"refused: arrays of type {shown}", "refused", "dtype", shown)
         self.code = code
 
@@ -200,7 +200,7 @@ def _parse(file: MappedFile) -> Any:
 
 def _as_stored(file: MappedFile, name: str, array: Any) -> StoredTensor:
     if not isinstance(array, _Array) or array.code is None:
-        raise WeightsError(f"{file.path}: {printable(name)} is not a tensor", "tensor")
+        raise WeightsError(f"{file.path}: {one_line(name)} is not a tensor", "tensor")
     where = None
     if isinstance(array.data, Blob) and (not array.fortran or len(array.shape) < 2):
         where = FileBytes(file, array.data.offset, array.nbytes)
@@ -217,7 +217,7 @@ def _join(file: MappedFile, objects: Dict[Any, Any]) -> Dict[str, StoredTensor]:
     for name, entry in table.items():
         if type(name) is not str or name in objects or type(entry) is not dict:
             raise broken
-        shape = check_shape(entry.get("OriginShape"), f"{file.path}: {printable(name)}")
+        shape = check_shape(entry.get("OriginShape"), f"{file.path}: {one_line(name)}")
         slices = entry.get("slices")
         if type(slices) is not list or not slices or not all(type(s) is str and s in objects for s in slices):
             raise broken
@@ -248,7 +248,7 @@ def open_pdparams(file: MappedFile) -> Dict[str, StoredTensor]:
     tensors = _join(file, objects)
     for name, value in objects.items():
         if type(name) is not str or not name or len(name) > MAX_NAME:
-            raise WeightsError(f"{file.path}: {printable(str(name))} cannot be a tensor's name", "name")
+            raise WeightsError(f"{file.path}: {one_line(str(name))} cannot be a tensor's name", "name")
         tensors[name] = _as_stored(file, name, value)
     check_total(sum(tensor.nbytes for tensor in tensors.values()), file.size, file.path)
     return tensors

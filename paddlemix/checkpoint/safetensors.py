@@ -16,11 +16,11 @@ from paddlemix.checkpoint.tensors import (
     MappedFile,
     StoredTensor,
     check_shape,
-    printable,
     size_of,
 )
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.json_files import strict_json
+from paddlemix.utils.texts import one_line
 
 # The 7B's header has 100 KB.
 MAX_HEADER = 32 << 20
@@ -50,14 +50,14 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
     tensors = {}
     spans = []
     for name, entry in header.items():
-        what = f"{path}: {printable(name)}"
+        what = f"{path}: {one_line(name)}"
         if not name or len(name) > MAX_NAME:
             raise WeightsError(f"{what} cannot be a tensor's name", "name")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise WeightsError(f"{what} is not described by dtype, shape and data_offsets", "entry")
         dtype = SAFETENSORS_TYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
-            raise WeightsError(f"{what} is of type {printable(str(entry['dtype']))}, which is not supported", "dtype")
+            raise WeightsError(f"{what} is of type {one_line(str(entry['dtype']))}, which is not supported", "dtype")
         shape = check_shape(entry["shape"], what)
         offsets = entry["data_offsets"]
         if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
@@ -78,7 +78,7 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
     for begin, end, name in sorted(spans):
         if begin != at:
             kind = "overlap" if begin < at else "gap"
-            raise WeightsError(f"{path} is broken: {kind} in the offsets before {printable(name)}", kind)
+            raise WeightsError(f"{path} is broken: {kind} in the offsets before {one_line(name)}", kind)
         at = end
     if start + at != file.size:
         raise WeightsError(f"{path}: {file.size - start - at} bytes follow its end", "trailing-bytes")

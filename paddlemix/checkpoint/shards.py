@@ -34,7 +34,6 @@ from paddlemix.checkpoint.tensors import (
     convert_dtype,
     io_threads,
     own_pages,
-    printable,
     size_of,
 )
 from paddlemix.utils.errors import UserError, WeightsError
@@ -43,7 +42,7 @@ from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.progress import Progress
 from paddlemix.utils.surroundings import allow_open_files
-from paddlemix.utils.texts import parse_size, some
+from paddlemix.utils.texts import one_line, parse_size, some
 
 # Values that sample() takes from a tensor, in how many runs.
 _SAMPLE, _STRETCHES = 1024, 4
@@ -116,7 +115,7 @@ class WeightsReader:
 
     def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
-            raise WeightsError(f"no tensor {printable(name)} in {', '.join(self.files)}", "no-tensor")
+            raise WeightsError(f"no tensor {one_line(name)} in {', '.join(self.files)}", "no-tensor")
         return self._tensors[name]
 
     def info(self, name: str) -> TensorInfo:
@@ -141,7 +140,7 @@ class WeightsReader:
         try:
             return convert_dtype(array, tensor.dtype, _converted(tensor.dtype, dtype))
         except WeightsError as error:
-            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}", *error.about) from None
+            raise WeightsError(f"{self._paths[name]}: {one_line(name)}: {error}", *error.about) from None
 
     def load(self, name: str, dtype: Optional[str] = None) -> np.ndarray:
         """A tensor as from read(), but always in memory of its own, read and converted by several threads.
@@ -174,7 +173,7 @@ class WeightsReader:
             else:
                 list(map(piece, starts))
         except WeightsError as error:
-            raise WeightsError(f"{self._paths[name]}: {printable(name)}: {error}", *error.about) from None
+            raise WeightsError(f"{self._paths[name]}: {one_line(name)}: {error}", *error.about) from None
         return loaded
 
     def raw(self, name: str) -> Union[FileBytes, np.ndarray]:
@@ -221,7 +220,7 @@ class WeightsReader:
         ours = [name for name in self.keys() if is_language(name)]
         lost = [name for name in ours if name not in other or other.info(name).shape != self.info(name).shape]
         if lost:
-            names = some(printable(name, 300) for name in lost)
+            names = some(one_line(name, 300) for name in lost)
             raise WeightsError(f"{other.files[0]} has another LLM than {self.files[0]}: {names}", "other-llm")
         tensors = {name: (other if is_language(name) else self)._tensors[name] for name in self.keys()}
         paths = {name: (other if is_language(name) else self)._paths[name] for name in self.keys()}
@@ -270,17 +269,17 @@ def open_weights(path: str) -> WeightsReader:
             files.append(MappedFile(shard_path))
             for key, tensor in _parse(files[-1]).items():
                 if key in tensors:
-                    raise WeightsError(f"{printable(key)} is in both {where[key]} and {shard_path}", "duplicate")
+                    raise WeightsError(f"{one_line(key)} is in both {where[key]} and {shard_path}", "duplicate")
                 if table is not None and table.get(key) != shard:
                     listed = "another file" if key in table else "no file"
-                    text = f"{shard_path} holds {printable(key)}, but the index has it in {listed}"
+                    text = f"{shard_path} holds {one_line(key)}, but the index has it in {listed}"
                     raise WeightsError(text, "weight_map")
                 tensors[key] = tensor
                 where[key] = shard_path
         lost = sorted(set(table or ()) - set(tensors))
         if lost:
             text = (
-                f"{os.path.join(folder, name)} lists {len(lost)} keys that no file holds: {some(map(printable, lost))}"
+                f"{os.path.join(folder, name)} lists {len(lost)} keys that no file holds: {some(map(one_line, lost))}"
             )
             raise WeightsError(text, "weight_map")
     except BaseException:

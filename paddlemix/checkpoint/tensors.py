@@ -10,13 +10,13 @@ import errno
 import math
 import mmap
 import os
-import stat
 from dataclasses import dataclass
 from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.files import open_plain
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import physical_cores
 
@@ -181,12 +181,6 @@ def check_total(declared: int, held: int, path: str) -> None:
         raise WeightsError(text, "refused", "size")
 
 
-def printable(text: str, limit: int = 80) -> str:
-    """Text from a file, safe to show in one line of an error."""
-    shown = text[:limit].encode("unicode_escape", "backslashreplace").decode("ascii")
-    return shown + "…" if len(text) > limit else shown
-
-
 class MappedFile:
     """A regular file, mapped read-only. Arrays made from it keep the mapping alive.
 
@@ -194,47 +188,38 @@ class MappedFile:
         WeightsError: missing, empty, or not a regular file.
     """
 
-    _handle: Optional[int] = None
-
     def __init__(self, path: str):
         self.path = str(path)
         try:
-            # Non-blocking, so that a named pipe cannot hang the program.
-            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            self._file = open_plain(self.path)
         except OSError as error:
-            raise WeightsError(f"cannot open {self.path}: {error.strerror}", "unreadable") from None
-        self._handle = handle
+            code = "not-regular" if error.errno == errno.EINVAL else "unreadable"
+            raise WeightsError(f"cannot open {self.path}: {error.strerror}", code) from None
         try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise WeightsError(f"{self.path} is not a regular file", "not-regular")
-            self.size = status.st_size
+            self.size = os.fstat(self.fileno()).st_size
             if self.size == 0:
                 raise WeightsError(f"{self.path} is empty", "empty")
-            self._map, self.view = self._mapped(handle)
+            self._map, self.view = self._mapped()
         except BaseException:
             self.close()
             raise
 
-    def _mapped(self, handle: int) -> Tuple[Optional[mmap.mmap], memoryview]:
+    def _mapped(self) -> Tuple[Optional[mmap.mmap], memoryview]:
         """The mapping and its bytes; None and a copy in memory where the file system cannot map (some FUSE)."""
         try:
-            found = mmap.mmap(handle, self.size, access=mmap.ACCESS_READ)
+            found = mmap.mmap(self.fileno(), self.size, access=mmap.ACCESS_READ)
             return found, memoryview(found)
         except OSError as error:
             if error.errno not in (errno.ENODEV, errno.ENOTSUP, errno.EACCES):
                 raise WeightsError(f"cannot read {self.path}: {error.strerror}", "unreadable") from None
         logger.warning(f"{self.path} cannot be memory-mapped: its {self.size:,} bytes are read into memory")
-        with open(handle, "rb", buffering=0, closefd=False) as file:
-            data = file.read()
+        data = self._file.read()
         if len(data) != self.size:
             raise WeightsError(f"{self.path} changed while it was read", "changed")
         return None, memoryview(data)
 
     def fileno(self) -> int:
-        if self._handle is None:
-            raise ValueError(f"{self.path} is closed")
-        return self._handle
+        return self._file.fileno()
 
     def array(self, offset: int, dtype: str, shape) -> np.ndarray:
         """A read-only view of the file, possibly unaligned."""
@@ -255,12 +240,7 @@ class MappedFile:
 
     def close(self) -> None:
         """Close the file. The mapping lives as long as arrays over it do."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    def __del__(self):
-        self.close()
+        self._file.close()
 
 
 # ---- conversion

@@ -23,11 +23,11 @@ from paddlemix.checkpoint.tensors import (
     StoredTensor,
     check_shape,
     check_total,
-    printable,
     size_of,
 )
 from paddlemix.checkpoint.unpickle import Unpickler, make_dict
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import one_line
 
 MAGIC = b"PK\x03\x04"
 # The pickle and the central directory of a real shard take some 100 KB; zipfile makes 1 KB of each member.
@@ -78,7 +78,7 @@ def _members(file: MappedFile) -> Dict[str, _Member]:
         raise WeightsError(f"{file.path}: bytes follow its end", "trailing-bytes")
     members: Dict[str, _Member] = {}
     for info in archive.infolist():
-        what = f"{file.path}: member {printable(info.filename)}"
+        what = f"{file.path}: member {one_line(info.filename)}"
         if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise WeightsError(f"{what} is compressed or encrypted, which PyTorch never does", "compressed")
         # The extra field of the local header may differ from the directory's.
@@ -207,7 +207,7 @@ def open_torch_bin(file: MappedFile) -> Dict[str, StoredTensor]:
         raise WeightsError(f"{file.path} is not a dict of tensors", "not-a-dict")
     tensors = {}
     for name, tensor in state.items():
-        what = f"{file.path}: {printable(str(name))}"
+        what = f"{file.path}: {one_line(str(name))}"
         if type(name) is not str or not name or len(name) > MAX_NAME or not isinstance(tensor, _Tensor):
             raise WeightsError(f"{what} is not a tensor", "tensor")
         tensors[name] = _place(file, members, folder, tensor, what)

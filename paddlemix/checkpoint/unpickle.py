@@ -14,8 +14,9 @@ import pickletools
 import struct
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from paddlemix.checkpoint.tensors import MAX_NAME, printable
+from paddlemix.checkpoint.tensors import MAX_NAME
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import one_line
 
 # A 7B checkpoint has about 30,000, the state of its optimizer some 100,000.
 MAX_OPCODES = 5_000_000
@@ -52,7 +53,7 @@ class Symbol:
         self.name = name
 
     def __str__(self) -> str:
-        return printable(f"{self.module}.{self.name}")
+        return one_line(f"{self.module}.{self.name}")
 
 
 class Mark:
@@ -110,7 +111,7 @@ class Unpickler:
             raise WeightsError(f"{self._path}: nested too deeply", "too-deep") from None
         except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
             # The handlers unpack untrusted arguments, so a broken file can raise any of these.
-            detail = printable(f"{type(error).__name__} at byte {self._at}")
+            detail = one_line(f"{type(error).__name__} at byte {self._at}")
             kind = "is not a weights file" if self._at - start < 16 else "is broken"
             raise WeightsError(f"{self._path} {kind} ({detail})", "broken") from None
 
@@ -231,7 +232,7 @@ class Unpickler:
             if type(key) is int and not -MAX_KEY < key < MAX_KEY:
                 raise WeightsError(f"refused: a dictionary key that is a number beyond {MAX_KEY:,}", "refused")
             if key in target:
-                raise WeightsError(f"the key {printable(str(key))} is in it twice", "duplicate")
+                raise WeightsError(f"the key {one_line(str(key))} is in it twice", "duplicate")
             target[key] = value
 
     def _set_item(self) -> None:

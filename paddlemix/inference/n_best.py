@@ -21,7 +21,7 @@ from typing import Optional, Tuple
 from paddlemix.datasets.tsv import clean_id
 from paddlemix.inference.results import PARTIAL, ResultsWriter
 from paddlemix.utils.errors import UserError
-from paddlemix.utils.files import lock, sync_folder
+from paddlemix.utils.files import lock, sync
 from paddlemix.utils.log import logger
 from paddlemix.utils.outputs import disk_errors
 
@@ -75,7 +75,7 @@ class NBestWriter:
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
             os.replace(self._partial, self._path)
-            sync_folder(os.path.dirname(os.path.abspath(self._path)))
+            sync(os.path.dirname(os.path.abspath(self._path)))
 
     def __enter__(self) -> NBestWriter:
         return self

@@ -18,10 +18,10 @@ from paddlemix.checkpoint.model_folder import (
     merge_command,
 )
 from paddlemix.checkpoint.origin import Origin, check_same_vocabulary
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.inference.facts import fingerprint_folder
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import one_line
 
 
 class Source(NamedTuple):
@@ -103,7 +103,7 @@ def find_source(path: str, lora_path: Optional[str] = None) -> Source:
 def _missing(recorded: str, last: str = "") -> str:
     """That a recorded model is not there, and what helps if its path is relative, in a list that goes on."""
     remedy = "" if os.path.isabs(recorded) else f" run this in the directory where it was tuned,{last}"
-    return f"{printable(recorded, 300)}, and that model is not there:{remedy}"
+    return f"{one_line(recorded, 300)}, and that model is not there:{remedy}"
 
 
 def _with_its_base(tuned: str) -> Source:
@@ -116,7 +116,7 @@ def _with_its_base(tuned: str) -> Source:
         if not isinstance(named, str):
             named, why = None, "does not name the model that it was tuned from:"
         elif origin.base_fingerprint is None:
-            why = f"names its base, {printable(named, 300)}, without a fingerprint (an older version wrote it):"
+            why = f"names its base, {one_line(named, 300)}, without a fingerprint (an older version wrote it):"
         elif base is None:
             why = f"was tuned from {_missing(named)}"
         else:

@@ -20,13 +20,13 @@ import paddle
 from paddlenlp.trainer import TrainerState
 
 from paddlemix.checkpoint import load_pdparams_object
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.trainer import run_checkpoints
 from paddlemix.utils.compat import trainer_state
 from paddlemix.utils.errors import WeightsError
 from paddlemix.utils.files import atomic_write
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
+from paddlemix.utils.texts import one_line
 
 OPTIMIZER_NAME = "optimizer.pdopt"
 SCHEDULER_NAME = "scheduler.pdparams"
@@ -135,7 +135,7 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
     values = read_json_object(path, constants=True)
     for name, value in values.items():
         if name not in _STATE or not _STATE[name](value):
-            raise WeightsError(f"{path}: {printable(name)} cannot be {printable(str(value))}", name)
+            raise WeightsError(f"{path}: {one_line(name)} cannot be {one_line(str(value))}", name)
     if values.get("global_step") != step:
         raise WeightsError(f"{path} is not of step {step}", "global_step")
     state = trainer_state(values)
@@ -145,7 +145,7 @@ def read_trainer_state(folder: str, step: int) -> TrainerState:
         whole = run_checkpoints.step_of(best) >= 0 and run_checkpoints.read_seal(best) is not None
         state.best_model_checkpoint = best if whole else None
         if not whole:
-            logger.warning(f"{path}: the best checkpoint, {printable(best)}, no longer exists; choosing it starts over")
+            logger.warning(f"{path}: the best checkpoint, {one_line(best)}, no longer exists; choosing it starts over")
             state.best_metric = None
     return state
 
@@ -192,18 +192,18 @@ def _read_optimizer(file: str, shapes: Dict[str, List[int]]) -> _OptimizerState:
         raise WeightsError(f"{file}: master_weights is not a dict", "master_weights")
     for name, value in masters.items():
         if name not in shapes or not _is_float32(value, shapes[name]):
-            text = f"{file}: the master weight {printable(str(name))} does not fit this run"
+            text = f"{file}: the master weight {one_line(str(name))} does not fit this run"
             raise WeightsError(text, "master_weights")
     accumulators = {}
     for key, value in state.items():
         name, kind, of_master = _accumulator(key) if type(key) is str else ("", "", False)
         if name not in shapes:
-            raise WeightsError(f"{file} holds {printable(str(key))}, which does not train in this run", "not-trained")
+            raise WeightsError(f"{file} holds {one_line(str(key))}, which does not train in this run", "not-trained")
         fits = [shapes[name]] if kind.startswith("moment") else [[1], []]
         if not _is_float32(value, *fits):
-            raise WeightsError(f"{file}: {printable(key)} does not fit a parameter of shape {shapes[name]}", "shape")
+            raise WeightsError(f"{file}: {one_line(key)} does not fit a parameter of shape {shapes[name]}", "shape")
         if of_master and name not in masters:
-            raise WeightsError(f"{file} lacks the master weight of {printable(name)}", "master_weights")
+            raise WeightsError(f"{file} lacks the master weight of {one_line(name)}", "master_weights")
         accumulators[name, kind] = value
     schedule = None if schedule is None else _schedule(schedule, file, _MOST_STEPS)
     return _OptimizerState(accumulators, masters, schedule)

@@ -16,12 +16,11 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from paddlemix.checkpoint import model_folder
 from paddlemix.checkpoint.model_folder import inside
-from paddlemix.checkpoint.tensors import printable
 from paddlemix.utils.errors import ConfigError, JobFailed, WeightsError
-from paddlemix.utils.files import atomic_write, rename_folder, sync_folder
+from paddlemix.utils.files import atomic_write, rename_folder, sync
 from paddlemix.utils.json_files import read_json_object
 from paddlemix.utils.log import logger
-from paddlemix.utils.texts import some
+from paddlemix.utils.texts import one_line, some
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_PREFIX = ".partial-"
@@ -57,9 +56,9 @@ def publish(written: str, final: str) -> None:
     """Rename a sealed checkpoint durably: older ones may be deleted after this."""
     if os.path.isdir(final):
         shutil.rmtree(final)
-    sync_folder(written)
+    sync(written)
     rename_folder(written, final)
-    sync_folder(os.path.dirname(final))
+    sync(os.path.dirname(final))
 
 
 def read_seal(folder: str) -> Optional[Dict[str, Any]]:
@@ -81,7 +80,7 @@ def check_order(folder: str, stored: Dict[str, Any], ours: Dict[str, Any]) -> No
     stored, ours: these settings in the checkpoint and in this run.
     """
     changed = {
-        name: f"{printable(name)} was {printable(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
+        name: f"{one_line(name)} was {one_line(str(stored.get(name, 'off')))}, is {ours.get(name, 'off')}"
         for name in {**ours, **stored}
         if stored.get(name) != ours.get(name)
     }

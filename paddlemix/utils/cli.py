@@ -18,7 +18,7 @@ from paddlemix.utils.errors import UserError
 from paddlemix.utils.outputs import check_file, check_folder
 from paddlemix.utils.runtime import physical_cores
 from paddlemix.utils.surroundings import open_standard_streams
-from paddlemix.utils.texts import nearest
+from paddlemix.utils.texts import nearest, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,12 +154,6 @@ def add_work_options(parser: argparse.ArgumentParser, workers: str = _WORKERS) -
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def one_line(text: str, limit: int = 4000) -> str:
-    """`text` with unprintable characters escaped: names and values in it may be untrusted."""
-    shown = text if len(text) <= limit else text[:limit] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
-
-
 def let_go(stream: IO) -> None:
     """Redirect a broken stream (closed by its reader, a full disk) to /dev/null, including its buffer."""
     with contextlib.suppress(OSError):
@@ -253,7 +247,7 @@ def run(main: Callable[[], Optional[int]], resumes: str = "") -> int:
             raise UserError("the working folder was removed: change to another one")
         return main() or 0
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(str(error), 4000)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if main.__module__ == "__main__" and signal.getsignal(signal.SIGINT) is _interrupt:
@@ -269,7 +263,7 @@ def run(main: Callable[[], Optional[int]], resumes: str = "") -> int:
         if error.errno not in _OF_THE_SYSTEM:
             raise
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        print(f"error: {one_line(where)}{error.strerror}", file=sys.stderr)
+        print(f"error: {one_line(where, 4000)}{error.strerror}", file=sys.stderr)
         return 1
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt:

@@ -60,13 +60,18 @@ def made_folder(folder: str) -> Iterator[None]:
 # ---- locks
 
 
-def _locked(handle: int) -> Optional[bool]:
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
+
+
+def _locked(handle: Union[int, IO]) -> Optional[bool]:
     """Lock an open file or folder. False if another process holds the lock, None where there are no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         return None
     return True
 
@@ -90,12 +95,11 @@ def lock(handle: Union[int, IO], path: str) -> None:
         UserError: another process has locked it, or the disk fails.
     """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {path}: wait for it, or give another output", "busy") from None
+        locked = _locked(handle)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL):
-            raise UserError(f"cannot lock {path}: {error.strerror}", "lock") from None
+        raise UserError(f"cannot lock {path}: {error.strerror}", "lock") from None
+    if locked is False:
+        raise UserError(f"another process is writing {path}: wait for it, or give another output", "busy")
 
 
 @contextlib.contextmanager
@@ -123,12 +127,8 @@ def only_writer(folder: str) -> Iterator[None]:
 # ---- partial files and folders
 
 
-def sync_folder(folder: str) -> None:
-    """Make renames inside `folder` durable, where the file system can."""
-    _sync(folder)
-
-
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Make a file's contents, or the renames in a folder, durable where the file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -248,7 +248,7 @@ def atomic_write(path: str, mode: str = "w", **open_kwargs) -> Iterator[IO]:
                 file.flush()
                 os.fsync(file.fileno())
                 _give_name(partial, path)
-            sync_folder(os.path.dirname(path))
+            sync(os.path.dirname(path))
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
@@ -324,11 +324,11 @@ def atomic_folder(path: str) -> Iterator[str]:
             for inner, _, names in os.walk(partial):
                 for name in names:
                     if not os.path.islink(os.path.join(inner, name)):
-                        _sync(os.path.join(inner, name))
-                _sync(inner)
+                        sync(os.path.join(inner, name))
+                sync(inner)
             if stays or not _take_name(partial, path):
                 _fill(path, partial)
-            sync_folder(parent)
+            sync(parent)
         finally:
             # After an exchange this is the older folder.
             shutil.rmtree(partial, ignore_errors=True)
@@ -384,7 +384,7 @@ def move_entries(folder: str, target: str) -> None:
     """Move all entries of a folder into another one, those of _LAST last."""
     for name in sorted(os.listdir(folder), key=lambda name: name in _LAST):
         shutil.move(os.path.join(folder, name), os.path.join(target, name))
-    _sync(target)
+    sync(target)
 
 
 # Name of a folder moved aside, inside its temporary parent.

@@ -6,9 +6,9 @@ import codecs
 import json
 from typing import Any, Dict, List, Tuple, Type, Union
 
-from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError, UserError, WeightsError
 from paddlemix.utils.files import atomic_write, open_plain
+from paddlemix.utils.texts import one_line
 
 # A configuration has a few KB, the index of a 7B 80 KB, the log of a million steps some MB.
 MAX_CONFIG_BYTES = 4 << 20
@@ -29,7 +29,7 @@ def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     result = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {one_line(key, 80)} is in it twice")
+            raise ValueError(f"the key {one_line(key)} is in it twice")
         result[key] = value
     return result
 

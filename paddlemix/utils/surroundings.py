@@ -13,6 +13,7 @@ import sys
 from typing import Iterator, Optional
 
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.outputs import check_folder
 
 
 def prepare() -> None:
@@ -57,19 +58,12 @@ def _find_homes() -> None:
 
 def _takes_files(folder: str) -> bool:
     """Whether a folder is writable, or can be created."""
+    # Without a home, ~ is a name in the working folder.
     if not os.path.isabs(folder):
         return False
-    nearest = folder
-    while not os.path.lexists(nearest):
-        nearest = os.path.dirname(nearest)
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        return False
-    # For root the modes say nothing.
-    probe = os.path.join(nearest, f".mgen-vl-{os.getpid()}")
     try:
-        os.mkdir(probe)
-        os.rmdir(probe)
-    except OSError:
+        check_folder(folder)
+    except UserError:
         return False
     return True
 

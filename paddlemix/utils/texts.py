@@ -28,10 +28,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def some(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
+def one_line(text: str, limit: int = 80) -> str:
+    """The first `limit` characters, unprintable ones escaped: names and values in messages may be untrusted."""
+    shown = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def some(names: Iterable[str], limit: int = 10) -> str:
     """The first names, and the number of further ones."""
     names = list(names)
-    return separator.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def ranked(counts: Counter) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from paddlemix.checkpoint import convert_dtype, open_weights, write_pdparams, write_sharded
 from paddlemix.checkpoint.lora_merge import merge
+from paddlemix.checkpoint.origin import Origin
 from paddlemix.utils.errors import UserError, WeightsError
 from tests.helpers import refused
 
@@ -371,3 +372,12 @@ def test_a_part_that_was_trained_whole(folders):
     (part / "tuned_from.json").write_text(json.dumps({"text_model_name_or_path": 3}))
     with refused(WeightsError, "model_name_or_path", "text_model_name_or_path"):
         merge(str(base_folder), str(part), str(out / "again"), progress=False)
+
+
+def test_the_folder_of_the_llm_is_named_as_it_is(tmp_path):
+    """In a command to be copied; a Chinese name was escaped."""
+    write_base(tmp_path / "base")
+    write_lora(tmp_path / "lora", adapters())
+    Origin(str(tmp_path / "base"), "/数据/大 模型").write(str(tmp_path / "lora"))
+    with refused(UserError, "text_model_name_or_path", match="add --text_model_name_or_path '/数据/大 模型'"):
+        merge(str(tmp_path / "base"), str(tmp_path / "lora"), str(tmp_path / "out"), progress=False)

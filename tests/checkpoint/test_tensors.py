@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from paddlemix.checkpoint import convert_dtype
-from paddlemix.checkpoint.tensors import MappedFile, check_shape, own_pages, printable
+from paddlemix.checkpoint.tensors import MappedFile, check_shape, own_pages
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import one_line
 from tests.helpers import refused
 
 
@@ -90,9 +91,10 @@ def test_shapes_that_are_none(shape):
         check_shape(shape, "x")
 
 
-def test_printable_keeps_an_error_in_one_line():
-    assert printable("a\nb\x1b[31m") == "a\\nb\\x1b[31m"
-    assert len(printable("x" * 500)) == 81
+def test_names_in_an_error_stay_in_one_line():
+    assert one_line("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
+    assert one_line("模型") == "模型", "a path in a command to be copied"
+    assert len(one_line("x" * 500)) == 81
 
 
 def test_a_mapped_file_must_be_a_file(tmp_path):
@@ -118,7 +120,7 @@ def test_arrays_outlive_the_file_and_forgotten_bytes_come_back(tmp_path):
     file.forget(100, 900_000)
     file.close()
     file.close()
-    with pytest.raises(ValueError, match="is closed"):
+    with pytest.raises(ValueError, match="closed file"):
         file.fileno()
     del file
     np.testing.assert_array_equal(view, data)

@@ -8,8 +8,8 @@ import os
 from paddlenlp.transformers import QWenConfig
 
 from paddlemix.models.mgen_vl.config_values import VISUAL_7B, check_values, read_values
-from paddlemix.utils.cli import one_line
 from paddlemix.utils.errors import ConfigError
+from paddlemix.utils.texts import one_line
 
 # Settings of the run that wrote a configuration, not of the model.
 _OF_A_RUN = ("tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output", "sequence_parallel")
