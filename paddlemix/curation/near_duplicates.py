@@ -24,16 +24,22 @@ MAX_DISTANCE = 10
 MOST_COMPARISONS = 2_000_000_000
 # Cost of sorting by one choice of blocks, in comparisons per hash.
 _SORT = 4
-_HELD_PAIRS = 1 << 21
+_HELD_PAIRS = 1 << 20
+_PART = 1 << 14
 
 
 def bits_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Hamming distances, uint64 [n], of hashes [n]."""
     x = a ^ b
     x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    y = (x >> np.uint64(2)) & np.uint64(0x3333333333333333)
+    x &= np.uint64(0x3333333333333333)
+    x += y
+    x += x >> np.uint64(4)
+    x &= np.uint64(0x0F0F0F0F0F0F0F0F)
+    x *= np.uint64(0x0101010101010101)
+    x >>= np.uint64(56)
+    return x
 
 
 def _plan(n: int, distance: int) -> Tuple[List[Tuple[int, int]], int]:
@@ -76,11 +82,13 @@ def _near_pairs(hashes: np.ndarray, distance: int) -> Iterator[Tuple[np.ndarray,
         left = share = budget // (len(choices) - number)
         place, step = np.flatnonzero(follow), 1
         while len(place) and left > 0:
-            apart = bits_apart(ordered[place], ordered[place + step])
-            near = apart <= distance
-            if near.any():
-                found = place[near]
-                yield order[found], order[found + step], apart[near]
+            # In parts that fit the processor's cache.
+            for part in np.split(place, range(_PART, len(place), _PART)):
+                apart = bits_apart(ordered[part], ordered[part + step])
+                near = apart <= distance
+                if near.any():
+                    found = part[near]
+                    yield order[found], order[found + step], apart[near]
             left -= len(place)
             step += 1
             place = place[follow[place] >= step]
