@@ -87,7 +87,7 @@ def test_what_is_printed(demo):
     # No line of a library, and the last lines of all are what results.txt keeps.
     text = (out / "results.txt").read_text(encoding="utf-8")
     assert printed == "\n".join(stages) + "\n\n" + text
-    for words in ("attribute accuracy", "all attributes right", "CIDEr", "tuned, blank images", "To look further"):
+    for words in ("attribute accuracy", "all attributes right", "CIDEr", "tuned, blank images", "To try next"):
         assert words in text
     with open(out / "results.json", encoding="utf-8") as file:
         results = json.load(file)

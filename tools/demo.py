@@ -1,12 +1,12 @@
-"""The whole pipeline on the CPU, as `make demo` runs it: from drawn ads to captions of ads that were never seen.
+"""Run the complete pipeline on the CPU, from drawn ads to captions of unseen ads, as `make demo` does.
 
     python tools/demo.py [--out demo]
 
-Each stage is one or more commands of the project, run as a user would run them; their output goes to OUT/logs. A
-stage that has finished is not run again, unless its commands, scripts or configuration or a stage before it have
-changed. At the end there are a table (the model before and after tuning, and the tuned one on blank images), captions
-of three ads with what is right and wrong in them, and the commands to look further. OUT/index.html shows all of it with
-pictures; OUT/results.txt and OUT/results.json have the figures. Exit status 1 when the tuned model misses the target.
+Each stage runs commands of the project as a user would; their output goes to OUT/logs. A finished stage is skipped,
+unless its commands, scripts or configuration, or an earlier stage, have changed. At the end it prints scores (before
+and after tuning, and on blank images), the captions of three ads with their errors marked, and commands to try next.
+OUT/index.html shows the same with images; OUT/results.txt and OUT/results.json have the figures. The exit status is 1
+if the tuned model misses --target.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def plan(args: argparse.Namespace) -> List[Stage]:
             "{python} tools/make_demo_data.py {out}/data --seed {seed} --pretrain {pretrain_rows} --tune {tune_rows} "
             "--held_out {held_out_rows}"
         )], "drawing", fills=paths("data")),
-        Stage("convert_pretrain", "convert those with plain captions", [words(
+        Stage("convert_pretrain", "convert the ads with plain captions", [words(
             "{python} tools/convert_labels.py {out}/data/pretrain.tsv {out}/pretrain"
         )], fills=paths("pretrain")),
         Stage("pretrain", "pretrain a tiny MGen-VL on them", [words(
@@ -102,14 +102,14 @@ def plan(args: argparse.Namespace) -> List[Stage]:
             "--pretrain config/mgen_vl/pretrain_demo.json --seed {seed} --dataset {to_pretrain} "
             "--output_dir {out}/pretrained", args.pretrain_steps,
         )], "training", paths("tiny_model", "pretrained")),
-        Stage("convert_tune", "convert those with ad captions", [words(
+        Stage("convert_tune", "convert the ads with ad captions", [words(
             "{python} tools/convert_labels.py {out}/data/tune.tsv {out}/tune"
         )], fills=paths("tune")),
-        Stage("tune", "tune LoRA and attn_pool on those", [words(
+        Stage("tune", "tune LoRA and attn_pool on them", [words(
             "{python} supervised_finetune.py config/mgen_vl/lora_sft_demo.json --seed {seed} "
             "--model_name_or_path {out}/pretrained --output_dir {out}/lora --dataset {to_tune}", args.tune_steps,
         )], "training", paths("lora")),
-        Stage("merge", "merge what was tuned into the weights", [words(
+        Stage("merge", "merge the tuned weights into the model", [words(
             "{python} merge_lora_params.py --model_name_or_path {out}/pretrained --lora_path {out}/lora "
             "--merge_model_path {out}/merged"
         )], makes=paths("merged")),
@@ -118,11 +118,11 @@ def plan(args: argparse.Namespace) -> List[Stage]:
             words("sh run.sh {out}/data/held_out.tsv {out}/tuned.txt {out}/merged {python}"),
             words("sh run.sh {out}/data/held_out_blank.tsv {out}/blank.txt {out}/merged {python}"),
         ], "captions", paths(*(f"{name}.txt{suffix}" for name in COLUMNS for suffix in ("", ".partial")))),
-        Stage("score", "score the captions, make a page of them", [words(
+        Stage("score", "score the captions, write the report page", [words(
             "{python} tools/evaluate_captions.py {out}/tuned.txt {out}/data/held_out_captions.tsv "
             "--compare {out}/base.txt --html {out}/report.html --images {out}/data/held_out.tsv"
         )], makes=paths("report.html")),
-        Stage("chat", "ask about one of the pictures", [words("{python} chat.py {out}/merged {out}/data/ad0.jpg")]),
+        Stage("chat", "ask about one of the images", [words("{python} chat.py {out}/merged {out}/data/ad0.jpg")]),
     ]  # fmt: skip
 
 
@@ -393,12 +393,12 @@ def score_lines(scores: Mapping[str, Mapping[str, float]]) -> List[Tuple[str, Li
 
 def report(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, float]) -> str:
     """The table, three ads with their captions, the verdicts and what to run next, as text."""
-    lines = [f"{len(outcome.references)} ads that were never seen; captions tokenized by character", ""]
+    lines = [f"{len(outcome.references)} unseen ads; captions tokenized by character", ""]
     lines.append(" " * 24 + "".join(f"{title:>21}" for title in COLUMNS.values()))
     for name, values in score_lines(outcome.scores):
         lines.append(name.ljust(24) + "".join(f"{value:>21}" for value in values))
-    lines += ["(The pretrained model writes the other style of captions, hence its CIDEr.)", ""]
-    lines.append("✓ right, ✗ wrong (and what is true); all blank images have the caption shown with the first ad:")
+    lines += ["(The pretrained model writes the other style of captions, so its CIDEr is low.)", ""]
+    lines.append("✓ right, ✗ wrong (the truth); blank images all get the same caption, shown with the first ad:")
     for number, key in enumerate(choose_examples(outcome, SHOWN)):
         for name, title in COLUMNS.items():
             if name != "blank" or not number:
@@ -408,7 +408,7 @@ def report(args: argparse.Namespace, outcome: Outcome, seconds: Dict[str, float]
     lines.append("")
     for text, holds in verdicts(outcome.scores, args.target).items():
         lines.append(f"{'yes' if holds else 'NO '}  {text}")
-    lines += [f"all stages, skipped ones included: {_duration(sum(seconds.values()))}", "", "To look further:"]
+    lines += [f"all stages, skipped ones included: {_duration(sum(seconds.values()))}", "", "To try next:"]
     for what, how in next_steps(args):
         lines.append(f"  {what:<26} {how}")
     return "\n".join(lines) + "\n"
@@ -426,12 +426,12 @@ def next_steps(args: argparse.Namespace) -> List[Tuple[str, str]]:
         return " ".join(shlex.quote(word.replace(ROOT + os.sep, "", 1)) for word in stages[stage])
 
     return [
-        ("all of this, with pictures", path("index.html")),
+        ("the same, with images", path("index.html")),
         ("every caption", path("report.html")),
         ("  made by", typed("score")),
-        ("another picture", typed("chat").replace("ad0.jpg", "ad1.jpg")),
-        ("  the pictures", path("data", "ad0.jpg") + " … ad7.jpg"),
-        ("loss of the tuning", path("lora", "loss_curve.png")),
+        ("ask about another image", typed("chat").replace("ad0.jpg", "ad1.jpg")),
+        ("  more images", path("data", "ad0.jpg") + " … ad7.jpg"),
+        ("loss curve of the tuning", path("lora", "loss_curve.png")),
         ("output of each stage", path("logs", "")),
     ]
 
@@ -502,13 +502,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "--out", type=cli.output_folder, default="demo", help="output folder (default: demo)"
     )
     parser.add_argument("--restart", action="store_true", help="run every stage again")
-    parser.add_argument("--seed", type=int, default=7, help="of the ads, the weights and the order (default: 7)")
+    parser.add_argument("--seed", type=int, default=7, help="seed of ads, weights and sample order (default: 7)")
     rows = cli.number(int, 2)
-    parser.add_argument("--pretrain_rows", type=rows, default=6000, help="ads with plain captions (default: 6000)")
-    parser.add_argument("--tune_rows", type=rows, default=3000, help="ads with ad captions (default: 3000)")
-    parser.add_argument("--held_out_rows", type=rows, default=200, help="ads without captions (default: 200)")
-    parser.add_argument("--pretrain_steps", type=int, help="optimizer steps (default: the configuration's epochs)")
-    parser.add_argument("--tune_steps", type=int, help="the same for tuning")
+    parser.add_argument("--pretrain_rows", type=rows, default=6000, help="ads for pretraining (default: 6000)")
+    parser.add_argument("--tune_rows", type=rows, default=3000, help="ads for tuning (default: 3000)")
+    parser.add_argument("--held_out_rows", type=rows, default=200, help="unseen ads to caption (default: 200)")
+    parser.add_argument("--pretrain_steps", type=int, help="steps of pretraining (default: by the config's epochs)")
+    parser.add_argument("--tune_steps", type=int, help="steps of tuning (default: by the config's epochs)")
     parser.add_argument("--target", type=float, default=0.98, help="attribute accuracy to reach (default: 0.98)")
     return parser.parse_args(arguments)
 

@@ -1,12 +1,11 @@
-"""What the data tools find, as `make demo-data` runs them after `make demo`: planted faults, found and left out.
+"""Plant faults in the demo's ads and find them with the data tools, as `make demo-data` does after `make demo`.
 
     python tools/demo_data.py [--demo demo] [--out demo/curation]
 
-The ads that the demo tunes on get faults whose number is known: swapped captions, near duplicates, rows that cannot be
-read, and images of the validation set. Then, as a user would, inspect_data.py reports on them, a model tuned on them
-scores them (score_rows.py), and curate_data.py leaves out what the report and the scores advise. Printed: how many of
-each fault were left out, how many sound rows with them, and how well a model captions unseen ads when it is tuned on
-the rows as they were, and on those that are left, with as many steps. Logs are in OUT/logs.
+The ads for tuning get faults: swapped captions, near duplicates, broken rows, and images of the validation set.
+inspect_data.py reports on them, a model tuned on them scores them (score_rows.py), and curate_data.py drops what the
+report and the scores suggest. It prints how many rows of each fault, and how many sound rows, were dropped, and how
+well a model captions unseen ads if tuned on all rows or on the remaining ones, with equal steps. Logs are in OUT/logs.
 """
 
 from __future__ import annotations
@@ -162,8 +161,10 @@ def report(out: str, planted: Dict[str, Dict[int, str]]) -> None:
 
 def main() -> int:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--demo", type=cli.path, default="demo", help="what make demo has written (default: demo)")
-    parser.add_argument("--out", type=cli.output_folder, default="demo/curation", help="output folder")
+    parser.add_argument("--demo", type=cli.path, default="demo", help="output folder of make demo (default: demo)")
+    parser.add_argument(
+        "--out", type=cli.output_folder, default="demo/curation", help="output folder (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=7, help="random seed (default: 7)")
     parser.add_argument("--steps", type=cli.positive, default=100, help="steps of each tuning (default: 100)")
     args = parser.parse_args()

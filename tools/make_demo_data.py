@@ -1,19 +1,19 @@
-"""Draw ad-like images whose captions are true of them, as TSV files that the rest of the project reads.
+"""Draw ads with captions that describe them exactly, as TSV files.
 
     python tools/make_demo_data.py OUT_DIR [--pretrain 6000] [--tune 3000] [--held_out 200] [--seed 7]
 
-Each image shows one product in one colour at one side of a patterned background, a slogan in Chinese and a price.
-What is drawn is an `Ad`; both caption styles name every attribute of it, and `parse_caption` reads them back, so a
-generated caption can be marked attribute by attribute. Written to OUT_DIR:
+Each ad shows one product in one colour at one side of a patterned background, a slogan in Chinese and a price. Both
+styles of captions name all of these attributes, and `parse_caption` reads them back, so that a generated caption can be
+checked attribute by attribute. Written to OUT_DIR:
 
     pretrain.tsv             id, base64 JPEG, caption in the "plain" style
     tune.tsv                 the same with captions in the "ad" style
     held_out.tsv             id and base64 JPEG only: the input of run.sh
-    held_out_blank.tsv       the same ids with one empty grey image: what can be said without seeing anything
+    held_out_blank.tsv       the same ids with one grey image: what can be said without seeing the ad
     held_out_captions.tsv    id and the "ad" caption: the references
-    ad0.jpg, ad1.jpg, …      the first few of held_out.tsv as picture files, to look at
+    ad0.jpg, ad1.jpg, …      the first few of held_out.tsv as image files
 
-No combination of attributes occurs twice, so a held-out image is never one that was trained on.
+No combination of attributes occurs twice, so no held-out ad is in the training data.
 """
 
 from __future__ import annotations
@@ -417,14 +417,14 @@ def make_demo_data(
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     count = cli.number(int, 0)
-    parser.add_argument("out_dir", type=cli.output_folder, help="folder that the TSV files are written to")
+    parser.add_argument("out_dir", type=cli.output_folder, help="folder to write")
     parser.add_argument("--pretrain", type=count, default=6000, help="rows with captions in the plain style")
     parser.add_argument("--tune", type=count, default=3000, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=count, default=200, help="rows without captions, for prediction")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--size", type=cli.number(int, 32), default=128, help="image side in pixels")
-    parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the one found)")
-    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="drawing processes; 0: none")
+    parser.add_argument("--size", type=cli.number(int, 32), default=128, help="image side in pixels (default: 128)")
+    parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the first found)")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="worker processes; 0: none")
     return parser.parse_args(arguments)
 
 

@@ -1,11 +1,10 @@
-"""Make a small MGen-VL with random weights and a vocabulary of its own, and pretrain it if asked to.
+"""Make a small MGen-VL with random weights and its own vocabulary, and optionally pretrain it.
 
     python tools/make_tiny_model.py OUT --captions A.tsv [B.tsv …] [--pretrain CONFIG.json [--key value …]]
 
-The model is the project's own code with a small configuration. Its vocabulary is a byte-pair encoding trained
-on the captions of the tables, so that a caption is a dozen tokens, and common words are one. With
---pretrain the model in OUT is trained in full by `supervised_finetune.py CONFIG.json`, to which everything
-that follows is handed on.
+The vocabulary is a byte-pair encoding trained on the captions of the tables, so that a caption takes about a dozen
+tokens. With --pretrain, all parameters are trained by `supervised_finetune.py CONFIG.json`, which gets everything that
+follows --pretrain.
 """
 
 from __future__ import annotations
@@ -214,9 +213,9 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     parser.add_argument(
         "--captions", type=cli.path, nargs="+", required=True, help="tables of id, image and caption"
     )
-    parser.add_argument("--pretrain", nargs="...", help="configuration and --key value pairs; must come last")
-    parser.add_argument("--merges", type=int, default=120, help="vocabulary entries longer than a character")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest caption that it writes")
+    parser.add_argument("--pretrain", nargs="...", help="config and --key value pairs; must come last")
+    parser.add_argument("--merges", type=int, default=120, help="merges of the byte-pair encoding (default: 120)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="maximum tokens of a caption (default: 64)")
     parser.add_argument("--seed", type=int, default=7)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--image_size", type=int, default=84)
@@ -224,13 +223,13 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     sizes.add_argument("--vit_width", type=int, default=96)
     sizes.add_argument("--vit_layers", type=int, default=2)
     sizes.add_argument("--vit_heads", type=int, default=4)
-    sizes.add_argument("--mlp_ratio", type=float, default=3.0, help="width of the ViT's MLP, in vit_width")
-    sizes.add_argument("--n_queries", type=int, default=16, help="a square; best the number of patches")
+    sizes.add_argument("--mlp_ratio", type=float, default=3.0, help="width of the ViT's MLP ÷ vit_width")
+    sizes.add_argument("--n_queries", type=int, default=16, help="a square number; best equal to the number of patches")
     sizes.add_argument("--hidden", type=int, default=128, help="a multiple of 128")
     sizes.add_argument("--layers", type=int, default=1)
     sizes.add_argument("--heads", type=int, default=4)
-    sizes.add_argument("--intermediate", type=int, default=512, help="w1 and w2 are half as wide each")
-    sizes.add_argument("--std", type=float, default=LANGUAGE_STD, help="of the language part's random weights")
+    sizes.add_argument("--intermediate", type=int, default=512, help="w1 and w2 have half this width each")
+    sizes.add_argument("--std", type=float, default=LANGUAGE_STD, help="standard deviation of the LLM's random weights")
     args = parser.parse_args(words)
     if args.heads < 1 or args.hidden % args.heads:
         raise UserError(f"--hidden {args.hidden} cannot be divided among {args.heads} heads")
