@@ -49,17 +49,17 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, aro
             f"max_length {_up(longest + around, 64)}: the longest sample takes {longest + around} tokens with the "
             f"default prompt, {n_queries + 2} of them for the image and {longest} for the caption"
             if counted
-            else f"max_length {_up(longest + around, 64)}: the longest sample takes some {longest + around} tokens, "
+            else f"max_length {_up(longest + around, 64)}: the longest sample takes about {longest + around} tokens, "
             f"{n_queries + 2} of them for the image, as in the 7B, and {longest} for the caption, estimated as "
-            f"{_TOKENS_A_CHARACTER} a character: --tokenizer counts them"
+            f"{_TOKENS_A_CHARACTER} per character; --tokenizer counts them"
         )
         if _up(most + around, 64) < _up(longest + around, 64):
             lines.append(
                 f"max_length {_up(most + around, 64)} is enough for 99.9 % of the rows, whose captions have at most "
                 f"{most} tokens"
             )
-        new, fit = _up(most + 1, 16), "captions and their end fit in it"
-        lines.append(f"max_new_tokens {new}: " + (f"all {fit}" if longest < new else f"99.9 % of the {fit}"))
+        new = _up(most + 1, 16)
+        lines.append(f"max_new_tokens {new} is enough for {'all' if longest < new else '99.9 % of the'} captions")
         for rule, text, which in (
             (f"--max_repetition {MAX_REPETITION}", "captions repeat themselves", good["repetition"] > MAX_REPETITION),
             (f"--min_chinese {MIN_CHINESE}", "captions are less than half Chinese", good["chinese"] < MIN_CHINESE),
@@ -73,14 +73,14 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, aro
             lines.append(text + f"; balance them with --per_opening {_up(0.05 * len(good), 10)}" * few)
         marks = numbers["captions"]["with"]
         if marks["control"]:
-            text = "captions hold control characters: --clean of convert_labels removes them"
+            text = "captions contain control characters: --clean of convert_labels removes them"
             lines.append(f"{share(marks['control'])} {text}")
-        drop("--must_not '<'", "captions hold tags", marks["tags"])
+        drop("--must_not '<'", "captions contain tags", marks["tags"])
     near, closer = images["near duplicates"], images["near duplicates by bits"]
     copies = repeats(found.exact[usable(found.facts)])
     beyond, largest = (near[key] - copies[key] for key in ("rows beyond the first", "largest"))
     decoded = images["decoded"]
-    looked_at = f"of the {decoded:,} images looked at"
+    looked_at = f"of the {decoded:,} decoded images"
     near_text = f"{looked_at} are near duplicates of earlier ones"
     drop("--near_duplicates 0", "images are copies of earlier ones", images["copies"]["rows beyond the first"])
     layouts = beyond > MOST_NEAR * decoded or largest > max(MOST_IN_GROUP * decoded, SMALL_GROUP)
@@ -88,7 +88,7 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, aro
         at = ", ".join(f"{bits}: {count:,}" for bits, count in closer.items())
         lines.append(
             f"{share(near['rows beyond the first'], decoded)} {near_text} at {near['bits apart']} bits, "
-            f"the largest group has {near['largest']:,} (at fewer bits: {at}): images of the same layout, perhaps; "
+            f"the largest group has {near['largest']:,} (at fewer bits: {at}): perhaps images of the same layout; "
             "look at the groups on the page, and try --near_duplicates 2 or 3 before you drop any"
         )
     elif beyond:
@@ -104,12 +104,12 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, aro
         reasons = ", ".join(f"{count:,} × {reason}" for reason, count in numbers["rejected"].items())
         lines.append(f"{share(n - numbers['good rows'])} rows cannot be used: {reasons}")
     if numbers["ids doubled"]:
-        lines.append(f"{share(numbers['ids doubled'])} rows have an id that was there before: results go by ids")
+        lines.append(f"{share(numbers['ids doubled'])} rows repeat an earlier id, and results are matched by id")
     leaks = numbers.get("overlap")
     if leaks and leaks["exact"] + leaks["near"]:
         text = f"{leaks['exact']:,} images are also in {leaks['file']}, and {leaks['near']:,} nearly"
         lines.append(
-            f"{text}: these have the same layout, perhaps; look at them on the page, and try --near_duplicates 2 or 3 "
+            f"{text}: perhaps these have the same layout; look at them on the page, and try --near_duplicates 2 or 3 "
             f"with --not_in {leaks['file']} before you drop any"
             if layouts and leaks["near"]
             else f"{text}: scores there would not be those of unseen images; drop them with --not_in {leaks['file']}"

@@ -273,12 +273,12 @@ def write_page(
     image_table, image_plots = _measures(images)
     advice = "".join(f"<li>{_say(text)}</li>" for text in numbers["advice"])
     panels = [
-        _panel("What to do", f"<ul>{advice}</ul>", wide=True),
+        _panel("Advice", f"<ul>{advice}</ul>", wide=True),
         _panel("Rows and captions", counts(row_counts)),
         _panel("Images", counts(image_counts)),
-        _panel("Lengths and shares of captions", caption_table, wide=True) if captions[0]["rows"] else "",
-        _panel("Sizes and sharpness of images", image_table, wide=True),
-        _panel("Distribution over rows", f'<div class="charts">{caption_plots}{image_plots}</div>', wide=True),
+        _panel("Length and characters of captions", caption_table, wide=True) if captions[0]["rows"] else "",
+        _panel("Size and sharpness of images", image_table, wide=True),
+        _panel("Distributions", f'<div class="charts">{caption_plots}{image_plots}</div>', wide=True),
         *(_panel("Most frequent texts", _lists(part), wide=True) for part in captions if part["rows"]),
     ]
     pairs = _pairs(found, other, shared) if other is not None else ""

@@ -103,12 +103,12 @@ def test_what_was_planted_is_counted(run, table, tmp_path, workers):
         "1 (2.50 %) captions repeat themselves: drop them with --max_repetition 0.3",
         "2 (5.00 %) captions are less than half Chinese: drop them with --min_chinese 0.5",
         "2 (5.00 %) images are copies of earlier ones",
-        "3 (7.89 %) of the 38 images looked at are near duplicates",
-        "1 (2.63 %) of the 38 images looked at show one colour",
+        "3 (7.89 %) of the 38 decoded images are near duplicates",
+        "1 (2.63 %) of the 38 decoded images show one colour",
         "1 (2.50 %) images have a side under 64 pixels: drop them with --min_side 64",
         "2 (5.00 %) rows cannot be used: 1 × no image, 1 × not an image",
-        "1 (2.50 %) rows have an id that was there before",
-        "max_new_tokens 96: all captions and their end fit in it",
+        "1 (2.50 %) rows repeat an earlier id",
+        "max_new_tokens 96 is enough for all captions",
     ):
         assert text in said
     assert all(f"- {text}" in out for text in found["advice"])
@@ -127,11 +127,11 @@ def test_images_of_one_layout_are_not_advised_away(run, tmp_path):
     assert list(closer) == ["0", "2", "4"] and closer["0"] <= closer["2"] <= closer["4"] <= 8
     assert images["near duplicates"] == {"bits apart": 6, "groups": 1, "rows beyond the first": 8, "largest": 9}
     counts = ", ".join(f"{bits}: {count}" for bits, count in closer.items())
-    assert f"the largest group has 9 (at fewer bits: {counts}): images of the same layout, perhaps" in out
+    assert f"the largest group has 9 (at fewer bits: {counts}): perhaps images of the same layout" in out
     # Nor are those that are near to images of another set.
     other = write_rows(tmp_path / "val.tsv", [("val", encoded(scene(0)), "另一件")])
     out = run(tmp_path / "rows.tsv", "--compare", other, "--out", tmp_path / "out", "--workers", 0)[1]
-    assert f"0 images are also in {other}, and 9 nearly: these have the same layout, perhaps" in out
+    assert f"0 images are also in {other}, and 9 nearly: perhaps these have the same layout" in out
     # Copies, as in a set with several captions per image, are another matter.
     copies = [(f"c{number}", encoded(scene(number // 3)), "一件产品") for number in range(12)]
     out = run(write_rows(tmp_path / "copies.tsv", copies), "--out", tmp_path / "out", "--workers", 0)[1]
@@ -166,7 +166,7 @@ def test_advice_on_odd_sets(run, tmp_path):
     assert "120 (100.00 %) captions begin with “A post”: the model will, too\n" in said + "\n"
     cut = [picture[: len(picture) // 2] if i < 3 else picture for i, picture in enumerate(pictures)]
     said = advice([(f"id{i}", picture, f"第{i}个杯子") for i, picture in enumerate(cut)])
-    assert "3 (2.50 %) of the 120 images looked at are truncated: drop them with --drop_truncated" in said
+    assert "3 (2.50 %) of the 120 decoded images are truncated: drop them with --drop_truncated" in said
     # The first rows may lack captions.
     assert "30 (25.00 %) rows cannot be used: 30 × empty caption" in advice(
         [(f"id{i}", picture, "一个杯子" * (i >= 30)) for i, picture in enumerate(pictures)]
