@@ -502,7 +502,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
         "--out", type=cli.output_folder, default="demo", help="output folder (default: demo)"
     )
     parser.add_argument("--restart", action="store_true", help="run every stage again")
-    parser.add_argument("--seed", type=int, default=7, help="seed of ads, weights and sample order (default: 7)")
+    parser.add_argument("--seed", type=cli.seed, default=7, help="seed of ads, weights and sample order (default: 7)")
     rows = cli.number(int, 2)
     parser.add_argument("--pretrain_rows", type=rows, default=6000, help="ads for pretraining (default: 6000)")
     parser.add_argument("--tune_rows", type=rows, default=3000, help="ads for tuning (default: 3000)")

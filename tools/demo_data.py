@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=cli.output_folder, default="demo/curation", help="output folder (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=7, help="random seed (default: 7)")
+    parser.add_argument("--seed", type=cli.seed, default=7, help="random seed (default: 7)")
     parser.add_argument("--steps", type=cli.positive, default=100, help="steps of each tuning (default: 100)")
     args = parser.parse_args()
     data = [os.path.join("data", name) for name in ("tune.tsv", "held_out.tsv", "held_out_captions.tsv")]

@@ -421,7 +421,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("--pretrain", type=count, default=6000, help="rows with captions in the plain style")
     parser.add_argument("--tune", type=count, default=3000, help="rows with captions in the ad style")
     parser.add_argument("--held_out", type=count, default=200, help="rows without captions, for prediction")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=cli.seed, default=7)
     parser.add_argument("--size", type=cli.number(int, 32), default=128, help="image side in pixels (default: 128)")
     parser.add_argument("--font", type=cli.path, help="font file with Chinese characters (default: the first found)")
     parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="worker processes; 0: none")
@@ -433,6 +433,10 @@ def main() -> None:
     if args.font and not os.path.isfile(args.font):
         raise UserError(f"no font file {args.font}")
     font = args.font or find_font()
+    try:
+        _load_font(font, args.size)
+    except OSError as error:
+        raise UserError(f"{font} cannot be used as a font: {error}") from None
     make_demo_data(
         args.out_dir, args.pretrain, args.tune, args.held_out, args.seed, args.size, font, args.workers
     )

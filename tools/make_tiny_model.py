@@ -216,7 +216,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> Tuple[argparse.Nam
     parser.add_argument("--pretrain", nargs="...", help="config and --key value pairs; must come last")
     parser.add_argument("--merges", type=int, default=120, help="merges of the byte-pair encoding (default: 120)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="maximum tokens of a caption (default: 64)")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=cli.seed, default=7)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--image_size", type=int, default=84)
     sizes.add_argument("--patch_size", type=int, default=21)

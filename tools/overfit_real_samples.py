@@ -24,35 +24,32 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from demo import command  # noqa: E402
+from paddlemix.datasets.caption_files import read_captions, read_references  # noqa: E402
+from paddlemix.datasets.rows import read_rows  # noqa: E402
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.texts import some  # noqa: E402
 
 # Shares of the captions that must be repeated, and that may be for another image.
 REQUIRED, PERMITTED = 0.9, 0.1
 
 
-def read_rows(samples: str, captions: str) -> List[Tuple[str, str, str]]:
+def read_samples(samples: str, captions: str) -> List[Tuple[str, str, str]]:
     """(id, base64 image, caption) of every sample, in order.
 
     Raises:
         UserError: a file cannot be read, a sample has no caption, or two have the same id.
     """
-    try:
-        with open(captions, encoding="utf-8") as file:
-            table = [line.rstrip("\r\n").split("\t") for line in file]
-        with open(samples, encoding="utf-8") as file:
-            pairs = [line.rstrip("\r\n").split("\t")[:2] for line in file]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    texts = {columns[0]: columns[1] for columns in table if len(columns) > 1}
-    missing = [key for key, _ in pairs if key not in texts]
-    if missing or len({key for key, _ in pairs}) < len(pairs) or len(pairs) < 2:
+    texts = read_references(captions).texts
+    rows = [(row.id, bytes(row.image).decode(), texts.get(row.id, [""])[0]) for row in read_rows(samples, False)]
+    missing = [key for key, _, caption in rows if not caption]
+    if missing or len({key for key, *_ in rows}) < max(len(rows), 2):
         raise UserError(
             f"{samples} must hold two rows or more with an id each, all with a caption in {captions}"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; missing: {some(missing)}" if missing else "")
         )
-    return [(key, image, texts[key]) for key, image in pairs]
+    return rows
 
 
 def run(words: List[str]) -> None:
@@ -73,17 +70,13 @@ def predict(rows: List[Tuple[str, str]], name: str, out: str) -> Dict[str, str]:
     with atomic_write(source) as file:
         file.writelines(f"{key}\t{image}\n" for key, image in rows)
     run(["sh", "run.sh", source, target, os.path.join(out, "tuned"), sys.executable])
-    with open(target, encoding="utf-8") as file:
-        lines = [line.rstrip("\n").split("\t", 1) for line in file]
-    if [line[0] for line in lines] != [key for key, _ in rows]:
-        raise JobFailed(f"{target} does not hold the ids of {source} in order")
-    return {key: caption for key, caption in lines}
+    return read_captions(target)
 
 
 def overfit(args: argparse.Namespace) -> Tuple[int, int, int]:
     """Do it all. Returns (rows, captions repeated exactly, captions repeated for another image)."""
     out = os.path.abspath(args.out)
-    rows = read_rows(args.samples, args.captions)
+    rows = read_samples(args.samples, args.captions)
     with atomic_write(os.path.join(out, "train.tsv")) as file:
         file.writelines("\t".join(row) + "\n" for row in rows)
     files = {"data_files": f"{out}/data/train.json", "chat_template": f"{out}/data/chat_template.json"}
@@ -115,7 +108,7 @@ def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace
     parser.add_argument("captions", type=cli.path, help="id and caption")
     parser.add_argument("out", type=cli.output_folder, help="output folder")
     parser.add_argument("--steps", type=cli.positive, default=200)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=cli.seed, default=7)
     return parser.parse_args(arguments)
 
 

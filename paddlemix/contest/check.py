@@ -136,7 +136,7 @@ def _names(folder: str, found: Verdict) -> None:
         for name in [*folders, *names]:
             path = os.path.join(parent, name)
             target = os.path.realpath(path)
-            if os.path.islink(path) and not target.startswith(real + os.sep):
+            if os.path.islink(path) and not (target.startswith(real + os.sep) and os.path.exists(target)):
                 found.problems.append(f"{os.path.relpath(path, folder)} is a link to {target}: replace it by the file")
     weights = os.path.join(folder, WEIGHTS)
     if os.path.isdir(weights):

@@ -209,9 +209,8 @@ def copied(submission: str, sample: str, progress: bool = True) -> Iterator[Tria
     parent = os.path.dirname(submission)
     folder = tempfile.mkdtemp(prefix=".check of a submission ", dir=parent if os.access(parent, os.W_OK) else None)
     place = TrialFolder(folder, os.path.basename(submission))
-
-    total = sum(os.path.getsize(os.path.join(p, name)) for p, _, names in os.walk(submission) for name in names)
     try:
+        total = sum(os.path.getsize(os.path.join(p, name)) for p, _, names in os.walk(submission) for name in names)
         with Progress(total, desc="copy", unit="B", disable=not progress) as bar:
 
             def copy(source: str, target: str) -> None:

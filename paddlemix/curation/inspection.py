@@ -263,7 +263,7 @@ def _measure(values: np.ndarray) -> Optional[Dict[str, Any]]:
         return None
     values = values.astype(np.float64)
     percentiles = np.percentile(values, PERCENTS)
-    low, high = float(values.min()), max(float(percentiles[-1]), float(values.min()) + 1e-9)
+    low, high = float(values.min()), max(float(percentiles[-1]), float(values.min() * (1 + 1e-9)) + 1e-9)
     counts, _ = np.histogram(values.clip(max=high), bins=_BINS, range=(low, high))
     return {
         "mean": float(values.mean()), "least": low, "most": float(values.max()),

@@ -98,7 +98,7 @@ def output_folder(text: str) -> str:
 
 
 def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Callable:
-    """Argument type: an int or a float (`kind`) within bounds."""
+    """Argument type: a finite int or float (`kind`) within bounds."""
     bounds = (("above", above), ("of at least", least), ("at most", most))
     wanted = " and ".join(f"{says} {bound:,}" for says, bound in bounds if math.isfinite(bound))
 
@@ -107,7 +107,7 @@ def number(kind: type, least: float = -math.inf, most: float = math.inf, above: 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least <= value <= most and value > above):
+        if not (least <= value <= most and above < value < math.inf):
             noun = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {noun} {wanted}, not {text!r}")
         return value
@@ -116,6 +116,8 @@ def number(kind: type, least: float = -math.inf, most: float = math.inf, above: 
 
 
 positive = number(int, least=1)
+# What numpy takes.
+seed = number(int, 0, (1 << 32) - 1)
 
 
 def add_weights_options(parser: argparse.ArgumentParser, folder: str, format: Optional[str] = None) -> None:

@@ -162,12 +162,14 @@ def test_names_that_do_not_travel(stand_in, submission, tmp_path):
     (tmp_path / "elsewhere").write_text("")
     (submission / "src" / "far.txt").symlink_to(tmp_path / "elsewhere")
     (submission / "src" / "near.txt").symlink_to("predict.py")
+    (submission / "src" / "gone.txt").symlink_to("nothing")
     (submission / "run.sh").write_text("if true; then\n")
     (submission / "notes.txt").write_text("")
     (submission / "weights" / "second").mkdir()
     report = check(submission)
-    assert failed(report) == {"names"} and len(report["names"].problems) == 3
-    for text in ("src/far.txt is a link to", "sh cannot parse run.sh", "not mgen_vl_lora_merge, second", "notes.txt"):
+    assert failed(report) == {"names"} and len(report["names"].problems) == 4
+    for text in ("src/far.txt is a link to", "src/gone.txt is a link to", "sh cannot parse run.sh",
+                 "not mgen_vl_lora_merge, second", "notes.txt"):  # fmt: skip
         assert text in said(report, "names")
 
 

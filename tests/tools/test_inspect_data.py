@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from paddlemix.auto import AutoTokenizerMIX
+from paddlemix.curation import inspection
 from paddlemix.curation.image_facts import facts_path
 from paddlemix.curation.inspection import Frequent
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_example
@@ -236,6 +237,11 @@ def test_several_files_are_one_set_and_tokens_are_counted(run, table, tmp_path):
     longest = len(ids) - lengths[-2] + max(lengths)
     said = f"the longest sample takes {longest} tokens with the default prompt, 6 of them for the image and 360 for"
     assert said in found["advice"][0]
+
+
+def test_the_histogram_of_one_large_value_has_a_width():
+    found = inspection._measure(np.full(2, 1 << 26))["histogram"]
+    assert found["from"] < found["to"] and sum(found["counts"]) == 2
 
 
 def test_frequent_texts_are_bounded_and_none_that_is_frequent_is_lost():

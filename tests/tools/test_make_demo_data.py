@@ -141,7 +141,8 @@ def test_files_and_their_order(font, root, tmp_path):
 
 
 def test_bad_arguments_end_with_one_line(root, tmp_path):
-    for words in (["--size", "8"], ["--tune", "-1"], ["--font", "no-such-font.ttf"]):
+    for words in (["--size", "8"], ["--tune", "-1"], ["--font", "no-such-font.ttf"], ["--font", __file__],
+                  ["--seed", "-1"]):  # fmt: skip
         command = [sys.executable, str(root / "tools" / "make_demo_data.py"), str(tmp_path / "out"), *words]
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
         assert done.returncode == 2

@@ -1,5 +1,6 @@
 """Exit statuses, log lines, progress."""
 
+import argparse
 import logging
 import pickle
 import re
@@ -69,6 +70,15 @@ def test_abbreviations_are_refused_with_the_nearest_option(capsys):
         says = f"; did you mean {near}?" if near else ""
         assert cli.run(lambda word=word: parser.parse_args([word])) == 2
         assert capsys.readouterr().err == f"error: unrecognized arguments: {word}{says} (see tool --help)\n"
+
+
+def test_numbers_are_finite():
+    """JSON, in which runs are recorded, has no infinity."""
+    parse = cli.number(float, 0)
+    assert parse("1e308") == 1e308 and cli.number(int, 0)("9" * 400) == int("9" * 400)
+    for text in ("inf", "nan", "1e999", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
 
 
 def test_a_closed_pipe_is_quiet(capsys):
