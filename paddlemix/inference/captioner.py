@@ -32,7 +32,7 @@ import numpy as np
 from paddlemix.datasets.tsv import TRUNCATED
 from paddlemix.inference.choosing import choose as choose_one
 from paddlemix.inference.results import REPEATING
-from paddlemix.utils.errors import ImageError, JobFailed, UserError
+from paddlemix.utils.errors import ImageError, UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
@@ -184,7 +184,7 @@ class Captioner:
             JobFailed: memory ran out with a single image.
         """
         from paddlemix.models.mgen_vl.captioning import generate_captions
-        from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, Prompt, is_out_of_memory
+        from paddlemix.models.mgen_vl.engine import Prompt
 
         known: Dict[int, Answer] = {}
         # Of the prompts passed on: the row's number and its note.
@@ -211,19 +211,13 @@ class Captioner:
                 self.keep_boxes,
                 self.scores,
             )
-            try:
-                for index, candidates in answers:
-                    number, note = asked[index]
-                    asked[index] = None
-                    known[number] = self._answer(candidates, note)
-                    while next_number in known:
-                        yield known.pop(next_number)
-                        next_number += 1
-            except OUT_OF_MEMORY_TYPES as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = "out of memory with one image at a time; give fewer --max_new_tokens"
-                raise JobFailed(why) from error
+            for index, candidates in answers:
+                number, note = asked[index]
+                asked[index] = None
+                known[number] = self._answer(candidates, note)
+                while next_number in known:
+                    yield known.pop(next_number)
+                    next_number += 1
         while next_number in known:
             yield known.pop(next_number)
             next_number += 1

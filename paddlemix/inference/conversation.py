@@ -78,9 +78,6 @@ class Conversation:
         model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.loaded.template
         options = {"stop_repeating": STOP_REPEATING, **self.options}
         if write is not None:
-            strategy = options.get("decode_strategy", model.generation_config.decode_strategy)
-            if strategy == "beam_search":
-                raise UserError("--stream does not go with beam search: its answer is only known at the end")
             options["streamer"] = TextStreamer(
                 tokenizer, model.stop_ids(tokenizer, template), write, template.ending(tokenizer)
             )
@@ -97,7 +94,7 @@ class Conversation:
                 tokenizer, query, self._turns, system=self.system, image_features=features, template=template,
                 choose=lambda texts, scores: choose(texts, scores, self.choose), **options,
             )  # fmt: skip
-        except OUT_OF_MEMORY_TYPES as error:
+        except (JobFailed, *OUT_OF_MEMORY_TYPES) as error:
             if not is_out_of_memory(error):
                 raise
             raise JobFailed("out of memory; /reset, fewer images or --max_new_tokens need less") from error

@@ -28,9 +28,9 @@ from paddlemix.inference.loading import Loaded, load_model
 from paddlemix.inference.prediction import RowJob, base64_or_answer
 from paddlemix.inference.results import ResultsWriter
 from paddlemix.inference.row_shards import Shard
-from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, is_out_of_memory
+from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, halved
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_example
-from paddlemix.utils.errors import JobFailed, UserError
+from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
 from paddlemix.utils.runtime import decode_threads
 
@@ -149,13 +149,8 @@ class Scorer:
         try:
             return list(zip(self._with_images(pairs), self._with_blank(pairs)))
         except OUT_OF_MEMORY_TYPES as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(pairs) == 1:
-                raise JobFailed("out of memory with one row at a time") from error
+            half = halved(len(pairs), error)
         # Outside the except block, whose traceback would keep the tensors of the failed attempt alive.
-        half = (len(pairs) + 1) // 2
-        logger.warning("out of memory with %d rows at a time; continuing with %d", len(pairs), half)
         self.batch_size = min(self.batch_size, half)
         return self._losses(pairs[:half]) + self._losses(pairs[half:])
 

@@ -17,7 +17,6 @@ from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
 from paddlemix.inference.loading import Loaded
 from paddlemix.inference.scoring import Scorer, _Pair
 from paddlemix.models.mgen_vl import language
-from paddlemix.models.mgen_vl.captioning import _by_beams
 from paddlemix.models.mgen_vl.engine import Decoding, Engine, Prompt
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer.image_gain import ImageGain
@@ -193,7 +192,7 @@ class Steps:
         ids, pixels = world.batch(1, 5)["input_ids"][0, :24].tolist(), world.pictures(2, 5)[0]
         options = {"min_new_tokens": 2, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "samples": 2}
         decoding = Decoding(max_new_tokens=4, num_beams=3, **options)
-        list(_by_beams(model, [Prompt(ids, one[None]) for one in pixels], decoding, [478, 479], 2))
+        list(model.beams([Prompt(ids, one[None]) for one in pixels], decoding, [478, 479], 2))
 
     def generate(self, model=None, **options):
         model = model or self.fresh()

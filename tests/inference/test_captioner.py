@@ -20,8 +20,8 @@ from paddlemix.inference.captioner import (
     rows_that_fit,
 )
 from paddlemix.models.mgen_vl import captioning
-from paddlemix.models.mgen_vl.captioning import Candidate, left_pad
-from paddlemix.models.mgen_vl.engine import Prompt, is_out_of_memory
+from paddlemix.models.mgen_vl.captioning import Candidate
+from paddlemix.models.mgen_vl.engine import Prompt, is_out_of_memory, left_pad
 from paddlemix.utils.errors import JobFailed, UserError
 from tests.helpers import image_base64, make_tiny_model, tiny_config
 

@@ -1,5 +1,7 @@
 """Slots: every option gives a row what it gets alone."""
 
+import weakref
+
 import numpy as np
 import paddle
 import pytest
@@ -10,6 +12,7 @@ from paddlemix.models.mgen_vl.captioning import generate_captions
 from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK, Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.generation import is_number
 from paddlemix.models.mgen_vl.slot_cache import SlotCache
+from paddlemix.utils.errors import JobFailed
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
 
 STOPS = (479, 5, 77, 100, 33, 250, 300, 310, 400, 20, 21, 22)
@@ -208,8 +211,55 @@ def test_memory_that_runs_out_while_a_row_takes_its_slot_loses_none(model, promp
     assert engine.slots == 2 and [one[:4] for one in found] == [one[:4] for one in expected]
 
 
-def test_logits_that_are_no_numbers_end_their_row_alone(model, prompts, monkeypatch):
-    expected = decode(model, prompts[:4], 1)[1]
+def test_the_last_rows_are_halved_from_their_own_number(model, prompts, monkeypatch):
+    """Not from the slots, most of which are free by then."""
+    through = type(model.transformer.llm).through
+    sizes = []
+
+    def limited(self, embeds, *rest):
+        sizes.append(embeds.shape[0])
+        if embeds.shape[1] == 1 and embeds.shape[0] > 1:
+            raise MemoryError
+        return through(self, embeds, *rest)
+
+    monkeypatch.setattr(type(model.transformer.llm), "through", limited)
+    engine, found = decode(model, prompts[:2], 12, max_new_tokens=5)
+    assert sizes.count(2) == 2 and engine.slots == 1 and len(found) == 2
+
+
+def test_what_a_failed_attempt_held_is_free_before_the_cards_cache_is_emptied(model, prompts, monkeypatch):
+    """A pretended card."""
+    caches, alive = [], []
+    begin, through = SlotCache.__init__, type(model.transformer.llm).through
+
+    def limited(self, embeds, *rest):
+        if embeds.shape[1] == 1 and embeds.shape[0] > 2:
+            raise MemoryError
+        return through(self, embeds, *rest)
+
+    def remembered(self, slots):
+        caches.append(weakref.ref(self))
+        begin(self, slots)
+
+    monkeypatch.setattr(SlotCache, "__init__", remembered)
+    monkeypatch.setattr(type(model.transformer.llm), "through", limited)
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.device.cuda, "empty_cache", lambda: alive.append([one() is not None for one in caches]))
+    decode(model, prompts[:4], 4, max_new_tokens=3)
+    assert alive == [[False, True]]
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": True}, {"sample": True, "top_k": 5, "top_p": 0.9}])
+def test_logits_that_are_no_numbers_end_their_row_alone(model, prompts, monkeypatch, options):
+    expected = decode(model, prompts[:4], 1, **options)[1]
+    take = paddle.take_along_axis
+
+    def checked(values, indices, axis):
+        # On a GPU, an index outside ends the process.
+        assert int(indices.min()) >= 0
+        return take(values, indices, axis)
+
+    monkeypatch.setattr(paddle, "take_along_axis", checked)
     plain, calls = type(model)._logits, []
 
     def broken(self, hidden):
@@ -220,7 +270,7 @@ def test_logits_that_are_no_numbers_end_their_row_alone(model, prompts, monkeypa
         return logits
 
     monkeypatch.setattr(type(model), "_logits", broken)
-    _, found = decode(model, prompts[:4], 4)
+    _, found = decode(model, prompts[:4], 4, **options)
     assert [one.note for one in found].count(NOT_FINITE) == 1
     for got, wanted in zip(found, expected):
         if got.note == NOT_FINITE:
@@ -250,15 +300,49 @@ def test_a_stuck_row_ends_with_its_cycle_once(model, prompts, monkeypatch):
 
     def scripted(self, hidden):
         logits = np.zeros([hidden.shape[0], 1, model.config.vocab_size], "float32")
-        logits[:, 0, said[len(step)]] = 1
+        # The more often it repeats itself, the surer it is.
+        logits[:, 0, said[len(step)]] = 9 + len(step)
         step.append(1)
         return paddle.to_tensor(logits)
 
     monkeypatch.setattr(type(model), "_logits", scripted)
     _, found = decode(model, prompts[:1], 1, stop_repeating=4)
     assert found[0].ids == [7, 8, 30, 31, 32] and found[0].note == STUCK and len(step) == 14
+    # The score is that of the tokens which are kept.
+    chance = [at - np.log(np.exp(at) + model.config.vocab_size - 1) for at in range(9, 14)]
+    assert found[0].score == pytest.approx(np.mean(chance), rel=1e-4)
     step.clear()
     assert decode(model, prompts[:1], 1, max_new_tokens=20)[1][0].ids == said[:20]
+
+
+def test_a_shortest_answer_does_not_end_with_the_templates_text_either(model, prompts):
+    free = decode(model, prompts[:1], 1, stops=())[1][0].ids
+    engine = Engine(model, Decoding(max_new_tokens=20, min_new_tokens=9), (), 1, ending=free[3:5])
+    ids = next(engine.run(prompts[:1])).ids
+    assert len(ids) >= 9 and ids[:4] == free[:4] and ids[4] != free[4]
+    engine = Engine(model, Decoding(max_new_tokens=20, min_new_tokens=3), (), 1, ending=free[3:5])
+    assert next(engine.run(prompts[:1])).ids == free[:3]
+
+
+def test_memory_that_runs_out_halves_the_prompts_of_a_beam_search(model, prompts, monkeypatch):
+    decoding = Decoding(max_new_tokens=5, num_beams=2, samples=2)
+    expected = [one for prompt in prompts[:7] for one in model.beams([prompt], decoding, STOPS, 1)]
+    through, rows = type(model.transformer.llm).through, []
+
+    def limited(self, embeds, *rest):
+        rows.append(embeds.shape[0])
+        if embeds.shape[0] > most:
+            raise MemoryError
+        return through(self, embeds, *rest)
+
+    monkeypatch.setattr(type(model.transformer.llm), "through", limited)
+    most = 4
+    found = list(model.beams(prompts[:7], decoding, STOPS, 6))
+    assert [one for one in rows if one > 4] == [12, 6] and [one.index for one in found[::2]] == list(range(7))
+    assert [one[1:4] for one in found] == [one[1:4] for one in expected]
+    most = 1
+    with pytest.raises(JobFailed, match="out of memory with one row at a time"):
+        list(model.beams(prompts[:2], decoding, STOPS, 2))
 
 
 def test_beams_are_the_same_alone_and_together(model, prompts, tmp_path):

@@ -15,6 +15,7 @@ from paddlemix.models.mgen_vl.generation import (
     generation_values,
     load_generation_config,
 )
+from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.utils.errors import ConfigError, UserError
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
 
@@ -55,16 +56,26 @@ def naive_greedy(model, ids, images, steps):
     return new
 
 
-def naive_beams(model, ids, images, steps, beams):
-    """Plain beam search without an end: the best sequence of `steps` tokens by summed log-probability."""
-    kept = [(0.0, [])]
-    for _ in range(steps):
+def naive_beams(model, ids, images, steps, beams, stops=(), least=0):
+    """Plain beam search: (score, tokens) of the best `beams` sequences by summed log-probability. A sequence ends after
+    `steps` tokens or, after `least` tokens, with the probability of all stop ids."""
+    kept, ended = [(0.0, [])], []
+    for step in range(steps):
         longer = []
         for score, new in kept:
             scores = log_softmax(model(batch(list(ids) + new), images=images).logits.numpy()[0, -1].astype("float64"))
+            if stops:
+                end = np.log(np.exp(scores[list(stops)]).sum()) if step >= least else -1e9
+                scores[list(stops)] = -1e9
+                scores[stops[-1]] = end
             longer += [(score + scores[t], new + [int(t)]) for t in np.argsort(scores)[-2 * beams :]]
-        kept = sorted(longer, reverse=True)[:beams]
-    return kept[0][1]
+        longer = sorted(longer, reverse=True)[: 2 * beams]
+        ended += [one for one in longer[:beams] if one[1][-1] in stops]
+        ended = sorted(ended, reverse=True)[:beams]
+        kept = [one for one in longer if one[1][-1] not in stops][:beams]
+        if len(ended) == beams and ended[-1][0] >= longer[0][0]:
+            return ended
+    return sorted(ended + kept, reverse=True)[:beams]
 
 
 PROMPTS = (prompt_ids([10, 20, 30]), prompt_ids([1, 2, 3, 4, 5, 6, 7], images=2), prompt_ids([9]))
@@ -103,7 +114,21 @@ def test_beam_search_equals_a_plain_one(model):
         new, _ = model.generate(
             batch(row), images=images, max_new_tokens=6, eos_token_id=NEVER, decode_strategy="beam_search", num_beams=4
         )
-        assert new.numpy()[0].tolist() == naive_beams(model, row, images, 6, 4)
+        assert new.numpy()[0].tolist() == naive_beams(model, row, images, 6, 4)[0][1]
+
+
+@pytest.mark.parametrize("least", [0, 3])
+def test_beams_end_at_any_of_several_stop_ids(model, least):
+    stops = [100, 11, 249, 300, 5, 177]
+    expected = naive_beams(model, PROMPTS[0], pixels(1), 9, 3, stops, least)
+    assert len({len(tokens) for _, tokens in expected}) > 1 and any(tokens[-1] == 177 for _, tokens in expected)
+    new, scores = model.generate(
+        batch(PROMPTS[0]), images=pixels(1), max_new_tokens=9, eos_token_id=stops, decode_strategy="beam_search",
+        num_beams=3, num_return_sequences=3, min_new_tokens=least, length_penalty=0.0,
+    )  # fmt: skip
+    pad = model.config.pad_token_id
+    assert [[t for t in row if t != pad] for row in new.numpy().tolist()] == [tokens for _, tokens in expected]
+    np.testing.assert_allclose(scores.numpy().flatten(), [score for score, _ in expected], rtol=1e-4)
 
 
 def test_a_row_stops_at_its_end_and_the_batch_when_all_have(model):
@@ -165,9 +190,9 @@ def test_ids_are_read_before_the_vit_is_launched(model, monkeypatch):
         events.clear()
         model.generate(batch(PROMPTS[1]), images=pixels(2), max_new_tokens=3, eos_token_id=NEVER, **strategy)
         rows = strategy.get("num_return_sequences", 1)
-        # Ids and their mask; then, at each step, tokens with their logits and losses.
-        assert events[:3] == [(1, len(PROMPTS[1]))] * 2 + ["ViT"]
-        assert events[3:] == [(rows, 3)] * 3
+        # Ids; then, at each step, tokens with their logits and losses.
+        assert events[:2] == [(1, len(PROMPTS[1])), "ViT"]
+        assert events[2:] == [(rows, 3)] * 3
 
 
 def test_lm_head_sees_the_last_position_only(model, monkeypatch):
@@ -237,6 +262,46 @@ def test_chat_over_several_turns(model, tmp_path):
     assert history == [(query, response)]  # the caller's list is its own
     with pytest.raises(UserError, match="1 image spans"):
         model.chat(tokenizer, "and?", history, images=None, max_new_tokens=5)
+
+
+def scripted(model, monkeypatch, said):
+    """Let the model say these ids, one a step, later ones more probable. Returns a list with an item a step."""
+    steps = []
+
+    def logits(self, hidden):
+        made = np.zeros([hidden.shape[0], 1, model.config.vocab_size], "float32")
+        made[:, 0, said[len(steps)]] = 9 + len(steps)
+        steps.append(1)
+        return paddle.to_tensor(made)
+
+    monkeypatch.setattr(type(model), "_logits", logits)
+    return steps
+
+
+def test_an_answer_ends_with_the_templates_text(model, tmp_path, monkeypatch):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    template = ChatTemplate.default()._replace(assistant=("A: ", "##\n"))
+    steps = scripted(model, monkeypatch, list(b"ab##\nmore, never asked for") * 9)
+    pieces = []
+    streamer = TextStreamer(tokenizer, model.stop_ids(tokenizer, template), pieces.append, template.ending(tokenizer))
+    response, _ = model.chat(tokenizer, "hi", template=template, max_new_tokens=60, streamer=streamer)
+    assert response == "ab" == "".join(pieces) and len(steps) == 5
+
+
+def test_logits_that_are_not_finite_are_said(model, tmp_path, monkeypatch, caplog):
+    tokenizer = byte_vocab_tokenizer(str(tmp_path))
+    plain = type(model)._logits
+    monkeypatch.setattr(type(model), "_logits", lambda self, hidden: plain(self, hidden) * float("nan"))
+    for options in ({}, {"decode_strategy": "beam_search", "num_beams": 2}):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="paddlemix"):
+            model.chat(tokenizer, "hi", max_new_tokens=3, **options)
+        assert "1 of 1 answers ended at logits that are not finite" in caplog.text
+
+
+def test_beams_are_not_streamed(model):
+    with pytest.raises(UserError, match="--stream does not go with beam search"):
+        model.generate(batch([1, 2]), decode_strategy="beam_search", num_beams=2, streamer=object())
 
 
 def test_images_of_forgotten_turns_are_left_out(model, tmp_path, monkeypatch):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import islice
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
-import paddle
-
-from paddlemix.models.mgen_vl.engine import NOT_FINITE, Decoding, Engine, Finished, Prompt, left_pad
+from paddlemix.models.mgen_vl.engine import Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.generation import decode_response, is_number
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.processors.postprocess import single_line, without_grounding
@@ -42,7 +38,7 @@ def generate_captions(
     stop_ids = model.stop_ids(tokenizer, template)
     ending = () if template is None else template.ending(tokenizer)
     if decoding.num_beams > 1:
-        found = _by_beams(model, prompts, decoding, stop_ids, max(1, slots // decoding.num_beams))
+        found = model.beams(prompts, decoding, stop_ids, max(1, slots // decoding.num_beams))
     else:
         engine = Engine(
             model,
@@ -69,33 +65,3 @@ def caption(tokenizer: Any, ids: Sequence[int], stop_ids, ending=(), keep_boxes:
     ids = [i for i in ids if i not in (tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id)]
     text = decode_response(tokenizer, ids, stop_ids, ending)
     return single_line(text if keep_boxes else without_grounding(text))
-
-
-def _by_beams(model, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, rows: int) -> Iterator[Finished]:
-    """Beam search with PaddleNLP's loop, `rows` prompts at a time."""
-    source, index = iter(prompts), 0
-    for batch in iter(lambda: list(islice(source, rows)), []):
-        ids, mask = left_pad([prompt.ids for prompt in batch], model.config.pad_token_id or 0)
-        images = np.concatenate([prompt.images for prompt in batch])
-        new, scores = model.generate(
-            paddle.to_tensor(ids),
-            images=paddle.to_tensor(images) if len(images) else None,
-            attention_mask=paddle.to_tensor(mask),
-            decode_strategy="beam_search",
-            eos_token_id=stop_ids,
-            num_beams=decoding.num_beams,
-            num_return_sequences=decoding.samples,
-            length_penalty=decoding.length_penalty,
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens,
-            repetition_penalty=decoding.repetition_penalty,
-            no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
-        )
-        # PaddleNLP's softmax hides NaN logits.
-        broken = paddle.stack(model.broken).any(axis=0).reshape([len(batch), -1]).any(axis=1).numpy()
-        for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
-            number, sample = divmod(at, decoding.samples)
-            end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
-            stop = row[end] if end < len(row) else None
-            yield Finished(index + number, sample, row[:end], stop, score, NOT_FINITE if broken[number] else None)
-        index += len(batch)

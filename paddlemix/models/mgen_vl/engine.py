@@ -24,6 +24,7 @@ from paddlemix.models.mgen_vl.language import MASKED
 from paddlemix.models.mgen_vl.slot_cache import PromptCache, SlotCache
 from paddlemix.processors.mgen_vl_processing import image_positions
 from paddlemix.utils.compat import full_precision
+from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger
 
 # Maximum prompts computed together.
@@ -44,6 +45,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether Paddle or Python ran out of memory; except for MemoryError, only an error's text tells."""
     signs = ("out of memory", "resourceexhausted", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+def halved(rows: int, error: BaseException) -> int:
+    """Half the number of rows, with which memory ran out. Other errors are raised again.
+
+    Raises:
+        JobFailed: memory ran out with one row.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if rows == 1:
+        raise JobFailed("out of memory with one row at a time; a lower max_new_tokens needs less") from error
+    logger.warning("out of memory with %d rows at a time; continuing with %d", rows, (rows + 1) // 2)
+    return (rows + 1) // 2
 
 
 class Prompt(NamedTuple):
@@ -99,7 +114,8 @@ class _Row:
     def __init__(self, index: int, sample: int, prompt: Prompt, seed: int):
         self.index, self.sample, self.prompt = index, sample, prompt
         self.tokens: List[int] = []
-        self.log_probability = 0.0
+        # Log-probabilities of the tokens so far, including a stop id.
+        self.scores: List[float] = []
         self.alpha = 1
         self.random = np.random.default_rng([seed, index if prompt.key is None else prompt.key, sample])
         # n-gram without its last token → last tokens; see Engine._forbidden.
@@ -111,8 +127,10 @@ class Engine:
     """Decodes any number of prompts, `slots` rows at a time.
 
     model: a MGenLMHeadModel in eval mode. stop_ids: each of them ends an answer, and so does the sequence `ending`.
-    scores: compute log-probabilities. is_number: whether ids spell a number (for stop_repeating). on_token: called with
-    each token of each row, including the stop id. When memory runs out, unfinished rows restart in half the slots.
+    scores: compute log-probabilities. is_number: whether ids spell a number (for stop_repeating). When memory runs out,
+    unfinished rows restart in half the slots.
+
+    on_token: called with each token of each row, including the stop id.
 
     steps, busy, filled, waited: number of steps; rows decoded in them; of the steps with rows waiting for a slot, the
     rows decoded and the number of steps.
@@ -127,11 +145,11 @@ class Engine:
         ending: Sequence[int] = (),
         scores: bool = False,
         is_number: Callable[[Sequence[int]], bool] = lambda ids: False,
-        on_token: Callable[[int], None] = lambda token: None,
     ):
         self.model, self.decoding, self.scores = model, decoding, scores
         self.stop_ids, self.ending = set(stop_ids), list(ending)
-        self.slots, self.is_number, self.on_token = slots, is_number, on_token
+        self.slots, self.is_number = slots, is_number
+        self.on_token: Callable[[int], None] = lambda token: None
         self.steps = self.busy = self.filled = self.waited = 0
         self._ended = False
         self._tables: dict = {}
@@ -149,14 +167,17 @@ class Engine:
             self._rows: List[Optional[_Row]] = [None] * self.slots
             self._ready: Deque[Tuple[_Row, PromptCache, int, int]] = deque()
             self._cache, self._done = SlotCache(self.slots), deque()
+            if again and paddle.get_device().startswith("gpu"):
+                # The failed attempt's tensors are no longer referenced.
+                paddle.device.cuda.empty_cache()
             try:
                 while self._advance(source, again):
                     while self._done:
                         yield self._done.popleft()
                 return
             except OUT_OF_MEMORY_TYPES as error:
-                if not is_out_of_memory(error) or self.slots == 1:
-                    raise
+                # Fewer than `slots` once no rows are waiting.
+                self.slots = halved(len(self._rows), error)
             # Outside the except block, whose traceback would keep the tensors of the failed attempt alive.
             while self._done:
                 yield self._done.popleft()
@@ -165,12 +186,7 @@ class Engine:
             for row in rows + self._starting:
                 unfinished.setdefault(row.index, (row.prompt, set()))[1].add(row.sample)
             again.extendleft((index, *unfinished[index]) for index in sorted(unfinished, reverse=True))
-            fewer = (self.slots + 1) // 2
-            logger.warning("out of memory with %d rows at a time; continuing with %d", self.slots, fewer)
-            self.slots = fewer
             self._tables.clear()
-            if paddle.get_device().startswith("gpu"):
-                paddle.device.cuda.empty_cache()
 
     @paddle.no_grad()
     def _advance(self, source, again) -> bool:
@@ -222,7 +238,7 @@ class Engine:
             paddle.to_tensor(ids),
             attention_mask=paddle.to_tensor(mask),
             image_positions=paddle.to_tensor(image_positions(ids, n_images, config.image_start_id, config.n_queries)),
-            image_features=self._features(prompts),  # last: copying from the host waits for what runs
+            image_features=features_of(self.model, prompts),  # last: copying from the host waits for what runs
             past_key_values=cache,
             use_cache=True,
             last_logits_only=True,
@@ -239,17 +255,6 @@ class Engine:
                 self._ready.append((row, cache, at, len(row.prompt.ids)))
         self._starting = []
         return True
-
-    def _features(self, prompts: Sequence[Prompt]):
-        """Image features of a group, [N, Q, D] in the order of their spans, or None."""
-        given = [prompt.features for prompt in prompts if prompt.features is not None]
-        if given:
-            return paddle.concat(given)
-        images = [prompt.images for prompt in prompts if len(prompt.images)]
-        if not images:
-            return None
-        on_host = isinstance(images[0], np.ndarray)
-        return self.model.visual(paddle.to_tensor(np.concatenate(images)) if on_host else paddle.concat(images))
 
     def _step(self, active: List[int]) -> None:
         cache, llm = self._cache, self.model.transformer.llm
@@ -325,7 +330,7 @@ class Engine:
         if broken:
             self._finish(row, row.tokens, None, NOT_FINITE)
             return True
-        row.log_probability += score
+        row.scores.append(score)
         self.on_token(token)
         if token in self.stop_ids:
             self._finish(row, row.tokens, token)
@@ -346,13 +351,16 @@ class Engine:
         return True
 
     def _finish(self, row: _Row, ids: List[int], stop: Optional[int], note: Optional[str] = None) -> None:
-        made = len(row.tokens) + (stop in self.stop_ids)
-        score = row.log_probability / made if made else 0.0
+        scores = row.scores[: len(ids)] if note == STUCK else row.scores
+        score = sum(scores) / len(scores) if scores else 0.0
         self._done.append(Finished(row.index, row.sample, list(ids), stop, score, note))
 
     def _forbidden(self, row: _Row) -> List[int]:
         """Ids excluded as the row's next token."""
-        found = list(self.stop_ids) if len(row.tokens) < self.decoding.min_new_tokens else []
+        least, begun = self.decoding.min_new_tokens, len(self.ending) - 1
+        found = list(self.stop_ids) if len(row.tokens) < least else []
+        if begun > 0 and len(row.tokens) - begun < least and row.tokens[-begun:] == self.ending[:-1]:
+            found.append(self.ending[-1])
         n = self.decoding.no_repeat_ngram_size
         if n:
             ids = [*row.prompt.ids, *row.tokens]
@@ -386,7 +394,7 @@ class Engine:
         chance = np.array([[row.random.random() if row else 0.0] for row in rows], dtype=np.float32)
         place = (sums <= paddle.to_tensor(chance) * sums[:, -1:]).astype("int64").sum(-1, keepdim=True)
         # Rounding may reach the full sum: clip to the last possible token.
-        last = (probabilities > 0).astype("int64").sum(-1, keepdim=True) - 1
+        last = ((probabilities > 0).astype("int64").sum(-1, keepdim=True) - 1).clip(min=0)
         return paddle.take_along_axis(ids, paddle.minimum(place, last), 1)
 
 
@@ -399,6 +407,18 @@ def _cycle(tokens: List[int], repeats: int, is_number: Callable[[Sequence[int]],
             if tokens[-_LONGEST_NUMBER:] == tokens[-_LONGEST_NUMBER - period : -period]:
                 return period
     return 0
+
+
+def features_of(model: Any, prompts: Sequence[Prompt]):
+    """Image features of several prompts, [N, Q, D] in the order of their spans, or None."""
+    given = [prompt.features for prompt in prompts if prompt.features is not None]
+    if given:
+        return paddle.concat(given)
+    images = [prompt.images for prompt in prompts if len(prompt.images)]
+    if not images:
+        return None
+    on_host = isinstance(images[0], np.ndarray)
+    return model.visual(paddle.to_tensor(np.concatenate(images)) if on_host else paddle.concat(images))
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tuple[np.ndarray, np.ndarray]:

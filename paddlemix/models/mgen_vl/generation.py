@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+from itertools import islice
+from typing import Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import paddle
-from paddlenlp.generation import GenerationConfig, MinLengthLogitsProcessor
+from paddlenlp.generation import GenerationConfig
 
-from paddlemix.models.mgen_vl.engine import STUCK, Decoding, Engine, Prompt
-from paddlemix.models.mgen_vl.language import KVCache
+from paddlemix.models.mgen_vl.engine import (
+    NOT_FINITE,
+    OUT_OF_MEMORY_TYPES,
+    STUCK,
+    Decoding,
+    Engine,
+    Finished,
+    Prompt,
+    features_of,
+    halved,
+    left_pad,
+)
+from paddlemix.models.mgen_vl.language import MASKED, KVCache
 from paddlemix.processors.content import count_images, named_images
 from paddlemix.processors.mgen_vl_processing import encode_prompt, image_positions
 from paddlemix.utils.errors import ConfigError, UserError
@@ -107,88 +120,70 @@ class CaptionGeneration:
         attention_mask=None,
         image_features=None,
         streamer=None,
+        ending=(),
         stop_repeating=0,
         is_number=lambda ids: False,
         **kwargs,
     ):
-        """Continue each row. kwargs: PaddleNLP's options (max_new_tokens, decode_strategy, num_beams, top_p, …), which
-        override generation_config.json. Greedy search and sampling use the engine, beam search PaddleNLP's loop.
+        """Continue each row. kwargs: values of generation_config.json to override, under PaddleNLP's names
+        (max_new_tokens, decode_strategy, num_beams, top_p, …), and seed: of sampling, by default from paddle.seed.
 
         input_ids: int64 [B, T], padded on the left; attention_mask: 0/1 [B, T], all ones by default; images
         [N, 3, S, S] or image_features [N, Q, D], in row-major order of their spans. A row gives the same ids alone as
-        in a batch. eos_token_id may be a list. streamer: receives each token of a single row (`put`, `end`). seed: of
-        sampling, by default from paddle.seed. stop_repeating, is_number: see Decoding and Engine; not for beams.
+        in a batch. eos_token_id may be a list. streamer: receives each token of a single row (`put`, `end`). ending,
+        stop_repeating, is_number: see Engine and Decoding; not for beams.
 
         Returns:
             (new ids int64 [B, new], scores [B, 1]): finished rows are padded with pad_token_id; a score is the mean
             log-probability of the row's new tokens (for beams, PaddleNLP's score).
 
         Raises:
-            UserError: the spans in the text do not match the images.
+            UserError: the spans in the text do not match the images, or beam search with a streamer.
         """
-        with self.generating():
-            if attention_mask is None:
-                attention_mask = paddle.ones_like(input_ids)
-            if kwargs.get("decode_strategy", self.generation_config.decode_strategy) == "beam_search":
-                given = images if image_features is None else image_features
-                n_images = 0 if given is None else given.shape[0]
-                # Before the ViT: reading the ids on the host would wait for it.
-                places = image_positions(
-                    input_ids.numpy(), n_images, self.config.image_start_id, self.config.n_queries
-                )
-                if image_features is None and n_images:
-                    image_features = self.visual(images)
-                mask = attention_mask.astype("int64")
-                self.broken = []
-                return super().generate(
-                    input_ids, attention_mask=mask, image_features=image_features, image_positions=places, **kwargs
-                )
-            ids, mask, repeats = input_ids.numpy(), attention_mask.numpy(), (stop_repeating, is_number)
-            return self._decode(ids, mask, images, image_features, streamer, repeats, kwargs)
-
-    def _decode(self, ids, mask, images, features, streamer, repeats, kwargs):
-        """generate with the engine. ids, mask: numpy [B, T]."""
-        known = {*_NUMBERS, "decode_strategy", "seed"}
-        if set(kwargs) - known:
-            raise TypeError(f"generate takes no {', '.join(sorted(set(kwargs) - known))}")
+        known = (*_NUMBERS, "decode_strategy", "seed")
         options = {name: getattr(self.generation_config, name, None) for name in known}
+        if set(kwargs) - set(options):
+            raise TypeError(f"generate takes no {', '.join(sorted(set(kwargs) - set(options)))}")
         options.update((name, value) for name, value in kwargs.items() if value is not None)
-        sample = options["decode_strategy"] == "sampling"
-        if sample and options["seed"] is None:
+        strategy, samples = options["decode_strategy"], options["num_return_sequences"]
+        if strategy == "beam_search" and streamer is not None:
+            raise UserError("--stream does not go with beam search: its answer is only known at the end")
+        if strategy == "sampling" and options["seed"] is None:
             options["seed"] = int(paddle.randint(0, (1 << 31) - 1, [1]))
-        decoding = Decoding(
-            sample=sample,
-            seed=options["seed"] or 0,
-            samples=options["num_return_sequences"] or 1,
-            stop_repeating=repeats[0],
-            **{name: options[name] for name in Decoding._fields if options.get(name) is not None and name != "seed"},
-        )
+        options.update(sample=strategy == "sampling", samples=samples, stop_repeating=stop_repeating)
+        decoding = Decoding(**{name: options[name] for name in Decoding._fields if options.get(name) is not None})
         check_lengths(decoding)
-        stops, pad = options["eos_token_id"], options["pad_token_id"]
+        stops, pad = options["eos_token_id"], options["pad_token_id"] or 0
         stops = stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops]
-        prompts = []
-        rows = [row[seen != 0].tolist() for row, seen in zip(ids, mask)]
-        given = images if features is None else features
+        kind, given = ("images", images) if image_features is None else ("features", image_features)
+        ids = input_ids.numpy()
+        mask = np.ones_like(ids) if attention_mask is None else attention_mask.numpy()
         n_images = 0 if given is None else given.shape[0]
         image_positions(ids, n_images, self.config.image_start_id, self.config.n_queries)
-        first = 0
-        for row in rows:
+        prompts, first = [], 0
+        for row in (row[seen != 0].tolist() for row, seen in zip(ids, mask)):
             behind = first + row.count(self.config.image_start_id)
-            own = given[first:behind] if first < behind else ()
-            prompts.append(Prompt(row, features=own) if features is not None and len(own) else Prompt(row, own))
+            prompts.append(Prompt(row, **({kind: given[first:behind]} if first < behind else {})))
             first = behind
-        engine = Engine(self, decoding, stops, len(rows) * decoding.samples, scores=True, is_number=repeats[1])
-        if streamer is not None:
-            engine.on_token = lambda token: streamer.put(np.array([[token]]))
-        found = sorted(engine.run(prompts))
-        repeating = sum(one.note == STUCK for one in found)
-        if repeating:
-            logger.info("%d of %d answers repeated themselves and were ended", repeating, len(found))
+        with self.generating():
+            if strategy == "beam_search":
+                found = list(self.beams(prompts, decoding, stops, len(prompts)))
+            else:
+                engine = Engine(
+                    self, decoding, stops, len(prompts) * decoding.samples, ending, scores=True, is_number=is_number
+                )
+                if streamer is not None:
+                    engine.on_token = lambda token: streamer.put(np.array([[token]]))
+                found = sorted(engine.run(prompts))
+        for note, what in ((STUCK, "repeated themselves"), (NOT_FINITE, "ended at logits that are not finite")):
+            noted = sum(one.note == note for one in found)
+            if noted:
+                logger.warning("%d of %d answers %s", noted, len(found), what)
         if streamer is not None:
             streamer.end()
-        new = [one.ids + [one.stop] * (one.stop is not None) for one in found]
+        new = [one.ids + [one.stop] * (one.stop in stops) for one in found]
         longest = max(map(len, new))
-        new = np.array([row + [pad or 0] * (longest - len(row)) for row in new], dtype=np.int64)
+        new = np.array([row + [pad] * (longest - len(row)) for row in new], dtype=np.int64)
         scores = np.array([[one.score] for one in found], dtype=np.float32)
         return paddle.to_tensor(new), paddle.to_tensor(scores)
 
@@ -215,13 +210,54 @@ class CaptionGeneration:
     def fuse(self, fused: bool) -> None:
         self.config.use_flash_attention = self.visual.use_flash_attention = fused
 
-    def get_logits_processor(self, min_length=None, eos_token_id=None, **kwargs):
-        """PaddleNLP's processors, with a minimum length for each stop id instead of a single one."""
-        processors = super().get_logits_processor(**kwargs)
-        if min_length is not None:
-            for stop in eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]:
-                processors.append(MinLengthLogitsProcessor(min_length, stop))
-        return processors
+    def beams(self, prompts: Iterable[Prompt], decoding: Decoding, stop_ids, rows: int) -> Iterator[Finished]:
+        """decoding.samples answers to each prompt, in order, by beam search for `rows` prompts at a time; half of them
+        from then on if memory runs out. Their scores are PaddleNLP's."""
+        source, again = enumerate(prompts), []
+        while True:
+            batch, again = again[:rows] or list(islice(source, rows)), again[rows:]
+            if not batch:
+                return
+            try:
+                found = self._search(batch, decoding, stop_ids)
+            except OUT_OF_MEMORY_TYPES as error:
+                rows, again = halved(len(batch), error), batch + again
+            else:
+                yield from found
+
+    @paddle.no_grad()
+    def _search(self, batch: Sequence[Tuple[int, Prompt]], decoding: Decoding, stop_ids) -> List[Finished]:
+        """The answers to a batch of (index, prompt)."""
+        prompts = [prompt for _, prompt in batch]
+        ids, mask = left_pad([prompt.ids for prompt in prompts], self.config.pad_token_id or 0)
+        n_images = sum(len(prompt.images if prompt.features is None else prompt.features) for prompt in prompts)
+        self.stops, self.broken = list(stop_ids), []
+        new, scores = super().generate(
+            paddle.to_tensor(ids),
+            attention_mask=paddle.to_tensor(mask),
+            image_positions=image_positions(ids, n_images, self.config.image_start_id, self.config.n_queries),
+            image_features=features_of(self, prompts),
+            decode_strategy="beam_search",
+            eos_token_id=self.stops[-1] if self.stops else None,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.samples,
+            length_penalty=decoding.length_penalty,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens,
+            repetition_penalty=decoding.repetition_penalty,
+            no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
+        )
+        broken = paddle.stack(self.broken).any(axis=0).reshape([len(batch), -1]).any(axis=1).numpy()
+        found = []
+        for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
+            number, sample = divmod(at, decoding.samples)
+            end = next((i for i, token in enumerate(row) if token in self.stops), len(row))
+            stop = row[end] if end < len(row) else None
+            note = NOT_FINITE if broken[number] else None
+            found.append(Finished(batch[number][0], sample, row[:end], stop, score, note))
+        return found
+
+    # ---- hooks of PaddleNLP's beam search
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask, past_key_values=None, **kwargs):
         """Inputs of one step: the full prompt first, then the newest token with the cache."""
@@ -232,9 +268,16 @@ class CaptionGeneration:
         return dict(inputs, input_ids=input_ids[:, -1:])
 
     def adjust_logits_during_generation(self, logits):
-        """Record in `broken`, for each step of a beam search, which rows have logits that are not finite: bool [B ×
-        beams]."""
-        self.broken.append(paddle.logical_not(paddle.isfinite(logits.astype("float32").sum(-1))))
+        """The logits of a step, float32 [B × beams, V], with the probabilities of all stop ids at the last one:
+        PaddleNLP's scorer takes a single id, and would end no answer at one of a list. Rows that are not finite are
+        recorded in `broken`, since its softmax hides them."""
+        logits = logits.astype("float32")
+        self.broken.append(paddle.logical_not(paddle.isfinite(logits.sum(-1))))
+        if len(self.stops) > 1:
+            ends = paddle.concat([logits[:, stop : stop + 1] for stop in self.stops], axis=1)
+            for stop in self.stops:
+                logits[:, stop] = MASKED
+            logits[:, self.stops[-1]] = paddle.logsumexp(ends, axis=1)
         return logits
 
     @staticmethod
@@ -303,12 +346,12 @@ class CaptionGeneration:
             images = images[given - spans :]
         if image_features is not None:
             image_features = image_features[given - spans :] if spans else None
+        ending = () if template is None else template.ending(tokenizer)
         kwargs.setdefault("eos_token_id", self.stop_ids(tokenizer, template))
         kwargs.setdefault("is_number", lambda ids: is_number(tokenizer.decode(list(ids))))
         new_ids, scores = self.generate(
-            paddle.to_tensor([list(ids)], dtype="int64"), images=images, image_features=image_features, **kwargs
+            paddle.to_tensor([ids]), images=images, image_features=image_features, ending=ending, **kwargs
         )
-        ending = () if template is None else template.ending(tokenizer)
         texts = [decode_response(tokenizer, row, kwargs["eos_token_id"], ending) for row in new_ids.numpy().tolist()]
         response = texts[choose(texts, scores.flatten().tolist())]
         history.append((query, response))
@@ -317,7 +360,7 @@ class CaptionGeneration:
     @staticmethod
     def stop_ids(tokenizer, template=None):
         """Ids that end an answer: those of chatml, and the template's own if it is a single id."""
-        ids = [tokenizer.eod_id, tokenizer.im_end_id, tokenizer.im_start_id]
+        ids = [tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id]
         ending = [] if template is None else template.ending(tokenizer)
         return ids + [i for i in ending if len(ending) == 1 and i not in ids]
 
