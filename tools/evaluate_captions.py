@@ -113,7 +113,7 @@ def print_table(evaluation) -> None:
             ends = [] if interval is None else [text(end, form) for end in interval]
             line += " … ".join(ends).rjust(interval_width)
         print(line)
-    print("\n… not in references: rough signs of hallucination, listed words that no reference of the row has.")
+    print("\n… not in references: a rough sign of hallucination; listed words that no reference of the row contains.")
     for kind, pairs in evaluation.results.wording.most.items():
         if pairs:
             print(f"  {kind}: " + ", ".join(f"{word} {count}" for word, count in pairs))
@@ -181,8 +181,8 @@ def main() -> None:
         print(f"other{f' {number}' if len(args.compare) > 1 else ''}: {path}")
     print(f"references: {args.references} ({n_references} for {len(texts)} rows)")
     print(f"tokenizer: {evaluation.settings['tokenizer']}")
-    draws = f"{args.resamples} bootstrap draws of rows, seed {args.seed}"
-    print(f"intervals: 95 %, {draws}; document frequencies held fixed")
+    resamples = f"{args.resamples} bootstrap resamples of rows, seed {args.seed}"
+    print(f"intervals: 95 %, {resamples}; document frequencies held fixed")
     print()
     print_table(evaluation)
     if args.json:
@@ -203,7 +203,7 @@ def write_page(
     if images:
         pictures = read_thumbnails(images, [evaluation.ids[row] for row in rows], args.thumbnail, args.quiet)
     write_report(args.html, evaluation, rows, pictures if images else None, gains)
-    shown = "all" if len(rows) == len(evaluation.ids) else f"the {len(rows)} rows of least CIDEr of"
+    shown = "all" if len(rows) == len(evaluation.ids) else f"the {len(rows)} rows with the lowest CIDEr of"
     print(f"\npage: {args.html}, {shown} {len(evaluation.ids)} rows, {os.path.getsize(args.html) / 1e6:.1f} MB")
     problems = sum(1 for picture in pictures.values() if picture.problem)
     if images and (problems or len(pictures) < len(rows)):

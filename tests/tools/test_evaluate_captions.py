@@ -119,7 +119,7 @@ def test_a_page_takes_its_pictures_from_the_references_or_another_file(run, tmp_
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("\nUklGR") == 2
     (tmp_path / "images.tsv").write_text(f"a\t{image_base64()}\nb\tbroken\n", encoding="utf-8")
     status, out, _ = run("bad.txt", "refs.txt", "--html", "page.html", "--images", "images.tsv", "--html_rows", "2")
-    assert status == 0 and "the 2 rows of least CIDEr of 3 rows" in out
+    assert status == 0 and "the 2 rows with the lowest CIDEr of 3 rows" in out
     assert "1 images could not be decoded" in out
     (tmp_path / "scores.tsv").write_text("a\t1.0\t1.5\t0.5\t[]\nb\t\t\t\tbad base64\n")
     assert run("good.txt", "train.tsv", "--html", "page.html", "--scores", "scores.tsv")[0] == 0
