@@ -37,7 +37,7 @@ examples:
   python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run
   python supervised_finetune.py config/mgen_vl/lora_sft_argument.json --dry_run --plan_for 8xA100-80GB
 
---dry_run trains nothing and reads no weights: it prints what would train, steps, lengths, memory, disk
+--dry_run trains nothing and loads no weights: it prints what would train, steps, lengths, memory, disk
 space and every problem it finds; exit status 0 if the run can start, 2 if not. --plan_for plans for other
 cards than this machine's. --lang en or zh: language of help and dry run.
 
