@@ -81,6 +81,16 @@ def main() -> int:
     args = parse_arguments()
     if args.max_chars and args.max_chars < args.min_chars:
         raise UserError("--max_chars is less than --min_chars")
+    args.fallback = None
+    if args.captions:
+        # Not needed for --help, which would load numpy with it.
+        from paddlemix.datasets.archives import is_packed
+        from paddlemix.inference.results import check_same_input, recorded
+
+        # predict.py reads no archives.
+        if not is_packed(args.input):
+            check_same_input(args.captions, "captions", args.input)
+        args.fallback = recorded(args.captions).fallback
     options = labels.Options(**{name: getattr(args, name) for name in labels.Options._fields})
     result = labels.convert(args.input, args.out_dir, options, disable_progress=args.quiet)
     rejected = sum(result.rejected.values())

@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("source", type=cli.path, metavar="IMAGES", help="a TSV of images, or a folder of image files")
     parser.add_argument("captions", type=cli.path, metavar="CAPTIONS", help="JSON, or JSON lines")
-    parser.add_argument("output", type=cli.output_file, metavar="OUT", help="a .json, or a TSV")
+    parser.add_argument("output", type=cli.output_rows, metavar="OUT", help="a .json, or a TSV")
     parser.add_argument("--one_row", action="store_true", help="one row per image, with its first caption")
     parser.add_argument(
         "--images", choices=("inline", "reference"), default="inline",

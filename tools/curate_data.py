@@ -53,7 +53,7 @@ def captions_and_scores(text: str) -> Tuple[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("input", type=cli.path, metavar="IN", help="images with captions")
-    parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
+    parser.add_argument("output", type=cli.output_rows, metavar="OUT", help="the file to write")
     share, count = cli.number(float, 0, 1), cli.positive
     rules = parser.add_argument_group("rules, applied in this order")
     add = rules.add_argument
@@ -144,15 +144,20 @@ def check(args: argparse.Namespace, rules: Dict[str, Any]) -> None:
 
 
 def check_scores(args: argparse.Namespace) -> None:
-    """Check that --drop_scores has scores of IN, and --prefer of other captions, as far as their runs are recorded."""
+    """Check that --drop_scores and --prefer are of IN, and the scores of --prefer are not, as far as their runs are
+    recorded."""
     from paddlemix.inference.facts import input_facts
-    from paddlemix.inference.results import recorded_input
+    from paddlemix.inference.results import check_same_input, recorded
 
-    for scores, of_input in ((args.drop_scores, True), ((args.prefer or (None, None))[::-1], False)):
-        recorded = recorded_input(scores[0]) if scores and scores[0] else None
-        if recorded and (recorded == input_facts(args.input).sha256) != of_input:
-            what = f"other data than {args.input}" if of_input else f"{args.input}, not of the captions in {scores[1]}"
-            raise UserError(f"{scores[0]} has the scores of {what}, as {scores[0]}.run.json says")
+    captions, scores = args.prefer or (None, None)
+    if args.drop_scores:
+        check_same_input(args.drop_scores[0], "scores", args.input)
+    if captions:
+        check_same_input(captions, "captions", args.input)
+    there = recorded(scores).input if scores else None
+    if there and there == input_facts(args.input).sha256:
+        text = f"{scores} has the scores of {args.input}, not of the captions in {captions}, as {scores}.run.json says"
+        raise UserError(text)
 
 
 def show(result, args: argparse.Namespace) -> None:
@@ -175,6 +180,7 @@ def main() -> int:
     args = parse_arguments()
 
     from paddlemix.curation.selection import RULES, Settings, curate, output_names
+    from paddlemix.inference.results import recorded
 
     rules = {rule.name: getattr(args, rule.name) for rule in RULES if getattr(args, rule.name) is not None}
     check(args, rules)
@@ -189,9 +195,11 @@ def main() -> int:
             return len(tokenizer.plain_ids(text))
 
     chosen = {name: getattr(args, name) for name in ("keep", "per_group", "prompt") if getattr(args, name) is not None}
+    fallback = recorded(args.prefer[0]).fallback if args.prefer else None
     settings = Settings(
-        rules, prefer=args.prefer, images=args.images, seed=args.seed, workers=args.workers, quiet=args.quiet, **chosen
-    )
+        rules, prefer=args.prefer, fallback=fallback, images=args.images, seed=args.seed, workers=args.workers,
+        quiet=args.quiet, **chosen,
+    )  # fmt: skip
     unsaid = {"input", "output", "dry_run", "overwrite", "workers", "quiet"}
     shown = {name: value for name, value in vars(args).items() if name not in unsaid and value is not None}
     # As on the command line.

@@ -49,13 +49,15 @@ class Settings(NamedTuple):
     """The options of tools/curate_data.py.
 
     rules: by name of RULES, those that are given: must, must_not compiled; not_in a list of files; drop_scores
-    (file, share in 0 … 1). prefer: (file of captions, their score file or None).
+    (file, share in 0 … 1). prefer: (file of captions, their score file or None). fallback: in that file, the caption
+    of rows without one.
     """
 
     rules: Dict[str, Any]
     keep: str = "first"
     per_group: int = 1
     prefer: Optional[Tuple[str, Optional[str]]] = None
+    fallback: Optional[str] = None
     prompt: str = DEFAULT_PROMPT
     images: str = "inline"
     seed: int = 0
@@ -165,9 +167,10 @@ def _rows(path: str, settings: Settings, state: FileState, title: str) -> Iterat
 
     captions, new_scores = settings.prefer or (None, None)
     files = [
-        opened(settings.rules.get("drop_scores", (None,))[0], read_scores), opened(captions, new_captions),
+        opened(settings.rules.get("drop_scores", (None,))[0], read_scores),
+        opened(captions, lambda file: new_captions(file, settings.fallback)),
         opened(new_scores, read_scores),
-    ]  # fmt: skip
+    ]
     options = RowOptions(prompt=settings.prompt, images=settings.images, verify="header")
     # Which of the score files have had no score yet.
     empty = {at for at in (0, 2) if files[at]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.datasets.rows import is_json, read_rows
 from paddlemix.datasets.score_files import COLUMNS
@@ -21,6 +21,7 @@ from paddlemix.datasets.tsv import (
     clean_id,
     find_image,
     is_image,
+    row_id,
 )
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
@@ -129,7 +130,7 @@ def read_captions(path: str, quiet: bool = True) -> Dict[str, str]:
 
 
 def read_references(path: str, quiet: bool = True) -> References:
-    """References by id. An id may occur several times, each time with another reference.
+    """References by id (tsv.row_id). An id may occur several times, each time with another reference.
 
     A JSON file has chatml records, whose first answer is the reference. In other files a line is
     `id \\t base64 \\t caption` (or another form of rows.py), or `id \\t caption`, with more references in further
@@ -145,7 +146,7 @@ def read_references(path: str, quiet: bool = True) -> References:
         for row in read_rows(path, want_caption=True):
             bar.reach(row.next_offset)
             if row.turns:
-                texts.setdefault(row.id, []).append(row.caption)
+                texts.setdefault(row_id(row), []).append(row.caption)
                 has_images = has_images or row.error is None
                 continue
             second = bytes(row.image)
@@ -160,15 +161,15 @@ def read_references(path: str, quiet: bool = True) -> References:
                     reason = None
                 elif reason == EMPTY_IMAGE and row.caption is None:
                     reason = EMPTY_CAPTION
+                if reason is None and not row.id:
+                    reason = "no id"
                 try:
                     captions = [second.decode("utf-8"), *(row.caption or "").split("\t")]
                     check_captions(path, [row.id, *captions], references=True)
                 except UnicodeDecodeError:
                     reason = CAPTION_NOT_UTF8
-            if reason is None and not row.id:
-                reason = "no id"
             if reason in (None, EMPTY_IMAGE):
-                texts.setdefault(row.id, []).extend(caption for caption in captions if caption.strip())
+                texts.setdefault(row_id(row), []).extend(caption for caption in captions if caption.strip())
             else:
                 bad.append(f"{row.line_no} ({reason})")
     if bad:
@@ -178,8 +179,10 @@ def read_references(path: str, quiet: bool = True) -> References:
     return References(texts, has_images)
 
 
-def new_captions(path: str) -> Iterator[Tuple[str, str]]:
+def new_captions(path: str, fallback: Optional[str] = None) -> Iterator[Tuple[str, str]]:
     """(id, caption) of each line of predict.py's results, or the chosen candidates of its n-best file ("" if none).
+
+    fallback: the caption of rows that got none.
 
     Raises:
         UserError: the file cannot be read, or a line is neither.
@@ -194,7 +197,7 @@ def new_captions(path: str) -> Iterator[Tuple[str, str]]:
                     caption = "" if chosen is None else dict(enumerate(row["candidates"]))[chosen]["text"]
                     fields = [clean_id(row["id"]), clean_id(caption)]
                 name, caption = fields
-                yield name, caption
+                yield name, "" if caption == fallback else caption
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = f"{path}: line {number} is neither `id \\t caption` nor a line of --n_best"
                 raise UserError(text, "lines") from None

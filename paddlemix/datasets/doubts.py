@@ -28,6 +28,8 @@ class Doubts:
                 self._add("unquoted", row)
             elif text.count('"') % 2:
                 self._add("unclosed", row)
+        if "\t" in caption:
+            self._add("tabs", row)
         if _WORDS.search(row.id) and not _WORDS.search(caption) and len(caption) < len(row.id):
             self._add("exchanged", row)
 
@@ -37,7 +39,8 @@ class Doubts:
 
     def warnings(self, n_train: int, n_val: int, val_every: int) -> List[str]:
         found = []
-        unquoted_, unclosed, exchanged = (self._count[kind] for kind in ("unquoted", "unclosed", "exchanged"))
+        kinds = ("unquoted", "unclosed", "exchanged", "tabs")
+        unquoted_, unclosed, exchanged, tabs = (self._count[kind] for kind in kinds)
         if unquoted_:
             found.append(
                 f"{unquoted_} captions were quoted as in CSV (the first in line {self._first['unquoted']}): the quotes "
@@ -53,6 +56,11 @@ class Doubts:
             found.append(
                 f"{exchanged} rows have an id that reads like a caption, and a caption that does not: the columns are "
                 "id, image, caption; are two of them exchanged?"
+            )
+        if 2 * tabs > n_train + n_val:
+            found.append(
+                f"{tabs} captions hold a tab: what follows the image is the caption, with all further columns; the "
+                "columns are id, image, caption"
             )
         if not n_train:
             found.append("train.json is empty: all rows went to val.json; give more rows, or --val_every 0")

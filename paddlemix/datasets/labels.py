@@ -130,6 +130,8 @@ class Options(NamedTuple):
     images: str = "inline"
     workers: int = 1
     captions: Optional[str] = None
+    # Of `captions`: the caption of rows without one.
+    fallback: Optional[str] = None
 
 
 class Checked(NamedTuple):
@@ -144,13 +146,13 @@ class Checked(NamedTuple):
     reason: Optional[str]
 
 
-def _read(path: str, captions: Optional[str]) -> Iterator[TsvRow]:
-    """The rows of IN, with the captions of the file `captions`, if given, instead of their own."""
-    rows = read_rows(path, want_caption=captions is None, archives=True)
-    if captions is None:
+def _read(path: str, options: Options) -> Iterator[TsvRow]:
+    """The rows of IN, with the captions of the file `options.captions`, if given, instead of their own."""
+    rows = read_rows(path, want_caption=options.captions is None, archives=True)
+    if options.captions is None:
         yield from rows
         return
-    new = InOrder(captions, new_captions(captions))
+    new = InOrder(options.captions, new_captions(options.captions, options.fallback))
     for row in rows:
         caption = new.take(row_id(row))
         if row.error is None:
@@ -159,9 +161,11 @@ def _read(path: str, captions: Optional[str]) -> Iterator[TsvRow]:
     new.end()
 
 
-def _exchanged(row: TsvRow) -> Optional[str]:
-    """EXCHANGED if the caption column holds the image."""
-    return EXCHANGED if is_image((row.caption or "")[:256].encode()) else None
+def _exchanged(row: TsvRow) -> bool:
+    """Whether the caption column holds the image."""
+    # A caption that repeats a character is also long and without spaces.
+    text = (row.caption or "")[:256]
+    return len(set(text)) > 12 and is_image(text.encode())
 
 
 def check_row(row: TsvRow, options: Options) -> Checked:
@@ -169,8 +173,9 @@ def check_row(row: TsvRow, options: Options) -> Checked:
 
     The image of the result is plain base64 if options.images is "inline", else the row's own text.
     """
-    if row.error:
-        return Checked(row, b"", "", _exchanged(row) or row.error)
+    # Before the image: an id may look like base64, as hashes do.
+    if row.error or _exchanged(row):
+        return Checked(row, b"", "", EXCHANGED if _exchanged(row) else row.error)
     try:
         image = image_text(row)
     except ImageError as error:
@@ -180,7 +185,7 @@ def check_row(row: TsvRow, options: Options) -> Checked:
         try:
             data = decode_base64(row.image)
         except ImageError:
-            return Checked(row, b"", "", _exchanged(row) or BAD_BASE64)
+            return Checked(row, b"", "", BAD_BASE64)
         if inline:
             image = base64.b64encode(data)
     caption = row.text
@@ -320,7 +325,7 @@ def _convert(
     bar: Progress,
 ) -> Tuple[int, int]:
     """The numbers of training and validation records. Keeps no output if it raises."""
-    stream: Iterable[Checked] = (check_row(row, options) for row in _read(path, options.captions))
+    stream: Iterable[Checked] = (check_row(row, options) for row in _read(path, options))
     if options.verify == "decode":
         stream = _decode_checked(stream, path, options.workers)
     names = [os.path.join(out_dir, name) for name in ("train.json", "val.json")]

@@ -44,6 +44,7 @@ from paddlemix.utils.outputs import check_file, keep_apart
 
 BAD_RECORD = "bad record"
 SEVERAL_IMAGES = "several images"
+TOO_MANY_COLUMNS = "more columns than the header"
 
 _HEAD_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
@@ -78,7 +79,8 @@ def is_json(path: str) -> bool:
 
 
 def _csv_columns(head: bytes, where: str) -> Optional[Dict[str, int]]:
-    """Indices of the columns in a CSV's header; None if the first line is not such a header."""
+    """Indices of the columns in a CSV's header, and as "end" their number; None if the first line is not such a header.
+    """
     first, _, rest = _without_bom(head).split(b"\n", 1)[0].partition(b"\r")
     if b"\t" in first or b"," not in first:
         return None
@@ -90,7 +92,7 @@ def _csv_columns(head: bytes, where: str) -> Optional[Dict[str, int]]:
         return None
     if rest.strip(b"\r"):
         raise cr_alone(where)
-    return found
+    return {**found, "end": len(names)}
 
 
 # ---- rows
@@ -294,6 +296,9 @@ def _csv_row(
             error = NO_CAPTION
         elif caption is None:
             error = EMPTY_CAPTION
+        elif any(cells[columns["end"] :]):
+            # A caption with a comma and without quotes would be cut there.
+            caption, error = None, TOO_MANY_COLUMNS
         elif any("\udc80" <= letter <= "\udcff" for letter in caption):
             caption, error = None, CAPTION_NOT_UTF8
     name = cell("id") or (image if place is not None else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Iterator, NamedTuple, Optional, Tuple
 
+from paddlemix.datasets.tsv import check_input
 from paddlemix.utils.errors import UserError
 
 COLUMNS = ("loss", "blank_loss", "gain", "tokens")
@@ -25,15 +26,14 @@ def read_scores(path: str) -> Iterator[Tuple[str, Optional[Score]]]:
     Raises:
         UserError: it cannot be read, or has another format.
     """
+    check_input(path)
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 name, *columns = line.rstrip("\n").split("\t")
                 if len(columns) != len(COLUMNS):
                     raise ValueError
                 score = Score(*map(float, columns[:3])) if columns[0] else None
                 yield name, score if score is not None and math.isfinite(score.gain) else None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError:
         raise UserError(f"{path} is not a file that tools/score_rows.py has written") from None

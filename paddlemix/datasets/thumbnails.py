@@ -6,7 +6,7 @@ import io
 from typing import Collection, Dict, NamedTuple
 
 from paddlemix.datasets.rows import image_text, read_rows
-from paddlemix.datasets.tsv import check_input
+from paddlemix.datasets.tsv import check_input, row_id
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.utils.errors import ImageError
 from paddlemix.utils.progress import Progress
@@ -47,13 +47,14 @@ def read_thumbnails(path: str, ids: Collection[str], side: int, quiet: bool = Tr
     size = check_input(path)
     with Progress(size, "images", unit="B", disable=quiet) as bar:
         for row in read_rows(path, want_caption=False):
-            if row.id in wanted and row.id not in found:
+            name = row_id(row)
+            if name in wanted and name not in found:
                 try:
                     if row.error:
                         raise ImageError(row.error)
-                    found[row.id] = Thumbnail(shrink(decode_base64(image_text(row)), side), "")
+                    found[name] = Thumbnail(shrink(decode_base64(image_text(row)), side), "")
                 except ImageError as error:
-                    found[row.id] = Thumbnail(b"", error.reason)
+                    found[name] = Thumbnail(b"", error.reason)
                 if len(found) == len(wanted):
                     break
             bar.reach(row.next_offset)

@@ -27,7 +27,7 @@ from collections import Counter
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from paddlemix.datasets.tsv import TRUNCATED, clean_id
-from paddlemix.inference.facts import file_facts
+from paddlemix.inference.facts import file_facts, input_facts
 from paddlemix.utils.errors import JobFailed, UserError
 from paddlemix.utils.files import atomic_write, lock
 from paddlemix.utils.json_files import read_config_object, write_json
@@ -88,14 +88,33 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
     write_json(path + SIDECAR, summary)
 
 
-def recorded_input(path: str) -> Optional[str]:
-    """The SHA-256 (hex) of the input of the run that wrote `path`, from `path`.run.json; None if it is not recorded.
+class Recorded(NamedTuple):
+    """Of the run that wrote a file: SHA-256 (hex) of its input, and its fallback caption; None if not recorded."""
+
+    input: Optional[str]
+    fallback: Optional[str]
+
+
+def recorded(path: str) -> Recorded:
+    """From `path`.run.json.
 
     Raises:
-        ConfigError: path.run.json is not a JSON object.
+        ConfigError: it is not a JSON object.
     """
-    found = read_config_object(path + SIDECAR).get("input") if os.path.isfile(path + SIDECAR) else None
-    return found.get("sha256") if isinstance(found, dict) else None
+    run = read_config_object(path + SIDECAR) if os.path.isfile(path + SIDECAR) else {}
+    found = (run.get(key) if isinstance(run.get(key), dict) else {} for key in ("input", "settings"))
+    return Recorded(next(found).get("sha256"), next(found).get("fallback"))
+
+
+def check_same_input(path: str, what: str, input: str) -> None:
+    """Check that `path`, which has `what` of the rows of a file, has those of `input`, if its run is recorded.
+
+    Raises:
+        UserError: it has those of another file.
+    """
+    there = recorded(path).input
+    if there is not None and there != input_facts(input).sha256:
+        raise UserError(f"{path} has the {what} of other data than {input}, as {path}{SIDECAR} says", "other-input")
 
 
 class Place(NamedTuple):

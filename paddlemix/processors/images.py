@@ -68,6 +68,11 @@ def decode_base64(text: Union[str, bytes, memoryview]) -> bytes:
         if not prefix:
             raise ImageError("bad base64", "a data URI without ;base64,")
         text = text[prefix.end() :]
+    if b" " in text:
+        lines = text.split()
+        # In a web form's encoding a space may stand for +: dropping it would shift all bits behind it.
+        if len({*map(len, lines[:-1])}) > 1 or (len(lines) > 1 and sum(map(len, lines)) % 4):
+            raise ImageError("bad base64", "spaces in the base64 text that separate no lines of equal length")
     text = text.translate(_URL_SAFE, b" \t\r\n\x0b\x0c").rstrip(b"=")
     if not text:
         raise ImageError("empty image")

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import IO, Any, Callable, Dict, Optional
 
 from paddlemix.utils import language
@@ -89,6 +90,13 @@ def output_file(text: str) -> str:
     """Argument type: a path that a file can be written to."""
     check_file(path(text))
     return path(text)
+
+
+def output_rows(text: str) -> str:
+    """Argument type: a file for rows, records in a .json, otherwise a TSV."""
+    if text.lower().endswith((".csv", ".jsonl")):
+        raise argparse.ArgumentTypeError(f"must be a .json, for records, or a .tsv, not {text!r}")
+    return output_file(text)
 
 
 def output_folder(text: str) -> str:
@@ -239,6 +247,9 @@ def run(main: Callable[[], Optional[int]], resumes: str = "") -> int:
     """
     _start_again_if_needed(main)
     open_standard_streams()
+    if any(action == "error" for action, *_ in warnings.filters):
+        # Paddle and PaddleNLP cannot be imported without warnings.
+        warnings.simplefilter("default")
     _print_utf8()
     with contextlib.suppress(ValueError):  # raised in another thread than the main one
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 from typing import Iterable, Iterator, Optional
 
@@ -17,7 +18,9 @@ def disk_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise JobFailed(f"cannot write {path}: {error.strerror}", "disk") from error
+        # shutil.copytree lists the errors of all files.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+        raise JobFailed(f"cannot write {path}: {reason}", "disk") from error
 
 
 def nearest_folder(path: str) -> str:

@@ -111,8 +111,16 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's rank, from 0."""
-    return int(os.environ.get("PADDLE_TRAINER_ID", "0") or "0")
+    """This process's rank, from 0.
+
+    Raises:
+        UserError: there are not so many processes: a variable of an earlier launch is still set.
+    """
+    number = int(os.environ.get("PADDLE_TRAINER_ID", "0") or "0")
+    if number >= world_size():
+        text = f"PADDLE_TRAINER_ID is {number}, but PADDLE_TRAINERS_NUM {world_size()}: unset both, or use a launcher"
+        raise UserError(text, "rank")
+    return number
 
 
 class Choice(NamedTuple):

@@ -127,7 +127,7 @@ def test_references_as_records(tmp_path, indent):
         ("a\t红杯\nalone\n", r"1 rows have no reference: 2 \(missing column\)"),
         ("a\t\n", r"1 \(empty caption\)"),
         (f"a\t{IMAGE}\n", r"1 \(no caption\)"),
-        (f"{IMAGE}\t红杯\n", r"1 \(no id\)"),
+        ("\t红杯\n", r"1 \(no id\)"),
         (b"a\t\xff\xfe\n", r"1 \(caption is not UTF-8\)"),
         ("[{]", r"1 rows have no reference: 1 \(bad record"),
         ("", "has no references"),

@@ -546,6 +546,25 @@ def test_the_reason_of_an_exchanged_row(run, tmp_path):
     assert [reason for _, _, reason in rejected] == [labels.EXCHANGED] * 2
 
 
+@pytest.mark.parametrize("digest", ["d41d8cd98f00b204e9800998ecf8427e", "0e37df36-f698-11e6-8dd4-cb9ced3df976"])
+def test_an_id_that_reads_as_base64_is_no_image(run, digest):
+    """A table with an index in front: number, id, image, caption."""
+    _, _, rejected, _ = run([f"0\t{digest}\t{JPEG}\t红杯\n", row(1), row(2)])
+    assert rejected == [("1", "0", labels.EXCHANGED)]
+
+
+def test_captions_with_further_columns_are_said(run):
+    assert "3 captions hold a tab" in run([f"{JPEG}\t红杯\tad{n}\n" for n in range(3)])[3].warnings[0]
+    assert not run([row(0, "红\t杯"), row(1), row(2)])[3].warnings
+
+
+def test_base64_that_lost_its_plus_signs_is_rejected(run):
+    """As a web form's encoding reads them: a space for each +."""
+    plus = JPEG[:400] + "+" + JPEG[401:700] + "+" + JPEG[701:]
+    _, _, rejected, _ = run([row(0), row(1), row(2, image=plus.replace("+", " "))])
+    assert rejected == [("3", "ad2", labels.BAD_BASE64)]
+
+
 def test_a_caption_that_training_would_refuse_is_rejected(run, tmp_path):
     train, _, rejected, _ = run([row(0, "长" * 199_993), row(1, "长" * 199_994), row(2, "x" * 9)], val_every=0)
     assert rejected == [("2", "ad1", labels.TOO_LONG)]

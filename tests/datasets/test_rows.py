@@ -21,6 +21,7 @@ from paddlemix.datasets.tsv import (
     NO_CAPTION,
     NO_IMAGE,
     PATH_LEADS_OUT,
+    row_id,
 )
 from paddlemix.utils.errors import ImageError, JobFailed, UserError
 from tests.helpers import image_base64, image_bytes, refused
@@ -82,6 +83,15 @@ def test_broken_csv_rows_cost_themselves_alone(folder):
         (11, "i", None),
     ]  # fmt: skip
     assert (found[-3].caption, found[-1].caption) == ("two lines", "one")
+
+
+def test_a_caption_with_commas_and_without_quotes_is_not_cut(folder):
+    content = 'id,image,caption\na,images/0.jpg,red, blue\nb,images/1.jpg,"red, blue"\nc,images/2.jpg,red,,\n'
+    found = read(folder / "t.csv", content)
+    assert [(row.caption, row.error) for row in found] == [
+        (None, rows.TOO_MANY_COLUMNS), ("red, blue", None), ("red", None),
+    ]  # fmt: skip
+    assert [row.error for row in read(folder / "t.csv", content, want_caption=False)] == [None] * 3
 
 
 def test_a_csv_with_cr_alone_is_named(folder):
@@ -190,6 +200,21 @@ def test_references_and_thumbnails_of_a_table(folder, kind):
     val = str(folder / "out" / "val.json")
     assert read_references(val).texts == {"identity_0": ["红杯"], "identity_1": ['蓝杯,"新"']}
     assert all(one.webp for one in read_thumbnails(val, ["identity_0", "identity_1"], 20).values())
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "json"])
+def test_references_and_thumbnails_of_rows_without_ids(folder, kind):
+    """They have the ids that predict.py gives them."""
+    table = "".join(f"{image_base64(n)}\t杯{n}\n" for n in range(2))
+    if kind == "csv":
+        table = "image,caption\n" + table.replace("\t", ",")
+    records = [{"conversations": [["图", f"杯{n}"]], "image": image_base64(n)} for n in range(2)]
+    path = folder / f"t.{kind}"
+    path.write_text(json.dumps(records) if kind == "json" else table)
+    names = [row_id(row) for row in rows.read_rows(str(path), False)]
+    assert len(set(names)) == 2
+    assert read_references(str(path)) == ({names[0]: ["杯0"], names[1]: ["杯1"]}, True)
+    assert all(one.webp for one in read_thumbnails(str(path), names, 20).values())
 
 
 def test_an_unclosed_quote_is_bounded(folder, monkeypatch):

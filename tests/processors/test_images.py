@@ -46,7 +46,8 @@ def test_accepted_base64():
     url_safe = base64.urlsafe_b64encode(data).decode()
     assert "-" in url_safe or "_" in url_safe
     uris = ["data:image/jpeg;base64," + plain, "data:image/svg+xml;charset=utf-8;base64," + plain]
-    bare = [plain, wrapped, url_safe, plain.rstrip("="), " " + plain, plain.encode(), memoryview(plain.encode())]
+    bare = [wrapped.replace("\r\n", " "), wrapped.replace("\r\n", "\n  ")]
+    bare += [plain, wrapped, url_safe, plain.rstrip("="), " " + plain, plain.encode(), memoryview(plain.encode())]
     for text in uris + bare:
         assert decode_base64(text) == data
 
@@ -63,6 +64,9 @@ def test_accepted_base64():
         ("a", "bad base64"),
         ("图片", "bad base64"),
         ("ab=cd", "bad base64"),
+        # Each space was a "+".
+        ("abcd efg", "bad base64"),
+        ("abc efgh jk mno q st", "bad base64"),
     ],
 )
 def test_refused_base64(text, expected):

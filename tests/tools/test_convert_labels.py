@@ -1,5 +1,7 @@
 """convert_labels.py as a user runs it."""
 
+import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -72,6 +74,23 @@ def test_what_goes_wrong_is_one_line(call, tmp_path, arguments, status, says):
     assert (found, out) == (status, "")
     last = err.strip().split("\n")[-1]
     assert says in last and "error: " in last
+
+
+def test_captions_of_another_file_and_fallback_captions(call, tmp_path):
+    """Rows without ids have line numbers for ids, which the rows of every file have."""
+    for name in ("in", "other"):
+        (tmp_path / f"{name}.tsv").write_text("".join(f"{image_base64(n)}\t{name}的第{n}张\n" for n in range(3)))
+    (tmp_path / "new.txt").write_text("1\t新的描述\n2\t一张广告图片。\n3\t新的描述\n")
+    digest = hashlib.sha256((tmp_path / "in.tsv").read_bytes()).hexdigest()
+    record = {"input": {"sha256": digest}, "settings": {"fallback": "一张广告图片。"}}
+    (tmp_path / "new.txt.run.json").write_text(json.dumps(record))
+    status, _, err = call(tmp_path / "other.tsv", tmp_path / "out", "--captions", tmp_path / "new.txt")
+    assert status == 2 and "new.txt has the captions of other data than" in err
+    status, out, err = call(tmp_path / "in.tsv", tmp_path / "out", "--captions", tmp_path / "new.txt", "--quiet")
+    assert status == 0 and "training set: 1\n" in out and "1  no new caption\n" in err
+    # Of an archive the record says nothing.
+    (tmp_path / "in.gz").write_bytes(gzip.compress((tmp_path / "in.tsv").read_bytes()))
+    assert call(tmp_path / "in.gz", tmp_path / "out2", "--captions", tmp_path / "new.txt")[0] == 0
 
 
 def test_help(call):

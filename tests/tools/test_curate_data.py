@@ -290,10 +290,30 @@ def test_scores_of_another_input_are_refused(call, scored):
     assert status == 2 and "not of the captions in" in errors and not (scored / "out.tsv").exists()
     new = f"{scored / 'new.txt'}:{scored / 'other.scores'}"
     assert call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", old, "--prefer", new)[0] == 0
+    # Captions of another file, whose rows have the same line numbers for ids.
+    (scored / "new.txt.run.json").write_text((scored / "other.scores.run.json").read_text())
+    status, _, errors = call(scored / "in.tsv", scored / "out.tsv", "--prefer", scored / "new.txt")
+    assert status == 2 and "new.txt has the captions of other data than" in errors
     # Without a record the ids decide.
     (scored / "other.scores.run.json").unlink()
+    (scored / "new.txt.run.json").unlink()
     other = f"{scored / 'other.scores'}:10%"
     assert call(scored / "in.tsv", scored / "out.tsv", "--drop_scores", other)[0] == 0
+    assert call(scored / "in.tsv", scored / "out.tsv", "--prefer", scored / "new.txt")[0] == 0
+
+
+def test_a_fallback_caption_is_not_preferred(call, scored):
+    (scored / "new.txt").write_text("1\t一张广告图片。\n2\t新的描述\n")
+    (scored / "new.txt.run.json").write_text('{"settings": {"fallback": "一张广告图片。"}}')
+    assert call(scored / "in.tsv", scored / "out.tsv", "--prefer", scored / "new.txt")[0] == 0
+    captions = [row.caption for row in read_rows(str(scored / "out.tsv"), True)]
+    assert captions[:3] == ["in的第0张图片", "新的描述", "in的第2张图片"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.JSONL"])
+def test_an_output_of_another_format_is_refused(call, data, name):
+    status, _, errors = call(data / "in.tsv", data / name)
+    assert status == 2 and "must be a .json, for records, or a .tsv" in errors and not (data / name).exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools/evaluate_captions.py as a user runs it, but in this process."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -101,6 +102,16 @@ def test_what_can_be_mended_is_one_line(run, tmp_path, results, references, argu
             (tmp_path / name).write_text(text, encoding="utf-8")
     status, out, error = run("good.txt", "refs.txt", *arguments)
     assert status == 2 and error.startswith("error: ") and why in error and out == ""
+
+
+def test_a_score_file_is_a_plain_file(run, tmp_path):
+    """A pipe without a writer would be waited for."""
+    os.mkfifo(tmp_path / "scores")
+    status, _, error = run("good.txt", "refs.txt", "--html", "r.html", "--scores", "scores")
+    assert status == 2 and error == "error: scores is not a plain file"
+    (tmp_path / "notepad").write_text("\ufeffa\t1\t2\t1\t[]\r\n", encoding="utf-8")
+    status, out, _ = run("good.txt", "refs.txt", "--html", "r.html", "--scores", "notepad")
+    assert status == 0 and "2 rows of good.txt have no score in notepad" in out
 
 
 def test_an_intersection_is_scored_only_when_asked_for(run, tmp_path):

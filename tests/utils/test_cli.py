@@ -5,13 +5,17 @@ import logging
 import pickle
 import re
 import resource
+import shutil
 import sys
+import warnings
 
 import pytest
 
 from paddlemix.inference.prediction import show
 from paddlemix.utils import cli, errors
+from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.log import logger, print_like_ours
+from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.progress import Progress
 
 
@@ -104,6 +108,20 @@ def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
     assert first == "error: No space left on device" and second.endswith("xxx: File name too long")
     with pytest.raises(FileNotFoundError):
         cli.run(lambda: open(tmp_path / "none"))
+
+
+def test_warnings_as_errors_end_no_script(recwarn):
+    """PYTHONWARNINGS=error: Paddle and PaddleNLP warn while they are imported."""
+    warnings.simplefilter("error")
+    assert cli.run(lambda: warnings.warn("deprecated", DeprecationWarning, stacklevel=2)) == 0
+    assert [str(one.message) for one in recwarn] == ["deprecated"]
+
+
+def test_what_copytree_lists_is_one_line(tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "file").symlink_to(tmp_path / "gone")
+    with pytest.raises(JobFailed, match="^cannot write out: .*No such file or directory"), disk_errors("out"):
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
 
 
 def test_text_must_be_utf8_and_paths_need_not(capsys):

@@ -216,3 +216,14 @@ def test_a_step_draws_what_it_draws_whatever_came_before():
     # Cards that share matrices draw the same, but for what each holds a part of.
     beside = draw(5, 0, 1)
     assert beside[:2] == first[:2] and beside[2] != first[2]
+
+
+def test_a_rank_left_in_the_environment_is_refused(monkeypatch):
+    """With it a run would leave out its first batch."""
+    monkeypatch.setenv("PADDLE_TRAINER_ID", "1")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    assert runtime.rank() == 1
+    for processes in ("1", ""):
+        monkeypatch.setenv("PADDLE_TRAINERS_NUM", processes)
+        with refused(UserError, "rank", match="PADDLE_TRAINER_ID is 1, but PADDLE_TRAINERS_NUM 1: unset both"):
+            runtime.rank()
