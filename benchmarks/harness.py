@@ -132,45 +132,6 @@ def memory_bandwidth(size: int = 512 << 20) -> float:
     return best
 
 
-class Done(NamedTuple):
-    result: Any
-    seconds: float
-    peak_bytes: int
-
-
-def in_child(args: argparse.Namespace, call: Callable[..., Any], *arguments: Any) -> Done:
-    """Run a module-level function in a new process; returns its (picklable) result, seconds and peak memory.
-
-    Seconds are those of the call alone; peak memory is that of the process, Python included. A quick run calls it here.
-
-    Raises:
-        RuntimeError: the process failed; its traceback is on stderr.
-    """
-    if args.size == "quick":
-        start = time.perf_counter()
-        result = call(*arguments)
-        return Done(result, time.perf_counter() - start, peak_bytes())
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, call, arguments))
-    process.start()
-    sender.close()
-    try:
-        done = receiver.recv()
-    except EOFError:
-        done = None
-    process.join()
-    if done is None:
-        raise RuntimeError(f"{call.__name__} failed in its process (status {process.exitcode})")
-    return done
-
-
-def _child(sender: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    start = time.perf_counter()
-    result = call(*arguments)
-    sender.send(Done(result, time.perf_counter() - start, peak_bytes()))
-
-
 class Side:
     """Something to time in a process of its own: `side("prefill", 8)` calls its method `prefill(8)` there.
 
@@ -189,7 +150,7 @@ class Side:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, args.size, folder), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, args.size, folder))
         with mock.patch.dict(os.environ, environment or {}):
             self._process.start()
         theirs.close()
@@ -198,7 +159,10 @@ class Side:
         if self._here is not None:
             return getattr(self._here, method)(*arguments)
         self._pipe.send((method, arguments))
-        fine, result = self._pipe.recv()
+        try:
+            fine, result = self._pipe.recv()
+        except EOFError:
+            fine, result = False, f"the process of {method} was killed"
         if not fine:
             raise RuntimeError(result)
         return result
@@ -232,6 +196,34 @@ def _serve(pipe: Any, make: Callable[[str], Any], size: str, folder: str) -> Non
         except Exception:  # noqa: BLE001
             pipe.send((False, traceback.format_exc()))
     pipe.send(peak_bytes())
+
+
+class Done(NamedTuple):
+    result: Any
+    seconds: float
+    peak_bytes: int
+
+
+class _Calls:
+    def __init__(self, size: str):
+        pass
+
+    def run(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Done:
+        start = time.perf_counter()
+        result = call(*arguments)
+        return Done(result, time.perf_counter() - start, peak_bytes())
+
+
+def in_child(args: argparse.Namespace, call: Callable[..., Any], *arguments: Any) -> Done:
+    """Run a module-level function in a Side; returns its (picklable) result, seconds and peak memory.
+
+    Seconds are those of the call alone; peak memory is that of the process, Python included.
+
+    Raises:
+        RuntimeError: it failed; the message has its traceback.
+    """
+    with Side(args, _Calls) as side:
+        return side("run", call, arguments)
 
 
 class Bench:

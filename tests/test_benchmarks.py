@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import pathlib
 
 import pytest
@@ -65,8 +66,10 @@ def test_a_child_reports_its_result_and_its_own_peak(benchmarks):
     ballast = b"x" * (300 << 20)
     done = harness.in_child(argparse.Namespace(size="normal"), len, [1, 2, 3])
     assert done.result == 3 and done.peak_bytes < len(ballast)
-    with pytest.raises(RuntimeError, match="failed in its process"):
+    with pytest.raises(RuntimeError, match="invalid literal"):
         harness.in_child(argparse.Namespace(size="normal"), int, "no number")
+    with pytest.raises(RuntimeError, match="was killed"):
+        harness.in_child(argparse.Namespace(size="normal"), os._exit, 1)
 
 
 def test_the_demo_over_seeds_reports_ranges_and_what_was_missed(benchmarks, tmp_path, capsys):
