@@ -47,10 +47,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="also install requirements.txt into a new environment and run it there (takes minutes and a network)",
     )
     parser.add_argument(
-        "--paddle",
-        help="Paddle for that environment, as a pip requirement (default: the version of --python)",
-    )
-    parser.add_argument(
         "--time_limit", type=cli.positive, default=3600,
         help="time limit per run in seconds (default: %(default)s)",
     )

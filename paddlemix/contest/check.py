@@ -272,7 +272,6 @@ def check_submission(
     sample: Optional[str] = None,
     python: str = sys.executable,
     fresh_venv: bool = False,
-    paddle: Optional[str] = None,
     time_limit: float = TIME_LIMIT,
     progress: bool = True,
 ) -> Report:
@@ -280,8 +279,7 @@ def check_submission(
 
     base: the folder of the base model. sample: TSV to caption (default: a few generated rows). python: the interpreter
     of the runs. fresh_venv: create an environment with only the requirements (needs a network) and use it as the fourth
-    argument; paddle: its Paddle, as a pip requirement. time_limit: seconds for a call of run.sh. run.sh is only run if
-    files and weights are in order.
+    argument. time_limit: seconds for a call of run.sh. run.sh is only run if files and weights are in order.
 
     Raises:
         UserError: no such folder, base or sample. JobFailed: no room for a copy, or no fresh environment.
@@ -307,7 +305,7 @@ def check_submission(
             report.left_out("not checked without --fresh_venv (takes minutes and a network)", "fresh")
             fourth = python
         elif report.has_passed("names", "requirements"):
-            made = fresh.try_requirements(python, folder, files, os.path.join(scratch, "fresh environment"), paddle)
+            made = fresh.try_requirements(python, folder, files, os.path.join(scratch, "fresh environment"))
             report.look("fresh", _fresh, made)
             fourth = made.python
         else:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple
 
 from paddlemix.contest.sources import foreign_imports
 from paddlemix.utils.errors import JobFailed
@@ -56,20 +56,16 @@ def module_name(file: str) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def try_requirements(
-    python: str, submission: str, files: List[str], folder: str, paddle: Optional[str] = None
-) -> Fresh:
-    """Create an environment in `folder` with the interpreter `python`, and import in it `files` of the submission's
-    src/ (sources.files_reached) and their dependencies. Needs a network.
-
-    paddle: requirement for pip (default: the package and version of `python`).
+def try_requirements(python: str, submission: str, files: List[str], folder: str) -> Fresh:
+    """Create an environment in `folder` with the interpreter `python` and the version of its Paddle, and import in it
+    `files` of the submission's src/ (sources.files_reached) and their dependencies. Needs a network.
 
     Raises:
-        JobFailed: the environment cannot be created: no pip, no network, no such Paddle.
+        JobFailed: the environment cannot be created: no pip, no network, no Paddle.
     """
-    paddle = paddle or _paddle_of(python)
+    paddle = _paddle_of(python)
     if not paddle:
-        raise JobFailed(f"{python} has no Paddle to take the version from: give --paddle paddlepaddle==VERSION")
+        raise JobFailed(f"{python} has no Paddle, whose version the environment would have: give another --python")
     fresh = os.path.join(folder, "bin", "python")
     pip = [python, "-m", "pip", "--python", fresh, "--disable-pip-version-check", "install", "--quiet"]
     logger.info("creating a fresh environment with %s; this takes minutes", paddle)
