@@ -29,6 +29,7 @@ from paddlemix.inference.prediction import RowJob, base64_or_answer
 from paddlemix.inference.results import ResultsWriter
 from paddlemix.inference.row_shards import Shard
 from paddlemix.models.mgen_vl.engine import OUT_OF_MEMORY_TYPES, halved
+from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.processors.mgen_vl_processing import DEFAULT_PROMPT, encode_example
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.log import logger
@@ -187,7 +188,7 @@ class Scorer:
                 self._blank = self.model.visual(paddle.to_tensor(self.image_processor.blank()[None]))
             if len(self._questions) == _QUESTIONS:
                 self._questions.clear()
-            cache = self.model.new_cache()
+            cache = KVCache()
             self.model.transformer.llm(
                 self.model.embed(paddle.to_tensor([ids]), image_features=self._blank), cache=cache
             )

@@ -123,14 +123,9 @@ def test_steps_know_the_prompts_mask():
     whole = model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask)).logits.numpy()
     # NTK factors are frozen at prefill: as many as the whole has.
     output = model(paddle.to_tensor(ids[:, :120]), attention_mask=paddle.to_tensor(mask[:, :120]), use_cache=True)
-    windows = []
     for start, end in [(120, 123), *((t, t + 1) for t in range(123, 140))]:
         output = model(paddle.to_tensor(ids[:, start:end]), past_key_values=output.past_key_values)
         np.testing.assert_allclose(output.logits.numpy(), whole[:, start:end], atol=2e-4, err_msg=str(start))
-        windows.append(output.past_key_values.window)
-    made = [b for a, b in zip(windows, windows[1:]) if b is not a]
-    # The chunk has none; up to capacity 128, then up to 256.
-    assert windows[0] is None and [window[0] for window in made] == [123, 128]
 
 
 def test_a_fused_norm_is_the_formula(monkeypatch):

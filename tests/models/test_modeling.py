@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from paddlemix.checkpoint import open_weights
+from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.models.mgen_vl.modeling import MGenLMHeadModel
 from paddlemix.processors.mgen_vl_processing import image_positions, label_positions
 from paddlemix.utils.errors import UserError, WeightsError
@@ -36,7 +37,7 @@ def test_logits_of_the_last_position_alone_equal_those_of_all(model, monkeypatch
     ids, mask = batch(prompt_ids([1, 2, 3]), [0, 0, *prompt_ids([4])]), paddle.ones([2, 9], "int64")
     mask[1, :2] = 0
     given = dict(images=pixels(2), attention_mask=mask)
-    whole, caches = model(ids, **given).logits.numpy(), [model.new_cache(), model.new_cache()]
+    whole, caches = model(ids, **given).logits.numpy(), [KVCache(), KVCache()]
     model(ids, **given, past_key_values=caches[0])
     rows, mlp = [], type(model.transformer.llm.h[0].mlp)
     forward = mlp.forward

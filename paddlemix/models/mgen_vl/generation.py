@@ -28,7 +28,7 @@ from paddlemix.models.mgen_vl.engine import (
     halved,
     left_pad,
 )
-from paddlemix.models.mgen_vl.language import MASKED, KVCache
+from paddlemix.models.mgen_vl.language import MASKED
 from paddlemix.processors.content import count_images, named_images
 from paddlemix.processors.mgen_vl_processing import encode_prompt, image_positions
 from paddlemix.utils.errors import ConfigError, UserError
@@ -108,9 +108,6 @@ def generation_values(generation_config: GenerationConfig) -> dict:
 
 class CaptionGeneration:
     """Mixin of the model, before PaddleNLP's GenerationMixin."""
-
-    def new_cache(self) -> KVCache:
-        return KVCache()
 
     @paddle.no_grad()
     def generate(
@@ -284,11 +281,6 @@ class CaptionGeneration:
     def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
         model_kwargs["past_key_values"] = outputs.past_key_values
         return model_kwargs
-
-    @staticmethod
-    def update_scores_for_generation(scores, next_scores, length, unfinished_flag):
-        """The running mean of unfinished rows. PaddleNLP's version copies `length` to the card twice."""
-        return paddle.where(unfinished_flag, (scores * length + next_scores) / (length + 1), scores)
 
     def reorder_cache(self, cache, beam_idx):
         return cache.reordered(beam_idx)

@@ -91,8 +91,7 @@ class KVCache:
     Capacity grows in blocks, so that a step only writes one position in place.
 
     length: positions written. alphas: the NTK factors of the cached keys (fixed at prefill). mask: the prompt's, 0/1
-    [B, T], None if nothing is masked; later tokens are never masked. window: precomputed tensors for the steps up to
-    the capacity (see MGenDecoder._window): the first position, and tensors of which a step takes a slice.
+    [B, T], None if nothing is masked; later tokens are never masked.
     """
 
     BLOCK = 128
@@ -100,7 +99,7 @@ class KVCache:
     def __init__(self):
         self.keys, self.values = [], []
         self.length = 0
-        self.alphas = self.mask = self.window = None
+        self.alphas = self.mask = None
 
     @property
     def capacity(self) -> int:
@@ -115,7 +114,6 @@ class KVCache:
                 for i, buffer in enumerate(buffers):
                     B, H, _, d = buffer.shape
                     buffers[i] = paddle.concat([buffer, paddle.zeros([B, H, missing, d], buffer.dtype)], axis=2)
-            self.window = None
 
     def append(self, layer: int, key, value):
         """Append [B, H, T, d] to the cached positions of `layer` and return the keys and values to attend over.
@@ -144,11 +142,6 @@ class KVCache:
         copy.values = [paddle.index_select(buffer, rows) for buffer in self.values]
         if self.mask is not None:
             copy.mask = paddle.index_select(self.mask, rows)
-        if self.window is not None:
-            first, cos, sin, bias = self.window
-            # Without a mask they are shared by all rows.
-            cos, sin = (t if t.shape[0] == 1 else paddle.index_select(t, rows) for t in (cos, sin))
-            copy.window = first, cos, sin, bias if bias.shape[0] == 1 else paddle.index_select(bias, rows)
         return copy
 
 
@@ -341,36 +334,6 @@ class MGenDecoder(MGenPretrainedModel):
         lengths = (position_ids.max(axis=1) + 1).numpy().tolist()
         return [ntk_alpha(length, self.config.seq_length) for length in lengths]
 
-    def _window(self, cache, inputs_embeds):
-        """Factors and biases of all steps from here to the cache's capacity."""
-        past, steps = cache.length, cache.capacity - cache.length
-        if cache.mask is None:
-            start = paddle.full([1, 1], past, "int64")
-        else:
-            start = cache.mask.sum(-1, keepdim=True) + (past - cache.mask.shape[1])
-        positions = start + paddle.arange(steps).unsqueeze(0)
-        with full_precision():
-            factors = self.factors(positions, cache.alphas, cache.capacity, False, compute_dtype(inputs_embeds))
-        bias = self._bias(self._whole_mask(cache, cache.capacity), len(positions), steps, past, cache.capacity)
-        return (past, *(t.transpose([1, 0, 2, 3, 4]).astype(inputs_embeds.dtype) for t in factors), bias)
-
-    @staticmethod
-    def _whole_mask(cache, length):
-        """The prompt's mask followed by ones, or None."""
-        if cache.mask is None:
-            return None
-        B, T = cache.mask.shape
-        return paddle.concat([cache.mask, paddle.ones([B, length - T], cache.mask.dtype)], axis=1)
-
-    def _step(self, cache, inputs_embeds):
-        """(cos, sin, bias) of the next token."""
-        cache.reserve(cache.length + 1)
-        if cache.window is None:
-            cache.window = self._window(cache, inputs_embeds)
-        first, cos, sin, bias = cache.window
-        now = slice(cache.length - first, cache.length - first + 1)
-        return cos[:, :, :, now], sin[:, :, :, now], bias[:, :, now]
-
     def forward(self, inputs_embeds, attention_mask=None, position_ids=None, cache=None, packed=None, last_only=False):
         """inputs_embeds [B, T, D] → hidden states [B, T, D] after the final norm; last_only: [B, 1, D].
 
@@ -378,15 +341,10 @@ class MGenDecoder(MGenPretrainedModel):
         the cache's prompt masked. position_ids: int64 [B, T]; by default derived from the mask. cache: a KVCache, empty
         at prefill; extended. packed: from `packed`; each sample of a row is then computed as if it were alone.
         """
-        B, T, _ = inputs_embeds.shape
-        past = cache.length if cache is not None else 0
-        if past and T == 1 and attention_mask is None and position_ids is None:
-            cos, sin, bias = self._step(cache, inputs_embeds)
-        else:
-            cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, packed)
+        cos, sin, bias = self._pass(inputs_embeds, attention_mask, position_ids, cache, packed)
         hidden = self.through(inputs_embeds, cos, sin, bias, cache, last_only)
         if cache is not None:
-            cache.length = past + T
+            cache.length += inputs_embeds.shape[1]
         return hidden
 
     def through(self, inputs_embeds, cos, sin, bias, cache=None, last_only=False):
@@ -425,8 +383,9 @@ class MGenDecoder(MGenPretrainedModel):
             bias, position_ids = packed
         if past:
             cache.reserve(past + T)
-            if attention_mask is None:
-                attention_mask = self._whole_mask(cache, past + T)
+            if attention_mask is None and cache.mask is not None:
+                later = paddle.ones([B, past + T - cache.mask.shape[1]], cache.mask.dtype)
+                attention_mask = paddle.concat([cache.mask, later], axis=1)
         elif cache is not None and attention_mask is not None and attention_mask.ndim == 2:
             cache.mask = attention_mask.astype("int64")
         if position_ids is None:

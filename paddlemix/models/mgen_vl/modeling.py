@@ -24,7 +24,7 @@ from paddlenlp.transformers.qwen.modeling import QWenLMHead, parallel_matmul
 
 from paddlemix.checkpoint import open_weights, write_sharded
 from paddlemix.models.mgen_vl.generation import CaptionGeneration, generation_values, load_generation_config
-from paddlemix.models.mgen_vl.language import MGenDecoder, MGenPretrainedModel
+from paddlemix.models.mgen_vl.language import KVCache, MGenDecoder, MGenPretrainedModel
 from paddlemix.models.mgen_vl.parameters import check_weights, parameter_shapes
 from paddlemix.models.mgen_vl.vision import Vision
 from paddlemix.processors.mgen_vl_processing import IGNORE_INDEX, image_positions
@@ -199,9 +199,7 @@ class MGenLMHeadModel(CaptionGeneration, MGenPretrainedModel):
             embeds = self.transformer.llm.wte(input_ids)
         else:
             embeds = self.embed(input_ids, images, image_features, image_positions)
-        cache = past_key_values
-        if use_cache and cache is None:
-            cache = self.new_cache()
+        cache = KVCache() if use_cache and past_key_values is None else past_key_values
         last_only = last_logits_only and labels is None and return_dict
         hidden = self.transformer.llm(embeds, attention_mask, position_ids, cache, packed, last_only)
         loss = self._loss(hidden, labels, label_positions) if labels is not None else None
