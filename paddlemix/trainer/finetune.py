@@ -191,7 +191,7 @@ def _what_next(trainer: FinetuneTrainer) -> List[str]:
     if "visualdl" in trainer.events.kinds:
         shown = ", captions on their images" if trainer.events.pictures else ""
         lines.append(f"more curves{shown}: visualdl --logdir {shlex.quote(trainer.events.folder)}")
-    lines.append(f"ask it: python chat.py {quoted}")
+    lines.append(f"try it: python chat.py {quoted}")
     if find_tuned_weights(folder) is not None:
-        lines.append(f"make a model of it: {merge_command(folder, trainer.origin.base, trainer.origin.text)}")
+        lines.append(f"merge it: {merge_command(folder, trainer.origin.base, trainer.origin.text)}")
     return lines

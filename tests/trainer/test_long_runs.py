@@ -109,10 +109,10 @@ def test_rates_leave_evaluations_out_and_long_ones_are_said_once(run_keys, monke
 def test_a_finished_run_says_where_its_result_is_and_what_to_do_with_it(run_keys, tmp_path, log):
     run(run_keys(**LORA, do_eval=True, max_steps=2))
     out = str(tmp_path / "out")
-    said = dict(line.split(": ", 1) for line in log.messages if re.match(r"result|loss curve|more|ask it|make a", line))
+    said = dict(line.split(": ", 1) for line in log.messages if re.match(r"result|loss c|more|try|merge it", line))
     assert said["result"] == out and said["loss curve"] == f"{out}/loss_curve.png"
-    assert shlex.split(said["ask it"]) == ["python", "chat.py", out]
-    words = shlex.split(said["make a model of it"])
+    assert shlex.split(said["try it"]) == ["python", "chat.py", out]
+    words = shlex.split(said["merge it"])
     assert words[:2] == ["python", "merge_lora_params.py"] and words[words.index("--lora_path") + 1] == out
     assert list(said)[2] == "more curves" and out in list(said.values())[2]
 
