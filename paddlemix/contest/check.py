@@ -30,6 +30,7 @@ from paddlemix.inference.source import find_model_folder
 from paddlemix.models.mgen_vl.config_values import plain_config
 from paddlemix.models.mgen_vl.parameters import check_weights, count, parameter_shapes
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import cleaning_up
 from paddlemix.utils.language import tr
 from paddlemix.utils.texts import some
 
@@ -300,7 +301,8 @@ def check_submission(
             opened = _Model(base_folder, plain_config(base_folder), reader)
         files = _static(report, folder)
         _weights_rules(report, folder, opened, stack, progress)
-    with tempfile.TemporaryDirectory(prefix="check") as scratch:
+    # A kill must not leave the weights read-only, which are linked into a copy.
+    with cleaning_up(), tempfile.TemporaryDirectory(prefix="check") as scratch:
         if not fresh_venv:
             report.left_out("not checked without --fresh_venv (takes minutes and a network)", "fresh")
             fourth = python

@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Dict, Iterator, List, NamedTuple, Optional, Set
 
 from paddlemix.utils.errors import UserError
+from paddlemix.utils.files import open_plain
 
 REQUIREMENTS_NAME = "requirements.txt"
 
@@ -69,7 +70,7 @@ def imports(folder: str, file: str) -> List[Import]:
     """
     path = os.path.join(folder, file)
     try:
-        with open(path, "rb") as source:
+        with open_plain(path) as source:
             tree = ast.parse(source.read(), filename=path)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} cannot be read as Python: {error}", "not-python") from None

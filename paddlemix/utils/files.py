@@ -276,7 +276,7 @@ class _Ended(BaseException):
 
 
 @contextlib.contextmanager
-def _cleaning_up() -> Iterator[None]:
+def cleaning_up() -> Iterator[None]:
     """On SIGTERM or SIGHUP, leave the block by an exception, as on Ctrl-C, and then end the process."""
     numbers = []
     if threading.current_thread() is threading.main_thread():
@@ -317,7 +317,7 @@ def atomic_folder(path: str) -> Iterator[str]:
     if remove_leftovers(path):
         raise UserError(f"another process is writing {given}: wait for it, or give another folder", "busy")
     stays = os.path.isdir(path) and (os.path.ismount(path) or not takes_entries(parent))
-    with made_folder(parent), _cleaning_up():
+    with made_folder(parent), cleaning_up():
         partial, handle = _new_partial(os.path.join(path, os.path.basename(path)) if stays else path, folder=True)
         try:
             yield partial

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -24,7 +25,7 @@ from paddlemix.contest.weights import count_not_finite, largest_difference, look
 from paddlemix.datasets.tsv import read_rows
 from paddlemix.utils import cli
 from tests.checkpoint.files import pickled
-from tests.helpers import image_base64
+from tests.helpers import image_base64, without_coverage
 from tools import check_submission as tool
 
 STAND_IN = """
@@ -156,6 +157,13 @@ def test_a_missing_file(stand_in, submission, name, rules, text):
     assert any(text in said(report, key) for key in rules)
     assert {report[key].status for key in RUNS} == {NOT_RUN}
     assert set(report) == set(RULES)
+
+
+def test_a_script_that_is_a_pipe_is_not_waited_for(stand_in, submission):
+    os.unlink(submission / "src" / "predict.py")
+    os.mkfifo(submission / "src" / "predict.py")
+    report = check(submission)
+    assert failed(report) == {"names"} and "not a regular file" in said(report, "paddle")
 
 
 def test_names_that_do_not_travel(stand_in, submission, tmp_path):
@@ -421,6 +429,28 @@ def test_linked_weights_are_read_only_while_it_runs(stand_in, submission, monkey
         assert weights.read_bytes() == before
     assert "read_only" in failed(report) or weights.read_bytes() == before
     assert stat.S_IMODE(weights.stat().st_mode) == 0o640
+
+
+def test_a_kill_leaves_no_copy_and_the_weights_as_they_were(stand_in, submission, root):
+    weights = submission / WEIGHTS / "model_state.pdparams"
+    os.chmod(weights, 0o640)
+    before = sorted(os.listdir(submission.parent))
+    code = """if True:
+        import os, signal, sys
+        from paddlemix.contest import check, trial
+        trial._LINK_FROM = 1
+
+        def both_calls(*arguments):
+            print(oct(os.stat(sys.argv[2]).st_mode), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        trial.both_calls = both_calls
+        check.check_submission(sys.argv[1], progress=False)
+    """
+    command = [sys.executable, "-c", code, str(submission), str(weights)]
+    done = subprocess.run(command, cwd=root, env=without_coverage(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and done.stdout.startswith("0o100444"), done.stderr
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o640 and sorted(os.listdir(submission.parent)) == before
 
 
 def test_empty_captions_are_noted(stand_in):
