@@ -74,8 +74,8 @@ def report_notes(rows: int, notes: Dict[str, int], fallback: Optional[str]) -> O
     return None
 
 
-def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, int], **facts) -> None:
-    """Write `path`.run.json for the results in `path`, after counting their lines.
+def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, int], **facts) -> Dict[str, Any]:
+    """Write `path`.run.json for the results in `path`, after counting their lines. Returns its contents.
 
     Raises:
         JobFailed: the number of lines is not that of rows.
@@ -86,6 +86,7 @@ def write_sidecar(path: str, run: Dict[str, Any], rows: int, notes: Dict[str, in
     output = {"bytes": written.size, "sha256": written.sha256}
     summary = dict(run, rows=rows, notes=dict(sorted(notes.items())), output=output, **facts)
     write_json(path + SIDECAR, summary)
+    return summary
 
 
 class Recorded(NamedTuple):

@@ -11,12 +11,11 @@ import argparse
 import contextlib
 import glob
 import itertools
-import json
 import os
 import re
 import shlex
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from paddlemix.datasets.rows import read_rows
 from paddlemix.datasets.tsv import row_id
@@ -100,7 +99,6 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     check_file(output, plain=True)
     shards = _find(output, input)
     keep_apart([input, *(shard.path(output) for shard in shards)], [output, output + SIDECAR])
-    allow_open_files(len(shards), "raise it (ulimit -n)")
     sidecars = [_read_sidecar(shard, shard.path(output)) for shard in shards]
     for shard, there in zip(shards[1:], sidecars[1:]):
         different = "; ".join(differences(_common(there), _common(sidecars[0])))
@@ -109,6 +107,12 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     run, rows = _common(sidecars[0]), sidecars[0]["input_rows"]
     columns = run["settings"].get("columns", 1)
     check_kind(output, "results" if columns == 1 else "scores")
+    listed = run["settings"].get("n_best")
+    paths = [output, listed] if listed else [output]
+    for shard in shards if listed else ():
+        if not os.path.isfile(shard.path(listed)):
+            raise UserError(f"no {shard.path(listed)}, which --n_best of shard {shard.index} wrote")
+    allow_open_files(len(shards) * len(paths), "raise it (ulimit -n)")
     if input is not None:
         facts = input_facts(input)
         if facts.sha256 != run["input"].get("sha256"):
@@ -120,34 +124,19 @@ def merge_shards(output: str, input: Optional[str] = None) -> Dict[str, Any]:
     for there in sidecars:
         notes.update(there["notes"])
     with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(open(shard.path(output), "rb")) for shard in shards]
-        out = opened.enter_context(atomic_write(output, "wb"))
-        for number, line in enumerate(_in_turn(files, rows), 1):
-            out.write(line)
-            if line.count(b"\t") != columns:
-                raise UserError(f"line {number} of the joined shards does not have {columns + 1} columns", "columns")
-    if run["settings"].get("n_best"):
-        _join_candidates(shards, output, run["settings"]["n_best"], rows)
+        files = [[opened.enter_context(open(shard.path(path), "rb")) for path in paths] for shard in shards]
+        outs = [opened.enter_context(atomic_write(path, "wb")) for path in paths]
+        for row in range(rows):
+            shard, number = shards[row % len(shards)], row // len(shards) + 1
+            lines = [file.readline() for file in files[row % len(shards)]]
+            if lines[0].count(b"\t") != columns:
+                raise UserError(f"line {number} of {shard.path(output)} does not have {columns + 1} columns", "columns")
+            if listed and candidates_id(lines[1]) != _line_id(lines[0]):
+                raise UserError(f"{shard.path(listed)} does not hold the candidates of row {number}")
+            for out, line in zip(outs, lines):
+                out.write(line)
     del run["input_rows"]
-    write_sidecar(output, run, rows, notes)
-    with open(output + SIDECAR, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _join_candidates(shards: List[Shard], output: str, path: str, rows: int) -> None:
-    """Join the shards' files of --n_best. path: the argument of predict.py."""
-    with contextlib.ExitStack() as opened:
-        for shard in shards:
-            if not os.path.isfile(shard.path(path)):
-                raise UserError(f"no {shard.path(path)}, which --n_best of shard {shard.index} wrote")
-        files = [opened.enter_context(open(shard.path(path), "rb")) for shard in shards]
-        results = opened.enter_context(open(output, "rb"))
-        out = opened.enter_context(atomic_write(path, "wb"))
-        for number, line in enumerate(_in_turn(files, rows)):
-            if candidates_id(line) != _line_id(results.readline()):
-                shard = shards[number % len(shards)]
-                raise UserError(f"{shard.path(path)} does not hold the candidates of row {number // len(shards) + 1}")
-            out.write(line)
+    return write_sidecar(output, run, rows, notes)
 
 
 def _whole(output: str, input: Optional[str]) -> Optional[Dict[str, Any]]:
@@ -231,9 +220,3 @@ def _check_lines(shard: Shard, path: str, sidecar: Dict[str, Any], rows: int, in
             raise UserError(f"{path} does not answer its rows: {'; '.join(what) or 'they are in another order'}", "ids")
     text = f"{path} was changed since it was written ({facts.lines} lines, {share} rows are its share)"
     raise UserError(text, "changed")
-
-
-def _in_turn(files: List, rows: int) -> Iterator[bytes]:
-    """A line of each file in turn, `rows` in all."""
-    for number in range(rows):
-        yield files[number % len(files)].readline()

@@ -209,3 +209,19 @@ def test_only_results_are_replaced(shards, tmp_path, text):
     assert (tmp_path / "out").read_text() == text
     (tmp_path / "out").write_text("a\t旧\n", encoding="utf-8")
     assert merge(tmp_path)["rows"] == 7
+
+
+def test_candidates_that_do_not_fit_leave_no_output(shards, tmp_path):
+    listed = tmp_path / "n.jsonl"
+    for index in (1, 2, 3):
+        shards(index, settings={"fallback": "x", "n_best": str(listed)})
+        lines = [json.dumps({"id": name}) + "\n" for name, _ in ROWS[index - 1 :: 3]]
+        if index < 3:
+            (tmp_path / f"n.jsonl.shard-{index}-of-3").write_text("".join(lines))
+    assert refusal(tmp_path) == "no n.jsonl.shard-3-of-3, which --n_best of shard 3 wrote"
+    third = tmp_path / "n.jsonl.shard-3-of-3"
+    third.write_text(lines[0] + '{"id": "other"}\n')
+    assert refusal(tmp_path) == "n.jsonl.shard-3-of-3 does not hold the candidates of row 2" and not listed.exists()
+    third.write_text("".join(lines))
+    merge(tmp_path)
+    assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == [name for name, _ in ROWS]
