@@ -50,7 +50,7 @@ def _spelled_out(pattern: str) -> List[str]:
 
 
 def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) -> Tuple[set, List[str]]:
-    """Names matched by any of the patterns, and a problem for each (expanded) pattern without a match."""
+    """Names matched by any of the patterns, and a problem for each pattern without a match (in a range, its first)."""
     found, problems = set(), []
     for pattern in patterns or ():
         spelled = _spelled_out(pattern)
@@ -64,6 +64,7 @@ def _matched(patterns: Optional[Sequence[str]], names: Sequence[str], key: str) 
                 within = "" if one == pattern else f' (of "{pattern}")'
                 text = f'{key}: "{one}"{within} matches no parameter (names are like {names[0]} and {names[-1]})'
                 problems.append(Problem(text, key))
+                break
             found.update(matches)
     return found, problems
 

@@ -98,6 +98,10 @@ def test_a_range_beyond_the_layers_is_an_error(shapes_7b):
     names = list(shapes_7b)
     with refused(ConfigError, "freeze_exclude", match=r'"\*.h.32.\*" .of "\*.h.{16..40}.\*".'):
         freeze.plan_freeze(names, ["*"], ["*.h.{16..40}.*"])
+    # Each pattern is a problem once, not once per number.
+    with pytest.raises(ConfigError) as caught:
+        freeze.plan_freeze(names, ["*"], ["*.h.{32..9999}.*", "*.h.40.*"])
+    assert str(caught.value).count("matches no parameter") == 2
     with refused(ConfigError, "freeze_exclude", match=r"{31..16}"):
         freeze.plan_freeze(names, ["*"], ["*.h.{31..16}.*"])
 
