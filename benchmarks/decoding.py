@@ -9,7 +9,7 @@ process with one thread, in turns. Seconds are CPU time, so that a busy machine 
 - equal: 32 images with answers of 40 tokens each; the captions are compared.
 - token: one decoded token at batch 8: the difference between a long answer and a short one.
 - calls: the part of it that Python and Paddle's calls take, measured with as many tiny layers.
-- single: one image from its file to the first token and to 40 tokens; and the first token against its matrix products.
+- single: one image from its file to the first token and to 40 tokens; prefill.py has the share of matrix products.
 """
 
 from __future__ import annotations
@@ -83,22 +83,15 @@ class Decoding:
 
     def single(self, tokens: int) -> float:
         """Seconds from an image's file to the last token of its answer."""
-        start = time.process_time()
-        self._single(tokens)
-        return time.process_time() - start
-
-    def single_parts(self) -> Dict[str, float]:
-        """Seconds of the first token: all of it, its matrix products, and as many operations in a large matmul."""
-        return baseline_model.products(lambda: self._single(1), time.process_time, self.way.size)
-
-    def _single(self, tokens: int) -> None:
         import paddle
 
         from paddlemix.processors.images import MGenVLImageProcessor, decode_base64, open_image
 
+        start = time.process_time()
         ids, mask, *_ = self.way.batch(1, self.way.lengths["row"])
         pixels = MGenVLImageProcessor(self.way.config["visual"]["image_size"])(open_image(decode_base64(self.picture)))
         self._generate(self.way, ids, tokens, images=paddle.to_tensor(pixels).unsqueeze(0), attention_mask=mask)
+        return time.process_time() - start
 
     def _token(self, way, ids, repeats: int, **inputs) -> float:
         """Seconds of one token, by a long answer and a short one."""
@@ -183,10 +176,6 @@ def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[i
     if "single" in args.only:
         bench.ratio("one image, first token", both("single", 1, repeats=4), at_most=0.9)
         bench.ratio(f"one image, {equal[0]} tokens", both("single", equal[0]), at_most=0.9)
-        parts = [sides[1]("single_parts") for _ in range(args.pairs)]
-        for name in ("products", "limit"):
-            share = statistics.median(part[name] / part["all"] for part in parts)
-            bench.value(f"share of the first token: {SHARES[name]}", 100 * share, "%")
     if "calls" in args.only:
         bench.ratio("Python and Paddle's calls of a token", both("calls"), at_most=0.5)
     if "token" in args.only:
@@ -197,9 +186,6 @@ def measure(args, bench: harness.Bench, sides, lengths: List[int], equal: List[i
             if part == "equal" and done[0]["captions"] != done[1]["captions"]:
                 raise SystemExit("error: the two sides' captions differ")
             report(bench, part, taken, *done)
-
-
-SHARES = {"products": "its matrix products", "limit": "these at the speed of a large one"}
 
 
 def report(bench: harness.Bench, part: str, lengths: List[int], theirs: Dict, ours: Dict) -> None:

@@ -32,7 +32,7 @@ def arithmetic(base: str, lora: str, out: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from paddlemix.checkpoint import LORA_WEIGHTS_NAME, open_weights
-    from paddlemix.checkpoint.lora_merge import _Adapted
+    from paddlemix.checkpoint.lora_merge import adapted_rows
 
     scaling = checkpoints.ALPHA / checkpoints.RANK
     os.makedirs(out)
@@ -41,7 +41,7 @@ def arithmetic(base: str, lora: str, out: str) -> None:
         for key in adapters.keys():
             if key.endswith(".lora_A"):
                 name = key[: -len("lora_A")] + "weight"
-                step, block = _Adapted(before, adapters, name, scaling, "bfloat16").rows()
+                step, block = adapted_rows(before, adapters, name, scaling, "bfloat16")
                 height = before.info(name).shape[0]
                 starts = range(0, height, step)
                 list(pool.map(lambda a, b: block(a, b).size, starts, [min(a + step, height) for a in starts]))  # noqa: B023

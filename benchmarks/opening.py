@@ -1,14 +1,12 @@
 """Opening a model folder against reading its bytes once: `python benchmarks/opening.py [--large]`
 
-Baseline: reading the weights file into memory, in a new process; for comparison, reading it through a buffer of 1 MB,
-which stays in the CPU's cache. Ours: a model of bfloat16 parameters, as on a GPU, filled from the folder, without the
-imports.
+Baseline: reading the weights file into memory, in a new process. Ours: a model of bfloat16 parameters, as on a GPU,
+filled from the folder, without the imports.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 
 import checkpoints
@@ -18,17 +16,12 @@ import scratch
 BYTES = {"quick": 40_000_000, "normal": 1_500_000_000, "large": 4_600_000_000}
 
 
-def read_once(folder: str, size: int = -1) -> float:
-    """Seconds to read the files, each in one piece or through a buffer of `size` bytes."""
+def read_once(folder: str) -> float:
+    """Seconds to read the files, each in one piece."""
     start = time.perf_counter()
     for name in os.listdir(folder):
         with open(os.path.join(folder, name), "rb", buffering=0) as file:
-            if size < 0:
-                file.read()
-            else:
-                buffer = bytearray(size)
-                while file.readinto(buffer):
-                    pass
+            file.read()
     return time.perf_counter() - start
 
 
@@ -68,8 +61,6 @@ def measure(args, bench: harness.Bench, base: str, format: str) -> None:
     theirs()
     taken = harness.pairs(args, theirs, ours)
     bench.ratio(f"time against reading {total / 1e9:.2g} GB into memory, {format}", taken, at_most=1.3)
-    through = statistics.median(read_once(base, 1 << 20) for _ in range(args.pairs))
-    bench.value(f"reading through 1 MB, {format}", through, "s")
     memory = max(peak - before for _, before, peak in opened) / total
     bench.value(f"memory beyond the imports, {format}", memory, "× the weights", at_most=1.1)
 

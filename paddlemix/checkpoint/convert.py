@@ -25,7 +25,7 @@ from paddlemix.checkpoint.model_folder import (
     inside,
 )
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
-from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS
+from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS, differences
 from paddlemix.checkpoint.tensors import FLOATS, convert_dtype
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
@@ -112,7 +112,8 @@ def plan_convert(
         WeightsError: lists names that are not the architecture's, and missing, surplus or misshapen parameters.
     """
     found: Dict[str, Tuple[str, bool]] = {}
-    ignored, unknown, wrong = [], [], []
+    found_shapes: Dict[str, Tuple[int, ...]] = {}
+    ignored, unknown = [], []
     for name in reader.keys():
         target = public_to_ours(name)
         if target is None:
@@ -120,28 +121,13 @@ def plan_convert(
             continue
         ours, transpose = target
         shape = reader.info(name).shape
-        if transpose and len(shape) != 2:
-            wrong.append(f"{name} is {list(shape)}, not a matrix")
-        elif ours in shapes:
-            wanted = shapes[ours][::-1] if transpose else shapes[ours]
-            if shape != tuple(wanted):
-                wrong.append(f"{name} is {list(shape)}, config.json makes it {list(wanted)}")
-        found[ours] = (name, transpose)
-    # A projection may be stored with a bias that no_bias disables.
-    surplus = [found[ours][0] for ours in found if ours not in shapes]
-    missing = [ours for ours in shapes if ours not in found]
-    problems = [
-        f"{len(names)} {kind}: {some(one_line(name, 300) for name in names)}"
-        for kind, names in (
-            ("unknown", unknown),
-            ("more than config.json has", surplus),
-            ("missing", missing),
-            ("of another shape", wrong),
-        )
-        if names
-    ]
+        found[ours], found_shapes[ours] = (name, transpose), shape[::-1] if transpose else shape
+    problems = differences(found_shapes, shapes)
+    if unknown:
+        problems.insert(0, f"{len(unknown)} unknown: {some(one_line(name, 300) for name in unknown)}")
     if problems:
-        raise WeightsError("the checkpoint is not a complete Qwen-VL: " + "; ".join(problems), "keys")
+        text = "the checkpoint is not a complete Qwen-VL; by the names and shapes of MGen-VL: " + "; ".join(problems)
+        raise WeightsError(text, "keys")
     return [(found[ours][0], ours, found[ours][1]) for ours in shapes], ignored
 
 

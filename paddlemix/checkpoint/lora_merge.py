@@ -33,7 +33,7 @@ from paddlemix.checkpoint.model_folder import (
 )
 from paddlemix.checkpoint.origin import Origin
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
-from paddlemix.checkpoint.tensors import FLOATS, FileBytes, Rows, convert_dtype, rows_of
+from paddlemix.checkpoint.tensors import FLOATS, Rows, convert_dtype, rows_of
 from paddlemix.utils.errors import UserError, WeightsError
 from paddlemix.utils.json_files import read_json_object, write_json
 from paddlemix.utils.log import logger
@@ -173,7 +173,7 @@ def merge(
         for name in base.keys():
             _, to, shape, read = base.item(name, dtype)
             if name in adapted:
-                read = _Adapted(base, lora, name, scaling, to).rows
+                read = functools.partial(adapted_rows, base, lora, name, scaling, to)
             elif name in full:
                 read = functools.partial(lora.read, name, to)
             items.append((name, to, shape, read))
@@ -194,39 +194,36 @@ def merge(
     return MergeResult(len(merged), len(replaced), len(items) - len(merged) - len(replaced), files)
 
 
-class _Adapted:
-    """W + scaling · A · B of one weight. The writer calls `rows` in turn; its threads call `block`."""
+def adapted_rows(base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str) -> Rows:
+    """W + scaling · A · B of one weight in the dtype `to`. The writer calls this in turn; its threads compute the rows.
 
-    def __init__(self, base: WeightsReader, lora: WeightsReader, name: str, scaling: float, to: str):
-        self.base, self.lora, self.name, self.scaling, self.to = base, lora, name, scaling, to
+    Raises:
+        WeightsError: A or B is not finite, or W + s·A·B may exceed float32.
+    """
+    module = name[: -len(".weight")]
+    a, b = (lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        text = f"the adapter of {name} holds NaN or infinite values: the run has diverged"
+        raise WeightsError(text, "not-finite")
+    # A bound on every element. Beyond float32, weights would silently become infinite.
+    largest = [float(max(part.max(), -part.min())) if part.size else 0.0 for part in (a, b)]
+    if max(1.0, scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
+        text = f"the adapter of {name}, times lora_alpha / r = {scaling:g}, is too large for float32"
+        raise WeightsError(text, "overflow")
+    # One matmul: its last bits depend on the blocking.
+    delta, stored, dtype = a @ b, base.raw(name), base.info(name).dtype
 
-    def rows(self) -> Rows:
-        """Raises WeightsError: A or B is not finite, or W + s·A·B may exceed float32."""
-        module = self.name[: -len(".weight")]
-        a, b = (self.lora.load(f"{module}.{part}", "float32") for part in ("lora_A", "lora_B"))
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            text = f"the adapter of {self.name} holds NaN or infinite values: the run has diverged"
-            raise WeightsError(text, "not-finite")
-        # A bound on every element. Beyond float32, weights would silently become infinite.
-        largest = [float(max(part.max(), -part.min())) if part.size else 0.0 for part in (a, b)]
-        if max(1.0, self.scaling) * max(1.0, a.shape[1] * largest[0] * largest[1]) > _LARGEST:
-            text = f"the adapter of {self.name}, times lora_alpha / r = {self.scaling:g}, is too large for float32"
-            raise WeightsError(text, "overflow")
-        # One matmul: its last bits depend on the blocking.
-        delta = a @ b
-        step = max(1, _ELEMENTS // delta.shape[1])
-        return Rows(step, functools.partial(self.block, delta, self.base.raw(self.name)))
-
-    def block(self, delta: np.ndarray, stored: Union[FileBytes, np.ndarray], start: int, stop: int) -> np.ndarray:
-        """Rows start to stop in the output dtype; overwrites those of `delta`."""
-        dtype = self.base.info(self.name).dtype
+    def make(start: int, stop: int) -> np.ndarray:
+        # Overwrites these rows of `delta`.
         merged = delta[start:stop]
-        merged *= np.float32(self.scaling)
+        merged *= np.float32(scaling)
         merged += convert_dtype(rows_of(stored, start, stop, dtype, delta.shape[1:]), dtype, "float32")
         try:
-            return convert_dtype(merged, "float32", self.to)
+            return convert_dtype(merged, "float32", to)
         except WeightsError as error:
-            raise WeightsError(f"{self.name} with its adapter: {error}", *error.about) from None
+            raise WeightsError(f"{name} with its adapter: {error}", *error.about) from None
+
+    return Rows(max(1, _ELEMENTS // delta.shape[1]), make)
 
 
 # ---- files

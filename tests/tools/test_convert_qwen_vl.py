@@ -161,10 +161,10 @@ def test_what_is_not_a_whole_qwen_vl(tmp_path, tensors):
     flat = ("float32", np.zeros(3, np.float32))
     refused("1 unknown: transformer.h.0.attn.extra", {"transformer.h.0.attn.extra": one})
     refused("1 missing: lm_head.weight", {"lm_head.weight": None})
-    refused(r"lm_head.weight is \[3, 5\], config.json makes it \[320, 128\]", {"lm_head.weight": one})
-    refused("lm_head.weight is .3., not a matrix", {"lm_head.weight": flat})
-    refused("1 more than config.json has: transformer.h.0.mlp.w1.bias", {"transformer.h.0.mlp.w1.bias": flat})
-    refused("more than config.json has: transformer.h.2.ln_1.weight", {"transformer.h.2.ln_1.weight": flat})
+    refused(r"lm_head.weight is \[5, 3\], not \[128, 320\]", {"lm_head.weight": one})
+    refused("1 of another shape: lm_head.weight is .3., not ", {"lm_head.weight": flat})
+    refused("1 unexpected: transformer.llm.h.0.mlp.w1.bias", {"transformer.h.0.mlp.w1.bias": flat})
+    refused("unexpected: transformer.llm.h.2.ln_1.weight", {"transformer.h.2.ln_1.weight": flat})
 
 
 @pytest.mark.parametrize(
