@@ -111,7 +111,7 @@ def test_what_was_tuned_is_asked_with_its_template(model, data, tmp_path):
     run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
     merge(model, run, merged)
     for loaded in (load_model(find_source(model, run)), load_model(find_source(run)), load_model(merged)):
-        assert loaded.template == loaded.processor.template == CUSTOM
+        assert loaded.template == CUSTOM
     assert load_model(model).template == ChatTemplate.default()
 
 

@@ -17,7 +17,6 @@ class Loaded(NamedTuple):
 
     model: Any
     tokenizer: Any
-    processor: Any
     image_processor: Any
     template: Any
 
@@ -33,7 +32,7 @@ def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: 
     from paddlemix.auto import AutoConfigMIX, AutoModelMIX, AutoTokenizerMIX
     from paddlemix.models.mgen_vl.tokenizer import check_vocabulary
     from paddlemix.processors.images import MGenVLImageProcessor
-    from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate, MGenVLProcessor
+    from paddlemix.processors.mgen_vl_processing import CHAT_TEMPLATE_NAME, ChatTemplate
     from paddlemix.utils.runtime import describe_threads, resolve_device
 
     chosen = resolve_device(device)
@@ -46,12 +45,11 @@ def load_model(source: Union[str, Source], dtype: Optional[str] = None, device: 
     tokenizer = AutoTokenizerMIX.from_pretrained(source.folder_of(*VOCABULARIES))
     check_vocabulary(tokenizer, config)
     template = ChatTemplate.of_folder(source.folder_of(CHAT_TEMPLATE_NAME))
-    processor = MGenVLProcessor(tokenizer, image_processor, template)
     model = AutoModelMIX.from_pretrained(folder, config=config, dtype=dtype)
     put_on(model, source)
     fused = ", fused attention" if model.generates_fused() else ""
     logger.info("%s on %s in %s%s; %s", folder, chosen.value, model.config.dtype, fused, describe_threads())
-    return Loaded(model, tokenizer, processor, image_processor, template)
+    return Loaded(model, tokenizer, image_processor, template)
 
 
 def put_on(model, source: Source) -> None:

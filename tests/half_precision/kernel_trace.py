@@ -159,7 +159,7 @@ class Steps:
         self.simulation.decorate(model, "O2")
         size = types.SimpleNamespace(blank=lambda: np.zeros([3, world.SIDE, world.SIDE], np.float32))
         tokenizer = AutoTokenizerMIX.from_pretrained(self.folder)
-        scorer = Scorer(Loaded(getattr(model, "model", model), tokenizer, None, size, ChatTemplate.default()))
+        scorer = Scorer(Loaded(getattr(model, "model", model), tokenizer, size, ChatTemplate.default()))
         encoded = [scorer._encoded(None, caption) for caption in ("a", "bc")]
         begin = int(np.argmax(encoded[0]["labels"] >= 0)) - 1
         pairs = [_Pair(one["input_ids"], one["labels"], begin, size.blank(), None) for one in encoded]
