@@ -50,7 +50,8 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         "Greedy by default. --temperature, --top_k, --top_p and --samples sample, --num_beams uses beam search.\n"
         "docs/evaluation.md compares their scores.",
     )
-    up_to_100 = number(float, above=0, most=100)
+    # In float32, logits divided by much less are infinite.
+    up_to_100 = number(float, 1e-6, 100)
     chosen.add_argument("--temperature", type=up_to_100, help="sampling temperature; below 1 favours probable tokens")
     chosen.add_argument(
         "--top_p", type=number(float, above=0, most=1),
