@@ -156,6 +156,7 @@ class CaptionGeneration:
         ids = input_ids.numpy()
         mask = np.ones_like(ids) if attention_mask is None else attention_mask.numpy()
         n_images = 0 if given is None else given.shape[0]
+        # Refuses too many images, of which no prompt would take the last.
         image_positions(ids, n_images, self.config.image_start_id, self.config.n_queries)
         prompts, first = [], 0
         for row in (row[seen != 0].tolist() for row, seen in zip(ids, mask)):
