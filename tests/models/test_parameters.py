@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from paddlemix.models.mgen_vl.parameters import CONSTANTS, count, group_of, parameter_shapes
-from tests.helpers import make_tiny_model, tiny_config
+from paddlemix.checkpoint import open_weights
+from paddlemix.checkpoint.shards import write_pdparams
+from paddlemix.models.mgen_vl.parameters import CONSTANTS, check_weights, count, group_of, parameter_shapes
+from paddlemix.utils.errors import WeightsError
+from tests.helpers import make_tiny_model, refused, tiny_config
 
 CONFIG_7B = {
     "hidden_size": 4096,
@@ -73,3 +77,14 @@ def test_lazy_7b_allocates_nothing():
 
 def test_tiny_config_reads_as_documented():
     assert tiny_config().n_queries == 4 and tiny_config().image_start_id == 470
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool"])
+def test_weights_of_integers_are_refused(tmp_path, dtype):
+    """As quantized models have; Paddle would refuse them by an assertion."""
+    tensors = {"a": ("float16", np.ones(2, "float16")), "b": (dtype, np.ones(2, dtype))}
+    write_pdparams(str(tmp_path / "model_state.pdparams"), tensors)
+    with open_weights(str(tmp_path)) as reader:
+        with refused(WeightsError, "keys", match=f"1 not floating-point: b is {dtype}$"):
+            check_weights(reader, {"a": (2,), "b": (2,)}, "x")
+        check_weights(reader, {"a": (2,)}, "x", others=True)

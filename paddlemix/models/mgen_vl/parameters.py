@@ -11,7 +11,9 @@ from typing import Any, Dict, List
 
 from paddlemix.checkpoint import WeightsReader
 from paddlemix.checkpoint.structure import Shape, differences
+from paddlemix.checkpoint.tensors import FLOATS
 from paddlemix.utils.errors import WeightsError
+from paddlemix.utils.texts import some
 
 # Stored in checkpoints like a parameter, but a constant sin-cos table that is never trained.
 CONSTANTS = frozenset({"visual.attn_pool.pos_embed"})
@@ -132,10 +134,13 @@ def check_weights(reader: WeightsReader, shapes: Dict[str, Shape], where: str, o
     """Compare stored keys and shapes with the model's. others: whether further keys are allowed.
 
     Raises:
-        WeightsError: lists missing, unexpected and misshapen keys (the first ten of each).
+        WeightsError: lists missing, unexpected, misshapen and integer keys (the first ten of each).
     """
     stored = {name: shape for name, shape in reader.shapes().items() if name in shapes or not others}
     problems = differences(stored, shapes)
+    integers = [f"{name} is {reader.info(name).dtype}" for name in stored if reader.info(name).dtype not in FLOATS]
+    if integers:
+        problems.append(f"{len(integers)} not floating-point: {some(integers)}")
     if problems:
         raise WeightsError(f"the weights in {where} are not this model's: " + "; ".join(problems), "keys")
 
