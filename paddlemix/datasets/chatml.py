@@ -26,7 +26,7 @@ from paddlemix.datasets.lengths import cached_lengths, lengths_key
 from paddlemix.datasets.open_files import OpenFiles
 from paddlemix.datasets.packing import SampleLengths
 from paddlemix.datasets.records import Record, SampleError, parse_record, without_image
-from paddlemix.datasets.rows import image_bytes
+from paddlemix.datasets.rows import image_bytes, is_json
 from paddlemix.datasets.tsv import MAX_ROW_BYTES, ImagePlace
 from paddlemix.processors.content import NAMED_IMAGE, as_text, count_images, with_images
 from paddlemix.processors.images import decode_base64, open_image
@@ -173,6 +173,10 @@ class ChatmlDataset:
             )
             for path in paths
         ]
+        for part in self._parts:
+            if not len(part.bounds) and os.path.getsize(part.path) and not is_json(part.path):
+                text = f"{part.path} holds no JSON records: if it is a table, convert it with tools/convert_labels.py"
+                raise ConfigError(text, "data_files")
         self._set_ends()
         self.file_records = len(self)
         if limit is not None and limit < len(self):
@@ -195,6 +199,10 @@ class ChatmlDataset:
         self.label_all_turn_markers = label_all_turn_markers
         self.sources: List[Source] = []
         self._files = OpenFiles()
+        for path in paths:
+            # Opened now, also for forked workers: a later conversion replaces the file, at whose offsets other records
+            # would be.
+            self._files.read(path, 0, 1)
         self._failed, self._cut = _Tally(), _Tally()
 
     def _set_ends(self) -> None:
@@ -303,6 +311,8 @@ class ChatmlDataset:
         """
         part, _ = self._place(index)
         record = self.record(index)
+        if not any(answer.strip() for _, answer in record.turns):
+            raise SampleError("no answer")
         encoded = encode_example(
             self.tokenizer,
             record.turns,

@@ -339,6 +339,7 @@ def test_several_files_and_patterns(tmp_path, tokenizer):
         return [f"identity_{number}" for number in numbers]
 
     top = str(tmp_path)
+    (tmp_path / "t.tsv").write_text(f"a\t{image_base64(1)}\tcaption\n")
     assert ids(f"{top}/*.json") == names([2, 0, 1])
     assert ids([f"{top}/b.json", f"{top}/a.json"]) == names([0, 1, 2])
     assert ids([f"{top}/sub/d.json", f"{top}/[ab].json"]) == names([3, 4, 5, 2, 0, 1])
@@ -349,10 +350,27 @@ def test_several_files_and_patterns(tmp_path, tokenizer):
         (top, "is a folder"),
         ([], "names no file"),
         ([f"{top}/a.json", f"{top}/*.json"], "more than once"),
+        ([f"{top}/a.json", f"{top}/t.tsv"], "t.tsv holds no JSON records: if it is a table, convert it"),
         (f"{top}/c.json", "no records in .*c.json: convert more rows .*leave it out of `dataset`"),
     ):
         with pytest.raises(ConfigError, match=says):
             ChatmlDataset(files, None, tokenizer, IMAGE_PROCESSOR)
+
+
+def test_a_file_that_is_replaced_during_a_run_is_read_to_its_end(tmp_path, tokenizer):
+    path = write(tmp_path / "a.json", [record(0), record(1)])
+    dataset = ChatmlDataset(path, None, tokenizer, IMAGE_PROCESSOR)
+    os.replace(write(tmp_path / "b.json", [record(1), record(0, image=...), record(2)]), path)
+    assert [dataset.record(index).id for index in range(2)] == ["identity_0", "identity_1"]
+
+
+def test_a_record_without_an_answer_trains_nothing(tmp_path, tokenizer):
+    """As a test set has them; a caption of blanks is none either."""
+    records = [record(0, conversations=[["描述", " "]]), record(1, conversations=[["描述", ""], ["颜色？", "红"]])]
+    dataset = ChatmlDataset(write(tmp_path / "a.json", records), None, tokenizer, IMAGE_PROCESSOR)
+    with refused(SampleError, match="no answer"):
+        dataset.sample(0)
+    assert dataset[0]["input_ids"].tolist() == dataset.sample(1)["input_ids"].tolist()
 
 
 def test_build_dataset(tmp_path, tokenizer):
