@@ -13,7 +13,9 @@ from typing import Any, Dict, Optional, Union
 
 import paddle
 from paddlenlp.trainer import TrainerCallback
+from paddlenlp.trainer.trainer_utils import ShardingOption
 
+from paddlemix.trainer.optimizer import begin_with_zeros
 from paddlemix.utils.compat import name_the_epoch
 from paddlemix.utils.log import logger
 from paddlemix.utils.progress import Progress
@@ -248,6 +250,9 @@ class Bookkeeping(TrainerCallback):
         # PaddleNLP logs it only at debug level.
         count = sum(math.prod(p.shape) for p in self.trainer.model.parameters() if not p.stop_gradient)
         logger.info(f"  Number of trainable parameters = {count:,} (per device)")
+        # Stage 2 keeps gradients in buffers of its own.
+        if ShardingOption.SHARD_GRAD_OP not in args.sharding:
+            begin_with_zeros(self.trainer.model.parameters())
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The loop has just reset its sum.

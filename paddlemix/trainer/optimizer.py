@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterable
 
+import paddle
 from paddlenlp.trainer import Trainer
 
 from paddlemix.models.mgen_vl.parameters import group_of
@@ -31,3 +32,18 @@ def build_optimizer(args, model, learning_rate: Any):
         multi_precision=args.master_weights,
         **options,
     )
+
+
+def begin_with_zeros(parameters: Iterable[Any]) -> None:
+    """Give each of these parameters that trains a gradient of zeros, as after every step.
+
+    A batch of texts alone makes none for the connector. AdamW leaves out a parameter until its first gradient, so that
+    a resumed run would differ; Paddle 2.6 shards gradients only if all processes have them.
+    """
+    for parameter in parameters:
+        if parameter.stop_gradient:
+            continue
+        if not hasattr(parameter, "main_grad"):
+            parameter.grad = paddle.zeros_like(parameter)
+        elif parameter.main_grad is None:
+            parameter.main_grad = paddle.zeros(parameter.shape, "float32")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+import contextlib
+import functools
+from typing import Any, Iterator, List
 
 import paddle
 
@@ -33,6 +35,20 @@ def sum_over_processes(args, *counts: Any) -> List[int]:
         paddle.distributed.all_reduce(summed)
     # Tensor-parallel processes work on the same samples.
     return [count // (args.world_size // args.dataset_world_size) for count in summed.tolist()]
+
+
+@contextlib.contextmanager
+def unused_parameters_found() -> Iterator[None]:
+    """Within, DataParallel takes batches that give a parameter no gradient, such as texts alone and the connector.
+
+    PaddleNLP 3 asks for it; with 2.8 processes would sum gradients of different parameters.
+    """
+    stock = paddle.DataParallel.__init__
+    paddle.DataParallel.__init__ = functools.partialmethod(stock, find_unused_parameters=True)
+    try:
+        yield
+    finally:
+        paddle.DataParallel.__init__ = stock
 
 
 def keep_cards_alike(wrapped) -> None:

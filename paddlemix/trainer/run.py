@@ -6,6 +6,7 @@ Only headers of weights are read, and no images. All problems are collected, so 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -346,6 +347,11 @@ def _decide_order(run: Run) -> None:
     )
     for problem in order.problems():
         run.problem(problem)
+    warmup = training.warmup_steps or math.ceil(order.steps * training.warmup_ratio)
+    if training.lr_scheduler_type == "polynomial" and warmup >= order.steps > 0:
+        # PaddleNLP would divide by their difference.
+        text = f"lr_scheduler_type=polynomial needs fewer warmup steps ({warmup:,}) than steps ({order.steps:,})"
+        run.problem(Problem(text, "warmup_steps", "warmup_ratio"))
     run.warnings += order.warnings()
     if order.left_over:
         run.notes.append(

@@ -11,7 +11,8 @@
   prediction_step
   compute_loss              takes a criterion, or the first output → the loss that the model computes
   _wrap_model               broadcasts a batch to the cards that share matrices, whose other weights drift apart → each
-                            reads the same samples itself, gradients of what all hold are made alike
+                            reads the same samples itself, gradients of what all hold are made alike; each batch must
+                            give all gradients (2.8) → it may be texts alone
   _prepare_inputs           an error in a loader worker loses its message → the batch carries it, and it is raised here
   training_step             → counts tokens and samples, watches the loss
   _check_loss_valid         waits for the device at every batch → Numerics looks once per step
@@ -205,7 +206,8 @@ class FinetuneTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _wrap_model(self, model, training=True):
-        wrapped = super()._wrap_model(model, training)
+        with parallel.unused_parameters_found():
+            wrapped = super()._wrap_model(model, training)
         if self.args.tensor_parallel_degree > 1:
             parallel.keep_cards_alike(wrapped)
         return wrapped

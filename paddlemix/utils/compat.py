@@ -13,6 +13,7 @@ No other module checks versions. Differences that are handled elsewhere by code 
   merges files.
 - Tensors made in a loader's worker crash Paddle 2.6: datasets/collator.py makes numpy arrays.
 - PaddleNLP 2.8 appends logs to `state.log_history`, 3 empties it: trainer/trainer.py sets it to a copy of its own.
+- PaddleNLP 2.8 lets DataParallel wait for all gradients: trainer/parallel.py has it find those that a batch lacks.
 - PaddleNLP 3 reads `output_signal_dir`, 2.8 has none: trainer/trainer.py always sets it.
 - PaddleNLP 2.8 sets `use_flash_attention` back to its default: models' configuration sets it last.
 - The current place has no `is_cpu_place()` on 2.6: loading asks for the device by name.

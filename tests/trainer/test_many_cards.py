@@ -30,7 +30,8 @@ def alike(start_run):
 
     def begin(name, processes, **changes):
         accumulation = 1 if processes == 2 else 2
-        keys = dict(ALIKE, gradient_accumulation_steps=accumulation, **changes)
+        keys = dict(ALIKE, gradient_accumulation_steps=accumulation)
+        keys.update(changes)
         run = start_run(name, processes, **keys)
         assert run.status() == 0, run.log.read_text()[-3000:]
         return run
@@ -67,6 +68,17 @@ def test_sharding_stage1_is_one_process_too(alike):
             assert_equal(ours, theirs)
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("keys", [{}, STAGE1], ids=["data parallel", "sharding"])
+def test_texts_alone_on_one_card_are_one_process_with_twice_the_accumulation(alike, tmp_path, keys):
+    """They give the connector no gradient, and ads on the other card give one."""
+    pictures = write_data(tmp_path / "pictures.json", list(COLOURS))
+    texts = [json.dumps({"id": f"{n}", "conversations": [["say", f"word {n}"]]}) for n in range(6)]
+    (tmp_path / "texts.json").write_text("\n".join(texts))
+    train = [{"data_files": pictures}, {"data_files": str(tmp_path / "texts.json")}]
+    mixed = {"dataset": {"train": train}, "max_grad_norm": 0.0, "per_device_train_batch_size": 1, "max_steps": 7}
+    assert_equal(final_weights(alike("two", 2, **mixed, **keys).out), final_weights(alike("one", 1, **mixed).out))
 
 
 @pytest.mark.parametrize("keys", [{}, STAGE1], ids=["data parallel", "sharding"])

@@ -11,7 +11,7 @@ from paddlemix.trainer import dry_run, forecast
 from paddlemix.trainer.order import EpochSampler, Order, plan_draws
 from paddlemix.utils.errors import ConfigError
 from tests.helpers import refused
-from tests.trainer.runs import COLOURS, LORA, final_weights, killed_at, run, start, write_data
+from tests.trainer.runs import COLOURS, LORA, LORA_POOL, final_weights, killed_at, run, start, write_data
 
 
 @pytest.fixture
@@ -111,6 +111,19 @@ def test_a_resumed_run_ends_with_the_weights_of_one_go(run_keys, entries, tmp_pa
     with refused(ConfigError, "mixing"):
         begin = os.path.join(part, "checkpoint-5")
         run(run_keys(**dict(keys, dataset={"train": other}), output_dir=part, resume_from_checkpoint=begin))
+
+
+def test_texts_alone_after_a_resume_move_the_connector_as_in_one_go(run_keys, entries, tmp_path, monkeypatch):
+    """They give it no gradient, and AdamW's moments move it."""
+    keys = dict(LORA_POOL, save_steps=1, max_steps=6, per_device_train_batch_size=1, dataset={"train": list(entries)})
+    run(run_keys(**keys, output_dir=str(tmp_path / "whole")))
+    whole = final_weights(tmp_path / "whole")
+    for stop in (2, 4):
+        part = str(tmp_path / f"part {stop}")
+        killed_at(start(run_keys(**keys, output_dir=part)), stop, monkeypatch)
+        run(run_keys(**keys, output_dir=part, resume=True))
+        resumed = final_weights(tmp_path / f"part {stop}")
+        assert [key for key in whole if not np.array_equal(whole[key], resumed[key])] == []
 
 
 def test_packs_and_groups_take_repeats_and_limits(run_keys, entries):

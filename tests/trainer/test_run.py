@@ -60,6 +60,7 @@ def test_what_goes_on_in_the_run_is_no_problem_in_the_plan(words, log, capsys, k
         (dict(LORA, lora_target_modules=["lm_head"]), "lm_head is not a Linear layer"),
         (dict(LORA, lora_target_modules=[".*norm"]), '".*norm" matches no module'),
         ({"num_train_epochs": 0.1, "max_steps": -1}, "ends before the first optimizer step"),
+        ({"lr_scheduler_type": "polynomial", "warmup_ratio": 1.0}, "fewer warmup steps (1) than steps (1)"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 13}, "do not fill one batch of 13"),
         ({"resume_from_checkpoint": "no/checkpoint"}, "no/checkpoint"),
         ({"output_dir": "FILE/out"}, "FILE is a file"),
