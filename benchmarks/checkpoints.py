@@ -12,16 +12,14 @@ RANK, ALPHA = 64, 32
 
 
 def config(size: str) -> Dict[str, Any]:
+    from paddlemix.checkpoint.structure import LANGUAGE_KEYS
+    from paddlemix.models.mgen_vl.config_values import VISUAL_7B
+
     layers, vision_layers, vocabulary = SIZES[size]
-    visual = {
-        "image_size": 448, "patch_size": 14, "width": 1664, "layers": vision_layers, "heads": 16, "mlp_ratio": 4.9231,
-        "output_dim": 4096, "image_start_id": vocabulary - 3,
-    }  # fmt: skip
+    visual = {**VISUAL_7B, "layers": vision_layers, "image_start_id": vocabulary - 3}
     values = {
-        "model_type": "mgen", "hidden_size": 4096, "num_hidden_layers": layers, "num_attention_heads": 32,
-        "kv_channels": 128, "intermediate_size": 22016, "vocab_size": vocabulary, "seq_length": 2048,
-        "max_position_embeddings": 8192, "dtype": "bfloat16", "visual": visual,
-        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+        **LANGUAGE_KEYS, "model_type": "mgen", "num_hidden_layers": layers, "vocab_size": vocabulary, "visual": visual,
+        "dtype": "bfloat16", "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     if size == "quick":
         values.update(hidden_size=256, num_attention_heads=2, intermediate_size=512)

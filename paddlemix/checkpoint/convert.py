@@ -15,15 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from paddlemix.checkpoint.model_folder import (
-    FONT,
-    LICENCE,
-    TOKENIZER,
-    VOCABULARIES,
-    check_new_model,
-    gather,
-    inside,
-)
+from paddlemix.checkpoint.model_folder import FONT, LICENCE, TOKENIZER, VOCABULARIES, check_new_model, gather, inside
 from paddlemix.checkpoint.shards import WeightsReader, open_weights, write_model
 from paddlemix.checkpoint.structure import LANGUAGE_KEYS, VISUAL_KEYS, differences
 from paddlemix.checkpoint.tensors import FLOATS, convert_dtype

@@ -61,23 +61,21 @@ def count_not_finite(array: np.ndarray, dtype: str) -> int:
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> Optional[float]:
-    """None if two arrays of `dtype` are bitwise equal, else the largest |difference| of finite values."""
+    """None if two arrays of a floating-point `dtype` are bitwise equal, else the largest |difference| of finite values.
+
+    Raises:
+        WeightsError: arrays of another dtype differ.
+    """
     largest: Optional[float] = None
     ours, theirs = ours.reshape(-1), theirs.reshape(-1)
     for start in range(0, ours.size, _CHUNK):
         pair = [np.ascontiguousarray(side[start : start + _CHUNK]) for side in (ours, theirs)]
         if pair[0].tobytes() == pair[1].tobytes():
             continue
-        if dtype in FLOATS:
-            wide = [convert_dtype(side, dtype, "float64" if dtype == "float64" else "float32") for side in pair]
-        else:
-            wide = [side.astype(np.float64) for side in pair]
+        wide = [convert_dtype(side, dtype, "float64" if dtype == "float64" else "float32") for side in pair]
         with np.errstate(invalid="ignore", over="ignore"):
             gap = np.abs(wide[0] - wide[1])
-        most = float(gap.max())
-        if not np.isfinite(most):
-            most = float(gap[np.isfinite(gap)].max(initial=0.0))
-        largest = max(largest or 0.0, most)
+        largest = max(largest or 0.0, float(gap[np.isfinite(gap)].max(initial=0.0)))
     return largest
 
 
