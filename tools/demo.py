@@ -36,7 +36,7 @@ sys.path.insert(0, ROOT)
 
 from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
-from paddlemix.utils.files import atomic_write  # noqa: E402
+from paddlemix.utils.files import atomic_write, cleaning_up  # noqa: E402
 from paddlemix.utils.json_files import write_json  # noqa: E402
 
 PAGE = os.path.join(ROOT, "tools", "demo_page.html")
@@ -231,7 +231,7 @@ def run_stage(out: str, stage: Stage, head: str) -> float:
     drawn = re.compile(rf"{stage.bar}: +(\d+)%(?:.*\bloss ([\d.]+))?")
     line_of_stage = _StageLine(head)
     status = 0
-    with open(log_path, "w", buffering=1, encoding="utf-8") as log:
+    with cleaning_up(), open(log_path, "w", buffering=1, encoding="utf-8") as log:
         for number, command in enumerate(stage.commands):
             log.write(f"$ {' '.join(map(shlex.quote, command))}\n")
             process = subprocess.Popen(
@@ -519,10 +519,6 @@ def main() -> int:
     inside = os.path.relpath(os.path.abspath(args.out), ROOT)
     args.out = os.path.abspath(args.out) if inside.startswith(os.pardir) else inside
     os.chdir(ROOT)
-    # A scheduler's SIGTERM ends the stage at hand too, as Ctrl-C does, and so does a terminal that is closed.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     seconds = run_all(args)
     outcome = evaluate(args.out)
     write_page(args, outcome, seconds)

@@ -1,14 +1,18 @@
 """tools/demo_data.py: the faults that it plants, and what it prints of them. (Its stages have tests of their own.)"""
 
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from paddlemix.processors.images import decode_base64, open_image
 from paddlemix.utils import cli
-from tests.helpers import image_base64
+from tests.helpers import image_base64, without_coverage
 from tools import make_demo_data
 
 N, UNSEEN = 200, 20
@@ -161,3 +165,24 @@ def test_only_what_it_wrote_is_removed(call, demo, tmp_path):
         assert status == 2 and said.count("\n") == 1 and ("overlap" in said or "is not empty" in said)
     assert sorted(folder.rglob("*")) == there and (thesis / "report" / "rows.tsv").read_text() == "mine"
     assert sorted(thesis.iterdir()) == [thesis / "report"]
+
+
+def test_a_kill_ends_the_stage_and_what_it_started(root, tmp_path):
+    code = """if True:
+        import os, sys
+        sys.path.insert(0, "tools")
+        import demo
+        os.makedirs(os.path.join(sys.argv[1], "logs"))
+        child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+        demo.run_stage(sys.argv[1], demo.Stage("sleep", "sleep", [[sys.executable, "-c", child]]), "sleep")
+    """
+    log = tmp_path / "out" / "logs" / "sleep.log"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=root, env=without_coverage(), stdout=subprocess.DEVNULL)
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text().splitlines()[1]), 0)
