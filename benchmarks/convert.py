@@ -2,12 +2,11 @@
 
 Both read a cached file and write into the same file system, each as a command, start-up included. The input has 5 GB
 with --large. Ours flushes its files to disk before renaming them (fsync), cat does not; in memory, where the folder is
-if there is room, that costs nothing. The normal size also runs the baseline's way: all rows in a list, then json.dump.
+if there is room, that costs nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,19 +18,6 @@ import scratch
 BYTES = {"quick": 300_000, "normal": 1_000_000_000, "large": 5_000_000_000}
 DECODE_BYTES = {"quick": 100_000, "normal": 150_000_000, "large": 150_000_000}
 TOOL = os.path.join(harness.ROOT, "tools", "convert_labels.py")
-
-
-def load_all_dump_all(path: str, out: str) -> None:
-    """The original tool's way."""
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for n, line in enumerate(file):
-            _, image, caption = line.rstrip("\n").split("\t", 2)
-            turns = [["请描述图片内容", caption]]
-            records.append({"id": f"identity_{n}", "conversations": turns, "image": image})
-    for name, part in (("train.json", records[:]), ("val.json", records[::20])):
-        with open(os.path.join(out, name), "w", encoding="utf-8") as file:
-            json.dump(part, file, ensure_ascii=False, indent=2)
 
 
 def convert(path: str, out: str, images: str, verify: str, workers: int) -> None:
@@ -107,12 +93,6 @@ def main(argv=None) -> None:
             done = harness.in_child(args, convert, path, out, kind, "none", 1)
             shutil.rmtree(out)
             bench.value(f"peak memory, --images {kind}", done.peak_bytes / 1e6, "MB", at_most=300)
-        if args.size == "normal":
-            os.makedirs(out)
-            done = harness.in_child(args, load_all_dump_all, path, out)
-            shutil.rmtree(out)
-            bench.value("the baseline's way: all rows in a list", done.seconds, "s")
-            bench.value("peak memory of that", done.peak_bytes / 1e6, "MB")
         os.truncate(path, 0)
         scratch.write_tsv(path, DECODE_BYTES[args.size], images)
         one, two = (
