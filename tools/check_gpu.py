@@ -44,7 +44,7 @@ LORA = {
 }  # fmt: skip
 # Largest relative difference of the loss, least cosine of all gradients, least share of equal captions.
 LIMITS = {"float32": (1e-4, 0.9999, 1.0), "float16": (1e-2, 0.999, 0.85), "bfloat16": (1e-2, 0.999, 0.7)}
-# What a loss is multiplied with before its backward, so that float16 holds small gradients.
+# Factor of the loss before the backward pass, so that float16 can represent small gradients.
 SCALE = 1024.0
 # Gradients of larger parameters are not compared.
 LARGEST = 1 << 20
@@ -88,7 +88,7 @@ class Row(NamedTuple):
 
 
 def make_world(folder: str, models: List[str]) -> None:
-    """The models, their samples, and what they come to in float32 on the CPU, one sample at a time."""
+    """The models, their samples, and loss and gradients of these in float32 on the CPU, one sample at a time."""
     import make_tiny_model
     import numpy as np
     from PIL import Image
@@ -166,7 +166,7 @@ class Checks:
             return history, {name: reader.read(name, "float32") for name in reader.keys()}
 
     def loss_and_gradients(self, model: str, together: bool = True) -> Tuple[float, Dict[str, Any]]:
-        """Of COMPARED samples, all parameters training: as one padded batch, or one by one, which is the same."""
+        """Of COMPARED samples with all parameters trainable, as one padded batch or one by one, which must agree."""
         import paddle
 
         from paddlemix.trainer import command_line
@@ -223,7 +223,7 @@ class Checks:
         yield words, falls and equal == len(apart), {"losses": losses, "equal": equal, "apart": apart}
 
     def overflow(self, model: str) -> Iterator[Found]:
-        """A loss scale that is far too large must be seen, cost some steps, and leave the weights alone."""
+        """A loss scale that is far too large must be detected, cost some steps, and leave the weights finite."""
         import numpy as np
 
         for master in [False] + [True] * (self.run.level == "O2"):
@@ -236,7 +236,7 @@ class Checks:
             yield words, finite and 0 < skipped < len(history), {"skipped": skipped, "scale": scale}
 
     def step(self, model: str) -> Iterator[Found]:
-        """Time of a LoRA step, and on a GPU its peak memory against the estimate."""
+        """Time of a LoRA step; on a GPU also its peak memory, compared with the estimate."""
         import cost_7b
         import paddle
 
@@ -311,7 +311,7 @@ class Checks:
 
 
 def in_child(world: str, run: Run, models: List[str]) -> Iterator[Row]:
-    """The rows, made in a process of their own: an error of CUDA spoils what follows, and peaks cannot be reset."""
+    """The rows of a run in its own process: after a CUDA error nothing else works, and peaks cannot be reset."""
     command = [sys.executable, os.path.abspath(__file__), "--child", json.dumps([world, run, models])]
     done = subprocess.run(command, capture_output=True, text=True)
     for text in done.stdout.splitlines():

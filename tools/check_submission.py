@@ -1,4 +1,4 @@
-"""Hold a submission against the contest's rules: `python tools/check_submission.py submission`. See --help."""
+"""Check a submission by the contest's rules: `python tools/check_submission.py submission`. See --help."""
 
 from __future__ import annotations
 

@@ -60,34 +60,34 @@ class Model:
     # ---- floating-point operations
 
     def prefill(self) -> float:
-        """Of an image and 300 tokens of prompt."""
+        """Operations of an image and a prompt of 300 tokens."""
         image = work.vit(self.config) + work.connector(self.config)
         return image + self.decoder(300, 300) + 2 * self.head
 
     def decoder(self, tokens: int, keys: int) -> float:
-        """Of `tokens` new ones through the layers, each looking at `keys`; lm_head not counted."""
+        """Operations of `tokens` tokens in the layers, each attending to `keys`, without lm_head."""
         return 2 * tokens * self.layers + work.attention(self.config, tokens, keys)
 
     def step(self, tokens: int, labels: int, recompute: bool = False, full: bool = False, image: bool = True) -> float:
-        """Of forward and backward of one sample, with LoRA or in full."""
+        """Operations of the forward and backward pass of a sample, with LoRA or full fine-tuning."""
         return work.sample(self.config, self.full if full else self.lora, tokens, labels, recompute, image)
 
     # ---- bytes
 
     def decode_bytes(self, batch: int, context: int) -> float:
-        """Read from memory for one token of each of `batch` rows, in half precision."""
+        """Bytes read from memory for a token of each of `batch` rows, in half precision."""
         return 2 * (self.layers + self.head) + batch * context * self.cache_per_token()
 
     def cache_per_token(self) -> int:
         return 2 * 2 * self.config.hidden_size * self.config.num_hidden_layers
 
     def decode_seconds(self, card: machine.Card, batch: int, context: int) -> float:
-        """Of one token for each of `batch` rows, bound by memory or by computing."""
+        """Seconds for a token of each of `batch` rows, bound by memory or by computation."""
         read = self.decode_bytes(batch, context) / card.bandwidth / BANDWIDTH_SHARE
         return max(read, batch * self.decoder(1, context) / card.flops / FLOPS_SHARE)
 
     def peak(self, trained: memory.Trained, rows: int, tokens: int, **setting: Any) -> float:
-        """By the rules of Paddle 2.6, the contest platform's; 3 keeps a little less (docs/memory.md)."""
+        """Peak memory with Paddle 2.6, the contest platform's; 3 keeps a little less (docs/memory.md)."""
         batch = memory.Batch(rows, tokens, rows, rows * LABELS)
         how = memory.Setting("O2", gpu=True, paddle_3=False, **setting)
         return memory.estimate(self.config, trained, batch, how).peak

@@ -26,16 +26,15 @@ from paddlemix.utils import cli  # noqa: E402
 from paddlemix.utils.errors import JobFailed, UserError  # noqa: E402
 from paddlemix.utils.files import atomic_write  # noqa: E402
 
-# Initial values that a large pretrained model does not need, but that decide here whether training on a CPU
-# takes minutes or hours. With the defaults every query of attn_pool starts out with the average over all
-# patches, and the position of a patch is a tenth of its content: colours are learned at once, but where or what
-# something is only after thousands of steps (measured: left/middle/right still at chance after 900 steps of 16).
+# Initial values with which training on a CPU takes minutes instead of hours. By default every query of attn_pool starts
+# as the average of all patches, and a patch's position has a tenth of the size of its content: colours are learned at
+# once, but shapes and places only after thousands of steps (left, middle or right: at chance after 900 steps of 16).
 POSITION_STD = 1.0
 LANGUAGE_STD = 0.08
 # On the query and key projections of the ViT.
 SHARPNESS = 2.0
-# attn_pool starts as a soft copy: the query and key projections are this multiple of the identity, and content
-# is made small beside the position table, so that each query looks mostly at the patch in its own place.
+# attn_pool starts as a soft copy: the query and key projections are this multiple of the identity, and content is small
+# compared with the position table, so that each query attends mostly to the patch at its own place.
 POOL_SHARPNESS = 4.0
 POOL_CONTENT = 0.1
 POOL_QUERY = 0.05
@@ -140,7 +139,7 @@ def make_config(args: argparse.Namespace, ranks: int):
 
 
 def prepare_vision(visual) -> None:
-    """Set the initial values that the constants above speak of."""
+    """Set the initial values described at the constants above."""
     import numpy as np
     import paddle
 

@@ -1,4 +1,4 @@
-"""Facts of one caption, for statistics and curation. Pure: the same text gives the same facts."""
+"""Facts of one caption, for statistics and curation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TAG = re.compile(r"</?[A-Za-z|!][^<>]{0,200}>")
 class CaptionFacts(NamedTuple):
     """tokens: None without a tokenizer. chinese, latin, digits: shares (0…1) of the characters that are not blank.
     repetition: see repetition(). opening: the first OPENING_CHARS. style: see style(). price: the first price as it is
-    written, or "". control: invisible and control characters. tags: `<…>` that look like markup or special tokens."""
+    written, or "". control: invisible and control characters. tags: `<…>` like markup or special tokens."""
 
     chars: int
     tokens: Optional[int]
@@ -45,9 +45,9 @@ class CaptionFacts(NamedTuple):
 
 
 def repetition(text: str) -> float:
-    """The share (0…1) of a text's 4-grams of characters that occurred earlier in it, marks and blanks left out.
+    """The share (0…1) of a text's 4-grams of characters that occurred earlier in it, without marks and blanks.
 
-    0 of a text that never repeats four characters; 0.5 of one that says everything twice; near 1 of a loop.
+    0 for a text that never repeats four characters, 0.5 for one that says everything twice, near 1 for a loop.
     """
     text = _NO_WORD.sub("", text)
     count = len(text) - REPETITION_N + 1

@@ -31,7 +31,7 @@ from paddlemix.utils.outputs import disk_errors
 from paddlemix.utils.parallel import chunks_of, map_chunks
 from paddlemix.utils.progress import Progress
 
-# Below this spread a picture shows one colour, apart from JPEG noise, and has no near duplicates.
+# Below this spread a picture has one colour, apart from JPEG noise, and no near duplicates.
 ONE_COLOUR = 2.0
 # Sharpness is that of a picture whose longer side has at most so many pixels, the size of most ads and near to the
 # model's 448; a JPEG is decoded no larger than that takes.
@@ -164,8 +164,7 @@ def facts_record(found: Found, pixels: bool = True) -> np.ndarray:
 
 
 def usable(facts: np.ndarray) -> np.ndarray:
-    """bool [rows]: which rows have a picture of more than one colour that was decoded: its perceptual hash means
-    something."""
+    """bool [rows]: rows whose perceptual hash means something: decoded pictures of more than one colour."""
     return (facts["problem"] == 0) & (facts["spread"] >= ONE_COLOUR)
 
 
@@ -176,7 +175,7 @@ def facts_path(path: str) -> str:
 
 
 def has_captions(path: str) -> bool:
-    """Whether one of the first 1,000 rows of a file has a caption, as those of a test set have not."""
+    """Whether one of the first 1,000 rows of a file has a caption; those of a test set have none."""
     return any(row.caption is not None for row in islice(read_rows(path, want_caption=True), 1000))
 
 

@@ -48,7 +48,7 @@ PERCENTS = (1, 5, 25, 50, 75, 95, 99, 99.9)
 # Characters of the n-grams that are counted, in the captions of the sample.
 NGRAMS = (4, 8)
 LISTED = 15
-# Different texts of a kind that are counted at a time; see Frequent.
+# Distinct texts of a kind counted at a time; see Frequent.
 MOST_TEXTS = 100_000
 _BINS = 40
 # Rows by which the number of rows of a file is estimated.
@@ -60,7 +60,7 @@ CLOSER = (0, 2, 4)
 class Frequent:
     """Counts the most frequent of any number of texts in bounded memory (Misra and Gries).
 
-    A count may be too small, by at most `lost`; a text that came more often than that is there.
+    A count may be too small by at most `lost`; texts more frequent than that are never missed.
     """
 
     def __init__(self, most: int = MOST_TEXTS):
@@ -74,7 +74,7 @@ class Frequent:
             self.lost += cut
 
     def listed(self) -> List[Tuple[str, int]]:
-        """The most frequent, equal ones in the order of their letters."""
+        """The most frequent, those of equal count in alphabetical order."""
         return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
 
 

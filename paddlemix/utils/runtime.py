@@ -183,7 +183,7 @@ def resolve_device(requested: Optional[str] = None) -> Choice:
 
 
 def _look_for_cudnn_in_silence() -> None:
-    """Suppress the seven-line warning that Paddle's GPU wheel prints at the first convolution without cuDNN."""
+    """Suppress the seven-line warning of Paddle's GPU wheel at the first convolution without cuDNN."""
     import paddle
 
     stderr = os.dup(2)
