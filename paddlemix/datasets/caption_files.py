@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.datasets.rows import is_json, read_rows
 from paddlemix.datasets.score_files import COLUMNS
@@ -22,6 +22,7 @@ from paddlemix.datasets.tsv import (
     find_image,
     is_image,
     row_id,
+    short_lines,
 )
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.progress import Progress
@@ -77,13 +78,13 @@ def check_captions(path: str, fields: Sequence[str], references: bool = False) -
         raise UserError(f"{path} is a table of {found}, not of captions by id", found)
 
 
-def caption_lines(path: str, file: Iterable[bytes]) -> Iterator[Tuple[int, bytes, List[str]]]:
+def caption_lines(path: str, file: IO[bytes]) -> Iterator[Tuple[int, bytes, List[str]]]:
     """(number, line, its columns, none if it is not UTF-8) of each line that is not blank.
 
     Raises:
-        UserError: as check_captions, or they are in GBK.
+        UserError: as check_captions and short_lines, or they are in GBK.
     """
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(short_lines(path, file), 1):
         try:
             fields = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
         except UnicodeDecodeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Iterator, NamedTuple, Optional, Tuple
 
-from paddlemix.datasets.tsv import check_input
+from paddlemix.datasets.tsv import check_input, short_lines
 from paddlemix.utils.errors import UserError
 
 COLUMNS = ("loss", "blank_loss", "gain", "tokens")
@@ -28,9 +28,9 @@ def read_scores(path: str) -> Iterator[Tuple[str, Optional[Score]]]:
     """
     check_input(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                name, *columns = line.rstrip("\n").split("\t")
+        with open(path, "rb") as file:
+            for number, line in enumerate(short_lines(path, file)):
+                name, *columns = line.decode("utf-8" if number else "utf-8-sig").rstrip("\n").split("\t")
                 if len(columns) != len(COLUMNS):
                     raise ValueError
                 score = Score(*map(float, columns[:3])) if columns[0] else None

@@ -12,7 +12,7 @@ import re
 import shlex
 import stat
 import zlib
-from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple, Union
+from typing import IO, Any, Dict, Iterable, Iterator, NamedTuple, Optional, Tuple, Union
 
 from paddlemix.datasets.archives import GZIP, is_tar
 from paddlemix.datasets.blocks import FileState, lines_of, read_blocks
@@ -205,6 +205,18 @@ def check_input(path: str, archives: bool = False) -> int:
     if not (archives and (head.startswith(GZIP) or is_tar(head))):
         check_text(path, head)
     return found.st_size
+
+
+def short_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file.
+
+    Raises:
+        UserError: one is longer than MAX_ROW_BYTES.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise UserError(f"{path}: line {number} is longer than {MAX_ROW_BYTES >> 20} MB", "line-length")
+        yield line
 
 
 def _is_image(line: bytes, begin: int, end: int) -> bool:

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
+from paddlemix.datasets import tsv
 from paddlemix.datasets.caption_files import common_ids, new_captions, read_captions, read_references
+from paddlemix.datasets.score_files import read_scores
 from paddlemix.datasets.thumbnails import read_thumbnails
 from paddlemix.utils.errors import UserError
 from tests.helpers import image_base64, image_bytes, refused
@@ -157,3 +159,12 @@ def test_thumbnails(tmp_path):
         "a": "", "b": "bad base64", "c": "not an image", "d": "", "alone": "missing column",
     }  # fmt: skip
     assert not found["b"].webp and found["d"].webp
+
+
+@pytest.mark.parametrize("read", [read_captions, new_captions, read_scores])
+def test_a_line_without_an_end_is_bounded(tmp_path, monkeypatch, read):
+    """Zeros, for example, as a crash leaves them: no line of them is read at once."""
+    monkeypatch.setattr(tsv, "MAX_ROW_BYTES", 1000)
+    (tmp_path / "zeros").write_bytes(b"\0" * 5000)
+    with refused(UserError, "line-length", match="longer than"):
+        list(read(str(tmp_path / "zeros")))
