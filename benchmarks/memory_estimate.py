@@ -121,10 +121,10 @@ def measure(case: Case) -> Dict[str, int]:
         with paddle.utils.unique_name.guard():
             model = MGenLMHeadModel(config)
             model.train()
-            plan = freeze.plan_freeze(
+            trainable = freeze.plan_freeze(
                 list(model.state_dict()), model_keys.freeze_include, model_keys.freeze_exclude, lora=model_keys.lora
             )
-            model = tuned_model.choose_trainable(model, model_keys, plan.trainable)
+            model = tuned_model.choose_trainable(model, model_keys, trainable)
         samples = _Samples(config, case)
         trainer = trainer_module.FinetuneTrainer(
             model=model,

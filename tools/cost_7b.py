@@ -48,9 +48,9 @@ class Model:
         self.config = config
         shapes = parameter_shapes(config)
         adapters = adapter_shapes(shapes, TARGETS, 64)
-        pool = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], lora=True).trainable
+        pool = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], lora=True)
         self.lora = memory.Trained({**shapes, **adapters}, [*pool, *adapters])
-        trainable = freeze.plan_freeze(list(shapes)).trainable
+        trainable = freeze.plan_freeze(list(shapes))
         self.full = memory.Trained(shapes, trainable)
         self.adapters = count(adapters)
         self.parameters = count(shapes)

@@ -194,6 +194,7 @@ class ChatmlDataset:
                 "it out of `dataset`"
             )
         self.tokenizer = tokenizer
+        self.template = template
         self.image_processor = image_processor
         self.max_length = max_length
         self.label_all_turn_markers = label_all_turn_markers

@@ -15,7 +15,6 @@ from paddlenlp.utils.log import logger as paddlenlp_logger
 from paddlemix.checkpoint.model_folder import find_tuned_weights, merge_command
 from paddlemix.datasets.collator import MGenVLCollator
 from paddlemix.datasets.packing import PackedDataset
-from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.trainer import freeze, run_checkpoints
 from paddlemix.trainer.eval_captions import CaptionEvaluator
 from paddlemix.trainer.keys import Arguments
@@ -104,26 +103,26 @@ def build(run: Run) -> FinetuneTrainer:
         model = choose_trainable(model, model_args, run.trainable)
     for line in (freeze.summary_line(run.counts()), *freeze.table_lines(run.counts())):
         logger.info(line)
-    template = run.entries["train" if "train" in run.entries else "eval"][0].chat_template
-    train = run.datasets.get("train")
+    train, evaluation = run.datasets.get("train"), run.datasets.get("eval")
+    template = (evaluation if train is None else train).template
     if run.packs is not None:
         train = PackedDataset(train, run.packs)
     return FinetuneTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
-        eval_dataset=run.datasets.get("eval"),
+        eval_dataset=evaluation,
         data_collator=MGenVLCollator(
             run.tokenizer.pad_token_id, image_start_id=run.tokenizer.img_start_id, n_queries=run.tokenizer.n_queries
         ),
         tokenizer=run.tokenizer,
-        chat_template=ChatTemplate.from_file(template) if template else ChatTemplate.default(),
+        chat_template=template,
         order=run.order,
         origin=run.origin,
         guard=run.guard,
         parameters=_parameters(run),
         image_gain=run.arguments.data.eval_image_gain,
-        captions=CaptionEvaluator(run.datasets["eval"], run.tokenizer, run.arguments) if training.evaluates else None,
+        captions=CaptionEvaluator(evaluation, run.tokenizer, run.arguments) if training.evaluates else None,
     )
 
 

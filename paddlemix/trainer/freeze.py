@@ -21,14 +21,6 @@ from paddlemix.utils.errors import ConfigError, Problem
 _GROUP_ORDER = tuple(group for group, _ in GROUPS) + ("lora",)
 
 
-class FreezePlan(NamedTuple):
-    """trainable: base parameters that train (with LoRA: in addition to the adapters), in the model's order; frozen: the
-    others."""
-
-    trainable: List[str]
-    frozen: List[str]
-
-
 class GroupCount(NamedTuple):
     """Elements of one module group."""
 
@@ -74,8 +66,8 @@ def plan_freeze(
     include: Optional[Sequence[str]] = None,
     exclude: Optional[Sequence[str]] = None,
     lora: bool = False,
-) -> FreezePlan:
-    """Decide for each base parameter whether it trains.
+) -> List[str]:
+    """The base parameters that train (with LoRA: in addition to the adapters), in the model's order.
 
     A name matched by `include` and not by `exclude` is frozen. With `lora` all base parameters are frozen except those
     that `exclude` matches. CONSTANTS are always frozen.
@@ -87,15 +79,16 @@ def plan_freeze(
     excluded, more = _matched(exclude, names, "freeze_exclude")
     if unmatched or more:
         raise ConfigError.of(unmatched + more)
-    trainable, frozen = [], []
-    for name in names:
-        trains = name in excluded if lora else (name not in included or name in excluded)
-        (trainable if trains and name not in CONSTANTS else frozen).append(name)
+    trainable = [
+        name
+        for name in names
+        if (name in excluded or (not lora and name not in included)) and name not in CONSTANTS
+    ]
     if not trainable and not lora:
         raise ConfigError(
             "freeze_include leaves nothing to train; name what trains in freeze_exclude", "freeze_include"
         )
-    return FreezePlan(trainable, frozen)
+    return trainable
 
 
 def check_lora_path(model_args: ModelArguments, shapes: Dict[str, Tuple[int, ...]]) -> None:

@@ -228,9 +228,7 @@ def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Seq
     files = {file: _read_optimizer(file, shapes) for file in dict.fromkeys([path, *others])}
     held = set().union(*(state.accumulators for state in files.values()))
     lost = {name for name in shapes for kind in _ACCUMULATORS if (name, kind) not in held}
-    # A parameter without a gradient so far (attn_pool, if no sample had an image) has no state.
-    untouched = {name for name in lost if all((name, kind) not in held for kind in _ACCUMULATORS)}
-    if lost - untouched or not held:
+    if lost:
         raise WeightsError(f"{path} lacks the state of {len(lost)} parameters that train in this run", "incomplete")
     # Paddle looks up a half-precision parameter's accumulators by the name of its master weight.
     halves = (paddle.float16, paddle.bfloat16)
@@ -240,10 +238,6 @@ def load_optimizer(optimizer: Any, parameters: List[Any], path: str, others: Seq
     state: Dict[str, Any] = {
         f"{owners[name]}_{kind}_0": _tensor(value) for (name, kind), value in ours.accumulators.items()
     }
-    for name in untouched:
-        for kind, first in zip(_ACCUMULATORS, (0.0, 0.0, optimizer._beta1, optimizer._beta2)):
-            shape = shapes[name] if kind.startswith("moment") else [1]
-            state[f"{owners[name]}_{kind}_0"] = paddle.full(shape, first, "float32")
     masters = {name: _tensor(value) for name, value in ours.masters.items() if name in half}
     for name, master in masters.items():
         master.name = owners[name]

@@ -211,17 +211,17 @@ def _decide_model(run: Run) -> None:
         run.attempt(check_text_model, run.config, text_folder)
     for problem in cut_problems(run.config, run.tensor):
         run.problem(problem)
-    plan = run.attempt(
+    trainable = run.attempt(
         freeze.plan_freeze, list(run.shapes), model.freeze_include, model.freeze_exclude, lora=model.lora
     )
-    run.trainable = plan.trainable if plan is not None else ()
+    run.trainable = trainable or ()
     if not model.lora or not model.lora_target_modules:
         return
     run.adapters = run.attempt(adapter_shapes, run.shapes, model.lora_target_modules, model.lora_rank) or {}
     run.attempt(check_claims, run.adapters, run.trainable)
     if model.lora_path is not None and os.path.isfile(os.path.join(model.lora_path, "lora_config.json")):
         run.attempt(freeze.check_lora_path, model, run.shapes)
-        if plan is not None and run.adapters:
+        if trainable is not None and run.adapters:
             run.attempt(_check_lora_path, run, model.lora_path)
 
 

@@ -43,10 +43,10 @@ def kept_and_estimated(lora, level, paddle_3, dropout=0.0, flash=False, rows=1):
     model = base = MGenLMHeadModel(config)
     shapes = parameter_shapes(config)
     if lora:
-        plan = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], True)
-        freeze.apply_freeze(model, plan.trainable)
+        trainable = freeze.plan_freeze(list(shapes), ["*visual*"], ["*visual.attn_pool*"], True)
+        freeze.apply_freeze(model, trainable)
         model = apply_lora(
-            model, rank=64, alpha=16, dropout=dropout, target_modules=TARGETS, trainable=plan.trainable
+            model, rank=64, alpha=16, dropout=dropout, target_modules=TARGETS, trainable=trainable
         )
         shapes = {**shapes, **adapter_shapes(shapes, TARGETS, 64)}
     model.train()

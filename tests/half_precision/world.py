@@ -81,11 +81,11 @@ def with_lora(model, dropout=0.0):
     from paddlemix.trainer import freeze
 
     model.train()
-    plan = freeze.plan_freeze(list(model.state_dict()), ["*visual*"], ["*visual.attn_pool*"], True)
-    freeze.apply_freeze(model, plan.trainable)
+    trainable = freeze.plan_freeze(list(model.state_dict()), ["*visual*"], ["*visual.attn_pool*"], True)
+    freeze.apply_freeze(model, trainable)
     paddle.seed(5)
     lora = apply_lora(
-        model, rank=16, alpha=32, dropout=dropout, target_modules=TARGETS, trainable=plan.trainable
+        model, rank=16, alpha=32, dropout=dropout, target_modules=TARGETS, trainable=trainable
     )
     lora.train()
     return lora
