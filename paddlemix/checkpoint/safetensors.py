@@ -5,6 +5,7 @@ The reader maps the file and checks the header against the file's size before us
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from typing import Any, Dict, List, Tuple
@@ -68,12 +69,8 @@ def open_safetensors(file: MappedFile) -> Dict[str, StoredTensor]:
         if start + end > file.size:
             raise WeightsError(f"{what} lies outside the file, which is truncated or broken", "truncated")
         spans.append((begin, end, name))
-        where = FileBytes(file, start + begin, end - begin)
-
-        def load(where=where, dtype=dtype, shape=shape):
-            return file.array(where.offset, dtype, shape)
-
-        tensors[name] = StoredTensor(dtype, shape, load, where)
+        load = functools.partial(file.array, start + begin, dtype, shape)
+        tensors[name] = StoredTensor(dtype, shape, load, FileBytes(file, start + begin, end - begin))
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:

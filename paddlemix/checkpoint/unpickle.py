@@ -56,13 +56,8 @@ class Symbol:
         return one_line(f"{self.module}.{self.name}")
 
 
-class Mark:
-    """Separates the items of a container on the stack."""
-
-    __slots__ = ()
-
-
-_MARK = Mark()
+# Separates the items of a container on the stack.
+_MARK = object()
 
 Handler = Callable[..., Any]
 

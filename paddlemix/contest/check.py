@@ -115,7 +115,6 @@ class Report(Dict[str, Verdict]):
 class _Model(NamedTuple):
     """An opened model folder. config: see plain_config."""
 
-    folder: str
     config: Any
     reader: WeightsReader
 
@@ -298,7 +297,7 @@ def check_submission(
         if base is not None:
             base_folder = find_model_folder(base)
             reader = stack.enter_context(open_weights(base_folder))
-            opened = _Model(base_folder, plain_config(base_folder), reader)
+            opened = _Model(plain_config(base_folder), reader)
         files = _static(report, folder)
         _weights_rules(report, folder, opened, stack, progress)
     # A kill must not leave the weights read-only, which are linked into a copy.
@@ -378,7 +377,7 @@ def _weights_rules(
     def weights(found: Verdict) -> None:
         model, values = configs[0]
         reader = stack.enter_context(open_weights(model))
-        models.append(_Model(model, values, reader))
+        models.append(_Model(values, reader))
         check_weights(reader, parameter_shapes(values), model)
         elements = count(reader.shapes())
         found.notes.append(f"{elements:,} parameters in {len(reader)} tensors; files: {len(reader.files)}")
