@@ -11,6 +11,7 @@ from paddlemix.models.mgen_vl import language
 from paddlemix.models.mgen_vl.captioning import generate_captions
 from paddlemix.models.mgen_vl.engine import NOT_FINITE, STUCK, Decoding, Engine, Prompt
 from paddlemix.models.mgen_vl.generation import is_number
+from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.models.mgen_vl.slot_cache import SlotCache
 from paddlemix.utils.errors import JobFailed
 from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
@@ -343,6 +344,28 @@ def test_memory_that_runs_out_halves_the_prompts_of_a_beam_search(model, prompts
     most = 1
     with pytest.raises(JobFailed, match="out of memory with one row at a time"):
         list(model.beams(prompts[:2], decoding, STOPS, 2))
+
+
+def test_beams_that_have_ended_are_not_broken_by_other_rows(model, prompts, monkeypatch):
+    """PaddleNLP lets the beams of a row that is done follow those of the first row."""
+    plain, reordered, steps = type(model)._logits, KVCache.reordered, []
+
+    def logits(self, hidden):
+        made = plain(self, hidden)
+        made[:2, :, 7] = -99.0
+        made[2:, :, 7] = 99.0
+        return made
+
+    def broken(self, rows):
+        steps.append(1)
+        if len(steps) == 4:
+            self.values[0][:2] = float("nan")
+        return reordered(self, rows)
+
+    monkeypatch.setattr(type(model), "_logits", logits)
+    monkeypatch.setattr(KVCache, "reordered", broken)
+    found = list(model.beams(prompts[:2], Decoding(max_new_tokens=8, num_beams=2), [7], 2))
+    assert len(steps) == 7 and [one.note for one in found] == [NOT_FINITE, None] and found[1][2:4] == ([], 7)
 
 
 def test_beams_are_the_same_alone_and_together(model, prompts, tmp_path):

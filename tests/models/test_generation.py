@@ -160,7 +160,7 @@ def test_sampling_is_seeded_and_narrow_sampling_is_greedy(model):
         return new.numpy()[0].tolist()
 
     greedy, _ = model.generate(batch(PROMPTS[0]), images=pixels(1), max_new_tokens=8, eos_token_id=NEVER)
-    assert sample(0, top_k=1) == greedy.numpy()[0].tolist()
+    assert sample(0, top_k=1) == sample(0, top_p=0.0) == greedy.numpy()[0].tolist()
     assert sample(1, top_k=50, temperature=3.0) == sample(1, top_k=50, temperature=3.0)
     assert sample(1, top_k=50, temperature=3.0) != sample(2, top_k=50, temperature=3.0)
     rows, _ = model.generate(

@@ -245,13 +245,15 @@ class CaptionGeneration:
             repetition_penalty=decoding.repetition_penalty,
             no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
         )
-        broken = paddle.stack(self.broken).any(axis=0).reshape([len(batch), -1]).any(axis=1).numpy()
+        # [steps, rows]
+        broken = paddle.stack(self.broken).numpy().reshape([-1, len(batch), decoding.num_beams]).any(axis=2)
         found = []
         for at, (row, score) in enumerate(zip(new.tolist(), scores.flatten().tolist())):
             number, sample = divmod(at, decoding.samples)
             end = next((i for i, token in enumerate(row) if token in self.stops), len(row))
             stop = row[end] if end < len(row) else None
-            note = NOT_FINITE if broken[number] else None
+            # After the end of its answers, a row's beams may be another's.
+            note = NOT_FINITE if broken[: end + 1, number].any() else None
             found.append(Finished(batch[number][0], sample, row[:end], stop, score, note))
         return found
 
