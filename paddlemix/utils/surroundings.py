@@ -10,6 +10,7 @@ import importlib.machinery
 import io
 import os
 import sys
+from functools import partial
 from typing import Iterator, Optional
 
 from paddlemix.utils.errors import UserError
@@ -95,10 +96,10 @@ def _without_thread_lines() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _with_a_home() -> Iterator[None]:
-    """A writable HOME, for a library without a variable of its own."""
+def _with_a_home(inside: str) -> Iterator[None]:
+    """A HOME with a writable folder `inside`, for a library without a variable of its own."""
     home = os.environ.get("HOME")
-    folder = None if _takes_files(os.path.expanduser(os.path.join("~", ".visualdl"))) else temporary_folder()
+    folder = None if _takes_files(os.path.join(os.path.expanduser("~"), inside)) else temporary_folder()
     try:
         if folder is not None:
             os.environ["HOME"] = folder
@@ -112,7 +113,11 @@ def _with_a_home() -> Iterator[None]:
 class _Around:
     """A finder that imports some modules within a context."""
 
-    contexts = {"paddle.base": _without_thread_lines, "visualdl": _with_a_home}
+    contexts = {
+        "paddle.base": _without_thread_lines,
+        "paddle.dataset.common": partial(_with_a_home, os.path.join(".cache", "paddle", "dataset")),
+        "visualdl": partial(_with_a_home, ".visualdl"),
+    }
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.contexts:

@@ -110,7 +110,7 @@ def fresh(code, root, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("home", ["", "file/below", "missing", None])
+@pytest.mark.parametrize("home", ["", "file/below", "file", "missing", None])
 def test_paddlenlp_is_imported_without_a_home(tmp_path, root, home):
     """A home that takes nothing to anyone, root included, lies below a file."""
     (tmp_path / "file").write_text("")
@@ -124,10 +124,20 @@ def test_paddlenlp_is_imported_without_a_home(tmp_path, root, home):
     environment = {"TMPDIR": str(tmp_path / "t"), "HOME": str(tmp_path / home) if home is not None else "not/absolute"}
     done = fresh(code, root, **environment)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == ""
     writable = home in ("", "missing")
     elsewhere = "t/mgen-vl-" if not writable else "None None"
     assert elsewhere in done.stdout.splitlines()[-1]
     assert (tmp_path / (home or "") / ".paddlenlp").exists() == writable
+
+
+@pytest.mark.slow
+def test_paddle_is_imported_where_the_cache_takes_nothing(tmp_path, root):
+    """As that of another user, which a program run by sudo made."""
+    (tmp_path / ".cache").write_text("")
+    done = fresh("import paddlemix, paddle.dataset.common as it; print(it.DATA_HOME)", root, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.startswith(str(tmp_path))
 
 
 def test_a_users_own_places_stay(tmp_path, root):
