@@ -40,8 +40,7 @@ class DataStatistics(NamedTuple):
 def data_statistics(dataset: Any, batch_size: int, grouped: bool = False) -> Tuple[DataStatistics, List[str]]:
     """Statistics of records spread evenly over a ChatmlDataset, and the problems found in them.
 
-    grouped: batches hold samples of like length. Images are opened as far as their headers say their size; no pixel is
-    decoded.
+    grouped: batches hold samples of similar length. Only the headers of images are read.
     """
     count = len(dataset)
     indices = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))

@@ -62,7 +62,7 @@ class Evaluations(NamedTuple):
 
 
 def _times(run: Run, every: int, last: bool) -> int:
-    """How often something is still done that is done every so many steps. last: and after the last step, too."""
+    """How many times something due every `every` steps is still to come. last: it is also due after the last step."""
     steps = run.order.steps
     return max((math.ceil(steps / every) if last else steps // every) - run.done // every, 0)
 
