@@ -55,14 +55,16 @@ def _finetune(arguments: Arguments) -> Dict[str, float]:
     metrics: Dict[str, float] = {}
     if training.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=run.resume_from))
-        if trainer.stop.received and trainer.state.global_step < trainer.state.max_steps:
-            logger.warning(f"stopped after step {trainer.state.global_step}: resume with --resume")
-            return metrics
+        stopped = trainer.stop.received and trainer.state.global_step < trainer.state.max_steps
         if training.benchmark:
             rates = (f"{metrics[f'train_{unit}_per_second']:,} {unit}" for unit in ("samples", "tokens", "steps"))
             logger.info(f"benchmark: {', '.join(rates)} per second over the entire run; nothing was saved")
+        elif stopped:
+            logger.warning(f"stopped after step {trainer.state.global_step}: resume with --resume")
         else:
             _save_result(trainer, metrics)
+        if stopped:
+            return metrics
     # With an evaluation_strategy, training evaluates.
     if training.do_eval and (training.evaluation_strategy == "no" or not training.do_train):
         found = trainer.evaluate()

@@ -17,6 +17,7 @@ from paddlemix.checkpoint import load_pdparams_object
 from paddlemix.models.lora import load_lora
 from paddlemix.trainer import command_line, run_checkpoints
 from paddlemix.trainer.order import EpochSampler, Order
+from paddlemix.trainer.trainer import FinetuneTrainer
 from paddlemix.trainer.tuned_model import add_neftune
 from paddlemix.utils import files
 from paddlemix.utils.errors import ConfigError, JobFailed, UserError
@@ -155,6 +156,15 @@ def test_benchmark_saves_nothing_and_says_so(run_keys, tmp_path, log):
     assert "it saves nothing" in said[0]
     assert re.match(r"benchmark: [\d.,]+ samples, [\d.,]+ tokens, [\d.,]+ steps per second", said[-1])
     assert said[-1].endswith("nothing was saved")
+
+
+def test_a_benchmark_that_is_stopped_says_its_rates_and_not_how_to_resume(run_keys, log, monkeypatch):
+    step = FinetuneTrainer.training_step
+    stopping = lambda self, *inputs: os.kill(os.getpid(), signal.SIGTERM) or step(self, *inputs)  # noqa: E731
+    monkeypatch.setattr(FinetuneTrainer, "training_step", stopping)
+    run(run_keys(benchmark=True, max_steps=9, **LORA))
+    assert "stopping after step 1" in log.text and "steps per second over the entire run" in log.text
+    assert "--resume" not in log.text
 
 
 def test_benchmark_leaves_an_earlier_result(run_keys, tmp_path):
