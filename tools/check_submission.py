@@ -61,7 +61,7 @@ def main() -> int:
     from paddlemix.utils.language import tr
 
     report = check_submission(folder, **values)
-    print("\n".join(report.lines()))
+    print(cli.harmless("\n".join(report.lines())))
     failed = sum(verdict.status == FAIL for verdict in report.values())
     waiting = sum(verdict.status == NOT_RUN and bool(verdict.problems) for verdict in report.values())
     says = f"{failed} rules failed, {waiting} could not be checked because of them"

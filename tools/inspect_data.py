@@ -98,7 +98,7 @@ def main() -> None:
     write_json(numbers_file, numbers)
     print(tr(f"{numbers['rows']:,} rows, {numbers['good rows']:,} of them usable"))
     for text in numbers["advice"]:
-        print(f"- {tr(text)}")
+        print(cli.harmless(f"- {tr(text)}"))
     print(tr(page_text))
 
 

@@ -22,6 +22,7 @@ import time
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from paddlemix.contest.pack import RUN_SH, WEIGHTS
+from paddlemix.utils.cli import harmless
 from paddlemix.utils.errors import JobFailed
 from paddlemix.utils.files import link_or_copy
 from paddlemix.utils.log import logger
@@ -171,7 +172,7 @@ class TrialFolder:
                 tail.append(text)
                 del tail[:-8]
                 if echo:
-                    print(f"    {text}", file=sys.stderr, flush=True)
+                    print(f"    {harmless(text)}", file=sys.stderr, flush=True)
 
         listener = threading.Thread(target=listen, args=(process.stdout,), daemon=True)
         listener.start()

@@ -181,6 +181,15 @@ def test_names_that_do_not_travel(stand_in, submission, tmp_path):
         assert text in said(report, "names")
 
 
+def test_names_do_not_steer_the_terminal(stand_in, submission, monkeypatch, capsys):
+    (submission / "\x1b[31m.txt").write_text("")
+    os.unlink(submission / "run.sh")
+    monkeypatch.setattr(sys, "argv", ["check_submission.py", str(submission)])
+    assert tool.main() == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "not needed: \\x1b[31m.txt" in out
+
+
 def test_the_line_ends_of_windows(stand_in, submission):
     run_sh = submission / "run.sh"
     run_sh.write_bytes(run_sh.read_bytes().replace(b"\n", b"\r\n"))

@@ -175,6 +175,13 @@ def test_advice_on_odd_sets(run, tmp_path):
     assert advice([(f"id{i}", picture, "") for i, picture in enumerate(pictures[:5])]) == "the rows have no captions"
 
 
+def test_captions_do_not_steer_the_terminal(run, tmp_path):
+    picture = encoded(scene(0, size=(96, 64)))
+    rows = write_rows(tmp_path / "rows.tsv", [(f"id{i}", picture, f"\x1b[31m红{i}") for i in range(101)])
+    status, out, _ = run(rows, "--out", tmp_path / "out", "--workers", 0)
+    assert status == 0 and "\x1b" not in out and "captions begin with “\\x1b[31m红”" in out
+
+
 def test_an_earlier_report_is_replaced_and_that_is_said(run, table, tmp_path):
     assert "in place of" not in run(table, "--out", tmp_path / "out")[1]
     assert run(table, "--out", tmp_path / "out")[1].endswith("report.html, in place of an earlier one\n")
