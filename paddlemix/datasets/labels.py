@@ -163,9 +163,9 @@ def _read(path: str, options: Options) -> Iterator[TsvRow]:
 
 def _exchanged(row: TsvRow) -> bool:
     """Whether the caption column holds the image."""
-    # A caption that repeats a character is also long and without spaces.
     text = (row.caption or "")[:256]
-    return len(set(text)) > 12 and is_image(text.encode())
+    # A caption that repeats a character is also long and without spaces.
+    return is_image(text.encode()) and len(set(text)) > 12
 
 
 def check_row(row: TsvRow, options: Options) -> Checked:
@@ -174,8 +174,9 @@ def check_row(row: TsvRow, options: Options) -> Checked:
     The image of the result is plain base64 if options.images is "inline", else the row's own text.
     """
     # Before the image: an id may look like base64, as hashes do.
-    if row.error or _exchanged(row):
-        return Checked(row, b"", "", EXCHANGED if _exchanged(row) else row.error)
+    reason = EXCHANGED if _exchanged(row) else row.error
+    if reason:
+        return Checked(row, b"", "", reason)
     try:
         image = image_text(row)
     except ImageError as error:
