@@ -333,8 +333,11 @@ def test_a_fresh_environment(tmp_path, monkeypatch, installed, problem):
             (site / name).write_text(version if name.endswith("METADATA") else text)
 
     monkeypatch.setattr(fresh, "_run", fake)
+    paddle_of = fresh._paddle_of
+    platforms = {sys.executable: "paddlepaddle==2.6.2"}
+    monkeypatch.setattr(fresh, "_paddle_of", lambda python: platforms.get(python) or paddle_of(python))
     files = ["paddlemix/__init__.py"]
-    made = fresh.try_requirements(sys.executable, str(folder), files, str(tmp_path / "an env"), "paddlepaddle==2.6.2")
+    made = fresh.try_requirements(sys.executable, str(folder), files, str(tmp_path / "an env"))
     assert "paddlepaddle==2.6.2" in asked[0] and str(folder / "requirements.txt") in asked[1]
     if problem is None:
         assert made.problems == [] and made.paddle == "paddlepaddle==2.6.2"
