@@ -17,6 +17,7 @@ Whether a record is valid JSON is checked when it is read (see chatml).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -114,8 +115,20 @@ class IndexWriter:
         self._bounds.close()
 
 
+@functools.lru_cache(maxsize=None)
+def _say_if_cut(path: str, header: bytes) -> None:
+    """Once for each state of a file: warn if an array begins in it and does not end."""
+    with open(path, "rb") as file:
+        first = file.read(64)
+        file.seek(max(0, os.path.getsize(path) - 64))
+        if first.lstrip(_BOM + b" \t\r\n").startswith(b"[") and not file.read().rstrip().endswith(b"]"):
+            logger.warning(f"{path} ends without the ] of its array: is it complete? The records up to there are used")
+
+
 def record_bounds(path: str) -> np.ndarray:
     """Start and end of each record, int64 [n, 2]; the range holds one record, possibly with white space and commas.
+
+    An array without its end gives a warning: the file was probably not copied in full.
 
     Raises:
         UserError: the file is missing, not a plain file, or cannot be read.
@@ -123,10 +136,11 @@ def record_bounds(path: str) -> np.ndarray:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{path} is not a plain file", "not-regular")
+        before = _header(path, 0)
+        _say_if_cut(path, before)
         bounds = _load_index(path)
         if bounds is not None:
             return bounds
-        before = _header(path, 0)
         bounds = scan_records(path)
         if _header(path, 0) != before:
             raise UserError(f"{path} was changed while it was read; start again when it is complete", "changed")

@@ -173,6 +173,18 @@ def test_missing_and_changing_files(tmp_path, monkeypatch):
         json_index.record_bounds(str(path))
 
 
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_an_array_that_does_not_end_is_said(layout, tmp_path, caplog):
+    path = tmp_path / "train.json"
+    path.write_text(LAYOUTS[layout](RECORDS))
+    whole = json_index.record_bounds(str(path))
+    assert not caplog.records
+    if path.read_text().rstrip().endswith("]"):
+        path.write_bytes(path.read_bytes().rstrip()[:-1])
+        assert len(json_index.record_bounds(str(path))) == len(whole)
+        assert "ends without the ] of its array" in caplog.text
+
+
 value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=6) | st.sampled_from(['"', "\\", "{", "]", '\\"']),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
