@@ -98,6 +98,10 @@ RULES = (
          lambda k: k.load_best_model_at_end and _by_steps(k) and k.save_steps % (k.eval_steps or k.logging_steps)),
     Rule("metric_for_best_model=cider needs eval_with_do_generation",
          lambda k: "cider" in (k.metric_for_best_model or "") and not k.eval_with_do_generation),
+    Rule("metric_for_best_model needs evaluation_strategy",
+         lambda k: k.metric_for_best_model and not k.load_best_model_at_end and k.evaluation_strategy == "no"),
+    Rule("greater_is_better needs metric_for_best_model or load_best_model_at_end",
+         lambda k: k.greater_is_better is not None and not (k.metric_for_best_model or k.load_best_model_at_end)),
     Rule("save_generation_output needs eval_with_do_generation",
          lambda k: k.save_generation_output and not k.eval_with_do_generation),
     *(

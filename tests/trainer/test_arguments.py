@@ -263,6 +263,8 @@ WRONG = [
     ({"lora": True, "lora_target_modules": []}, "lora_target_modules"),
     ({"load_best_model_at_end": True}, "load_best_model_at_end evaluation_strategy"),
     ({"metric_for_best_model": "cider"}, "metric_for_best_model eval_with_do_generation"),
+    ({"metric_for_best_model": "loss"}, "metric_for_best_model evaluation_strategy"),
+    ({"greater_is_better": False}, "greater_is_better metric_for_best_model load_best_model_at_end"),
     ({"save_generation_output": True}, "save_generation_output eval_with_do_generation"),
     ({"eval_with_do_generation": True}, "eval_with_do_generation do_eval"),
     ({"eval_image_gain": True}, "eval_image_gain do_eval"),
