@@ -380,7 +380,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_kind(args.json, "a JSON report")
     start, device = time.time(), resolve_device(args.device)
     if device.value == "cpu" and (args.device or "").startswith("gpu"):
-        raise UserError(f"--device {args.device}: {device.reason}", "device")
+        raise UserError(f"--device {args.device}: {device.reason.split('; ')[0]}", "device")
     print(machine(device.value))
     models = ["tiny"] if device.value == "cpu" else ["tiny", "wide"]
     if device.value == "cpu":

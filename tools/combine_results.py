@@ -32,6 +32,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("results", type=cli.path, nargs="+", metavar="RESULTS", help="two or more results files")
     parser.add_argument("output", type=cli.output_file, metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="replace OUT even if this command did not write it, as OUT.run.json says",
+    )  # fmt: skip
     cli.add_work_options(parser)
     args = parser.parse_args(argv)
     if len(args.results) < 2:
@@ -43,17 +47,17 @@ def main() -> int:
     args = parse_args()
 
     from paddlemix.datasets.rows import holds_images
-    from paddlemix.inference.combining import combine
+    from paddlemix.inference.combining import combine, combined
     from paddlemix.inference.results import SIDECAR
     from paddlemix.utils.errors import UserError
-    from paddlemix.utils.outputs import check_file, check_kind, keep_apart
+    from paddlemix.utils.outputs import check_earlier, check_file, keep_apart
 
     check_file(args.output, plain=True)
     keep_apart(args.results + [path + SIDECAR for path in args.results], [args.output, args.output + SIDECAR])
     if holds_images(args.output):
         text = f"OUT {args.output} holds images or records: the order is RESULTS… OUT"
         raise UserError(text, "argument-order")
-    check_kind(args.output, "results")
+    check_earlier(args.output, combined(args.output), args.overwrite)
     done = combine(args.results, args.output, args.workers, args.quiet)
     taken = ", ".join(f"{one['taken']} of {one['path']}" for one in done["combined"])
     print(f"{args.output}: {done['rows']} rows, {taken}")

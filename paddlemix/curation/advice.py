@@ -40,7 +40,7 @@ def advice(found: Inspection, numbers: Dict[str, Any], n_queries: int = 256, aro
             lines.append(f"{share(count, of)} {text}: drop them with {rule}")
 
     if not numbers["captions"]["rows"]:
-        lines.append("the rows have no captions")
+        lines.append("the rows have no captions: if this is a test set, drop none of them")
     if len(good):
         counted = bool(good["tokens"].any())
         tokens = good["tokens"] if counted else good["chars"] * _TOKENS_A_CHARACTER

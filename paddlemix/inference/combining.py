@@ -97,6 +97,12 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
     return {**run, "rows": rows}
 
 
+def combined(path: str) -> bool:
+    """Whether these results were combined, by their record."""
+    record = path + SIDECAR
+    return os.path.isfile(record) and "combined" in read_config_object(record)
+
+
 def _opened(path: str) -> _Results:
     check_input(path)
     record = path + SIDECAR

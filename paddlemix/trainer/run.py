@@ -368,6 +368,11 @@ def _check_resume(run: Run) -> None:
     position = run.attempt(resume.read_position, folder)
     if position is not None:
         run.done = position.step
+        if run.done >= run.order.steps:
+            run.warnings.append(
+                f"nothing is left to train: the checkpoint is after step {run.done}, and the run has {run.order.steps} "
+                "steps"
+            )
         run.attempt(run_checkpoints.check_order, folder, position.order, run.order.settings())
         run.attempt(resume.read_trainer_state, folder, position.step)
     if run.guard is not None and run.trained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib.util
 import math
 import os
 import re
@@ -272,6 +273,12 @@ def run(main: Callable[[], Optional[int]], resumes: str = "") -> int:
         # Python flushes stdout again at exit.
         let_go(sys.stdout)
         return 1
+    except ModuleNotFoundError as error:
+        if not error.name or importlib.util.find_spec(error.name.split(".")[0]) is not None:
+            raise
+        text = f"{sys.executable} has no {error.name}: use the Python of the environment (. .venv/bin/activate), or"
+        print(f"error: {text} pip install -r requirements.txt", file=sys.stderr)
+        return UserError.exit_code
     except OSError as error:
         if error.errno not in _OF_THE_SYSTEM:
             raise

@@ -140,6 +140,16 @@ def test_ties_go_to_the_first_file_and_copies_are_named(run, tmp_path):
     assert "2.txt has the same contents as 0.txt" in err
 
 
+def test_only_what_was_combined_is_replaced(run, tmp_path):
+    """A forgotten OUT makes one of the last results file."""
+    before = (tmp_path / "2.txt").read_bytes()
+    status, _, err = run("0.txt", "1.txt", "2.txt")
+    assert status == 2 and "2.txt exists and is not from an earlier run" in err
+    assert (tmp_path / "2.txt").read_bytes() == before
+    assert [run("0.txt", "1.txt", "2.txt", "out.txt")[0] for _ in range(2)] == [0, 0]
+    assert run("0.txt", "1.txt", "2.txt", "--overwrite")[0] == 0
+
+
 def test_bad_usage(run):
     for arguments in (["0.txt", "out.txt"], ["0.txt", "1.txt", "0.txt"], ["0.txt", "1.txt", "o.txt", "--workers=-1"]):
         status, _, err = run(*arguments)

@@ -70,7 +70,7 @@ def data(tmp_path, monkeypatch, call):
         ([*CURATE, "a.tsv", "other.tsv", "--limit", "3"], "or --overwrite"),
         ([*PUBLIC, "a.tsv", "captions.jsonl", "other.tsv"], "or --overwrite"),
         ([*PUBLIC, "a.tsv", "captions.jsonl", "c.json"], "or --overwrite"),
-        ([*COMBINE, "p.txt", "q.txt", "notes.md"], "notes.md exists and is not results"),
+        ([*COMBINE, "p.txt", "q.txt", "notes.md"], "notes.md exists and is not from an earlier run"),
         ([*EVALUATE, "p.txt", "q.txt", "--html", "other.tsv"], "other.tsv exists and is not a report page"),
         ([*EVALUATE, "p.txt", "q.txt", "--json", "c.json"], "c.json exists and is not a JSON report"),
         ([*EVALUATE, "p.txt", "q.txt", "--json", "p.txt.run.json"], "is not a JSON report"),

@@ -348,6 +348,8 @@ def test_an_unfinished_run_in_output_dir(words, world, tmp_path):
     assert resumed.problems == [] and f"resumes from {folder}" in resumed.notes
     # What is left is foreseen: steps 4 and 5, and of five checkpoints two.
     assert "resumes after step 3: 2 steps left" in dry_run.render(resumed)
+    says = "nothing is left to train: the checkpoint is after step 3, and the run has 2 steps"
+    assert says in forecast.foresee(words(**dict(keys, max_steps=2))).notes and says not in resumed.notes
     evaluating = {"evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 1}
     evaluating["dataset"] = {part: [{"name": "chatml_dataset", "data_files": world[1]}] for part in ("train", "eval")}
     left = forecast.foresee(words(**keys, **evaluating))

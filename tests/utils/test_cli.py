@@ -40,6 +40,13 @@ def test_exit_statuses(capsys):
         cli.run(lambda: 1 // 0)
 
 
+def test_a_python_without_the_requirements_is_said(capsys):
+    assert cli.run(lambda: __import__("no_such_library")) == 2
+    assert " has no no_such_library: use the Python of the environment" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        cli.run(lambda: __import__("json.no_such_part"))
+
+
 def test_names_of_strangers_do_not_steer_the_terminal(capsys):
     cli.run(fail(errors.UserError("no file \x1b[2J\r\n\u2028\udc80图")))
     assert capsys.readouterr().err == "error: no file \\x1b[2J\\r\\n\\u2028\\udc80图\n"
