@@ -144,3 +144,19 @@ def encoded(image, kind="JPEG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def scripted(model, monkeypatch, said):
+    """Let the model say these ids, one a step, later ones more probable. Returns a list with an item a step."""
+    import paddle
+
+    steps = []
+
+    def logits(self, hidden):
+        made = np.zeros([hidden.shape[0], 1, model.config.vocab_size], "float32")
+        made[:, 0, said[len(steps)]] = 9 + len(steps)
+        steps.append(1)
+        return paddle.to_tensor(made)
+
+    monkeypatch.setattr(type(model), "_logits", logits)
+    return steps

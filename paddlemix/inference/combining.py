@@ -7,19 +7,17 @@ four bytes per token of all distinct captions, a quarter of a gigabyte per file 
 from __future__ import annotations
 
 import contextlib
-import os
 from itertools import islice
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from paddlemix.datasets.caption_files import caption_lines
 from paddlemix.datasets.tsv import check_input
 from paddlemix.inference.facts import file_facts
-from paddlemix.inference.results import FORMAT, SIDECAR, write_sidecar
+from paddlemix.inference.results import FORMAT, SIDECAR, read_record, write_sidecar
 from paddlemix.metrics.captions import CHUNK_ROWS, TOKENIZERS, agreement, first_best
 from paddlemix.metrics.ngrams import DocumentFrequencies
 from paddlemix.utils.errors import UserError
 from paddlemix.utils.files import atomic_write
-from paddlemix.utils.json_files import read_config_object
 from paddlemix.utils.log import logger
 from paddlemix.utils.parallel import map_chunks
 from paddlemix.utils.progress import Progress
@@ -99,14 +97,12 @@ def combine(paths: Sequence[str], output: str, workers: int = 0, quiet: bool = T
 
 def combined(path: str) -> bool:
     """Whether these results were combined, by their record."""
-    record = path + SIDECAR
-    return os.path.isfile(record) and "combined" in read_config_object(record)
+    return "combined" in read_record(path)
 
 
 def _opened(path: str) -> _Results:
     check_input(path)
-    record = path + SIDECAR
-    run = read_config_object(record) if os.path.isfile(record) else {}
+    run = read_record(path)
     settings = run.get("settings")
     return _Results(path, settings.get("fallback") if isinstance(settings, dict) else None, run)
 

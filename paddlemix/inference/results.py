@@ -96,13 +96,18 @@ class Recorded(NamedTuple):
     fallback: Optional[str]
 
 
-def recorded(path: str) -> Recorded:
-    """From `path`.run.json.
+def read_record(path: str) -> Dict[str, Any]:
+    """The contents of `path`.run.json; {} if there is none.
 
     Raises:
         ConfigError: it is not a JSON object.
     """
-    run = read_config_object(path + SIDECAR) if os.path.isfile(path + SIDECAR) else {}
+    return read_config_object(path + SIDECAR) if os.path.isfile(path + SIDECAR) else {}
+
+
+def recorded(path: str) -> Recorded:
+    """From read_record."""
+    run = read_record(path)
     found = (run.get(key) if isinstance(run.get(key), dict) else {} for key in ("input", "settings"))
     return Recorded(next(found).get("sha256"), next(found).get("fallback"))
 

@@ -14,7 +14,7 @@ from paddlemix.models.mgen_vl.generation import is_number
 from paddlemix.models.mgen_vl.language import KVCache
 from paddlemix.models.mgen_vl.slot_cache import SlotCache
 from paddlemix.utils.errors import JobFailed
-from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
+from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids, scripted
 
 STOPS = (479, 5, 77, 100, 33, 250, 300, 310, 400, 20, 21, 22)
 
@@ -297,16 +297,8 @@ def test_cycles_end_an_answer_and_numbers_are_none():
 
 def test_a_stuck_row_ends_with_its_cycle_once(model, prompts, monkeypatch):
     said = [7, 8, *[30, 31, 32] * 10]
-    step = []
-
-    def scripted(self, hidden):
-        logits = np.zeros([hidden.shape[0], 1, model.config.vocab_size], "float32")
-        # The more often it repeats itself, the surer it is.
-        logits[:, 0, said[len(step)]] = 9 + len(step)
-        step.append(1)
-        return paddle.to_tensor(logits)
-
-    monkeypatch.setattr(type(model), "_logits", scripted)
+    # The more often it repeats itself, the surer it is.
+    step = scripted(model, monkeypatch, said)
     _, found = decode(model, prompts[:1], 1, stop_repeating=4)
     assert found[0].ids == [7, 8, 30, 31, 32] and found[0].note == STUCK and len(step) == 14
     # The score is that of the tokens which are kept.

@@ -17,7 +17,7 @@ from paddlemix.models.mgen_vl.generation import (
 )
 from paddlemix.processors.mgen_vl_processing import ChatTemplate
 from paddlemix.utils.errors import ConfigError, UserError
-from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids
+from tests.helpers import byte_vocab_tokenizer, make_tiny_model, prompt_ids, scripted
 
 # An id that no test wants to end on.
 NEVER = 479
@@ -262,20 +262,6 @@ def test_chat_over_several_turns(model, tmp_path):
     assert history == [(query, response)]  # the caller's list is its own
     with pytest.raises(UserError, match="1 image spans"):
         model.chat(tokenizer, "and?", history, images=None, max_new_tokens=5)
-
-
-def scripted(model, monkeypatch, said):
-    """Let the model say these ids, one a step, later ones more probable. Returns a list with an item a step."""
-    steps = []
-
-    def logits(self, hidden):
-        made = np.zeros([hidden.shape[0], 1, model.config.vocab_size], "float32")
-        made[:, 0, said[len(steps)]] = 9 + len(steps)
-        steps.append(1)
-        return paddle.to_tensor(made)
-
-    monkeypatch.setattr(type(model), "_logits", logits)
-    return steps
 
 
 def test_an_answer_ends_with_the_templates_text(model, tmp_path, monkeypatch):
